@@ -1,0 +1,190 @@
+"""Convolution fused with up- or downsampling, in the cheapest order of the two."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gankern.ops.upfirdn2d import upfirdn2d
+
+__all__ = ["conv2d_resample"]
+
+
+def conv2d_resample(
+    x: Tensor,
+    w: Tensor,
+    f: Tensor | None = None,
+    up: int = 1,
+    down: int = 1,
+    padding: int | list[int] | tuple[int, ...] = 0,
+    groups: int = 1,
+    flip_weight: bool = True,
+    flip_filter: bool = False,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """Upsample by `up`, convolve, downsample by `down`, as one operation.
+
+    `y = downsample(conv2d(pad(upsample(x))))`, where both resampling steps filter with `f` and the
+    upsampling keeps the brightness (gain `up²`). The filter and the convolution commute, so that no
+    zero of the upsampled image is multiplied: upsampling is a transposed convolution of stride
+    `up` and then a filter; downsampling is a filter and then a convolution of stride `down`; a 1x1
+    convolution runs at the lower of the two resolutions. The convolution is torch's own.
+
+    Args:
+        x: images, (N, I, H, W); float32, float16, bfloat16 or float64.
+        w: weights, (O, I / groups, kh, kw), cast to the dtype of `x`.
+        f: resampling filter, float32, (taps_y, taps_x) or (taps,); None is the identity.
+        up: factor of the upsampling before the convolution.
+        down: factor of the downsampling after it.
+        padding: zeros around the upsampled image; int, [x, y] or [x0, x1, y0, y1]. The filter's own
+            padding is added.
+        groups: of input channels.
+        flip_weight: True is a correlation, like torch's conv2d; False a convolution.
+        flip_filter: False is a convolution with `f`, True a correlation.
+        impl: "cuda", "triton", "cpu", "reference" of the resampling; None is the best usable one.
+
+    Returns:
+        (N, O, (H * up + y0 + y1 - kh) // down + 1, ...) in the dtype of `x`, up to the remainder
+        that an odd size leaves.
+
+    Raises:
+        TypeError, ValueError: an argument is none of the above.
+
+    Differentiable to any order in x and w. Source: StyleGAN2 (Karras et al., 2020), appendix B.
+    """
+    pads = _check("conv2d_resample", x, w, up, down, padding, groups)
+    x, w = _autocast(x, w)
+    return _resample(x, w, f, up, down, _filter_padding(f, up, down, pads), groups,
+                     flip_weight, flip_filter, impl)  # fmt: skip
+
+
+def _resample(
+    x: Tensor,
+    w: Tensor,
+    f: Tensor | None,
+    up: int,
+    down: int,
+    pads: list[int],
+    groups: int,
+    flip_weight: bool,
+    flip_filter: bool,
+    impl: str | None,
+) -> Tensor:
+    kh, kw = w.shape[2:]
+    resample = {"flip_filter": flip_filter, "impl": impl}
+    if kh == kw == 1 and down > 1 and up == 1:
+        x = upfirdn2d(x, f, down=down, padding=pads, **resample)
+        return _conv2d(x, w, groups=groups, flip_weight=flip_weight)
+    if kh == kw == 1 and up > 1 and down == 1:
+        x = _conv2d(x, w, groups=groups, flip_weight=flip_weight)
+        return upfirdn2d(x, f, up=up, padding=pads, gain=up**2, **resample)
+    if up > 1:
+        x, pads = _transposed(x, w, up, pads, groups, flip_weight)
+        x = upfirdn2d(x, f, padding=pads, gain=up**2, **resample)
+        return upfirdn2d(x, f, down=down, **resample) if down > 1 else x
+    if down > 1:
+        x = upfirdn2d(x, f, padding=pads, **resample)
+        return _conv2d(x, w, stride=down, groups=groups, flip_weight=flip_weight)
+    if pads[0] == pads[1] >= 0 and pads[2] == pads[3] >= 0:
+        return _conv2d(x, w, padding=(pads[2], pads[0]), groups=groups, flip_weight=flip_weight)
+    return _conv2d(F.pad(x, pads), w, groups=groups, flip_weight=flip_weight)
+
+
+def _transposed(
+    x: Tensor, w: Tensor, up: int, pads: list[int], groups: int, flip_weight: bool
+) -> tuple[Tensor, list[int]]:
+    """The convolution of the zero-upsampled x, and the padding that is left for the filter."""
+    kh, kw = w.shape[2:]
+    # A transposed convolution pads by itself: kw - 1 before, and behind up - 1 zeros less.
+    x0, x1, y0, y1 = pads
+    x0, x1, y0, y1 = x0 - (kw - 1), x1 - (kw - up), y0 - (kh - 1), y1 - (kh - up)
+    crop_x, crop_y = max(min(-x0, -x1), 0), max(min(-y0, -y1), 0)
+    o = w.shape[0]
+    w = w.unflatten(0, (groups, o // groups)).transpose(1, 2).flatten(0, 1)  # [I, O/groups, kh, kw]
+    x = _conv_transpose2d(x, w, up, (crop_y, crop_x), groups, flip_weight)
+    return x, [x0 + crop_x, x1 + crop_x, y0 + crop_y, y1 + crop_y]
+
+
+def _conv2d(
+    x: Tensor,
+    w: Tensor,
+    stride: int = 1,
+    padding: tuple[int, int] = (0, 0),
+    groups: int = 1,
+    flip_weight: bool = True,
+) -> Tensor:
+    w = w if flip_weight or w.shape[2:].numel() == 1 else w.flip([2, 3])
+    return F.conv2d(x, w, stride=stride, padding=padding, groups=groups)
+
+
+def _conv_transpose2d(
+    x: Tensor, w: Tensor, stride: int, padding: tuple[int, int], groups: int, flip_weight: bool
+) -> Tensor:
+    w = w.flip([2, 3]) if flip_weight and w.shape[2:].numel() > 1 else w
+    return F.conv_transpose2d(x, w, stride=stride, padding=padding, groups=groups)
+
+
+def _autocast(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype that the convolution runs in: autocast's, or that of x."""
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), w.to(dtype)
+
+
+def _filter_padding(f: Tensor | None, up: int, down: int, pads: list[int]) -> list[int]:
+    """The padding with what the resampling filter takes added, so that the image stays in place."""
+    taps_x, taps_y = (1, 1) if f is None else (f.shape[-1], f.shape[0])
+    x0, x1, y0, y1 = pads
+    if up > 1:
+        x0, x1 = x0 + (taps_x + up - 1) // 2, x1 + (taps_x - up) // 2
+        y0, y1 = y0 + (taps_y + up - 1) // 2, y1 + (taps_y - up) // 2
+    if down > 1:
+        x0, x1 = x0 + (taps_x - down + 1) // 2, x1 + (taps_x - down) // 2
+        y0, y1 = y0 + (taps_y - down + 1) // 2, y1 + (taps_y - down) // 2
+    return [x0, x1, y0, y1]
+
+
+def _check(
+    op: str,
+    x: Tensor,
+    w: Tensor,
+    up: int,
+    down: int,
+    padding: int | list[int] | tuple[int, ...],
+    groups: int = 1,
+    weight: str = "w",
+) -> list[int]:
+    """Raise on what neither torch's convolution nor upfirdn2d would name; returns the padding."""
+    for name, t, form in (("x", x, "(N, I, H, W)"), (weight, w, "(O, I / groups, kh, kw)")):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{op}: {name} must be a floating-point tensor, got {t.dtype}")
+        if t.ndim != 4:
+            raise ValueError(f"{op}: {name} must be {form}, got shape {tuple(t.shape)}")
+    for name, value in (("up", up), ("down", down), ("groups", groups)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{op}: {name} must be an int of at least 1, got {value!r}")
+    if x.shape[1] != w.shape[1] * groups or w.shape[0] % groups:
+        raise ValueError(
+            f"{op}: {weight} must be (O, I / groups, kh, kw) for I = {x.shape[1]} and "
+            f"groups = {groups}, got shape {tuple(w.shape)}"
+        )
+    if w.device != x.device:
+        raise ValueError(f"{op}: {weight} must be on {x.device} like x, got {w.device}")
+    return _padding(op, padding)
+
+
+def _padding(op: str, padding: int | list[int] | tuple[int, ...]) -> list[int]:
+    """[x0, x1, y0, y1] of an int, 2 or 4 ints."""
+    values = [padding] if isinstance(padding, int) else padding
+    if isinstance(values, (list, tuple)) and len(values) in (1, 2, 4):
+        if all(isinstance(p, int) and not isinstance(p, bool) for p in values):
+            if len(values) == 4:
+                return list(values)
+            return [values[0], values[0], values[-1], values[-1]]
+    came = f"{len(values)} values {tuple(values)}" if isinstance(values, (list, tuple)) else padding
+    raise ValueError(f"{op}: padding must be an int, 2 or 4 ints, got {came}")

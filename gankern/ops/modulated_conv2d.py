@@ -1,0 +1,172 @@
+"""StyleGAN2's convolution: weights scaled by a style per sample, and renormalised."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gankern.ops import conv2d_resample as _conv
+
+__all__ = ["demod_coefs", "modulated_conv2d"]
+
+EPS = 1e-8
+
+
+def modulated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor,
+    noise: Tensor | None = None,
+    up: int = 1,
+    down: int = 1,
+    padding: int | list[int] | tuple[int, ...] = 0,
+    resample_filter: Tensor | None = None,
+    demodulate: bool = True,
+    flip_weight: bool = True,
+    fused_modconv: bool = False,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """Convolve each sample with its own weights, `weight * styles`, normalised per output channel.
+
+    `w[n,o,i,k] = weight[o,i,k] * styles[n,i]`, with demodulation divided by
+    `sqrt(sum_ik w[n,o,i,k]² + 1e-8)`, then `y = conv2d_resample(x, w) + noise`.
+    The styles scale the input and the coefficients scale the output instead, so that the weights of
+    a sample are never built. A float16 convolution gets weights and styles scaled to where no sum
+    can overflow, and its output scaled back by the coefficients.
+
+    Args:
+        x: images, (N, I, H, W); float32, float16, bfloat16 or float64.
+        weight: (O, I, kh, kw), in any dtype; the convolution runs in the dtype of `x`.
+        styles: (N, I), in any dtype.
+        noise: added to the output, of a shape that broadcasts to it, such as (N, 1, out_h, out_w).
+        up, down, padding, flip_weight: as `conv2d_resample`.
+        resample_filter: filter of the resampling, as `f` of `conv2d_resample`.
+        demodulate: normalise the weights of each sample and output channel to length 1.
+        fused_modconv: build the weights of every sample and run one grouped convolution. It saves
+            passes over small images at batch 1, and costs memory in training.
+        impl: "cuda", "triton", "cpu", "reference", or None for the best usable one.
+
+    Returns:
+        (N, O, out_h, out_w) in the dtype of `x`, in size as `conv2d_resample`.
+
+    Raises:
+        TypeError, ValueError: an argument is none of the above.
+
+    Differentiable to any order in x, weight, styles and noise. Source: StyleGAN2 (Karras et al.,
+    2020), equations 1 to 3; range of float16: StyleGAN2-ADA (Karras et al., 2020), appendix C.
+    """
+    pads = _check(x, weight, styles, noise, up, down, padding)
+    args = (up, down, pads, 1, flip_weight, False)
+    if fused_modconv:
+        y = _grouped(x, weight, styles, resample_filter, demodulate, args, impl)
+        return y if noise is None else y + noise.to(y.dtype)
+    dtype = _conv._autocast(x, weight)[0].dtype
+    d = demod_coefs(weight, styles, impl=impl) if demodulate else None
+    weight, styles, d = _into_range(weight, styles, d, dtype)
+    x = x.to(dtype) * styles.to(dtype)[:, :, None, None]
+    y = _conv.conv2d_resample(x, weight.to(dtype), resample_filter, *args, impl=impl)
+    return _scale_add(y, d, noise)
+
+
+def demod_coefs(
+    weight: Tensor, styles: Tensor, eps: float = EPS, *, impl: str | None = None
+) -> Tensor:
+    """Demodulation coefficients: one over the length of each sample's weights.
+
+    `d[n,o] = rsqrt(sum_i styles[n,i]² * sum_k weight[o,i,k]² + eps)`
+
+    Args:
+        weight: (O, I, kh, kw), float32, float16, bfloat16 or float64.
+        styles: (N, I), of the same device.
+        eps: keeps a channel without weights finite.
+        impl: "cuda", "triton", "cpu", "reference", or None for the best usable one.
+
+    Returns:
+        (N, O), float32, or float64 for a float64 weight or styles.
+
+    Differentiable to any order in weight and styles. Source: StyleGAN2, equation 3.
+    """
+    return demod_coefs_reference(weight, styles, eps)
+
+
+def demod_coefs_reference(weight: Tensor, styles: Tensor, eps: float = EPS) -> Tensor:
+    """`demod_coefs` in plain PyTorch."""
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, styles.dtype), torch.float32)
+    square_sum = weight.to(dtype).square().sum([2, 3])  # [O, I]
+    return (styles.to(dtype).square() @ square_sum.t() + eps).rsqrt()  # [N, O]
+
+
+def _grouped(
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor,
+    f: Tensor | None,
+    demodulate: bool,
+    args: tuple,
+    impl: str | None,
+) -> Tensor:
+    """All samples as groups of one convolution, with weights of their own."""
+    n, i = x.shape[:2]
+    o = weight.shape[0]
+    w = weight * styles.to(weight.dtype)[:, None, :, None, None]  # [N, O, I, kh, kw]
+    if demodulate:
+        w = w * demod_coefs(weight, styles, impl=impl).to(w.dtype)[:, :, None, None, None]
+    up, down, pads, _, flip_weight, flip_filter = args
+    x = x.reshape(1, n * i, *x.shape[2:])
+    w = w.flatten(0, 1).to(x.dtype)
+    y = _conv.conv2d_resample(x, w, f, up, down, pads, n, flip_weight, flip_filter, impl=impl)
+    return y.reshape(n, o, *y.shape[2:])
+
+
+def _into_range(
+    weight: Tensor, styles: Tensor, d: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """For float16, weights below 1/sqrt(fan_in) and styles below 1, and the coefficients to match.
+
+    The scales are constants to autograd: they cancel in the output.
+    """
+    if dtype != torch.float16 or d is None:
+        return weight, styles, d
+    fan_in = weight[0].numel()
+    w_scale = weight.detach().float().abs().amax([1, 2, 3]).clamp_min(1e-30)  # [O]
+    w_scale = 1 / (w_scale * fan_in**0.5)
+    s_scale = 1 / styles.detach().float().abs().amax(1).clamp_min(1e-30)  # [N]
+    d = d / (s_scale[:, None] * w_scale)
+    return weight.float() * w_scale[:, None, None, None], styles.float() * s_scale[:, None], d
+
+
+def _scale_add(y: Tensor, d: Tensor | None, noise: Tensor | None) -> Tensor:
+    """y * d + noise, in float32 for 16-bit images."""
+    if d is None and noise is None:
+        return y
+    out = y.to(torch.promote_types(y.dtype, torch.float32))
+    if d is not None:
+        out = out * d.to(out.dtype)[:, :, None, None]
+    if noise is not None:
+        out = out + noise.to(out.dtype)
+    return out.to(y.dtype)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor,
+    noise: Tensor | None,
+    up: int,
+    down: int,
+    padding: int | list[int] | tuple[int, ...],
+) -> list[int]:
+    op = "modulated_conv2d"
+    pads = _conv._check(op, x, weight, up, down, padding, weight="weight")
+    if not isinstance(styles, Tensor) or not styles.is_floating_point():
+        got = styles.dtype if isinstance(styles, Tensor) else type(styles).__name__
+        raise TypeError(f"{op}: styles must be a floating-point tensor, got {got}")
+    if styles.shape != x.shape[:2]:
+        raise ValueError(
+            f"{op}: styles must be (N, I) = {tuple(x.shape[:2])}, got shape {tuple(styles.shape)}"
+        )
+    if noise is not None and (not isinstance(noise, Tensor) or not noise.is_floating_point()):
+        got = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
+        raise TypeError(f"{op}: noise must be a floating-point tensor or None, got {got}")
+    return pads

@@ -53,7 +53,8 @@ class BatchSampler:
     def batch(self, value: int) -> None:
         if value < 1 or value % self.world:
             raise ValueError(
-                f"BatchSampler: batch must be a positive multiple of world ({self.world}), got {value}"
+                f"BatchSampler: batch must be a positive multiple of world ({self.world}),"
+                f" got {value}"
             )
         self._batch = value
 

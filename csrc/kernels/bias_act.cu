@@ -1,0 +1,449 @@
+// bias_act: y = clamp(act(x + b) * gain), its gradient and the gradient's gradient.
+//
+// x is any dense tensor seen as [outer, C, inner] in memory order. Each thread keeps one channel
+// (inner > 1, "planes") or one 16-byte group of channels (inner == 1, "rows"), so that the bias is
+// loaded once, the bias gradient is summed in registers, and no element needs a division.
+#include "common.cuh"
+
+namespace gankern {
+namespace {
+
+enum Act : int { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kElu, kSelu, kSoftplus, kSwish };
+enum Op : int { kFwd, kBwd, kBwd2 };
+
+constexpr int kThreads = 256;
+constexpr double kSeluScale = 1.0507009873554804934193349852946;
+constexpr double kSeluAlpha = 1.6732632423543772848170429916717;
+
+template <typename A>
+struct ActArgs {
+  int act;
+  A alpha, gain, inv_gain, clamp;  // clamp < 0: none
+  bool from_x;                     // the gradient's reference is x (and b), not y
+};
+
+__device__ __forceinline__ float exp_(float v) { return expf(v); }
+__device__ __forceinline__ double exp_(double v) { return exp(v); }
+__device__ __forceinline__ float expm1_(float v) { return expm1f(v); }
+__device__ __forceinline__ double expm1_(double v) { return expm1(v); }
+__device__ __forceinline__ float log1p_(float v) { return log1pf(v); }
+__device__ __forceinline__ double log1p_(double v) { return log1p(v); }
+__device__ __forceinline__ float tanh_(float v) { return tanhf(v); }
+__device__ __forceinline__ double tanh_(double v) { return tanh(v); }
+
+// act(u). kPwl: linear, relu and lrelu are one function, with alpha 1, 0 and alpha.
+template <bool kPwl, typename A>
+__device__ __forceinline__ A act_value(A u, const ActArgs<A>& p) {
+  if (kPwl || p.act <= kLrelu) {
+    const A negative = p.act == kRelu ? (u != u ? u : A(0)) : u * p.alpha;
+    return u > A(0) ? u : negative;
+  }
+  switch (p.act) {
+    case kTanh:
+      return tanh_(u);
+    case kSigmoid:
+      return A(1) / (A(1) + exp_(-u));
+    case kElu:
+      return u > A(0) ? u : expm1_(u);
+    case kSelu:
+      return A(kSeluScale) * (u > A(0) ? u : A(kSeluAlpha) * expm1_(u));
+    case kSoftplus:
+      return u > A(20) ? u : log1p_(exp_(u));
+    default:
+      return u / (A(1) + exp_(-u));
+  }
+}
+
+// act'(u), from a = act(u) where that suffices, else from u.
+template <bool kPwl, typename A>
+__device__ __forceinline__ A act_slope(A a, A u, const ActArgs<A>& p) {
+  if (kPwl || p.act <= kLrelu) return (p.from_x ? u : a) > A(0) ? A(1) : p.alpha;
+  switch (p.act) {
+    case kTanh:
+      return A(1) - a * a;
+    case kSigmoid:
+      return a * (A(1) - a);
+    case kElu:
+      return a > A(0) ? A(1) : a + A(1);
+    case kSelu:
+      return a > A(0) ? A(kSeluScale) : a + A(kSeluScale * kSeluAlpha);
+    case kSoftplus:
+      return -expm1_(-a);
+    default: {
+      const A s = A(1) / (A(1) + exp_(-u));
+      return s * (A(1) + u * (A(1) - s));
+    }
+  }
+}
+
+// d(gain * act'(u)) / d(reference): by y, or for swish by x.
+template <typename A>
+__device__ __forceinline__ A act_curve(A a, A u, const ActArgs<A>& p) {
+  switch (p.act) {
+    case kTanh:
+      return A(-2) * a;
+    case kSigmoid:
+      return A(1) - A(2) * a;
+    case kElu:
+    case kSelu:
+      return a > A(0) ? A(0) : A(1);
+    case kSoftplus:
+      return exp_(-a);
+    case kSwish: {
+      const A s = A(1) / (A(1) + exp_(-u));
+      return p.gain * s * (A(1) - s) * (A(2) + u * (A(1) - A(2) * s));
+    }
+    default:
+      return A(0);
+  }
+}
+
+template <typename A>
+__device__ __forceinline__ A clamped(A v, A clamp) {
+  if (clamp < A(0)) return v;
+  v = v > clamp ? clamp : v;  // comparisons, so that NaN stays NaN
+  return v < -clamp ? -clamp : v;
+}
+
+// One element: in0 is x (kFwd) or dy; in1 is the reference; in2 is v, the gradient of dx.
+template <int kOp, bool kPwl, typename A>
+__device__ __forceinline__ A element(A in0, A in1, A in2, A bias, const ActArgs<A>& p) {
+  if (kOp == kFwd) return clamped(act_value<kPwl>(in0 + bias, p) * p.gain, p.clamp);
+  A u = in1, a = in1 * p.inv_gain, y = in1;
+  if (p.from_x) {
+    u = in1 + bias;
+    a = act_value<kPwl>(u, p);
+    y = a * p.gain;
+  }
+  if (p.clamp >= A(0) && !(y > -p.clamp && y < p.clamp)) return A(0);
+  if (kOp == kBwd) return in0 * p.gain * act_slope<kPwl>(a, u, p);
+  return in0 * in2 * act_curve(a, u, p);
+}
+
+template <typename T>
+struct Tensors {
+  const T* in0;
+  const T* in1;
+  const T* in2;
+  T* out;
+};
+
+template <int kOp, bool kPwl, typename T, int N>
+__device__ __forceinline__ Acc<T> process(const Tensors<T>& t, int64_t i, const Acc<T>* bias,
+                                          const ActArgs<Acc<T>>& p, Acc<T>* sums) {
+  using A = Acc<T>;
+  const Pack<T, N> a = load_pack<T, N>(t.in0 + i);
+  Pack<T, N> b = a, c = a;
+  if (kOp != kFwd) b = load_pack<T, N>(t.in1 + i);
+  if (kOp == kBwd2) c = load_pack<T, N>(t.in2 + i);
+  Pack<T, N> out;
+  A sum = A(0);
+#pragma unroll
+  for (int j = 0; j < N; j++) {
+    const A v = element<kOp, kPwl>(to_acc(a.v[j]), to_acc(b.v[j]), to_acc(c.v[j]), bias[j], p);
+    out.v[j] = from_acc<T>(v);
+    if (kOp == kBwd) sum += v;
+    if (kOp == kBwd && sums) sums[j] += v;
+  }
+  store_pack<T, N>(t.out + i, out);
+  return sum;
+}
+
+// How the bias gradient is finished: a block adds its partial sums, the last block of a group of
+// channels adds the partials of all of them in order. splits == 1: no partials, no ticket.
+template <typename A>
+struct Reduce {
+  void* db;       // [C], or null
+  A* partials;    // [splits, columns]
+  int* tickets;   // [gridDim.x], zero before the launch
+  bool db_f32;
+};
+
+// True in every thread of the block that arrives last in its column of the grid.
+__device__ __forceinline__ bool last_block(int* tickets) {
+  __shared__ int last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0 && threadIdx.y == 0)
+    last = atomicAdd(tickets + blockIdx.x, 1) == static_cast<int>(gridDim.y) - 1;
+  __syncthreads();
+  __threadfence();
+  return last;
+}
+
+// Planes: thread row threadIdx.y owns channel c; blockIdx.y is a part of the plane and of outer.
+template <int kOp, bool kPwl, typename T, int N>
+__global__ void __launch_bounds__(kThreads)
+    bias_act_planes_kernel(Tensors<T> t, const void* b, bool b_f32, int64_t outer, int64_t C,
+                           int64_t inner, int chunks, int span, ActArgs<Acc<T>> p,
+                           Reduce<Acc<T>> r) {
+  using A = Acc<T>;
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int chunk = blockIdx.y % chunks, n0 = blockIdx.y / chunks, n_step = gridDim.y / chunks;
+  A sum = A(0);
+  if (c < C) {
+    A bias[N];
+    const A bias_c = b ? load_param<T>(b, b_f32, c) : A(0);
+#pragma unroll
+    for (int j = 0; j < N; j++) bias[j] = bias_c;
+    for (int64_t n = n0; n < outer; n += n_step) {
+      const int64_t start = (n * C + c) * inner;
+      const int64_t head = min(inner, (N - start % N) % N);  // elements up to 16-byte alignment
+      const int64_t packs = (inner - head) / N, tail = inner - head - packs * N;
+      const int64_t stop = min(packs, static_cast<int64_t>(chunk + 1) * span);
+      for (int64_t i = static_cast<int64_t>(chunk) * span + threadIdx.x; i < stop; i += blockDim.x)
+        sum += process<kOp, kPwl, T, N>(t, start + head + i * N, bias, p, nullptr);
+      if (N > 1 && chunk == 0)
+        for (int64_t i = threadIdx.x; i < head + tail; i += blockDim.x)
+          sum += process<kOp, kPwl, T, 1>(t, start + (i < head ? i : i + packs * N), bias, p,
+                                          nullptr);
+    }
+  }
+  if (kOp != kBwd || !r.db) return;
+
+  // Sum over the row of threads: within warps, then across the warps of a row.
+  __shared__ A warp_sums[kThreads / 32];
+  const int lanes = min(static_cast<int>(blockDim.x), 32);
+  sum = warp_sum(sum, lanes);
+  const int warps = blockDim.x / lanes;  // warps of a row; 1 when a row fits into a warp
+  if (warps > 1) {
+    if (threadIdx.x % 32 == 0) warp_sums[threadIdx.y * warps + threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      sum = A(0);
+      for (int w = 0; w < warps; w++) sum += warp_sums[threadIdx.y * warps + w];
+    }
+  }
+  if (gridDim.y == 1) {
+    if (threadIdx.x == 0 && c < C) store_param<T>(r.db, r.db_f32, c, sum);
+    return;
+  }
+  if (threadIdx.x == 0 && c < C) r.partials[blockIdx.y * C + c] = sum;
+  if (!last_block(r.tickets) || c >= C) return;
+  if (threadIdx.x != 0) return;
+  sum = A(0);
+  for (int s = 0; s < static_cast<int>(gridDim.y); s++) sum += r.partials[s * C + c];
+  store_param<T>(r.db, r.db_f32, c, sum);
+}
+
+// Rows: memory is rows of `columns` elements (columns = fold * C, a multiple of N); a thread owns N
+// columns, whose channels are (column + j) % C; the last row may be partial.
+template <int kOp, bool kPwl, typename T, int N>
+__global__ void __launch_bounds__(kThreads)
+    bias_act_rows_kernel(Tensors<T> t, const void* b, bool b_f32, int64_t numel, int64_t C,
+                         int64_t columns, ActArgs<Acc<T>> p, Reduce<Acc<T>> r) {
+  using A = Acc<T>;
+  const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+  const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.y * columns;
+  A sums[N], bias[N];
+#pragma unroll
+  for (int j = 0; j < N; j++) {
+    sums[j] = A(0);
+    bias[j] = b && column < columns ? load_param<T>(b, b_f32, (column + j) % C) : A(0);
+  }
+  if (column < columns) {
+    int64_t i = (static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y) * columns + column;
+    for (; i + N <= numel; i += step) process<kOp, kPwl, T, N>(t, i, bias, p, sums);
+    if (N > 1)
+      for (int j = 0; j < N && i + j < numel; j++)
+        sums[j] += process<kOp, kPwl, T, 1>(t, i + j, bias + j, p, nullptr);
+  }
+  if (kOp != kBwd || !r.db) return;
+
+  // Sum over the threads of a column, then over the blocks, then over the fold.
+  __shared__ A column_sums[kThreads * N];
+  const int slot = threadIdx.y * blockDim.x + threadIdx.x;
+#pragma unroll
+  for (int j = 0; j < N; j++) column_sums[j * kThreads + slot] = sums[j];
+  __syncthreads();
+  if (threadIdx.y == 0 && column < columns) {
+    for (int y = 1; y < static_cast<int>(blockDim.y); y++)
+#pragma unroll
+      for (int j = 0; j < N; j++)
+        sums[j] += column_sums[j * kThreads + y * blockDim.x + threadIdx.x];
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      if (gridDim.y == 1 && columns == C)
+        store_param<T>(r.db, r.db_f32, column + j, sums[j]);
+      else
+        r.partials[blockIdx.y * columns + column + j] = sums[j];
+    }
+  }
+  if (gridDim.y == 1 && columns == C) return;
+  if (!last_block(r.tickets)) return;
+  // With a fold there is one block column, so that this block sees every replica of a channel.
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x * N;
+  const int64_t stop = min(C, first + static_cast<int64_t>(blockDim.x) * N);
+  for (int64_t c = first + slot; c < stop; c += blockDim.x * blockDim.y) {
+    A sum = A(0);
+    for (int s = 0; s < static_cast<int>(gridDim.y); s++)
+      for (int64_t k = c; k < columns; k += C) sum += r.partials[s * columns + k];
+    store_param<T>(r.db, r.db_f32, c, sum);
+  }
+}
+
+struct Plan {
+  bool rows;
+  int fold, chunks, span;
+  int64_t columns;
+  dim3 grid, block;
+  int64_t partials() const { return static_cast<int64_t>(grid.y) * columns; }
+};
+
+// Chooses grid and block: enough blocks for every multiprocessor, long runs for each thread.
+// reduces: few blocks a channel, each long, so that partial sums stay small.
+Plan make_plan(int64_t outer, int64_t C, int64_t inner, int packed, bool reduces) {
+  Plan plan{};
+  const int64_t numel = outer * C * inner, sms = sm_count();
+  const int64_t want = sms * (reduces ? 8 : 16);  // blocks
+  int threads = kThreads;
+  while (threads > 64 && numel / packed < sms * threads) threads /= 2;
+  plan.rows = inner == 1;
+  if (plan.rows) {
+    plan.fold = 1;
+    while (C * plan.fold % packed) plan.fold *= 2;
+    plan.columns = C * plan.fold;
+    const int64_t packs = plan.columns / packed, rows = ceil_div(outer, plan.fold);
+    // A folded row is reduced by one block, so it has to fit into one.
+    if (plan.fold > 1) threads = max(threads, pow2_between(packs, 1, kThreads));
+    const int x = pow2_between(packs, 1, plan.fold > 1 ? threads : 32);
+    const int64_t groups = ceil_div(packs, x);
+    const int y = static_cast<int>(threads / x);
+    plan.block = dim3(x, y);
+    const int64_t splits = ceil_div(rows, y);
+    const int64_t most = reduces ? 1024 : 65535;
+    plan.grid = dim3(groups, max(int64_t(1), min(min(splits, most), ceil_div(want, groups))));
+    return plan;
+  }
+  const int64_t packs = max(int64_t(1), inner / packed);
+  const int x = pow2_between(packs, 1, threads);
+  const int y = threads / x;
+  plan.block = dim3(x, y);
+  plan.columns = C;
+  const int64_t groups = ceil_div(C, y);
+  // Two packs a thread where there is work enough; a plane is cut only to fill the machine.
+  int64_t per_chunk = x;
+  if (groups * outer * ceil_div(packs, 2 * x) >= want) per_chunk = 2 * x;
+  const int64_t most_chunks = reduces ? ceil_div(want, groups) : 16384;
+  per_chunk = max(per_chunk, ceil_div(ceil_div(packs, most_chunks), x) * x);
+  plan.span = static_cast<int>(min(per_chunk, int64_t(1) << 30));
+  plan.chunks = static_cast<int>(ceil_div(packs, plan.span));
+  int64_t n_splits = max(int64_t(1), min(outer, int64_t(65535) / plan.chunks));
+  if (reduces) n_splits = max(int64_t(1), min(n_splits, ceil_div(want, groups * plan.chunks)));
+  plan.grid = dim3(groups, plan.chunks * n_splits);
+  return plan;
+}
+
+// Rows that need folding but are too long for one block: C is large and odd.
+bool wide_fold(int64_t C, int64_t inner, int packed) {
+  return inner == 1 && C % packed && C > kThreads / 2;
+}
+
+// A dense tensor without a bias is one plane.
+void merge(bool has_channels, int64_t& outer, int64_t& C, int64_t& inner) {
+  if (has_channels && C > 1) return;
+  inner *= outer * C;
+  outer = C = 1;
+}
+
+int pack_of(int dtype) { return dtype == kF64 ? 1 : dtype == kF32 ? 4 : 8; }
+
+template <int kOp, bool kPwl, typename T, int N>
+void launch(const Plan& plan, const Tensors<T>& t, const void* b, bool b_f32, int64_t outer,
+            int64_t C, int64_t inner, const ActArgs<Acc<T>>& p, const Reduce<Acc<T>>& r,
+            void* stream) {
+  if (plan.rows)
+    GK_LAUNCH((bias_act_rows_kernel<kOp, kPwl, T, N>), plan.grid, plan.block, 0, stream, t, b,
+              b_f32, outer * C, C, plan.columns, p, r);
+  else
+    GK_LAUNCH((bias_act_planes_kernel<kOp, kPwl, T, N>), plan.grid, plan.block, 0, stream, t, b,
+              b_f32, outer, C, inner, plan.chunks, plan.span, p, r);
+}
+
+template <int kOp>
+int run(int dtype, int bdtype, const void* in0, const void* in1, const void* in2, const void* b,
+        void* out, void* db, void* workspace, int64_t outer, int64_t C, int64_t inner, int act,
+        double alpha, double gain, double clamp, bool from_x, void* stream) {
+  if (outer * C * inner == 0) return 0;
+  merge(b || db, outer, C, inner);
+  const bool packed =
+      aligned16(in0) && aligned16(out) && (!in1 || aligned16(in1)) && (!in2 || aligned16(in2));
+  return by_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using A = Acc<T>;
+    constexpr int kPack = sizeof(T) == 8 ? 1 : 16 / sizeof(T);
+    const int n = packed && !wide_fold(C, inner, kPack) ? kPack : 1;
+    const Plan plan = make_plan(outer, C, inner, n, db != nullptr);
+    const double slope = act == kLinear ? 1.0 : act == kRelu ? 0.0 : alpha;
+    const ActArgs<A> p{act,
+                       A(slope),
+                       A(gain),
+                       gain == 0 ? A(0) : A(1 / gain),
+                       A(clamp),
+                       from_x};
+    A* partials = static_cast<A*>(workspace);
+    int* tickets = reinterpret_cast<int*>(partials + plan.partials());
+    const Reduce<A> r{db, partials, tickets, bdtype == kF32};
+    if (db && (plan.grid.y > 1 || plan.columns > C)) {
+      const cudaError_t e = cudaMemsetAsync(tickets, 0, plan.grid.x * sizeof(int),
+                                            static_cast<cudaStream_t>(stream));
+      if (e != cudaSuccess) return static_cast<int>(e);
+    }
+    const Tensors<T> t{static_cast<const T*>(in0), static_cast<const T*>(in1),
+                       static_cast<const T*>(in2), static_cast<T*>(out)};
+    const bool b_f32 = bdtype == kF32;
+    if constexpr (kPack > 1) {
+      if (n > 1 && act <= kLrelu && kOp != kBwd2)
+        launch<kOp, kOp != kBwd2, T, kPack>(plan, t, b, b_f32, outer, C, inner, p, r, stream);
+      else if (n > 1)
+        launch<kOp, false, T, kPack>(plan, t, b, b_f32, outer, C, inner, p, r, stream);
+    }
+    if (n == 1) launch<kOp, false, T, 1>(plan, t, b, b_f32, outer, C, inner, p, r, stream);
+    return static_cast<int>(cudaGetLastError());
+  });
+}
+
+}  // namespace
+
+namespace GANKERN_BACKEND {
+
+int bias_act(int dtype, int bdtype, const void* x, const void* b, void* y, int64_t outer, int64_t C,
+             int64_t inner, int act, double alpha, double gain, double clamp, void* stream) {
+  return run<kFwd>(dtype, bdtype, x, nullptr, nullptr, b, y, nullptr, nullptr, outer, C, inner, act,
+                   alpha, gain, clamp, false, stream);
+}
+
+// Bytes of scratch that bias_act_bwd needs to return db.
+int64_t bias_act_bwd_workspace(int dtype, int64_t outer, int64_t C, int64_t inner) {
+  if (outer * C * inner == 0) return 0;
+  merge(true, outer, C, inner);
+  int64_t bytes = 0;
+  for (const int packed : {1, pack_of(dtype)}) {
+    const Plan plan = make_plan(outer, C, inner, packed, true);
+    const int64_t need = plan.partials() * (dtype == kF64 ? 8 : 4) + plan.grid.x * 4;
+    bytes = max(bytes, need);
+  }
+  return bytes;
+}
+
+int bias_act_bwd(int dtype, int bdtype, const void* dy, const void* ref, const void* b, void* dx,
+                 void* db, void* workspace, int64_t outer, int64_t C, int64_t inner, int act,
+                 double alpha, double gain, double clamp, bool from_x, void* stream) {
+  return run<kBwd>(dtype, bdtype, dy, ref, nullptr, b, dx, db, workspace, outer, C, inner, act,
+                   alpha, gain, clamp, from_x, stream);
+}
+
+int bias_act_bwd2(int dtype, int bdtype, const void* dy, const void* v, const void* ref,
+                  const void* b, void* dref, int64_t outer, int64_t C, int64_t inner, int act,
+                  double alpha, double gain, double clamp, bool from_x, void* stream) {
+  return run<kBwd2>(dtype, bdtype, dy, ref, v, b, dref, nullptr, nullptr, outer, C, inner, act,
+                    alpha, gain, clamp, from_x, stream);
+}
+
+GK_EXPORT(bias_act);
+GK_EXPORT(bias_act_bwd_workspace);
+GK_EXPORT(bias_act_bwd);
+GK_EXPORT(bias_act_bwd2);
+
+}  // namespace GANKERN_BACKEND
+}  // namespace gankern

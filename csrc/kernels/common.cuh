@@ -1,0 +1,160 @@
+// What every kernel shares: launching, element types, packed 16-byte access.
+//
+// Under nvcc this is plain CUDA. With -DGANKERN_SIMT, g++ builds the same kernels for the CPU
+// (csrc/simt), which supplies the three macros below in its own way.
+#pragma once
+
+#include <cstdint>
+
+#include "../dtype.h"
+
+#ifdef GANKERN_SIMT
+#include "simt.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+// The kernel goes in parentheses, for the commas of its template arguments.
+#define GK_LAUNCH(kernel, grid, block, smem, stream, ...) \
+  kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define GK_DYNAMIC_SHARED(T, name)                          \
+  extern __shared__ __align__(16) unsigned char gk_smem[]; \
+  T* name = reinterpret_cast<T*>(gk_smem)
+#define GK_EXPORT(launcher)
+#endif
+
+#ifndef GANKERN_BACKEND
+#define GANKERN_BACKEND cuda
+#endif
+
+namespace gankern {
+namespace {
+
+// 16-bit types accumulate in float32.
+template <typename T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <typename T>
+using Acc = typename AccOf<T>::type;
+
+__device__ __forceinline__ float to_acc(float v) { return v; }
+__device__ __forceinline__ double to_acc(double v) { return v; }
+__device__ __forceinline__ float to_acc(__half v) { return __half2float(v); }
+__device__ __forceinline__ float to_acc(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <typename T>
+__device__ __forceinline__ T from_acc(Acc<T> v) {
+  return static_cast<T>(v);
+}
+template <>
+__device__ __forceinline__ __half from_acc<__half>(float v) {
+  return __float2half_rn(v);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_acc<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+
+template <int kBytes>
+struct RawOf;
+template <>
+struct RawOf<16> {
+  using type = uint4;
+};
+template <>
+struct RawOf<8> {
+  using type = uint2;
+};
+template <>
+struct RawOf<4> {
+  using type = unsigned int;
+};
+template <>
+struct RawOf<2> {
+  using type = unsigned short;
+};
+
+// N elements moved by one load or store instruction.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T v[N];
+};
+
+template <typename T, int N>
+__device__ __forceinline__ Pack<T, N> load_pack(const T* p) {
+  using Raw = typename RawOf<sizeof(T) * N>::type;
+  Pack<T, N> out;
+  *reinterpret_cast<Raw*>(&out) = *reinterpret_cast<const Raw*>(p);
+  return out;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void store_pack(T* p, const Pack<T, N>& value) {
+  using Raw = typename RawOf<sizeof(T) * N>::type;
+  *reinterpret_cast<Raw*>(p) = *reinterpret_cast<const Raw*>(&value);
+}
+
+// Element i of a small operand (bias, styles, noise) that is float32 or has x's own type.
+template <typename T>
+__device__ __forceinline__ Acc<T> load_param(const void* p, bool is_f32, int64_t i) {
+  return is_f32 ? static_cast<Acc<T>>(static_cast<const float*>(p)[i])
+                : static_cast<Acc<T>>(to_acc(static_cast<const T*>(p)[i]));
+}
+
+template <typename T>
+__device__ __forceinline__ void store_param(void* p, bool is_f32, int64_t i, Acc<T> v) {
+  if (is_f32)
+    static_cast<float*>(p)[i] = static_cast<float>(v);
+  else
+    static_cast<T*>(p)[i] = from_acc<T>(v);
+}
+
+// Sum over groups of `width` neighbouring lanes (a power of two up to 32); all lanes get it.
+template <typename A>
+__device__ __forceinline__ A warp_sum(A v, int width = 32) {
+  for (int offset = width / 2; offset > 0; offset /= 2)
+    v += __shfl_xor_sync(0xffffffffu, v, offset);
+  return v;
+}
+
+// Calls f with a value of the element type; the only place where dtypes become types.
+template <typename F>
+inline int by_dtype(int dtype, F f) {
+  switch (dtype) {
+    case kF32:
+      return f(float{});
+    case kF16:
+      return f(__half{});
+    case kBF16:
+      return f(__nv_bfloat16{});
+    default:
+      return f(double{});
+  }
+}
+
+inline int sm_count() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    return 108;
+  return count;
+}
+
+inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The smallest power of two that is at least n, between lo and hi.
+inline int pow2_between(int64_t n, int lo, int hi) {
+  int p = lo;
+  while (p < n && p < hi) p *= 2;
+  return p;
+}
+
+}  // namespace
+}  // namespace gankern

@@ -1,0 +1,225 @@
+// What every op's torch side shares: which backend this is, checks, layouts, launch arguments.
+//
+// Each csrc/torch/<op>.cpp is compiled once per backend: -DGANKERN_BACKEND=cpu|cuda|simt, and
+// -DGANKERN_NS=gankern|gankern_simt, the dispatcher's namespace. PyTorch's stable ABI only.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../dtype.h"
+
+#define GK_CAT_(a, b) a##b
+#define GK_CAT(a, b) GK_CAT_(a, b)
+#define GK_IS_cpu 1
+#define GK_IS_cuda 2
+#define GK_IS_simt 3
+#define GK_BACKEND_ID GK_CAT(GK_IS_, GANKERN_BACKEND)
+
+// GANKERN_SCHEMAS(m) { m.def(...); } and GANKERN_IMPLS(m) { m.impl(...); } register an op. The CPU
+// library owns the schemas; the CUDA library adds kernels to them.
+#if GK_BACKEND_ID == 2
+#define GANKERN_SCHEMAS(m) [[maybe_unused]] static void gk_unused_schemas(torch::stable::detail::StableLibrary& m)
+#define GANKERN_IMPLS(m) STABLE_TORCH_LIBRARY_IMPL(GANKERN_NS, CUDA, m)
+#else
+#define GANKERN_SCHEMAS(m) STABLE_TORCH_LIBRARY_FRAGMENT(GANKERN_NS, m)
+#define GANKERN_IMPLS(m) STABLE_TORCH_LIBRARY_IMPL(GANKERN_NS, CPU, m)
+#endif
+
+// GANKERN_KERNEL(ret, name, args...) declares a launcher as kernels::name. For the CPU there is one
+// per instruction set, chosen at each call by cpu_isa().
+#if GK_BACKEND_ID == 1
+#ifdef __x86_64__
+#define GANKERN_KERNEL(ret, name, ...)                                       \
+  namespace gankern::cpu {                                                   \
+  namespace base {                                                           \
+  ret name(__VA_ARGS__);                                                     \
+  }                                                                          \
+  namespace avx2 {                                                           \
+  ret name(__VA_ARGS__);                                                     \
+  }                                                                          \
+  namespace avx512 {                                                         \
+  ret name(__VA_ARGS__);                                                     \
+  }                                                                          \
+  template <typename... Args>                                                \
+  ret name(Args... args) {                                                   \
+    const int isa = gankern_cpu_isa();                                       \
+    return (isa == 2 ? avx512::name : isa == 1 ? avx2::name : base::name)(   \
+        args...);                                                            \
+  }                                                                          \
+  }
+#else
+#define GANKERN_KERNEL(ret, name, ...) \
+  namespace gankern::cpu {             \
+  inline namespace base {              \
+  ret name(__VA_ARGS__);               \
+  }                                    \
+  }
+#endif
+#else
+#define GANKERN_KERNEL(ret, name, ...)  \
+  namespace gankern::GANKERN_BACKEND {  \
+  ret name(__VA_ARGS__);                \
+  }
+#endif
+// The instruction set in use: 0 base, 1 AVX2, 2 AVX-512 (csrc/torch/library.cpp).
+extern "C" int gankern_cpu_isa();
+
+namespace gankern {
+namespace GANKERN_BACKEND {}
+namespace kernels = ::gankern::GANKERN_BACKEND;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline const char* dtype_name(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    default:
+      return "another dtype";
+  }
+}
+
+inline int dtype_code(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return kF32;
+    case ScalarType::Half:
+      return kF16;
+    case ScalarType::BFloat16:
+      return kBF16;
+    case ScalarType::Double:
+      return kF64;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", name,
+                      " must be float32, float16, bfloat16 or float64, got another dtype");
+  }
+}
+
+// The dtype of a small operand beside x: x's own, or float32.
+inline int param_code(const char* op, const char* name, const Tensor& t, int x_code) {
+  const int code = dtype_code(op, name, t);
+  STD_TORCH_CHECK(code == x_code || code == kF32, op, ": ", name,
+                  " must have x's dtype or float32, got ", dtype_name(t.scalar_type()));
+  return code;
+}
+
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); i++)
+    if (a.size(i) != b.size(i)) return false;
+  return true;
+}
+
+// True if the elements fill their memory without gaps or overlap, in whatever order of dimensions.
+inline bool is_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t i = 0; i < t.dim(); i++)
+    if (t.size(i) != 1) dims.emplace_back(t.stride(i), t.size(i));
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+inline bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t i = 0; i < a.dim(); i++)
+    if (a.size(i) != 1 && a.stride(i) != b.stride(i)) return false;
+  return true;
+}
+
+inline Tensor dense(const Tensor& t) { return is_dense(t) ? t : torch::stable::contiguous(t); }
+
+// t in the memory layout of `like`, copied only if it has another one.
+inline Tensor laid_out_like(const Tensor& t, const Tensor& like) {
+  if (same_strides(t, like)) return t;
+  Tensor out = torch::stable::empty_like(like);
+  return torch::stable::copy_(out, t);
+}
+
+// NCHW in channels-last memory (and not also contiguous).
+inline bool is_channels_last(const Tensor& t) {
+  if (t.dim() != 4 || t.is_contiguous()) return false;
+  int64_t expected = 1;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+// A dense tensor around dimension `dim`, in memory order: index = (outer * C + c) * inner + rest.
+struct Around {
+  int64_t outer, C, inner;
+};
+inline Around around(const Tensor& t, int64_t dim) {
+  const int64_t C = t.size(dim), numel = t.numel();
+  if (numel == 0 || C == 1) return {1, C, C ? numel / C : 0};
+  const int64_t inner = t.stride(dim);
+  return {numel / (C * inner), C, inner};
+}
+
+// The current CUDA stream of t's device, with that device made current; null on the CPU.
+class Launch {
+ public:
+  explicit Launch([[maybe_unused]] const Tensor& t)
+#if GK_BACKEND_ID == 2
+      : guard_(t.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  }
+#else
+  {
+  }
+#endif
+  void* stream = nullptr;
+
+  void check(const char* op, int error) const {
+    STD_TORCH_CHECK(error == 0, op, ": the kernel launch failed with CUDA error ", error);
+  }
+
+ private:
+#if GK_BACKEND_ID == 2
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+// Uninitialised n elements of `dtype` on t's device.
+inline Tensor empty_1d(const Tensor& t, int64_t n, ScalarType dtype) {
+  return torch::stable::new_empty(t, {n}, dtype);
+}
+
+// An output of n elements, followed in the same allocation by `bytes` of scratch for the kernel.
+struct WithWorkspace {
+  Tensor out;
+  void* workspace;
+};
+inline WithWorkspace empty_with_workspace(const Tensor& like, int64_t n, ScalarType dtype,
+                                          int64_t bytes) {
+  const int64_t size = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  const int64_t padded = (n * size + 15) / 16 * 16;
+  Tensor all = empty_1d(like, (padded + (bytes + 15) / 16 * 16) / size, dtype);
+  char* base = static_cast<char*>(all.mutable_data_ptr());
+  return {torch::stable::narrow(all, 0, 0, n), base + padded};
+}
+
+}  // namespace gankern

@@ -1,0 +1,23 @@
+"""Fused operations for GANs. Each op is one module: public function, reference, kernels, autograd."""
+
+from gankern.ops.adain import adain
+from gankern.ops.bias_act import bias_act
+from gankern.ops.conv2d_resample import conv2d_resample
+from gankern.ops.minibatch_stddev import minibatch_stddev
+from gankern.ops.modulated_conv2d import modulated_conv2d
+from gankern.ops.pixel_norm import pixel_norm
+from gankern.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
+
+__all__ = [
+    "adain",
+    "bias_act",
+    "conv2d_resample",
+    "downsample2d",
+    "filter2d",
+    "minibatch_stddev",
+    "modulated_conv2d",
+    "pixel_norm",
+    "setup_filter",
+    "upfirdn2d",
+    "upsample2d",
+]

@@ -1,0 +1,170 @@
+"""Which implementation of an op runs: loading the compiled libraries, choosing, explaining.
+
+An implementation is a namespace of PyTorch's dispatcher. `gankern` holds the C++ kernels for the
+CPU and for CUDA, `gankern_triton` the Triton ones, under the same names and schemas, so that an
+op's autograd is written once over `op(impl, name)`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+try:
+    import triton
+except ImportError:  # no wheel for this platform
+    triton = None
+
+IMPLS = ("cuda", "triton", "cpu", "reference")
+NAMESPACES = {"cuda": "gankern", "cpu": "gankern", "triton": "gankern_triton"}
+PACKAGE = Path(__file__).resolve().parents[1]
+
+LIBRARIES: dict[str, str] = {}  # "cpu", "cuda": "" where loaded, else the reason why not
+_fakes: dict[str, Callable] = {}
+_overloads: dict[tuple[str, str], Any] = {}
+
+
+def load_libraries() -> None:
+    """Load the compiled libraries that this installation has; called once, on import."""
+    for name in ("cpu", "cuda"):
+        path = PACKAGE / f"_{name}.so"
+        if not path.exists():
+            LIBRARIES[name] = f"the {name.upper()} library was not built: see `gankern doctor`"
+        elif name == "cuda" and torch.version.cuda is None:
+            LIBRARIES[name] = "this PyTorch is a CPU build: install a CUDA build of torch"
+        elif name == "cuda" and LIBRARIES["cpu"]:
+            LIBRARIES[name] = "the CUDA library needs the CPU library: " + LIBRARIES["cpu"]
+        else:
+            LIBRARIES[name] = _load(path)
+
+
+def _load(path: Path) -> str:
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as e:
+        return f"{path.name} does not load ({e}): reinstall gankern with this PyTorch"
+    return ""
+
+
+def register_fake(name: str, fake: Callable) -> None:
+    """Give op `name` its shape function, in every namespace that has the op."""
+    _fakes[name] = fake
+    for namespace in dict.fromkeys(NAMESPACES.values()):
+        _register_fake_in(namespace, name)
+
+
+def _register_fake_in(namespace: str, name: str) -> None:
+    if namespace != "gankern_triton" and hasattr(getattr(torch.ops, namespace), name):
+        torch.library.register_fake(f"{namespace}::{name}", _fakes[name])
+
+
+def add_namespace(impl: str, namespace: str) -> None:
+    """Make the ops of another namespace selectable as `impl` (tests add the simulated kernels)."""
+    NAMESPACES[impl] = namespace
+    for name in _fakes:
+        _register_fake_in(namespace, name)
+
+
+def op(impl: str, name: str) -> Any:
+    """The dispatcher's overload of op `name` in the implementation `impl`."""
+    key = (impl, name)
+    found = _overloads.get(key)
+    if found is None:
+        found = getattr(getattr(torch.ops, NAMESPACES[impl]), name).default
+        _overloads[key] = found
+    return found
+
+
+def why_not(impl: str, device: str, op_name: str) -> str:
+    """Why `impl` cannot run `op_name` on tensors of `device`, with the cure; empty if it can."""
+    if impl == "reference":
+        return ""
+    reason = _why_not_at_all(impl, device)
+    if not reason and not hasattr(getattr(torch.ops, NAMESPACES[impl]), op_name):
+        return f"{op_name} has no {impl} kernel: use impl=None"
+    return reason
+
+
+def _why_not_at_all(impl: str, device: str) -> str:
+    if impl == "triton":
+        if triton is None:
+            return "triton is not installed: pip install triton"
+        if device != "cuda" and not triton_interpreted():
+            return f"Triton kernels need CUDA tensors, got {device}: use impl=None or 'cpu'"
+        return ""
+    if impl in ("cpu", "cuda"):
+        if device != impl:
+            return f"its kernels need {impl.upper()} tensors, got {device}: use impl=None"
+        return LIBRARIES[impl]
+    if impl in NAMESPACES:
+        return ""
+    return f"it is not one of {', '.join(IMPLS)}"
+
+
+def triton_interpreted() -> bool:
+    """True where Triton's interpreter runs kernels on the CPU (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _best(device: str, op_name: str) -> str:
+    preferred = ("cuda", "triton") if device == "cuda" else (device,)
+    for impl in preferred:
+        if impl in NAMESPACES and not why_not(impl, device, op_name):
+            return impl
+    return "reference"
+
+
+# The one override: the implementation that impl=None means wherever it can run.
+_OVERRIDE = os.environ.get("GANKERN_IMPL", "")
+_default: dict[tuple[str, str], str] = {}
+
+
+def default_impl(op_name: str, device: str) -> str:
+    """The implementation of an op that impl=None means on `device` ("cpu", "cuda", ...)."""
+    key = (op_name, device)
+    found = _default.get(key)
+    if found is None:
+        usable = _OVERRIDE and not why_not(_OVERRIDE, device, op_name)
+        found = _default[key] = _OVERRIDE if usable else _best(device, op_name)
+    return found
+
+
+def choose(op_name: str, impl: str | None, x: torch.Tensor) -> str:
+    """The implementation to run for x.
+
+    Raises:
+        ValueError: impl is unknown.
+        RuntimeError: impl was named and cannot run here; the text says why and what to do.
+    """
+    if impl is None:
+        return default_impl(op_name, x.device.type)
+    if impl not in IMPLS and impl not in NAMESPACES:
+        raise ValueError(f"{op_name}: impl must be None or one of {', '.join(IMPLS)}, got {impl!r}")
+    reason = why_not(impl, x.device.type, op_name)
+    if reason:
+        raise RuntimeError(f"{op_name}: impl={impl!r} cannot run: {reason}")
+    return impl
+
+
+def set_cpu_isa(level: int) -> int:
+    """Limit the CPU kernels to 0 (base), 1 (AVX2) or 2 (AVX-512); -1 restores the best. For tests."""
+    library = ctypes.CDLL(str(PACKAGE / "_cpu.so"))
+    return int(library.gankern_set_cpu_isa(level))
+
+
+def check_float(op_name: str, name: str, t: Any) -> None:
+    """Raise TypeError unless t is a tensor of a supported floating dtype."""
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{op_name}: {name} must be a tensor, got {type(t).__name__}")
+    if t.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise TypeError(
+            f"{op_name}: {name} must be float32, float16, bfloat16 or float64, got {t.dtype}"
+        )
+
+
+load_libraries()

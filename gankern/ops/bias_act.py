@@ -1,0 +1,447 @@
+"""bias_act: add a bias, activate, scale and clamp, in one pass over memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gankern.ops import _impl
+
+if _impl.triton is not None:
+    import triton
+    import triton.language as tl
+
+
+class Act(NamedTuple):
+    code: int  # as in csrc/kernels/bias_act.cu
+    gain: float  # default gain: keeps the variance of a unit normal
+    alpha: float  # default negative slope
+    smooth: bool  # has a second derivative
+
+
+ACTS = {
+    "linear": Act(0, 1.0, 0.0, False),
+    "relu": Act(1, math.sqrt(2), 0.0, False),
+    "lrelu": Act(2, math.sqrt(2), 0.2, False),
+    "tanh": Act(3, 1.0, 0.0, True),
+    "sigmoid": Act(4, 1.0, 0.0, True),
+    "elu": Act(5, 1.0, 0.0, True),
+    "selu": Act(6, 1.0, 0.0, True),
+    "softplus": Act(7, 1.0, 0.0, True),
+    "swish": Act(8, math.sqrt(2), 0.0, True),
+}
+
+
+def bias_act(
+    x: Tensor,
+    b: Tensor | None = None,
+    dim: int = 1,
+    act: str = "linear",
+    alpha: float | None = None,
+    gain: float | None = None,
+    clamp: float | None = None,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """Bias, activation, gain and clamp: y = clamp(act(x + b) * gain, -clamp, clamp).
+
+    Args:
+        x: any shape; float32, float16, bfloat16 or float64; any strides (dense ones are kept).
+        b: [x.shape[dim]] of x's dtype or float32, or None for no bias.
+        dim: the dimension of x that b belongs to.
+        act: linear, relu, lrelu, tanh, sigmoid, elu, selu, softplus or swish.
+        alpha: negative slope of lrelu; None: 0.2.
+        gain: factor after the activation; None: sqrt(2) for relu, lrelu and swish, else 1.
+        clamp: largest magnitude of the output; None: not clamped.
+        impl: None (the best that can run), "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        y of x's shape, dtype and memory format.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above. RuntimeError: impl cannot run here.
+
+    Gradients: in x and b, of any order. Orders 1 and 2 are kernels; orders above are composed of
+    PyTorch's. Saves y alone (swish, and lrelu with alpha < 0: x).
+    Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", appendix B.
+    """
+    dim, args = _check(x, b, dim, act, alpha, gain, clamp)
+    chosen = _impl.choose("bias_act", impl, x)
+    if chosen == "reference":
+        return bias_act_reference(x, b, dim, act, *args)
+    return _BiasAct.apply(x, b, dim, act, *args, chosen)
+
+
+def _check(x, b, dim, act, alpha, gain, clamp) -> tuple[int, tuple[float, float, float]]:
+    """Validated dim >= 0 and (alpha, gain, clamp), with clamp -1 for none."""
+    _impl.check_float("bias_act", "x", x)
+    if act not in ACTS:
+        raise ValueError(f"bias_act: act must be one of {', '.join(ACTS)}, got {act!r}")
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"bias_act: dim must be a dimension of x {tuple(x.shape)}, got {dim}")
+    dim %= x.dim()
+    if b is not None:
+        _impl.check_float("bias_act", "b", b)
+        if b.dim() != 1 or b.shape[0] != x.shape[dim]:
+            raise ValueError(
+                f"bias_act: b must have shape ({x.shape[dim]},), got {tuple(b.shape)}"
+            )
+        if b.dtype not in (x.dtype, torch.float32):
+            raise TypeError(f"bias_act: b must be {x.dtype} or torch.float32, got {b.dtype}")
+        if b.device != x.device:
+            raise ValueError(f"bias_act: b must be on x's device {x.device}, got {b.device}")
+    if clamp is not None and not clamp >= 0:
+        raise ValueError(f"bias_act: clamp must be None or at least 0, got {clamp}")
+    spec = ACTS[act]
+    alpha = spec.alpha if alpha is None else float(alpha)
+    gain = spec.gain if gain is None else float(gain)
+    return dim, (alpha, gain, -1.0 if clamp is None else float(clamp))
+
+
+# --- Reference: plain PyTorch, differentiable to any order.
+
+_REFERENCE = {
+    "linear": lambda u, alpha: u,
+    "relu": lambda u, alpha: F.relu(u),
+    "lrelu": lambda u, alpha: F.leaky_relu(u, alpha),
+    "tanh": lambda u, alpha: torch.tanh(u),
+    "sigmoid": lambda u, alpha: torch.sigmoid(u),
+    "elu": lambda u, alpha: F.elu(u),
+    "selu": lambda u, alpha: F.selu(u),
+    "softplus": lambda u, alpha: F.softplus(u),
+    "swish": lambda u, alpha: u * torch.sigmoid(u),
+}
+
+
+def bias_act_reference(
+    x: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, gain: float, clamp: float
+) -> Tensor:
+    """The formula in PyTorch operations; clamp < 0 means none."""
+    if b is not None:
+        x = x + b.to(x.dtype).reshape([-1 if i == dim else 1 for i in range(x.dim())])
+    x = _REFERENCE[act](x, alpha)
+    if gain != 1:
+        x = x * gain
+    return x.clamp(-clamp, clamp) if clamp >= 0 else x
+
+
+# --- Triton.
+
+if _impl.triton is not None:
+    BLOCK = 1024
+
+    @triton.jit
+    def _tanh(u):
+        e = tl.exp(-2 * tl.abs(u))
+        small = u * (1 - u * u * (1 / 3 - u * u * (2 / 15)))  # where 1 - e would cancel
+        t = (1 - e) / (1 + e)
+        return tl.where(tl.abs(u) < 0.05, small, tl.where(u < 0, -t, t))
+
+    @triton.jit
+    def _expm1(u):
+        small = u * (1 + u * (1 / 2 + u * (1 / 6 + u * (1 / 24 + u * (1 / 120)))))
+        return tl.where(tl.abs(u) < 0.05, small, tl.exp(u) - 1)
+
+    @triton.jit
+    def _softplus(u):
+        z = tl.exp(-tl.abs(u))
+        log1p = tl.where(z < 1e-2, z * (1 - z * (1 / 2 - z * (1 / 3 - z / 4))), tl.log(1 + z))
+        return tl.maximum(u, 0) + log1p
+
+    @triton.jit
+    def _act_value(u, ACT: tl.constexpr, alpha):
+        if ACT <= 2:
+            negative = tl.where(u != u, u, 0.0) if ACT == 1 else u * alpha
+            a = tl.where(u > 0, u, negative)
+        elif ACT == 3:
+            a = _tanh(u)
+        elif ACT == 4:
+            a = 1 / (1 + tl.exp(-u))
+        elif ACT == 5:
+            a = tl.where(u > 0, u, _expm1(u))
+        elif ACT == 6:
+            a = 1.0507009873554805 * tl.where(u > 0, u, 1.6732632423543772 * _expm1(u))
+        elif ACT == 7:
+            a = _softplus(u)
+        else:
+            a = u / (1 + tl.exp(-u))
+        return a
+
+    @triton.jit
+    def _act_slope(a, u, ACT: tl.constexpr, alpha, FROM_X: tl.constexpr):
+        if ACT <= 2:
+            s = tl.where((u if FROM_X else a) > 0, 1.0, alpha)
+        elif ACT == 3:
+            s = 1 - a * a
+        elif ACT == 4:
+            s = a * (1 - a)
+        elif ACT == 5:
+            s = tl.where(a > 0, 1.0, a + 1)
+        elif ACT == 6:
+            s = tl.where(a > 0, 1.0507009873554805, a + 1.7580993408473766)
+        elif ACT == 7:
+            s = -_expm1(-a)
+        else:
+            g = 1 / (1 + tl.exp(-u))
+            s = g * (1 + u * (1 - g))
+        return s
+
+    @triton.jit
+    def _act_curve(a, u, gain, ACT: tl.constexpr):
+        if ACT == 3:
+            c = -2 * a
+        elif ACT == 4:
+            c = 1 - 2 * a
+        elif ACT == 5 or ACT == 6:
+            c = tl.where(a > 0, 0.0, 1.0)
+        elif ACT == 7:
+            c = tl.exp(-a)
+        else:
+            g = 1 / (1 + tl.exp(-u))
+            c = gain * g * (1 - g) * (2 + u * (1 - 2 * g))
+        return c
+
+    @triton.jit
+    def bias_act_fwd_kernel(
+        x_ptr, b_ptr, y_ptr, numel, C, inner, alpha, gain, clamp,
+        ACT: tl.constexpr, HAS_B: tl.constexpr, CLAMPED: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < numel
+        u = tl.load(x_ptr + i, mask=inside).to(tl.float32)
+        if HAS_B:
+            u += tl.load(b_ptr + (i // inner) % C, mask=inside).to(tl.float32)
+        y = _act_value(u, ACT, alpha) * gain
+        if CLAMPED:
+            y = tl.where(y > clamp, clamp, tl.where(y < -clamp, -clamp, y))
+        tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def bias_act_bwd_kernel(
+        dy_ptr, v_ptr, ref_ptr, b_ptr, dx_ptr, sums_ptr,
+        outer, C, inner, alpha, gain, inv_gain, clamp,
+        ACT: tl.constexpr, HAS_B: tl.constexpr, CLAMPED: tl.constexpr, FROM_X: tl.constexpr,
+        SECOND: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        # One program per channel (or one group of channels where inner is 1) and per part of outer.
+        c = tl.program_id(0).to(tl.int64)
+        part = tl.program_id(1)
+        parts = tl.num_programs(1)
+        total = outer * inner
+        bias = 0.0
+        if HAS_B:
+            bias = tl.load(b_ptr + c).to(tl.float32)
+        acc = tl.zeros([BLOCK], tl.float32)
+        for start in range(part * BLOCK, total, parts * BLOCK):
+            e = start + tl.arange(0, BLOCK)
+            inside = e < total
+            i = (e // inner).to(tl.int64) * C * inner + c * inner + e % inner
+            ref = tl.load(ref_ptr + i, mask=inside, other=0.0).to(tl.float32)
+            d = tl.load(dy_ptr + i, mask=inside, other=0.0).to(tl.float32)
+            u = ref + bias
+            if FROM_X:
+                a = _act_value(u, ACT, alpha)
+                y = a * gain
+            else:
+                a = ref * inv_gain
+                y = ref
+            if SECOND:
+                d = d * tl.load(v_ptr + i, mask=inside, other=0.0).to(tl.float32)
+                d = d * _act_curve(a, u, gain, ACT)
+            else:
+                d = d * gain * _act_slope(a, u, ACT, alpha, FROM_X)
+            if CLAMPED:
+                d = tl.where((y > -clamp) & (y < clamp), d, 0.0)
+            tl.store(dx_ptr + i, d.to(dx_ptr.dtype.element_ty), mask=inside)
+            acc += tl.where(inside, d, 0.0)
+        if SUMS:
+            tl.store(sums_ptr + part * C + c, tl.sum(acc))
+
+    def _around(x: Tensor, dim: int) -> tuple[int, int, int]:
+        """(outer, C, inner) of a contiguous x around dim."""
+        return math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :])
+
+    @torch.library.triton_op("gankern_triton::bias_act", mutates_args=())
+    def _triton_fwd(
+        x: Tensor, b: Tensor | None, dim: int, act: int, alpha: float, gain: float, clamp: float
+    ) -> Tensor:
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        if x.numel() == 0:
+            return y
+        _, C, inner = _around(x, dim)
+        slope = 1.0 if act == 0 else alpha
+        torch.library.wrap_triton(bias_act_fwd_kernel)[(triton.cdiv(x.numel(), BLOCK),)](
+            x, x if b is None else b, y, x.numel(), C, inner, slope, gain, clamp,
+            ACT=act, HAS_B=b is not None, CLAMPED=clamp >= 0, BLOCK=BLOCK,
+        )  # fmt: skip
+        return y
+
+    def _triton_grad(
+        dy: Tensor, v: Tensor | None, ref: Tensor, b: Tensor | None, dim: int, act: int,
+        alpha: float, gain: float, clamp: float, from_x: bool, needs_db: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        dy, ref = dy.contiguous(), ref.contiguous()
+        dx = torch.empty_like(ref)
+        outer, C, inner = _around(ref, dim)
+        parts = max(1, min(64, triton.cdiv(outer * inner, 4 * BLOCK)))
+        db_dtype = ref.dtype if b is None else b.dtype
+        if ref.numel() == 0:
+            return dx, torch.zeros(C if needs_db else 0, dtype=db_dtype, device=ref.device)
+        sums = torch.empty((parts, C) if needs_db else (0, C), device=ref.device)
+        slope = {0: 1.0, 1: 0.0}.get(act, alpha)
+        torch.library.wrap_triton(bias_act_bwd_kernel)[(C, parts)](
+            dy, dy if v is None else v.contiguous(), ref, dy if b is None else b, dx, sums,
+            outer, C, inner, slope, gain, 1 / gain if gain else 0.0, clamp,
+            ACT=act, HAS_B=b is not None, CLAMPED=clamp >= 0, FROM_X=from_x,
+            SECOND=v is not None, SUMS=needs_db, BLOCK=BLOCK,
+        )  # fmt: skip
+        return dx, sums.sum(0).to(db_dtype) if needs_db else sums.new_empty(0, dtype=db_dtype)
+
+    @torch.library.triton_op("gankern_triton::bias_act_bwd", mutates_args=())
+    def _triton_bwd(
+        dy: Tensor, ref: Tensor, b: Tensor | None, dim: int, act: int, alpha: float, gain: float,
+        clamp: float, from_x: bool, needs_db: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return _triton_grad(dy, None, ref, b, dim, act, alpha, gain, clamp, from_x, needs_db)
+
+    @torch.library.triton_op("gankern_triton::bias_act_bwd2", mutates_args=())
+    def _triton_bwd2(
+        dy: Tensor, v: Tensor, ref: Tensor, b: Tensor | None, dim: int, act: int, alpha: float,
+        gain: float, clamp: float, from_x: bool,
+    ) -> Tensor:  # fmt: skip
+        return _triton_grad(dy, v, ref, b, dim, act, alpha, gain, clamp, from_x, False)[0]
+
+
+# --- Shape functions of the registered ops.
+
+
+def _fake_fwd(x, b, dim, act, alpha, gain, clamp):
+    return torch.empty_like(x)
+
+
+def _fake_bwd(dy, ref, b, dim, act, alpha, gain, clamp, from_x, needs_db):
+    like = ref if b is None else b
+    return torch.empty_like(ref), like.new_empty(ref.shape[dim] if needs_db else 0)
+
+
+def _fake_bwd2(dy, v, ref, b, dim, act, alpha, gain, clamp, from_x):
+    return torch.empty_like(ref)
+
+
+_impl.register_fake("bias_act", _fake_fwd)
+_impl.register_fake("bias_act_bwd", _fake_bwd)
+_impl.register_fake("bias_act_bwd2", _fake_bwd2)
+
+
+# --- Autograd, once for all implementations.
+
+
+class _BiasAct(torch.autograd.Function):
+    """y from x and b. The gradient's reference is y wherever y determines act'(x + b)."""
+
+    @staticmethod
+    def forward(x, b, dim, act, alpha, gain, clamp, impl):
+        return _impl.op(impl, "bias_act")(x, b, dim, ACTS[act].code, alpha, gain, clamp)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output) -> None:
+        x, b, dim, act, alpha, gain, clamp, impl = inputs
+        from_x = act == "swish" or (act == "lrelu" and alpha < 0)
+        ctx.save_for_backward(x if from_x else output, b)
+        ctx.args = (dim, act, alpha, gain, clamp, from_x, impl)
+
+    @staticmethod
+    def backward(ctx: Any, dy):  # type: ignore[override]
+        ref, b = ctx.saved_tensors
+        needs_db = ctx.needs_input_grad[1]
+        dx, db = _BiasActBwd.apply(dy, ref, b, needs_db, *ctx.args)
+        return dx, db if needs_db else None, None, None, None, None, None, None
+
+
+class _BiasActBwd(torch.autograd.Function):
+    """dx = dy * gain * act'(reference) and db = sum(dx): linear in dy."""
+
+    @staticmethod
+    def forward(dy, ref, b, needs_db, dim, act, alpha, gain, clamp, from_x, impl):
+        bwd = _impl.op(impl, "bias_act_bwd")
+        return bwd(dy, ref, b, dim, ACTS[act].code, alpha, gain, clamp, from_x, needs_db)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output) -> None:
+        dy, ref, b, _, *args = inputs
+        ctx.save_for_backward(dy, ref, b)
+        ctx.args = tuple(args)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, v, v_db):  # type: ignore[override]
+        dy, ref, b = ctx.saved_tensors
+        dim, act, from_x = ctx.args[0], ctx.args[1], ctx.args[5]
+        if v_db is not None:
+            row = v_db.to(ref.dtype).reshape([-1 if i == dim else 1 for i in range(ref.dim())])
+            v = row.expand_as(ref) if v is None else v + row
+        if v is None:
+            return (None,) * 11
+        d_dy = d_ref = d_b = None
+        if ctx.needs_input_grad[0]:
+            d_dy, _ = _BiasActBwd.apply(v, ref, b, False, *ctx.args)
+        if ACTS[act].smooth and ctx.needs_input_grad[1]:
+            d_ref = _BiasActBwd2.apply(dy, v, ref, b, *ctx.args)
+            if from_x and b is not None and ctx.needs_input_grad[2]:
+                d_b = d_ref.sum([i for i in range(ref.dim()) if i != dim]).to(b.dtype)
+        return (d_dy, d_ref, d_b, *(None,) * 8)
+
+
+class _BiasActBwd2(torch.autograd.Function):
+    """dy * v * d(gain * act')/d(reference); its own gradient is composed of PyTorch's operations."""
+
+    @staticmethod
+    def forward(dy, v, ref, b, dim, act, alpha, gain, clamp, from_x, impl):
+        bwd2 = _impl.op(impl, "bias_act_bwd2")
+        return bwd2(dy, v, ref, b, dim, ACTS[act].code, alpha, gain, clamp, from_x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output) -> None:
+        dy, v, ref, b, *args = inputs
+        ctx.save_for_backward(dy, v, ref, b)
+        ctx.args = tuple(args)
+
+    @staticmethod
+    def backward(ctx: Any, grad):  # type: ignore[override]
+        tensors = ctx.saved_tensors
+        with torch.enable_grad():
+            inputs = [t if t is None else t.view_as(t) for t in tensors]
+            out = _curve_reference(*inputs, *ctx.args[:6])
+            wanted = [t for t in inputs if t is not None and t.requires_grad]
+            grads = iter(
+                torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True)
+            )
+        found = [next(grads) if t is not None and t.requires_grad else None for t in inputs]
+        return (*found, *(None,) * 7)
+
+
+def _curve_reference(dy, v, ref, b, dim, act, alpha, gain, clamp, from_x) -> Tensor:
+    """What bias_act_bwd2 computes, differentiably: csrc/kernels/bias_act.cu, act_curve."""
+    u = ref
+    if from_x and b is not None:
+        u = ref + b.to(ref.dtype).reshape([-1 if i == dim else 1 for i in range(ref.dim())])
+    a = ref / gain if gain else torch.zeros_like(ref)
+    if act == "tanh":
+        curve = -2 * a
+    elif act == "sigmoid":
+        curve = 1 - 2 * a
+    elif act in ("elu", "selu"):
+        curve = (a <= 0).to(ref.dtype)
+    elif act == "softplus":
+        curve = torch.exp(-a)
+    else:
+        s = torch.sigmoid(u)
+        curve = gain * s * (1 - s) * (2 + u * (1 - 2 * s))
+    y = bias_act_reference(u, None, dim, act, alpha, gain, -1.0) if from_x else ref
+    inside = 1 if clamp < 0 else (y.abs() < clamp).to(ref.dtype)
+    return dy * v * curve * inside

@@ -200,8 +200,10 @@ def info(dataset: str, verify: bool, as_json: bool) -> None:
     from gankern.data.dataset import checksum
 
     data = open_dataset(dataset)
-    counts = [] if data.labels is None else np.bincount(data.labels, minlength=data.num_classes)
-    classes = {name: int(n) for name, n in zip(data.class_names, counts, strict=False)}
+    classes: dict[str, int] = {}
+    if data.labels is not None:
+        counts = np.bincount(data.labels, minlength=data.num_classes).tolist()
+        classes = dict(zip(data.class_names, counts, strict=True))
     facts: dict[str, Any] = {
         "name": data.name,
         "images": len(data),

@@ -22,7 +22,11 @@ from gankern.data.digits import load_digits
 from gankern.data.errors import DataError
 
 FORMAT = "gankern-dataset-1"
-_DTYPES = {"U8": np.dtype("u1"), "I64": np.dtype("<i8"), "F32": np.dtype("<f4")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "U8": np.dtype("u1"),
+    "I64": np.dtype("<i8"),
+    "F32": np.dtype("<f4"),
+}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
 
@@ -218,5 +222,5 @@ def checksum(images: np.ndarray) -> int:
     """CRC-32 of all pixels, computed in pieces."""
     value = 0
     for image in images:
-        value = zlib.crc32(np.ascontiguousarray(image), value)
+        value = zlib.crc32(image.tobytes(), value)
     return value

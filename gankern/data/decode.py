@@ -19,7 +19,8 @@ MODES = {"gray": "L", "rgb": "RGB", "rgba": "RGBA"}
 FILTERS = ("lanczos", "bicubic", "bilinear", "box", "nearest")
 MAX_PIXELS = 100_000_000  # an image that says it is larger is not decoded
 # EPS would start Ghostscript; formats of vectors, documents and films have no place here.
-_FORMATS = "PNG JPEG WEBP GIF BMP DIB TIFF PPM TGA ICO JPEG2000 AVIF QOI".split()
+_FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "ICO", "JPEG2000"]
+_FORMATS += ["AVIF", "QOI"]
 _ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
@@ -70,7 +71,7 @@ def decode(file: BinaryIO, geometry: Geometry) -> tuple[np.ndarray, list[str]]:
     Raises:
         Unreadable: not an image, truncated, damaged, or larger than MAX_PIXELS.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(file, formats=_formats()) as image:
@@ -78,10 +79,10 @@ def decode(file: BinaryIO, geometry: Geometry) -> tuple[np.ndarray, list[str]]:
                 raise Unreadable(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
             notes = _notes(image)
             side = 2 * max(geometry.height, geometry.width)
-            image.draft(None, (side, side))  # type: ignore[arg-type]  # lets JPEG decode smaller
+            image.draft(None, (side, side))  # lets JPEG decode smaller
             upright = _upright(image)
             return _fit(_colours(upright, geometry), geometry), notes
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise Unreadable("not an image") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise Unreadable(f"more than {MAX_PIXELS} pixels") from None

@@ -13,7 +13,7 @@ import torch
 from gankern.data.files import atomic_path
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
 _CAPTION = 14  # pixels below an image
 
@@ -67,26 +67,24 @@ def make_grid(
     cols = max(1, min(n, math.ceil(math.sqrt(n)) if cols is None else cols))
     gap = (2 if captions else 0) if gap is None else gap
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[c]
-    white = {1: 255, 3: (255,) * 3, 4: (255,) * 4}[c]
     cell_h, cell_w = h + gap + (_CAPTION if captions else 0), w + gap
     size = (cols * cell_w - gap, math.ceil(n / cols) * cell_h - gap)
-    grid = Image.new(mode, size, white)
+    grid = Image.new(mode, size, "white")
     draw = ImageDraw.Draw(grid)
     for i in range(n):
         row, col = divmod(i, cols)
         corner = (col * cell_w, row * cell_h)
         grid.paste(to_pil(x[i]), corner)
         if captions:
-            black = {1: 0, 3: (0, 0, 0), 4: (0, 0, 0, 255)}[c]
-            _caption(draw, (corner[0], corner[1] + h + 1), captions[i], w, black)
+            _caption(draw, (corner[0], corner[1] + h + 1), captions[i], w)
     return grid
 
 
-def _caption(draw, corner, text: str, width: int, fill) -> None:  # type: ignore[no-untyped-def]
+def _caption(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, width: int) -> None:
     """Writes as much of the text as fits into the width."""
     while text and draw.textlength(text, font_size=10) > width:
         text = text[:-1]
-    draw.text(corner, text, fill=fill, font_size=10)
+    draw.text(corner, text, fill="black", font_size=10)
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:

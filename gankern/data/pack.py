@@ -194,7 +194,11 @@ def labels_of(names: list[str], how: str) -> tuple[list[int] | None, list[str]]:
     if how == "none":
         return None, []
     folders = [PurePosixPath(name).parent.parts for name in names]
-    common = len(os.path.commonprefix(folders))  # type: ignore[call-overload]
+    common = 0
+    for first, last in zip(min(folders), max(folders), strict=False):
+        if first != last:
+            break
+        common += 1
     if len(set(folders)) == 1 and how != "auto":
         common = max(0, common - 1)  # one class only: its folder names it
     end = common + 1 if how == "from-top-folders" else None

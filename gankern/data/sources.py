@@ -33,7 +33,7 @@ class FolderSource:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.names = []
+        self.names: list[str] = []
         self.skipped: list[tuple[str, str]] = []
         self._walk(root, "", {os.path.realpath(root)})
         self.names.sort()

@@ -1,0 +1,680 @@
+"""gankern.data: packing real files of every kind, reading them back, and the order of batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors import safe_open
+
+from gankern.cli import main
+from gankern.data import BatchSampler, DataError, Dataset, make_grid, open_dataset, save_grid
+from gankern.data import decode as decode_module
+from gankern.data.decode import Geometry
+from gankern.data.digits import digits_path, load_digits
+from gankern.data.files import atomic_path
+from gankern.data.pack import labels_of, pack
+
+WHITE = (255, 255, 255)
+
+
+def plain(size: int = 16, **options) -> Geometry:
+    return Geometry(size, size, **options)
+
+
+def solid(path: Path, colour=(200, 30, 60), size=(20, 20), **save) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **save)
+    return path
+
+
+def noise(path: Path, size=(64, 64), seed=0, **save) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).save(path, **save)
+    return path
+
+
+def one(tmp_path: Path, geometry: Geometry) -> np.ndarray:
+    """Packs the folder `src` with its one image, and returns its pixels [C, H, W]."""
+    pack(tmp_path / "src", tmp_path / "out.safetensors", geometry)
+    data = open_dataset(tmp_path / "out.safetensors")
+    assert len(data) == 1
+    return np.array(data.images[0])
+
+
+def gankern(*args) -> tuple[int, str]:
+    result = CliRunner().invoke(main, [str(arg) for arg in args])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+# What people put into folders
+
+
+def test_16_bit_png_is_scaled(tmp_path):
+    (tmp_path / "src").mkdir()
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16)
+    Image.fromarray(np.tile(ramp, (256, 1))).save(tmp_path / "src/ramp.png")
+    pixels = one(tmp_path, plain(256, channels="gray"))
+    np.testing.assert_array_equal(pixels[0, 0], np.arange(256))
+
+
+def test_palette_with_transparency_is_composed_on_the_background(tmp_path):
+    (tmp_path / "src").mkdir()
+    image = Image.new("P", (16, 16), 0)
+    image.putpalette([0, 0, 0, 255, 0, 0] + [0] * 762)
+    image.paste(1, (0, 0, 8, 16))
+    image.save(tmp_path / "src/p.png", transparency=0)
+    pixels = one(tmp_path, plain(background=(10, 20, 30)))
+    assert pixels[:, 4, 4].tolist() == [255, 0, 0]
+    assert pixels[:, 4, 12].tolist() == [10, 20, 30]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_half_transparent_pixels_are_blended(tmp_path, mode):
+    (tmp_path / "src").mkdir()
+    Image.new(mode, (16, 16), (0,) * (len(mode) - 1) + (128,)).save(tmp_path / "src/a.png")
+    pixels = one(tmp_path, plain())
+    assert np.all(pixels == 127)
+
+
+def test_rgba_keeps_alpha_without_dark_fringes(tmp_path):
+    (tmp_path / "src").mkdir()
+    image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    image.paste((255, 255, 255, 255), (0, 0, 31, 64))
+    image.save(tmp_path / "src/a.png")
+    pixels = one(tmp_path, plain(16, channels="rgba"))
+    edge = pixels[:, 8, 7]
+    assert 100 < edge[3] < 255
+    assert edge[:3].min() >= 250  # white stays white where it fades out
+
+
+def test_cmyk_jpeg(tmp_path):
+    (tmp_path / "src").mkdir()
+    red = Image.new("RGB", (32, 32), (250, 10, 10)).convert("CMYK")
+    red.save(tmp_path / "src/c.jpg", quality=95)
+    assert np.abs(one(tmp_path, plain())[:, 8, 8].astype(int) - [250, 10, 10]).max() <= 6
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    (tmp_path / "src").mkdir()
+    upright = Image.new("RGB", (32, 32), (0, 0, 0))
+    upright.paste((255, 255, 255), (0, 0, 16, 8))  # as a person shall see it: bright at top left
+    undo = [None, 0, 3, 1, 5, 2, 6, 4][orientation - 1]  # how a camera held so would store it
+    stored = upright if undo is None else upright.transpose(Image.Transpose(undo))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "src/e.jpg", exif=exif, quality=95)
+    pixels = one(tmp_path, plain(32, channels="gray")).astype(int)
+    assert np.abs(pixels[0] - np.asarray(upright.convert("L")).astype(int)).max() <= 30
+
+
+def test_animation_gives_its_first_frame(tmp_path):
+    (tmp_path / "src").mkdir()
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / "src/a.gif", save_all=True, append_images=frames[1:])
+    report = pack(tmp_path / "src", tmp_path / "a.safetensors", plain())
+    assert open_dataset(tmp_path / "a.safetensors").images[0, :, 3, 3].tolist() == [255, 0, 0]
+    assert report.notes == {"animation: first frame taken": 1}
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp", "tiff", "ppm"])
+def test_formats(tmp_path, suffix):
+    solid(tmp_path / f"src/a.{suffix}")
+    assert np.abs(one(tmp_path, plain())[:, 5, 5].astype(int) - [200, 30, 60]).max() <= 6
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "YCbCr", "I;16", "LAB"])
+def test_other_modes(tmp_path, mode):
+    (tmp_path / "src").mkdir()
+    white = {"1": 1, "L": 255, "YCbCr": (255, 128, 128), "I;16": 65535, "LAB": (255, 128, 128)}[
+        mode
+    ]
+    suffix = {"YCbCr": "jpg", "LAB": "tiff"}.get(mode, "png")
+    Image.new(mode, (16, 16), white).save(tmp_path / f"src/a.{suffix}")
+    assert one(tmp_path, plain()).min() >= 254
+
+
+def test_skipped_files_are_reported_with_their_reason(tmp_path):
+    src = tmp_path / "src"
+    whole = noise(src / "whole.jpg").read_bytes()
+    (src / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (src / "half.png").write_bytes(noise(src / "x.png").read_bytes()[:3000])
+    (src / "notes.txt").write_text("not an image")
+    (src / "empty.png").write_bytes(b"")
+    (src / ".DS_Store").write_bytes(b"hidden")
+    Image.new("F", (8, 8), 0.5).save(src / "float.tiff")
+    os.mkfifo(src / "pipe.png")
+    (src / "dangling.png").symlink_to(src / "nowhere.png")
+    report = pack(src, tmp_path / "out.safetensors", plain())
+    assert open_dataset(tmp_path / "out.safetensors").file_names == ["whole.jpg", "x.png"]
+    assert dict(report.skipped) == {
+        "half.jpg": "truncated",
+        "half.png": "truncated",
+        "notes.txt": "not an image",
+        "empty.png": "not an image",
+        "float.tiff": "float pixels of unknown range",
+        "pipe.png": "not a regular file",
+        "dangling.png": "unreadable: No such file or directory",
+    }
+
+
+def test_bombs_are_not_decoded(tmp_path, monkeypatch):
+    solid(tmp_path / "src/small.png")
+    solid(tmp_path / "src/bomb.png", size=(3000, 3000))
+    monkeypatch.setattr(decode_module, "MAX_PIXELS", 1_000_000)
+    report = pack(tmp_path / "src", tmp_path / "out.safetensors", plain())
+    assert report.skipped == [("bomb.png", "3000x3000 is more than 1000000 pixels")]
+
+
+def test_postscript_is_never_run(tmp_path):
+    solid(tmp_path / "src/a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "src/b.eps")
+    report = pack(tmp_path / "src", tmp_path / "out.safetensors", plain())
+    assert report.skipped == [("b.eps", "not an image")]
+
+
+# Geometry
+
+
+def test_center_crop_and_letterbox(tmp_path):
+    src = tmp_path / "src"
+    src.mkdir()
+    image = Image.new("RGB", (64, 32), (0, 0, 255))
+    image.paste((255, 0, 0), (16, 0, 48, 32))  # the middle square
+    image.save(src / "a.png")
+    red = np.broadcast_to(np.uint8([255, 0, 0])[:, None, None], (3, 16, 16))
+    np.testing.assert_array_equal(one(tmp_path, plain(resample="box")), red)
+    (tmp_path / "out.safetensors").unlink()
+    boxed = one(tmp_path, plain(crop="none", background=(1, 2, 3), resample="box"))
+    assert boxed[:, 0, 0].tolist() == [1, 2, 3]
+    assert boxed[:, 15, 15].tolist() == [1, 2, 3]
+    assert boxed[:, 8, 1].tolist() == [0, 0, 255]
+    assert boxed[:, 8, 8].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("crop", ["center", "none"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (37, 53)], ids=str)
+def test_any_size_to_any_size(tmp_path, crop, size):
+    solid(tmp_path / "src/a.png", size=size)
+    pixels = one(tmp_path, Geometry(24, 40, crop=crop, background=(200, 30, 60)))
+    assert pixels.shape == (3, 24, 40)
+    assert np.abs(pixels.transpose(1, 2, 0).astype(int) - [200, 30, 60]).max() <= 1
+
+
+def test_pixels_of_the_right_size_are_untouched(tmp_path):
+    noise(tmp_path / "src/a.png", size=(48, 32))
+    pixels = one(tmp_path, Geometry(32, 48))
+    with Image.open(tmp_path / "src/a.png") as image:
+        np.testing.assert_array_equal(pixels.transpose(1, 2, 0), np.asarray(image))
+
+
+# Order, labels, zips, duplicates
+
+
+def animals(root: Path) -> Path:
+    for i, name in enumerate(["cat/2", "cat/10", "dog/small/1", "dog/big/1", "ant/7"]):
+        solid(root / f"{name}.png", (i * 40, 0, 0))
+    return root
+
+
+def test_order_and_labels_of_a_tree(tmp_path):
+    src = animals(tmp_path / "src/animals")
+    report = pack(tmp_path / "src", tmp_path / "out.safetensors", plain())
+    data = open_dataset(tmp_path / "out.safetensors")
+    assert [name.removeprefix("animals/") for name in data.file_names] == sorted(
+        str(path.relative_to(src)) for path in src.rglob("*.png")
+    )
+    assert data.class_names == ["ant", "cat", "dog/big", "dog/small"]
+    assert data.labels.tolist() == [0, 1, 1, 2, 3]
+    assert data.num_classes == 4
+    assert report.classes == {"ant": 1, "cat": 2, "dog/big": 1, "dog/small": 1}
+    assert data.images[:, 0, 0, 0].tolist() == [160, 40, 0, 120, 80]
+
+
+@pytest.mark.parametrize(
+    ("how", "names", "labels", "classes"),
+    [
+        ("auto", ["a/1", "b/1"], [0, 1], ["a", "b"]),
+        ("auto", ["a/1", "a/2"], None, []),
+        ("auto", ["a/1", "2"], None, []),
+        ("none", ["a/1", "b/1"], None, []),
+        ("from-folders", ["a/1", "a/2"], [0, 0], ["a"]),
+        ("from-folders", ["x/b/1", "x/a/1"], [1, 0], ["a", "b"]),
+        ("from-top-folders", ["a/x/1", "a/y/1", "b/x/1"], [0, 0, 1], ["a", "b"]),
+    ],
+)
+def test_labels(how, names, labels, classes):
+    assert labels_of(names, how) == (labels, classes)
+
+
+def test_stray_images_when_labels_are_demanded():
+    with pytest.raises(DataError, match=r"must lie in a class folder, got 2\.png"):
+        labels_of(["a/1.png", "2.png"], "from-folders")
+
+
+def test_zip_gives_what_the_folder_gives(tmp_path):
+    animals(tmp_path / "src")
+    shutil.make_archive(str(tmp_path / "src"), "zip", tmp_path / "src")
+    pack(tmp_path / "src", tmp_path / "a.safetensors", plain(), workers=1)
+    pack(tmp_path / "src.zip", tmp_path / "b.safetensors", plain(), workers=4)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_hostile_zip_touches_nothing(tmp_path):
+    good = solid(tmp_path / "good.png").read_bytes()
+    (tmp_path / "work").mkdir()
+    with zipfile.ZipFile(tmp_path / "work/evil.zip", "w") as file:
+        for name in ("../evil.png", "/abs.png", "a/../../evil.png", "ok.png", "__MACOSX/._ok.png"):
+            file.writestr(name, good)
+    before = tree(tmp_path)
+    report = pack(tmp_path / "work/evil.zip", tmp_path / "work/out.safetensors", plain())
+    after = tree(tmp_path)
+    assert after.pop("work/out.safetensors")
+    assert after == before
+    assert report.images == 1
+    assert {reason for _, reason in report.skipped} == {"path points outside the zip"}
+
+
+def test_damaged_zip_member_is_skipped(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("a.png", solid(tmp_path / "a.png").read_bytes())
+        file.writestr("b.png", noise(tmp_path / "b.png").read_bytes())
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[data.index(b"b.png") + 500] ^= 255
+    (tmp_path / "a.zip").write_bytes(data)
+    report = pack(tmp_path / "a.zip", tmp_path / "out.safetensors", plain())
+    assert report.images == 1
+    assert report.skipped[0][1].startswith("damaged in the zip")
+
+
+def test_duplicates(tmp_path):
+    for name in ("a", "b", "c"):
+        solid(tmp_path / f"src/{name}.png", (0, 0, 250 if name == "c" else 0))
+    kept = pack(tmp_path / "src", tmp_path / "kept.safetensors", plain())
+    assert (kept.images, kept.duplicates) == (3, 1)
+    skipped = pack(tmp_path / "src", tmp_path / "s.safetensors", plain(), duplicates="skip")
+    assert (skipped.images, skipped.skipped) == (2, [("b.png", "duplicate")])
+
+
+def test_a_loop_of_links_ends(tmp_path):
+    solid(tmp_path / "src/a/a.png")
+    (tmp_path / "src/a/loop").symlink_to(tmp_path / "src")
+    assert pack(tmp_path / "src", tmp_path / "out.safetensors", plain()).images == 1
+
+
+def test_many_classes_with_long_names_fit_the_header(tmp_path):
+    for i in range(300):
+        solid(tmp_path / f"src/{'k' * 240}{i}/a.png", size=(2, 2))
+    report = pack(tmp_path / "src", tmp_path / "out.safetensors", plain(2))
+    assert len(report.classes) == 300
+    assert open_dataset(tmp_path / "out.safetensors").num_classes == 300
+
+
+# The file
+
+
+def test_any_safetensors_reader_reads_it(tmp_path):
+    animals(tmp_path / "src")
+    pack(tmp_path / "src", tmp_path / "out.safetensors", plain())
+    data = open_dataset(tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", "numpy") as file:
+        np.testing.assert_array_equal(file.get_tensor("images"), data.images)
+        np.testing.assert_array_equal(file.get_tensor("labels"), data.labels)
+    assert isinstance(data.images, np.memmap)
+
+
+def test_batch(tmp_path):
+    animals(tmp_path / "src")
+    pack(tmp_path / "src", tmp_path / "out.safetensors", Geometry(8, 16))
+    data = open_dataset(tmp_path / "out.safetensors")
+    assert (data.resolution, data.channels, len(data), data.name) == ((8, 16), 3, 5, "out")
+    x, labels = data.batch(torch.tensor([4, 0, 0]), "cpu")
+    assert x.dtype == torch.float32
+    assert x.shape == (3, 3, 8, 16)
+    torch.testing.assert_close(x[:, 0, 0, 0], torch.tensor([80.0, 160, 160]) / 127.5 - 1)
+    assert x.min() == -1
+    assert labels.tolist() == [3, 0, 0]
+    unlabelled = Dataset(data.images, None, "x")
+    assert unlabelled.batch([0])[1] is None
+    assert unlabelled.num_classes == 0
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 70000, -1])
+def test_a_cut_off_file_is_refused(tmp_path, keep):
+    animals(tmp_path / "src")
+    path = tmp_path / "out.safetensors"
+    pack(tmp_path / "src", path, plain())
+    path.write_bytes(path.read_bytes()[:keep])
+    code, output = gankern("data", "info", path)
+    assert code == 2
+    assert output.count("\n") == 1
+    assert "out.safetensors" in output
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps({"images": [1, 2, 3]}),
+        b"PK\x03\x04" + bytes(100),
+        (2).to_bytes(8, "little") + b"[]" + bytes(10),
+        (9).to_bytes(8, "little") + b'{"a": {}}' + bytes(10),
+        (60).to_bytes(8, "little")
+        + b'{"images":{"dtype":"U8","shape":[-1],"data_offsets":[0,1]}} '
+        + bytes(10),
+        (10**17).to_bytes(8, "little") + bytes(100),
+    ],
+    ids=["pickle", "zip", "list", "no-tensor", "negative", "huge-header"],
+)
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"not a data set|not a safetensors|not one of"):
+        open_dataset(path)
+
+
+def test_flipped_bits_are_found(tmp_path):
+    animals(tmp_path / "src")
+    path = tmp_path / "out.safetensors"
+    pack(tmp_path / "src", path, plain())
+    assert gankern("data", "info", path, "--verify")[0] == 0
+    data = bytearray(path.read_bytes())
+    data[-200] ^= 1
+    path.write_bytes(data)
+    code, output = gankern("data", "info", path, "--verify")
+    assert code == 2
+    assert "do not match their checksum" in output
+
+
+def test_labels_out_of_range_are_refused(tmp_path):
+    animals(tmp_path / "src")
+    path = tmp_path / "out.safetensors"
+    pack(tmp_path / "src", path, plain())
+    data = path.read_bytes()
+    labels = np.array([0, 1, 1, 2, 3], "<i8").tobytes()
+    path.write_bytes(data.replace(labels, labels[:-8] + np.int64(9).tobytes()))
+    with pytest.raises(DataError, match="labels do not fit"):
+        open_dataset(path)
+
+
+# Wrong input: one line, exit code 2, nothing half written
+
+
+def refused(tmp_path: Path, *args) -> str:
+    before = tree(tmp_path)
+    code, output = gankern("data", "pack", *args)
+    assert code == 2
+    assert output.count("\n") == 1
+    assert "Traceback" not in output
+    assert tree(tmp_path) == before
+    return output
+
+
+def test_pack_errors(tmp_path):
+    src, dst = tmp_path / "src", tmp_path / "out.safetensors"
+    assert "no such folder or zip" in refused(tmp_path, src, dst, "--size", 8)
+    src.mkdir()
+    assert "holds no files" in refused(tmp_path, src, dst, "--size", 8)
+    (src / "a.txt").write_text("a")
+    assert "no usable image (1 not an image)" in refused(tmp_path, src, dst, "--size", 8)
+    assert "neither a folder nor" in refused(tmp_path, src / "a.txt", dst, "--size", 8)
+    solid(src / "a.png")
+    for size in ("abc", "0", "-1", "8x", "8x0", "99999"):
+        assert "gankern: " in refused(tmp_path, src, dst, f"--size={size}")
+    assert "size is missing" in refused(tmp_path, src, dst)
+    assert "size is missing" in refused(tmp_path, src, dst, "--height", 8)
+    assert "either" in refused(tmp_path, src, dst, "--size", 8, "--width", 8)
+    assert "colour" in refused(tmp_path, src, dst, "--size", 8, "--background", "blurple")
+    assert "class folder" in refused(tmp_path, src, dst, "--size", 8, "--labels", "from-folders")
+    assert "is a folder" in refused(tmp_path, src, tmp_path, "--size", 8)
+    dst.write_text("mine")
+    assert "exists already" in refused(tmp_path, src, dst, "--size", 8)
+    assert gankern("data", "pack", src, dst, "--size", 8, "--overwrite")[0] == 0
+    assert len(open_dataset(dst)) == 1
+
+
+def test_cut_off_zip(tmp_path):
+    animals(tmp_path / "src")
+    shutil.make_archive(str(tmp_path / "src"), "zip", tmp_path / "src")
+    path = tmp_path / "src.zip"
+    path.write_bytes(path.read_bytes()[:-30])
+    assert "src.zip" in refused(tmp_path, path, tmp_path / "out", "--size", 8)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads and writes everything")
+def test_unreadable_source_and_target(tmp_path):
+    src = animals(tmp_path / "src")
+    (tmp_path / "locked").mkdir(mode=0o555)
+    output = refused(tmp_path, src, tmp_path / "locked/out", "--size", 8)
+    assert "Permission denied" in output
+    src.chmod(0)
+    try:
+        code, output = gankern("data", "pack", src, tmp_path / "out", "--size", 8)
+    finally:
+        src.chmod(0o755)
+    assert code == 2
+    assert "cannot be read" in output
+
+
+def test_disk_that_is_too_small(tmp_path, monkeypatch):
+    src = animals(tmp_path / "src")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert "disk is too full" in refused(tmp_path, src, tmp_path / "out", "--size", 64)
+
+
+def test_disk_that_fills_up_while_writing(tmp_path):
+    for i in range(20):
+        noise(tmp_path / f"src/{i}.png", seed=i)
+    before = tree(tmp_path)
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
+        "from gankern.cli import main; main()"
+    )
+    args = ["data", "pack", "src", "out.safetensors", "--size", "64"]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2
+    assert run.stderr == "gankern: out.safetensors: cannot be written: the disk is full\n"
+    assert tree(tmp_path) == before
+
+
+def test_report_file(tmp_path):
+    solid(tmp_path / "src/a/1.png")
+    solid(tmp_path / "src/b/1.png", (0, 9, 0))
+    (tmp_path / "src/b/2.png").write_bytes(b"?")
+    code, output = gankern(
+        "data",
+        "pack",
+        tmp_path / "src",
+        tmp_path / "o",
+        "--size",
+        8,
+        "--report",
+        tmp_path / "r.json",
+    )
+    assert code == 0
+    assert "2 images 8x8 rgb" in output
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["skipped"] == [["b/2.png", "not an image"]]
+    assert report["classes"] == {"a": 1, "b": 1}
+    code, output = gankern("data", "info", tmp_path / "o", "--json")
+    assert json.loads(output)["classes"] == {"a": 1, "b": 1}
+
+
+def test_show(tmp_path):
+    animals(tmp_path / "src")
+    pack(tmp_path / "src", tmp_path / "o", plain(32))
+    assert gankern("data", "show", tmp_path / "o", tmp_path / "grid.png")[0] == 0
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.mode == "RGB"
+        assert grid.width == 3 * 34 - 2
+    code, output = gankern("data", "show", tmp_path / "o", tmp_path / "c.png", "--class", "cat")
+    assert (code, "2 of 5" in output) == (0, True)
+    code, output = gankern("data", "show", tmp_path / "o", tmp_path / "n.png", "--class", "cow")
+    assert code == 2
+    assert "no class 'cow'" in output
+
+
+# The digits
+
+
+def test_digits():
+    data = open_dataset("digits")
+    assert data.images.shape == (5000, 1, 28, 28)
+    assert np.bincount(data.labels).tolist() == [500] * 10
+    assert (data.images.min(), data.images.max()) == (0, 255)
+    padded = open_dataset("digits", 32)
+    assert padded.resolution == (32, 32)
+    np.testing.assert_array_equal(padded.images[:, :, 2:-2, 2:-2], data.images)
+    assert padded.images[:, :, :2].max() == 0
+    small = open_dataset("digits:16")
+    assert small.images.dtype == np.float32
+    assert small.resolution == (16, 16)
+    assert abs(small.batch(range(5000))[0].mean() - padded.batch(range(5000))[0].mean()) < 1e-3
+
+
+def test_digits_errors(monkeypatch, tmp_path):
+    for spec in ("digits:", "digits:x", "digits:0"):
+        with pytest.raises(DataError, match="digits"):
+            open_dataset(spec)
+    real = digits_path()
+    copy = tmp_path / "d.csv.gz"
+    copy.write_bytes(real.read_bytes()[:5000])
+    monkeypatch.setattr("gankern.data.digits.digits_path", lambda: copy)
+    with pytest.raises(DataError, match="cannot be read"):
+        load_digits()
+    monkeypatch.undo()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"pip install 'gankern\[digits\]'"):
+        open_dataset("digits")
+
+
+def test_open_errors(tmp_path):
+    with pytest.raises(DataError, match="no such data set"):
+        open_dataset("nowhere")
+    with pytest.raises(DataError, match="is a folder"):
+        open_dataset(tmp_path)
+    solid(tmp_path / "src/a.png")
+    pack(tmp_path / "src", tmp_path / "o", plain(8))
+    with pytest.raises(DataError, match="must be 16x16, got a data set of 8x8"):
+        open_dataset(tmp_path / "o", 16)
+
+
+# The order of batches
+
+
+def take(sampler: BatchSampler, count: int) -> list[list[int]]:
+    return [next(sampler).tolist() for _ in range(count)]
+
+
+def test_every_epoch_sees_every_image_once():
+    flat = list(chain(*take(BatchSampler(60, 12, 3), 20)))
+    epochs = [flat[i : i + 60] for i in range(0, 240, 60)]
+    assert all(sorted(epoch) == list(range(60)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert take(BatchSampler(60, 12, 4), 20) != take(BatchSampler(60, 12, 3), 20)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_make_up_the_batch_of_one_process(world):
+    whole = take(BatchSampler(50, 24, 7), 9)  # batches span epochs
+    ranks = [take(BatchSampler(50, 24, 7, rank, world), 9) for rank in range(world)]
+    assert [list(chain(*parts)) for parts in zip(*ranks, strict=True)] == whole
+
+
+def test_resume_goes_on_exactly():
+    sampler = BatchSampler(50, 24, 7)
+    take(sampler, 5)
+    state = json.loads(json.dumps(sampler.state_dict()))
+    expected = take(sampler, 6)
+    again = BatchSampler(50, 24, 0)
+    again.load_state_dict(state)
+    assert take(again, 6) == expected
+
+
+def test_batches_larger_than_the_data_and_changing_size():
+    sampler = BatchSampler(5, 12, 0)
+    assert np.bincount(next(sampler), minlength=5).min() >= 2
+    sampler.batch = 3
+    assert len(next(sampler)) == 3
+    assert sampler.epoch == 3
+
+
+def test_sampler_errors():
+    for args, message in [
+        ((0, 1), "n must"),
+        ((5, 0), "batch must"),
+        ((5, 3, 0, 0, 2), "multiple of world"),
+        ((5, 2, 0, 2, 2), "rank must"),
+        ((5, 2, -1), "seed must"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            BatchSampler(*args)
+    with pytest.raises(ValueError, match="the data set has changed"):
+        BatchSampler(5, 1).load_state_dict(BatchSampler(6, 1).state_dict())
+
+
+# Grids and files
+
+
+def test_grid_places_images(tmp_path):
+    images = torch.arange(5).reshape(5, 1, 1, 1).expand(5, 1, 2, 3) / 2 - 1  # -1 to 1
+    save_grid(images, tmp_path / "g.png", 3)
+    with Image.open(tmp_path / "g.png") as grid:
+        pixels = np.asarray(grid)
+    assert pixels.shape == (4, 9)
+    assert pixels[0, ::3].tolist() == [0, 64, 128]
+    assert pixels[2, ::3].tolist() == [191, 255, 255]  # the empty cell is white
+
+
+def test_grid_survives_bad_values():
+    images = torch.tensor([float("nan"), float("inf"), -float("inf"), 7.0]).reshape(4, 1, 1, 1)
+    assert np.asarray(make_grid(images, 4)).tolist() == [[0, 255, 0, 255]]
+    with pytest.raises(ValueError, match="must not be empty"):
+        make_grid(torch.zeros(0, 1, 2, 2))
+    with pytest.raises(ValueError, match=r"\[N, 1\|3\|4, H, W\]"):
+        make_grid(torch.zeros(1, 2, 2, 2))
+
+
+def test_uint8_survives_the_round_trip():
+    values = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    grid = np.asarray(make_grid(values.float() / 127.5 - 1))
+    np.testing.assert_array_equal(grid, values[0, 0].numpy())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+
+    def fail() -> None:
+        with atomic_path(target) as path:
+            path.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert tree(tmp_path) == {"a.txt": b"old"}

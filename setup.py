@@ -1,9 +1,9 @@
 """Builds gankern/_cpu.so and gankern/_cuda.so, the libraries behind gankern.ops.
 
-Both are plain shared objects that use PyTorch's stable ABI and no Python.h, so one wheel serves every
-Python and every torch from 2.11. Each source of csrc/torch is compiled once per library, each of
-csrc/cpu once per instruction set, each of csrc/kernels by nvcc for all architectures; ninja does the
-rest. Objects lie under build/, one folder per torch version, and are reused.
+Both are plain shared objects that use PyTorch's stable ABI and no Python.h, so one wheel serves
+every Python and every torch from 2.11. Each source of csrc/torch is compiled once per library, each
+of csrc/cpu once per instruction set, each of csrc/kernels by nvcc for all architectures; ninja runs
+it. Objects lie under build/, one folder per torch version, and are reused.
 
     python setup.py build_ext --inplace [--cpu-only] [--keep-going] [-j N]
 """
@@ -21,7 +21,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
-# Every GPU since Turing. PTX of 100 serves what has no SASS of its own here (110), that of 120 what follows.
+# Every GPU since Turing. PTX of 100 serves 110, which no SASS here fits; that of 120 what follows.
 CUDA_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0+PTX;12.0+PTX"
 
 # The names that torch.utils.cpp_extension accepts in TORCH_CUDA_ARCH_LIST.
@@ -52,16 +51,15 @@ ISA_FLAGS = {
     "-mprefer-vector-width=512",
 }
 
-COMMON_FLAGS = "-std=c++17 -O3 -fPIC -DGANKERN_NS=gankern"
+COMMON_FLAGS = f"-std=c++17 -O3 -DGANKERN_NS=gankern -I{ROOT / 'csrc'}"
 CXX_FLAGS = (
-    f"{COMMON_FLAGS} -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math "
-    "-Wall -Wextra"
+    f"{COMMON_FLAGS} -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno "
+    "-fno-trapping-math -Wall -Wextra"
 )
 NVCC_FLAGS = (
-    f"{COMMON_FLAGS.replace('-fPIC', '-Xcompiler=-fPIC,-fvisibility=hidden,-Wall')} "
-    "-DGANKERN_BACKEND=cuda -Werror=all-warnings -Xptxas=-v"
+    f"{COMMON_FLAGS} -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -DGANKERN_BACKEND=cuda "
+    "-Werror=all-warnings -Xptxas=-v --threads=2"
 )
-TORCH_FLAGS = "-DTORCH_TARGET_VERSION=0x020b000000000000ull"
 
 
 class BuildError(SystemExit):
@@ -167,7 +165,7 @@ def find_nvcc(torch: Torch, environ: dict[str, str], site_dirs: list[str]) -> Nv
 
 
 def parse_archs(text: str) -> tuple[list[str], list[str]]:
-    """TORCH_CUDA_ARCH_LIST's forms ("8.0;9.0a+PTX", "8.6 8.9", "Hopper") as (sm numbers, PTX numbers)."""
+    """("8.0;9.0a+PTX", "8.6 8.9" or "Hopper", as TORCH_CUDA_ARCH_LIST) -> (sm, PTX) numbers."""
     sm: list[str] = []
     ptx: list[str] = []
     for name in re.split(r"[;,\s]+", text.strip()):
@@ -189,7 +187,7 @@ def gencode_flags(sm: list[str], ptx: list[str]) -> str:
 
 
 def complete(folder: str, others: tuple[str, ...]) -> tuple[list[Path], list[str]]:
-    """csrc/torch sources for the library whose kernels lie in `folder`, and what is left out and why.
+    """The csrc/torch sources for the library whose kernels lie in `folder`, and those left out.
 
     A source with no kernel of its name anywhere is shared; one whose kernel exists only for another
     library is left out.
@@ -236,38 +234,38 @@ class Library:
     link: str = ""
 
 
-def include_flags(torch: Torch) -> str:
-    folders = [torch.home / "include", torch.home / "include" / "torch" / "csrc" / "api" / "include"]
-    return " ".join(f"-isystem {folder}" for folder in folders)
+def torch_flags(torch: Torch) -> str:
+    api = torch.home / "include" / "torch" / "csrc" / "api" / "include"
+    includes = f"-isystem {torch.home / 'include'} -isystem {api}"
+    return f"{includes} -DTORCH_TARGET_VERSION=0x020b000000000000ull"
 
 
-def link_flags(torch: Torch, names: str) -> str:
+def link_flags(torch: Torch, libraries: str) -> str:
     rpath = "-Wl,-rpath,'$$ORIGIN/../torch/lib'"
-    return f"-shared -s -Wl,--no-undefined -Wl,--as-needed -L{torch.home / 'lib'} {names} {rpath}"
+    strict = "-shared -s -Wl,--no-undefined -Wl,--as-needed"
+    return f"{strict} -L{torch.home / 'lib'} -ltorch_cpu -lc10 {libraries} {rpath}"
 
 
 def plan_cpu(ninja: Ninja, torch: Torch, warnings: str) -> Library:
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    isas = list(ISA_FLAGS) if x86 else ["base"]
+    isas = list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["base"]
     sources, left_out = complete("cpu", ("kernels",))
-    csrc = f"-I{ROOT / 'csrc'}"
+    flags = f"{CXX_FLAGS} {warnings} -DGANKERN_BACKEND=cpu"
     objects = []
     for isa in isas:
-        flags = f"{CXX_FLAGS} {warnings} {csrc} -DGANKERN_BACKEND=cpu -DGANKERN_ISA={isa} {ISA_FLAGS[isa]}"
+        isa_flags = f"{flags} -DGANKERN_ISA={isa} {ISA_FLAGS[isa]}"
         for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-            objects.append(ninja.build(f"cpu/{path.stem}.{isa}.o", "cxx", [str(path)], flags))
-    flags = f"{CXX_FLAGS} {warnings} {csrc} {include_flags(torch)} {TORCH_FLAGS} -DGANKERN_BACKEND=cpu"
+            objects.append(ninja.build(f"cpu/{path.stem}.{isa}.o", "cxx", [str(path)], isa_flags))
+    flags += " " + torch_flags(torch)
     for path in sources:
         objects.append(ninja.build(f"cpu/{path.stem}.torch.o", "cxx", [str(path)], flags))
     report = {"built": bool(objects), "isa": isas, "left_out": left_out}
-    return Library("_cpu.so", objects, report, link_flags(torch, "-ltorch_cpu -lc10"))
+    return Library("_cpu.so", objects, report, link_flags(torch, ""))
 
 
 def cudart(torch: Torch, nvcc: Nvcc) -> str:
     """The CUDA runtime to link: the one that torch loads, so that a process holds only one."""
-    folders = [*torch.home.parent.glob("nvidia/cu*/lib"), *torch.home.parent.glob("nvidia/cuda_runtime/lib")]
-    folders += [nvcc.home / "lib64", nvcc.home / "lib", *nvcc.home.glob("targets/*/lib")]
-    for folder in folders:
+    folders = [*torch.home.parent.glob("nvidia/cu*/lib"), nvcc.home / "lib64", nvcc.home / "lib"]
+    for folder in [*folders, *nvcc.home.glob("targets/*/lib")]:
         for path in sorted(folder.glob("libcudart.so*")):
             return str(path)
     raise BuildError(f"no libcudart.so near {nvcc.home}; pip install nvidia-cuda-runtime")
@@ -283,36 +281,31 @@ def choose_archs(nvcc: Nvcc) -> tuple[list[str], list[str]]:
     return sm, [arch for arch in ptx if arch in sm] or sm[-1:]
 
 
-def plan_cuda(ninja: Ninja, torch: Torch, nvcc: Nvcc, cxx: str, warnings: str, jobs: int) -> Library:
+def plan_cuda(ninja: Ninja, torch: Torch, nvcc: Nvcc, cxx: str, warnings: str) -> Library:
     sm, ptx = choose_archs(nvcc)
     sources, left_out = complete("kernels", ("cpu",))
     kernels = sorted((ROOT / "csrc" / "kernels").glob("*.cu"))
-    # Enough threads that few files still keep every core busy.
-    threads = max(1, -(-jobs // max(1, len(kernels))))
-    csrc = f"-I{ROOT / 'csrc'}"
-    flags = f"{NVCC_FLAGS} {csrc} -ccbin={cxx} --threads={threads} {gencode_flags(sm, ptx)}"
+    flags = f"{NVCC_FLAGS} -ccbin={cxx} {gencode_flags(sm, ptx)}"
     objects = [ninja.build(f"cuda/{path.stem}.o", "nvcc", [str(path)], flags) for path in kernels]
-    toolkit = " ".join(f"-isystem {folder}" for folder in (nvcc.home / "include",))
-    flags = f"{CXX_FLAGS} {warnings} {csrc} {include_flags(torch)} {toolkit} {TORCH_FLAGS}"
+    flags = f"{CXX_FLAGS} {warnings} -DGANKERN_BACKEND=cuda -DUSE_CUDA {torch_flags(torch)}"
+    flags += f" -isystem {nvcc.home / 'include'}"
     for path in sources if kernels else []:
-        built = f"cuda/{path.stem}.torch.o"
-        objects.append(
-            ninja.build(built, "cxx", [str(path)], f"{flags} -DGANKERN_BACKEND=cuda -DUSE_CUDA")
-        )
-    link = link_flags(torch, f"-ltorch_cpu -ltorch_cuda -lc10 {cudart(torch, nvcc)}")
+        objects.append(ninja.build(f"cuda/{path.stem}.torch.o", "cxx", [str(path)], flags))
     report = {"built": bool(objects), "sm": sm, "ptx": ptx, "left_out": left_out}
     report |= {"nvcc": nvcc.version, "origin": nvcc.origin, "cuda": torch.cuda}
+    link = link_flags(torch, f"-ltorch_cuda {cudart(torch, nvcc)}")
     return Library("_cuda.so", objects, report, link)
 
 
 class BuildLibraries(build_ext):
     """build_ext, with ninja in place of setuptools' compiler."""
 
-    user_options = build_ext.user_options + [
+    user_options = [
+        *build_ext.user_options,
         ("cpu-only", None, "leave the CUDA library as it is"),
         ("keep-going", None, "after a failure, still compile the rest"),
     ]
-    boolean_options = build_ext.boolean_options + ["cpu-only", "keep-going"]
+    boolean_options = [*build_ext.boolean_options, "cpu-only", "keep-going"]
 
     def initialize_options(self) -> None:
         super().initialize_options()
@@ -329,53 +322,43 @@ class BuildLibraries(build_ext):
             reason = "no C++ compiler found; install g++ (or set CXX) and reinstall gankern"
             about |= {name: {"built": False, "reason": reason} for name in ("cpu", "cuda")}
         else:
-            about |= {"cxx": compiler_version(cxx)}
-            about |= self.compile(torch, cxx, out)
+            folder = ROOT / "build" / f"torch-{torch.version}{'-dev' if self.inplace else ''}"
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / ".lock", "w") as lock:  # one build at a time in a folder
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                about |= {"cxx": compiler_version(cxx)} | self.compile(folder, torch, cxx, out)
         (out / "_build.json").write_text(json.dumps(about, indent=2) + "\n")
         self.built.append(str(out / "_build.json"))
         print_report(about)
 
-    def compile(self, torch: Torch, cxx: str, out: Path) -> dict[str, Any]:
-        """Compiles and links into `out`; returns each library's report."""
-        # A developer's build takes warnings for errors; a user's newer compiler must not fail on one.
-        warnings = "-Werror" if self.inplace else ""
-        folder = ROOT / "build" / f"torch-{torch.version}{'-dev' if self.inplace else ''}"
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "w") as lock:  # one build at a time in a folder
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            return self.compile_in(folder, torch, cxx, out, warnings)
-
-    def compile_in(
-        self, folder: Path, torch: Torch, cxx: str, out: Path, warnings: str
-    ) -> dict[str, Any]:
-        jobs = self.parallel or len(os.sched_getaffinity(0))
+    def compile(self, folder: Path, torch: Torch, cxx: str, out: Path) -> dict[str, Any]:
+        """Compiles in `folder` and installs into `out`; returns each library's report."""
         ninja = Ninja(folder)
         ninja.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", depfile=True)
         ninja.rule("link", f"{cxx} -o $out $in $flags", depfile=False)
+        # A developer's build takes warnings for errors; a user's newer compiler may have new ones.
+        warnings = "-Werror" if self.inplace else ""
         libraries = {"cpu": plan_cpu(ninja, torch, warnings)}
         nvcc = find_nvcc(torch, dict(os.environ), sys.path)
         if self.cpu_only:
             nvcc = "built with --cpu-only; build again without it"
         if isinstance(nvcc, Nvcc):
-            quiet = "> $out.log 2>&1 || (cat $out.log; false)"
-            ninja.rule("nvcc", f"{nvcc.path} -MD -MF $out.d $flags -c $in -o $out {quiet}", depfile=True)
-            libraries["cuda"] = plan_cuda(ninja, torch, nvcc, cxx, warnings, jobs)
+            compile_cu = f"{nvcc.path} -MD -MF $out.d $flags -c $in -o $out"
+            logged = "> $out.log 2>&1 || (cat $out.log; false)"
+            ninja.rule("nvcc", f"{compile_cu} {logged}", depfile=True)
+            libraries["cuda"] = plan_cuda(ninja, torch, nvcc, cxx, warnings)
         for library in libraries.values():
             if library.objects:
                 ninja.build(library.name, "link", library.objects, library.link)
-        start = time.monotonic()
-        if not ninja.run(jobs, keep_going=self.keep_going):
+        if not ninja.run(self.parallel or cores(), keep_going=self.keep_going):
             raise BuildError("the compiler failed; its messages are above")
-        seconds = round(time.monotonic() - start, 1)
-        reports = {name: library.report | {"seconds": seconds} for name, library in libraries.items()}
         for library in libraries.values():
             self.install(folder / library.name, out, wanted=bool(library.objects))
-        if "cuda" not in reports:
-            reports["cuda"] = self.keep_cuda(out, str(nvcc))
-        return reports
+        reports = {name: library.report for name, library in libraries.items()}
+        return reports if "cuda" in reports else reports | {"cuda": self.no_cuda(out, str(nvcc))}
 
     def install(self, built: Path, out: Path, *, wanted: bool) -> None:
-        """Puts a library in place at once, so that a process that uses the old one is not disturbed."""
+        """Puts a library in place in one step: processes that use the old one go on undisturbed."""
         target = out / built.name
         if not wanted:
             target.unlink(missing_ok=True)
@@ -386,13 +369,13 @@ class BuildLibraries(build_ext):
             shutil.copy2(built, fresh)
             os.replace(fresh, target)
 
-    def keep_cuda(self, out: Path, reason: str) -> dict[str, Any]:
-        """Of a build without CUDA: in place an earlier _cuda.so stays, in a wheel none may."""
+    def no_cuda(self, out: Path, reason: str) -> dict[str, Any]:
+        """A build without CUDA: in a clone an earlier _cuda.so stays, in a wheel none may."""
         target = out / "_cuda.so"
         if not self.inplace:
             target.unlink(missing_ok=True)
         elif target.exists() and (out / "_build.json").exists():
-            return json.loads((out / "_build.json").read_text()).get("cuda", {})
+            return {**json.loads((out / "_build.json").read_text())["cuda"], "kept": reason}
         return {"built": False, "reason": reason}
 
     def get_source_files(self) -> list[str]:
@@ -415,6 +398,10 @@ class Wheel(bdist_wheel):
         return "py3", "none", platform_tag if libraries else "any"
 
 
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def compiler_version(cxx: str) -> str:
     told = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
     return told.splitlines()[0].strip() if told else cxx
@@ -422,20 +409,19 @@ def compiler_version(cxx: str) -> str:
 
 def print_report(about: dict[str, Any]) -> None:
     cpu, cuda = about["cpu"], about["cuda"]
-    lines = [f"gankern: built against torch {about['torch']}, {about.get('cxx', 'no compiler')}"]
+    cpu_line = f"not built: {cpu.get('reason', 'csrc has no sources for it')}"
+    cuda_line = f"not built: {cuda.get('reason', 'csrc has no sources for it')}"
     if cpu["built"]:
-        lines.append(f"  _cpu.so   {' '.join(cpu['isa'])}  ({cpu['seconds']} s)")
-    else:
-        lines.append(f"  _cpu.so   not built: {cpu.get('reason', 'no sources')}")
-    if cuda.get("built"):
+        cpu_line = " ".join(cpu["isa"])
+    if cuda["built"]:
         archs = f"sm {' '.join(cuda['sm'])}, PTX {' '.join(cuda['ptx']) or 'none'}"
-        lines.append(f"  _cuda.so  {archs}  (nvcc {cuda['nvcc']} from {cuda['origin']})")
-    else:
-        lines.append(f"  _cuda.so  not built: {cuda.get('reason', 'no kernels in csrc/kernels')}")
+        kept = f", kept from an earlier build: {cuda['kept']}" if "kept" in cuda else ""
+        cuda_line = f"{archs} (nvcc {cuda['nvcc']} from {cuda['origin']}{kept})"
+    print(f"gankern: built against torch {about['torch']}, {about.get('cxx', 'no compiler')}")
+    print(f"  _cpu.so   {cpu_line}\n  _cuda.so  {cuda_line}")
     for name in ("cpu", "cuda"):
         for stem in about[name].get("left_out", []):
-            lines.append(f"  left out of _{name}.so: {stem} has no kernel for it")
-    print("\n".join(lines), flush=True)
+            print(f"  _{name}.so is without {stem}: it has no kernel for it", flush=True)
 
 
 if __name__ == "__main__":

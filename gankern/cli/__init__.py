@@ -14,7 +14,7 @@ import click
 
 from gankern import __version__
 
-# Name and one-line help, so that `gankern --help` imports none of them. Files not there are not listed.
+# Name and one-line help, so that `gankern --help` imports none of them; a missing file is no entry.
 COMMANDS = {
     "train": "Train a GAN; without arguments a DCGAN on MNIST digits.",
     "generate": "Write images, grids and latent walks from a trained run.",

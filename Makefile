@@ -1,0 +1,42 @@
+# make train: set up and run the main job. make test: set up and run the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+CSRC = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
+
+.PHONY: setup build train test gpu lint format wheel-check ci clean
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -U 'setuptools>=77' ninja 'torch>=2.11'
+	$(BIN)/python -m pip install -v --no-build-isolation -e '.[dev]'
+	touch $@
+
+build: setup
+	$(BIN)/python setup.py build_ext --inplace
+
+train: setup
+	$(BIN)/gankern train $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+gpu: setup
+	$(BIN)/python -m pytest --device cuda $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/clang-format --dry-run -Werror $(CSRC) && $(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/clang-format -i $(CSRC)
+
+wheel-check: setup
+	.ci/wheel-check $(BIN)/python
+
+ci:
+	.ci/run
+
+clean:
+	rm -rf build dist .ci/work gankern/*.so gankern/_build.json *.egg-info

@@ -6,11 +6,14 @@ from gankern.ops.conv2d_resample import conv2d_resample
 from gankern.ops.minibatch_stddev import minibatch_stddev
 from gankern.ops.modulated_conv2d import modulated_conv2d
 from gankern.ops.pixel_norm import pixel_norm
+from gankern.ops.synthesis_epilogue import synthesis_epilogue
+from gankern.ops.synthesis_layer import conv2d_layer, synthesis_layer
 from gankern.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
 __all__ = [
     "adain",
     "bias_act",
+    "conv2d_layer",
     "conv2d_resample",
     "downsample2d",
     "filter2d",
@@ -18,6 +21,8 @@ __all__ = [
     "modulated_conv2d",
     "pixel_norm",
     "setup_filter",
+    "synthesis_epilogue",
+    "synthesis_layer",
     "upfirdn2d",
     "upsample2d",
 ]

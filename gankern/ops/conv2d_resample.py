@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,7 @@ def conv2d_resample(
     f: Tensor | None = None,
     up: int = 1,
     down: int = 1,
-    padding: int | list[int] | tuple[int, ...] = 0,
+    padding: int | Sequence[int] = 0,
     groups: int = 1,
     flip_weight: bool = True,
     flip_filter: bool = False,
@@ -54,13 +56,13 @@ def conv2d_resample(
 
     Differentiable to any order in x and w. Source: StyleGAN2 (Karras et al., 2020), appendix B.
     """
-    pads = _check("conv2d_resample", x, w, up, down, padding, groups)
-    x, w = _autocast(x, w)
-    return _resample(x, w, f, up, down, _filter_padding(f, up, down, pads), groups,
-                     flip_weight, flip_filter, impl)  # fmt: skip
+    pads = check_conv("conv2d_resample", x, w, up, down, padding, groups)
+    x, w = to_conv_dtype(x, w)
+    pads = filter_padding(f, up, down, pads)
+    return resampled_conv(x, w, f, up, down, pads, groups, flip_weight, flip_filter, impl)
 
 
-def _resample(
+def resampled_conv(
     x: Tensor,
     w: Tensor,
     f: Tensor | None,
@@ -72,6 +74,7 @@ def _resample(
     flip_filter: bool,
     impl: str | None,
 ) -> Tensor:
+    """`conv2d_resample` of checked arguments, the filter's own padding included in `pads`."""
     kh, kw = w.shape[2:]
     resample = {"flip_filter": flip_filter, "impl": impl}
     if kh == kw == 1 and down > 1 and up == 1:
@@ -81,7 +84,7 @@ def _resample(
         x = _conv2d(x, w, groups=groups, flip_weight=flip_weight)
         return upfirdn2d(x, f, up=up, padding=pads, gain=up**2, **resample)
     if up > 1:
-        x, pads = _transposed(x, w, up, pads, groups, flip_weight)
+        x, pads = transposed_conv(x, w, up, pads, groups, flip_weight)
         x = upfirdn2d(x, f, padding=pads, gain=up**2, **resample)
         return upfirdn2d(x, f, down=down, **resample) if down > 1 else x
     if down > 1:
@@ -92,7 +95,7 @@ def _resample(
     return _conv2d(F.pad(x, pads), w, groups=groups, flip_weight=flip_weight)
 
 
-def _transposed(
+def transposed_conv(
     x: Tensor, w: Tensor, up: int, pads: list[int], groups: int, flip_weight: bool
 ) -> tuple[Tensor, list[int]]:
     """The convolution of the zero-upsampled x, and the padding that is left for the filter."""
@@ -126,15 +129,19 @@ def _conv_transpose2d(
     return F.conv_transpose2d(x, w, stride=stride, padding=padding, groups=groups)
 
 
-def _autocast(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype that the convolution runs in: autocast's, or that of x."""
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+def to_conv_dtype(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = conv_dtype(x)
     return x.to(dtype), w.to(dtype)
 
 
-def _filter_padding(f: Tensor | None, up: int, down: int, pads: list[int]) -> list[int]:
+def conv_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a convolution of x runs in: autocast's, or that of x."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def filter_padding(f: Tensor | None, up: int, down: int, pads: list[int]) -> list[int]:
     """The padding with what the resampling filter takes added, so that the image stays in place."""
     taps_x, taps_y = (1, 1) if f is None else (f.shape[-1], f.shape[0])
     x0, x1, y0, y1 = pads
@@ -147,13 +154,13 @@ def _filter_padding(f: Tensor | None, up: int, down: int, pads: list[int]) -> li
     return [x0, x1, y0, y1]
 
 
-def _check(
+def check_conv(
     op: str,
     x: Tensor,
     w: Tensor,
     up: int,
     down: int,
-    padding: int | list[int] | tuple[int, ...],
+    padding: int | Sequence[int],
     groups: int = 1,
     weight: str = "w",
 ) -> list[int]:
@@ -175,10 +182,10 @@ def _check(
         )
     if w.device != x.device:
         raise ValueError(f"{op}: {weight} must be on {x.device} like x, got {w.device}")
-    return _padding(op, padding)
+    return parse_padding(op, padding)
 
 
-def _padding(op: str, padding: int | list[int] | tuple[int, ...]) -> list[int]:
+def parse_padding(op: str, padding: int | Sequence[int]) -> list[int]:
     """[x0, x1, y0, y1] of an int, 2 or 4 ints."""
     values = [padding] if isinstance(padding, int) else padding
     if isinstance(values, (list, tuple)) and len(values) in (1, 2, 4):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from gankern.ops import conv2d_resample as _conv
+from gankern.ops.conv2d_resample import check_conv, conv2d_resample, conv_dtype
 
 __all__ = ["demod_coefs", "modulated_conv2d"]
 
@@ -19,7 +21,7 @@ def modulated_conv2d(
     noise: Tensor | None = None,
     up: int = 1,
     down: int = 1,
-    padding: int | list[int] | tuple[int, ...] = 0,
+    padding: int | Sequence[int] = 0,
     resample_filter: Tensor | None = None,
     demodulate: bool = True,
     flip_weight: bool = True,
@@ -56,16 +58,13 @@ def modulated_conv2d(
     Differentiable to any order in x, weight, styles and noise. Source: StyleGAN2 (Karras et al.,
     2020), equations 1 to 3; range of float16: StyleGAN2-ADA (Karras et al., 2020), appendix C.
     """
-    pads = _check(x, weight, styles, noise, up, down, padding)
+    pads = check_modulated("modulated_conv2d", x, weight, styles, noise, up, down, padding)
     args = (up, down, pads, 1, flip_weight, False)
     if fused_modconv:
         y = _grouped(x, weight, styles, resample_filter, demodulate, args, impl)
         return y if noise is None else y + noise.to(y.dtype)
-    dtype = _conv._autocast(x, weight)[0].dtype
-    d = demod_coefs(weight, styles, impl=impl) if demodulate else None
-    weight, styles, d = _into_range(weight, styles, d, dtype)
-    x = x.to(dtype) * styles.to(dtype)[:, :, None, None]
-    y = _conv.conv2d_resample(x, weight.to(dtype), resample_filter, *args, impl=impl)
+    x, weight, d = modulate(x, weight, styles, demodulate, impl)
+    y = conv2d_resample(x, weight, resample_filter, *args, impl=impl)
     return _scale_add(y, d, noise)
 
 
@@ -115,8 +114,19 @@ def _grouped(
     up, down, pads, _, flip_weight, flip_filter = args
     x = x.reshape(1, n * i, *x.shape[2:])
     w = w.flatten(0, 1).to(x.dtype)
-    y = _conv.conv2d_resample(x, w, f, up, down, pads, n, flip_weight, flip_filter, impl=impl)
+    y = conv2d_resample(x, w, f, up, down, pads, n, flip_weight, flip_filter, impl=impl)
     return y.reshape(n, o, *y.shape[2:])
+
+
+def modulate(
+    x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool, impl: str | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input and weights of the convolution, both in its dtype, and what scales its output."""
+    dtype = conv_dtype(x)
+    d = demod_coefs(weight, styles, impl=impl) if demodulate else None
+    weight, styles, d = _into_range(weight, styles, d, dtype)
+    x = x.to(dtype) * styles.to(dtype)[:, :, None, None]
+    return x, weight.to(dtype), d
 
 
 def _into_range(
@@ -148,17 +158,17 @@ def _scale_add(y: Tensor, d: Tensor | None, noise: Tensor | None) -> Tensor:
     return out.to(y.dtype)
 
 
-def _check(
+def check_modulated(
+    op: str,
     x: Tensor,
     weight: Tensor,
     styles: Tensor,
     noise: Tensor | None,
     up: int,
     down: int,
-    padding: int | list[int] | tuple[int, ...],
+    padding: int | Sequence[int],
 ) -> list[int]:
-    op = "modulated_conv2d"
-    pads = _conv._check(op, x, weight, up, down, padding, weight="weight")
+    pads = check_conv(op, x, weight, up, down, padding, weight="weight")
     if not isinstance(styles, Tensor) or not styles.is_floating_point():
         got = styles.dtype if isinstance(styles, Tensor) else type(styles).__name__
         raise TypeError(f"{op}: styles must be a floating-point tensor, got {got}")

@@ -1,0 +1,33 @@
+"""Layers for models of your own; each wraps the fused operations of `gankern.ops`."""
+
+from gankern.nn.batch_norm import BatchNorm
+from gankern.nn.layers import (
+    AdaIN,
+    Blur,
+    Downsample,
+    EqualizedConv2d,
+    EqualizedLinear,
+    FusedLeakyReLU,
+    MinibatchStdDev,
+    NoiseInjection,
+    PixelNorm,
+    Upsample,
+)
+from gankern.nn.synthesis import ModulatedConv2d, SynthesisLayer, ToRGB
+
+__all__ = [
+    "AdaIN",
+    "BatchNorm",
+    "Blur",
+    "Downsample",
+    "EqualizedConv2d",
+    "EqualizedLinear",
+    "FusedLeakyReLU",
+    "MinibatchStdDev",
+    "ModulatedConv2d",
+    "NoiseInjection",
+    "PixelNorm",
+    "SynthesisLayer",
+    "ToRGB",
+    "Upsample",
+]

@@ -1,0 +1,283 @@
+"""synthesis_epilogue: everything that follows a StyleGAN2 convolution, in one pass over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gankern.ops import _impl
+from gankern.ops.bias_act import ACTS, bias_act, bias_act_reference
+from gankern.ops.conv2d_resample import parse_padding
+from gankern.ops.upfirdn2d import upfirdn2d
+
+OP = "synthesis_epilogue"
+
+
+def synthesis_epilogue(
+    x: Tensor,
+    f: Tensor | None = None,
+    d: Tensor | None = None,
+    noise: Tensor | None = None,
+    noise_strength: Tensor | None = None,
+    b: Tensor | None = None,
+    padding: int | Sequence[int] = 0,
+    flip_filter: bool = False,
+    filter_gain: float = 1.0,
+    act: str = "lrelu",
+    alpha: float | None = None,
+    gain: float | None = None,
+    clamp: float | None = None,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """Filter, demodulate, add noise and bias, activate, scale and clamp.
+
+    `y = clamp(act(upfirdn2d(x, f) * d[n,c] + noise * noise_strength + b[c]) * gain)`
+
+    Args:
+        x: output of the convolution, [N, C, H, W]; float32, float16, bfloat16 or float64, any
+            strides (contiguous and channels-last ones are kept).
+        f: filter, float32, [taps_y, taps_x] or [taps] for a separable one; None: the identity.
+        d: demodulation coefficients, [N, C] of x's dtype or float32, or None.
+        noise: [N, 1, out_h, out_w], [1, 1, out_h, out_w] or [out_h, out_w] of x's dtype or float32.
+        noise_strength: factor on the noise, one value or [C]; None: 1.
+        b: bias, [C] of x's dtype or float32, or None.
+        padding: zeros around x for the filter; int, [x, y] or [x0, x1, y0, y1]. Negative crops.
+        flip_filter: False is a convolution with f, True a correlation.
+        filter_gain: factor on the filter.
+        act, alpha, gain, clamp: as `bias_act`.
+        impl: None (the best that can run), "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        y [N, C, H + y0 + y1 - taps_y + 1, W + x0 + x1 - taps_x + 1] of x's dtype and memory format.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above. RuntimeError: impl cannot run here.
+
+    Gradients: of any order in x, d, noise, noise_strength and b. The first is a kernel that reads
+    x and dy once and recomputes the rest; orders above are composed of upfirdn2d and bias_act.
+    Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", figure 2.
+    """
+    pads, f, args = _check(x, f, d, noise, noise_strength, b, padding, act, alpha, gain, clamp)
+    args = (*pads, bool(flip_filter), float(filter_gain), act, *args)
+    chosen = _impl.choose(OP, impl, x)
+    if chosen == "reference":
+        return synthesis_epilogue_reference(x, f, d, noise, noise_strength, b, *args)
+    if noise is not None and noise.requires_grad and torch.is_grad_enabled():
+        return _composed(x, f, d, noise, noise_strength, b, *args, chosen)
+    noise = None if noise is None else noise.reshape(-1, *noise.shape[-2:])  # [N or 1, H, W]
+    strength = None if noise is None or noise_strength is None else noise_strength.reshape(-1)
+    return _Epilogue.apply(x, f, d, noise, strength, b, *args, chosen)
+
+
+def _check(x, f, d, noise, strength, b, padding, act, alpha, gain, clamp):
+    """[x0, x1, y0, y1], the filter (None for the identity), (alpha, gain, clamp)."""
+    _impl.check_float(OP, "x", x)
+    if x.ndim != 4:
+        raise ValueError(f"{OP}: x must be [N, C, H, W], got shape {tuple(x.shape)}")
+    n, c, h, w = x.shape
+    pads = parse_padding(OP, padding)
+    taps_y, taps_x = (1, 1) if f is None else _check_filter(x, f)
+    out = h + pads[2] + pads[3] - taps_y + 1, w + pads[0] + pads[1] - taps_x + 1
+    if min(out) < 0 or (min(out) == 0 and min(h, w) > 0):
+        raise ValueError(
+            f"{OP}: padding must leave an output of at least 1x1 for x {tuple(x.shape)} and "
+            f"{taps_y}x{taps_x} taps, got {tuple(pads)}"
+        )
+    _check_operand(x, "d", d, [(n, c)])
+    _check_operand(x, "noise", noise, [(n, 1, *out), (1, 1, *out), out])
+    _check_operand(x, "noise_strength", strength, [(), (1,), (c,)])
+    _check_operand(x, "b", b, [(c,)])
+    if act not in ACTS:
+        raise ValueError(f"{OP}: act must be one of {', '.join(ACTS)}, got {act!r}")
+    if clamp is not None and not clamp >= 0:
+        raise ValueError(f"{OP}: clamp must be None or at least 0, got {clamp}")
+    if f is None and any(pads):
+        f = torch.ones(1, 1, device=x.device)
+    alpha = ACTS[act].alpha if alpha is None else float(alpha)
+    gain = ACTS[act].gain if gain is None else float(gain)
+    return pads, f, (alpha, gain, -1.0 if clamp is None else float(clamp))
+
+
+def _check_filter(x: Tensor, f: Tensor) -> tuple[int, int]:
+    if not isinstance(f, Tensor) or f.dtype != torch.float32:
+        got = f.dtype if isinstance(f, Tensor) else type(f).__name__
+        raise TypeError(f"{OP}: f must be a float32 tensor or None, got {got}")
+    if f.ndim not in (1, 2) or f.numel() == 0:
+        raise ValueError(f"{OP}: f must be [taps_y, taps_x] or [taps], got shape {tuple(f.shape)}")
+    if f.device != x.device:
+        raise ValueError(f"{OP}: f must be on x's device {x.device}, got {f.device}")
+    return f.shape[0], f.shape[-1]
+
+
+def _check_operand(x: Tensor, name: str, t: Any, shapes: list[tuple[int, ...]]) -> None:
+    if t is None:
+        return
+    _impl.check_float(OP, name, t)
+    if t.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"{OP}: {name} must be {x.dtype} or torch.float32, got {t.dtype}")
+    if t.device != x.device:
+        raise ValueError(f"{OP}: {name} must be on x's device {x.device}, got {t.device}")
+    if tuple(t.shape) not in shapes:
+        wanted = " or ".join(str(s) for s in dict.fromkeys(shapes))
+        raise ValueError(f"{OP}: {name} must have shape {wanted}, got {tuple(t.shape)}")
+
+
+# --- Reference: plain PyTorch, differentiable to any order.
+
+
+def synthesis_epilogue_reference(
+    x, f, d, noise, strength, b, x0, x1, y0, y1, flip_filter, filter_gain, act, alpha, gain, clamp
+) -> Tensor:
+    """The formula in PyTorch operations; clamp < 0 means none."""
+    dtype = x.dtype
+    x = x.to(torch.promote_types(dtype, torch.float32))
+    if f is not None:
+        pads = [x0, x1, y0, y1]
+        x = upfirdn2d(x, f, 1, 1, pads, flip_filter, filter_gain, impl="reference")
+    x = _modulate(x, d, noise, strength)
+    return bias_act_reference(x, b, 1, act, alpha, gain, clamp).to(dtype)
+
+
+def _modulate(x: Tensor, d: Tensor | None, noise: Tensor | None, strength: Tensor | None) -> Tensor:
+    if d is not None:
+        x = x * d.to(x.dtype)[:, :, None, None]
+    if noise is None:
+        return x
+    noise = noise.to(x.dtype)
+    noise = noise.unsqueeze(1) if noise.ndim == 3 else noise
+    return x + (noise if strength is None else noise * strength.to(x.dtype).reshape(-1, 1, 1))
+
+
+def _composed(
+    x, f, d, noise, strength, b, x0, x1, y0, y1, flip_filter, filter_gain, act, alpha, gain, clamp,
+    impl,
+) -> Tensor:  # fmt: skip
+    """The same of gankern's other ops, in float32: differentiable to any order, several passes."""
+    dtype, device = x.dtype, x.device.type
+    x = x.to(torch.promote_types(dtype, torch.float32))
+    impls = {op: "reference" if _impl.why_not(impl, device, op) else impl
+             for op in ("upfirdn2d", "bias_act")}  # fmt: skip
+    if f is not None:
+        pads = [x0, x1, y0, y1]
+        x = upfirdn2d(x, f, 1, 1, pads, flip_filter, filter_gain, impl=impls["upfirdn2d"])
+    x = _modulate(x, d, noise, strength)
+    b = None if b is None else b.to(x.dtype)
+    clamp = None if clamp < 0 else clamp
+    return bias_act(x, b, 1, act, alpha, gain, clamp, impl=impls["bias_act"]).to(dtype)
+
+
+# --- Shape functions of the registered ops.
+
+
+def _fake_fwd(x, f, d, noise, strength, b, x0, x1, y0, y1, *args):
+    n, c, h, w = x.shape
+    taps_y, taps_x = (1, 1) if f is None else (f.shape[0], f.shape[-1])
+    y = x.new_empty(n, c, h + y0 + y1 - taps_y + 1, w + x0 + x1 - taps_x + 1)
+    return y.contiguous(memory_format=_memory_format(x))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _fake_bwd(dy, x, *args):
+    n, c = x.shape[:2]
+    acc = torch.promote_types(x.dtype, torch.float32)
+    dx = torch.empty_like(x, memory_format=_memory_format(x))
+    return dx, *(x.new_empty(shape, dtype=acc) for shape in ((n, c), (c,), (c,)))
+
+
+_impl.register_fake(OP, _fake_fwd)
+_impl.register_fake(OP + "_bwd", _fake_bwd)
+
+
+# --- Autograd, once for all implementations.
+
+_ACT = 6  # the place of act in the arguments behind the tensors
+
+
+def _codes(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*args[:_ACT], ACTS[args[_ACT]].code, *args[_ACT + 1 :])
+
+
+class _Epilogue(torch.autograd.Function):
+    """y from x, f, d, noise, strength and b."""
+
+    @staticmethod
+    def forward(x, f, d, noise, strength, b, *args):
+        *args, impl = args
+        return _impl.op(impl, OP)(x, f, d, noise, strength, b, *_codes(args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output) -> None:
+        ctx.save_for_backward(*inputs[:6])
+        ctx.args = inputs[6:]
+
+    @staticmethod
+    def backward(ctx: Any, dy):  # type: ignore[override]
+        _, _, d, _, strength, b = ctx.saved_tensors
+        dx, dd, db, ds = _EpilogueBwd.apply(dy, *ctx.saved_tensors, *ctx.args)
+        needs = ctx.needs_input_grad
+        dd = dd.to(d.dtype) if needs[2] else None
+        db = db.to(b.dtype) if needs[5] else None
+        if needs[4]:
+            ds = (ds if strength.numel() == ds.numel() else ds.sum().reshape(1)).to(strength.dtype)
+        return (dx, None, dd, None, ds if needs[4] else None, db, *(None,) * len(ctx.args))
+
+
+class _EpilogueBwd(torch.autograd.Function):
+    """dx, dd [N, C], db [C] and dstrength [C] from dy; its own gradient is composed."""
+
+    @staticmethod
+    def forward(dy, x, f, d, noise, strength, b, *args):
+        *args, impl = args
+        return _impl.op(impl, OP + "_bwd")(dy, x, f, d, noise, strength, b, *_codes(args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output) -> None:
+        ctx.save_for_backward(*inputs[:7])
+        ctx.args = inputs[7:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents):
+        graph = torch.is_grad_enabled()
+        tensors = ctx.saved_tensors
+        with torch.enable_grad():
+            # Views, so that a gradient stops here where one input was made from another.
+            dy, x, f, d, noise, strength, b = (
+                t if t is None else t.view_as(t) if t.requires_grad else t.detach() for t in tensors
+            )
+            c = x.shape[1]
+            # The operands that the outputs belong to, present or not, in float32 and full shape.
+            acc = torch.promote_types(x.dtype, torch.float32)
+            full_d = x.new_ones(x.shape[:2], dtype=acc) if d is None else d.to(acc)
+            full_b = x.new_zeros(c, dtype=acc) if b is None else b.to(acc)
+            full_s = x.new_ones(c, dtype=acc) if strength is None else strength.to(acc).expand(c)
+            wanted = [x, full_d, full_b, full_s]
+            wanted = [t if t.requires_grad else t.detach().requires_grad_() for t in wanted]
+            y = _composed(wanted[0], f, wanted[1], noise, wanted[3], wanted[2], *ctx.args)
+            first = torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True)
+            pairs = [
+                (g, v) for g, v in zip(first, cotangents, strict=True)
+                if g is not None and v is not None and g.requires_grad
+            ]  # fmt: skip
+            into = [t for t in (dy, x, d, strength, b) if t is not None and t.requires_grad]
+            if not pairs or not into:
+                return (None,) * (7 + len(ctx.args))
+            found = iter(
+                torch.autograd.grad(
+                    [g for g, _ in pairs], into, [v.to(g.dtype) for g, v in pairs],
+                    create_graph=graph, allow_unused=True,
+                )
+            )  # fmt: skip
+        grads = [
+            next(found) if t is not None and t.requires_grad else None
+            for t in (dy, x, None, d, None, strength, b)
+        ]
+        return (*grads, *(None,) * len(ctx.args))

@@ -1,0 +1,118 @@
+"""`gankern train`: the options are the fields of TrainConfig."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gankern.models import PRESETS
+from gankern.training.config import TrainConfig, TrainError, flag, make_config
+
+# What may differ when a run is resumed: how long and where it runs, not what it computes.
+MAY_CHANGE = ("kimg", "device")
+
+
+class TrainCommand(click.Command):
+    """Lists the options in the groups of the configuration."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {"Command": []}
+        names = {f.name: f.metadata["group"] for f, _ in TrainConfig.options()}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record:
+                groups.setdefault(names.get(param.name or "", "Command"), []).append(record)
+        for group, records in groups.items():
+            with formatter.section(group):
+                formatter.write_dl(records)
+        with formatter.section("Presets"):
+            presets = {
+                name: ", ".join(f"{flag(key)} {value}" for key, value in values.items())
+                for name, values in PRESETS.items()
+            }
+            formatter.write_dl([(name, text or "the defaults") for name, text in presets.items()])
+
+
+def config_options() -> list[click.Option]:
+    """An option for every field; not given, it is None, so that presets and runs can say."""
+    options = []
+    for f, kind in TrainConfig.options():
+        unit = f.metadata["unit"]
+        default = str(f.default).lower() if kind is bool else f.default
+        choices = f.metadata["choices"]
+        options.append(
+            click.Option(
+                [f"{flag(f.name)}/--no-{flag(f.name)[2:]}" if kind is bool else flag(f.name)],
+                type=click.Choice(choices) if choices else kind,
+                default=None,
+                metavar=None if choices or kind is bool else kind.__name__.upper(),
+                help=f"{f.metadata['help']}  [{f'{unit}; ' if unit else ''}default: {default}]",
+            )
+        )
+    return options
+
+
+@click.command(cls=TrainCommand, params=config_options())
+@click.option(
+    "--preset", default="", metavar="NAME", help="Options that belong together, listed below."
+)
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="Go on in this run folder; only --kimg and --device may be given beside it.",
+)
+@click.option("--dry-run", is_flag=True, help="Print configuration and networks; write nothing.")
+def command(preset: str, resume: Path | None, dry_run: bool, **options: Any) -> None:
+    """Train a GAN; without arguments a DCGAN on 5,000 MNIST digits, in a folder below runs/.
+
+    Under torchrun (torchrun --nproc-per-node 2 -m gankern train ...) the processes share every batch.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        config = resumed_config(resume, preset, given) if resume else make_config(preset, **given)
+        if dry_run:
+            click.echo(describe(config))
+            return
+        from gankern.training.loop import train
+
+        train(config, resume)
+    except (ValueError, OSError):
+        if int(os.environ.get("RANK", "0")):  # the first process says it
+            raise SystemExit(2) from None
+        raise
+
+
+def resumed_config(run: Path, preset: str, given: dict[str, Any]) -> TrainConfig:
+    """The configuration of a run folder, with what may change changed (TrainError otherwise)."""
+    from gankern.training.run import read_config
+
+    config = read_config(run)
+    if preset:
+        raise TrainError("--preset cannot be given with --resume, which keeps the run's own options")
+    for name, value in given.items():
+        if name not in MAY_CHANGE and value != getattr(config, name):
+            old = getattr(config, name)
+            raise TrainError(f"{flag(name)} must be {old}, as {run} was started with, got {value}")
+        setattr(config, name, value)
+    return config.check()
+
+
+def describe(config: TrainConfig) -> str:
+    """The resolved configuration and the parameters of both networks, as text."""
+    from gankern import models
+    from gankern.training.loop import open_data
+
+    open_data(config)
+    lines = [config.to_json()]
+    for name, net in zip("GD", models.build(config)):
+        total = sum(p.numel() for p in net.parameters())
+        lines.append(f"{name}: {total:,} parameters ({4 * total / 2**20:.1f} MiB)")
+        lines += [
+            f"  {key:<28} {'x'.join(map(str, p.shape)):<20} {p.numel():>12,}"
+            for key, p in net.named_parameters()
+        ]
+    return "\n".join(lines)

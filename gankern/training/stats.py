@@ -1,0 +1,59 @@
+"""Averages of what a run measures, from one tick to the next."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from gankern.training.config import TrainError
+from gankern.training.distributed import average
+
+# Fields that differ between two equal runs.
+WALL_CLOCK = ("time_s", "img_per_s")
+
+
+class TickStats:
+    """Sums values step by step without waiting for the device; a tick takes their means.
+
+    Args:
+        world: number of processes; the means are over all of them.
+        seconds: what the run has taken so far.
+    """
+
+    def __init__(self, world: int, seconds: float) -> None:
+        self.world, self.seconds = world, seconds
+        self.sums: dict[str, Tensor] = {}
+        self.images = self.steps = 0
+        self.start = time.monotonic()
+
+    def add(self, images: int, **values: Tensor) -> None:
+        """Adds the means of one step over `images` images."""
+        for name, value in values.items():
+            value = value.detach().float().mean()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.images += images
+        self.steps += 1
+
+    def take(self, kimg: float) -> dict[str, float]:
+        """The means since the last call, and the time.
+
+        Raises:
+            TrainError: a mean is infinite or NaN.
+        """
+        means = average(torch.stack(list(self.sums.values())) / self.steps, self.world).tolist()
+        row = dict(zip(self.sums, means))
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise TrainError(
+                    f"{name} is {value} at {kimg} kimg: training has diverged; go on from the last"
+                    " checkpoint, or start again with a lower learning rate"
+                )
+        now = time.monotonic()
+        elapsed, self.start = now - self.start, now
+        self.seconds += elapsed
+        row |= {"img_per_s": round(self.images / elapsed, 1), "time_s": round(self.seconds, 3)}
+        self.sums, self.images, self.steps = {}, 0, 0
+        return row

@@ -186,24 +186,30 @@ def gencode_flags(sm: list[str], ptx: list[str]) -> str:
     return " ".join(f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes)
 
 
-def complete(folder: str, others: tuple[str, ...]) -> tuple[list[Path], list[str]]:
-    """The csrc/torch sources for the library whose kernels lie in `folder`, and those left out.
+def sources(folder: str, without: set[str]) -> list[Path]:
+    """The files to compile of a folder of csrc, one an op, less the ops to leave out."""
+    found = [*(ROOT / "csrc" / folder).glob("*.cpp"), *(ROOT / "csrc" / folder).glob("*.cu")]
+    return sorted(path for path in found if path.stem not in without)
 
-    A source with no kernel of its name anywhere is shared; one whose kernel exists only for another
+
+def torch_sources(folder: str, other: str, without: set[str]) -> tuple[list[Path], list[str]]:
+    """csrc/torch's files for the library whose kernels lie in `folder`, and the ops left out of it.
+
+    A file with no kernel of its name anywhere is shared; one with a kernel only for the other
     library is left out.
     """
-    stems = {path.stem for path in (ROOT / "csrc" / folder).glob("*.c*")}
-    elsewhere = {path.stem for other in others for path in (ROOT / "csrc" / other).glob("*.c*")}
-    sources = sorted((ROOT / "csrc" / "torch").glob("*.cpp"))
-    left_out = [path.stem for path in sources if path.stem in elsewhere - stems]
-    return [path for path in sources if path.stem not in left_out], left_out
+    stems = {path.stem for path in sources(folder, without)}
+    lacking = {path.stem for path in sources(other, without)} - stems
+    found = sources("torch", without | lacking)
+    return found, sorted(lacking | without)
 
 
 class Ninja:
     """A build.ninja in the making, and its run."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, without: set[str]) -> None:
         self.folder = folder
+        self.without = without  # the ops that are left out
         self.lines = ["ninja_required_version = 1.5"]
 
     def rule(self, name: str, command: str, *, depfile: bool) -> None:
@@ -215,13 +221,19 @@ class Ninja:
         self.lines += [f"build {out}: {rule} {escaped}", f"  flags = {flags}"]
         return out
 
-    def run(self, jobs: int, *, keep_going: bool) -> bool:
+    def run(self, jobs: int) -> bool:
         text = "\n".join(self.lines) + "\n"
         script = self.folder / "build.ninja"
         if not script.exists() or script.read_text() != text:
             script.write_text(text)
-        command = [find_ninja(), "-C", str(self.folder), "-j", str(jobs)]
-        return subprocess.run(command + (["-k", "0"] if keep_going else [])).returncode == 0
+        command = [find_ninja(), "-C", str(self.folder), "-j", str(jobs), "-k", "0"]
+        return subprocess.run(command).returncode == 0
+
+    def failed_ops(self) -> set[str]:
+        """After a run that failed: the ops with a file that does not compile."""
+        command = [find_ninja(), "-C", str(self.folder), "-n"]
+        left = subprocess.run(command, capture_output=True, text=True).stdout
+        return set(re.findall(r"(?:cxx|nvcc) \w+/(\w+)\.", left))
 
 
 @dataclass
@@ -248,15 +260,16 @@ def link_flags(torch: Torch, libraries: str) -> str:
 
 def plan_cpu(ninja: Ninja, torch: Torch, warnings: str) -> Library:
     isas = list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["base"]
-    sources, left_out = complete("cpu", ("kernels",))
-    flags = f"{CXX_FLAGS} {warnings} -DGANKERN_BACKEND=cpu"
+    torch_side, left_out = torch_sources("cpu", "kernels", ninja.without)
+    # Vectors wider than the instruction set's are passed between inlined functions only.
+    flags = f"{CXX_FLAGS} {warnings} -Wno-psabi -DGANKERN_BACKEND=cpu"
     objects = []
     for isa in isas:
         isa_flags = f"{flags} -DGANKERN_ISA={isa} {ISA_FLAGS[isa]}"
-        for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+        for path in sources("cpu", ninja.without):
             objects.append(ninja.build(f"cpu/{path.stem}.{isa}.o", "cxx", [str(path)], isa_flags))
     flags += " " + torch_flags(torch)
-    for path in sources:
+    for path in torch_side:
         objects.append(ninja.build(f"cpu/{path.stem}.torch.o", "cxx", [str(path)], flags))
     report = {"built": bool(objects), "isa": isas, "left_out": left_out}
     return Library("_cpu.so", objects, report, link_flags(torch, ""))
@@ -283,13 +296,13 @@ def choose_archs(nvcc: Nvcc) -> tuple[list[str], list[str]]:
 
 def plan_cuda(ninja: Ninja, torch: Torch, nvcc: Nvcc, cxx: str, warnings: str) -> Library:
     sm, ptx = choose_archs(nvcc)
-    sources, left_out = complete("kernels", ("cpu",))
-    kernels = sorted((ROOT / "csrc" / "kernels").glob("*.cu"))
+    torch_side, left_out = torch_sources("kernels", "cpu", ninja.without)
+    kernels = sources("kernels", ninja.without)
     flags = f"{NVCC_FLAGS} -ccbin={cxx} {gencode_flags(sm, ptx)}"
     objects = [ninja.build(f"cuda/{path.stem}.o", "nvcc", [str(path)], flags) for path in kernels]
     flags = f"{CXX_FLAGS} {warnings} -DGANKERN_BACKEND=cuda -DUSE_CUDA {torch_flags(torch)}"
     flags += f" -isystem {nvcc.home / 'include'}"
-    for path in sources if kernels else []:
+    for path in torch_side if kernels else []:
         objects.append(ninja.build(f"cuda/{path.stem}.torch.o", "cxx", [str(path)], flags))
     report = {"built": bool(objects), "sm": sm, "ptx": ptx, "left_out": left_out}
     report |= {"nvcc": nvcc.version, "origin": nvcc.origin, "cuda": torch.cuda}
@@ -303,7 +316,7 @@ class BuildLibraries(build_ext):
     user_options = [
         *build_ext.user_options,
         ("cpu-only", None, "leave the CUDA library as it is"),
-        ("keep-going", None, "after a failure, still compile the rest"),
+        ("keep-going", None, "leave out the ops that do not compile"),
     ]
     boolean_options = [*build_ext.boolean_options, "cpu-only", "keep-going"]
 
@@ -326,14 +339,18 @@ class BuildLibraries(build_ext):
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / ".lock", "w") as lock:  # one build at a time in a folder
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                about |= {"cxx": compiler_version(cxx)} | self.compile(folder, torch, cxx, out)
+                about |= {"cxx": compiler_version(cxx)} | self.compile(
+                    folder, torch, cxx, out, set()
+                )
         (out / "_build.json").write_text(json.dumps(about, indent=2) + "\n")
         self.built.append(str(out / "_build.json"))
         print_report(about)
 
-    def compile(self, folder: Path, torch: Torch, cxx: str, out: Path) -> dict[str, Any]:
+    def compile(
+        self, folder: Path, torch: Torch, cxx: str, out: Path, without: set[str]
+    ) -> dict[str, Any]:
         """Compiles in `folder` and installs into `out`; returns each library's report."""
-        ninja = Ninja(folder)
+        ninja = Ninja(folder, without)
         ninja.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", depfile=True)
         ninja.rule("link", f"{cxx} -o $out $in $flags", depfile=False)
         # A developer's build takes warnings for errors; a user's newer compiler may have new ones.
@@ -350,8 +367,11 @@ class BuildLibraries(build_ext):
         for library in libraries.values():
             if library.objects:
                 ninja.build(library.name, "link", library.objects, library.link)
-        if not ninja.run(self.parallel or cores(), keep_going=self.keep_going):
-            raise BuildError("the compiler failed; its messages are above")
+        if not ninja.run(self.parallel or cores()):
+            failed = ninja.failed_ops() - without
+            if not self.keep_going or not failed:
+                raise BuildError("the compiler failed; its messages are above")
+            return self.compile(folder, torch, cxx, out, without | failed)
         for library in libraries.values():
             self.install(folder / library.name, out, wanted=bool(library.objects))
         reports = {name: library.report for name, library in libraries.items()}
@@ -421,7 +441,8 @@ def print_report(about: dict[str, Any]) -> None:
     print(f"  _cpu.so   {cpu_line}\n  _cuda.so  {cuda_line}")
     for name in ("cpu", "cuda"):
         for stem in about[name].get("left_out", []):
-            print(f"  _{name}.so is without {stem}: it has no kernel for it", flush=True)
+            print(f"  _{name}.so is without {stem}: no kernel, or one that does not compile")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,127 @@
+// What the parts of simt share: the state of the running launch, errors, counters, checks.
+#pragma once
+
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+#include "simt.h"
+
+namespace simt {
+
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxSharedDefault = 48 << 10, kMaxSharedOptIn = 227 << 10;
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+enum class Waits : uint8_t { kNothing, kBarrier, kWarp, kDone };
+
+struct Thread {
+  Fiber fiber;
+  int id;
+  uint3 index;
+  Waits waits;
+  int op;             // BlockOp or WarpOp
+  unsigned mask;      // of a warp collective
+  int arg, width;     // of a shuffle
+  uint64_t value;     // given to a collective, then its result
+  const void* place;  // where it waits
+};
+
+// The launch that runs now.
+struct Running {
+  const Launch* launch = nullptr;
+  std::vector<Thread> threads;  // of the current block; grows to the largest block seen
+  int count = 0;                // threads of a block
+  Thread* self = nullptr;       // the thread that runs, null in the scheduler
+  uint64_t block = 0;           // linear index
+  void* shared = nullptr;
+  bool known_arrays = false;  // the launcher was called with arrays whose extents are registered
+  std::string error;
+};
+extern Running running;
+extern Stacks stacks;
+
+// Ends the launch with an error that starts with `what` and names kernel, block and thread.
+[[noreturn]] void fail(const std::string& what, const void* place = nullptr);
+std::string thread_name(int id);
+std::string block_name(uint64_t linear);
+
+// Source positions, innermost first: "a.cu:12 in f, from a.cu:40 in k".
+std::string where(const void* pc);
+std::string function_name(const void* function);
+
+#define SIMT_COUNTERS(X)                                                                          \
+  X(launches)                                                                                     \
+  X(blocks) X(threads) X(barriers) X(warp_collectives) X(global_load_bytes)                       \
+      X(global_load_requests) X(global_load_sectors) X(global_load_used_bytes)                    \
+          X(global_store_bytes) X(global_store_requests) X(global_store_sectors)                  \
+              X(global_store_used_bytes) X(global_atomics) X(unique_load_bytes)                   \
+                  X(unique_load_sectors) X(unique_store_bytes) X(unique_store_sectors)            \
+                      X(shared_load_bytes) X(shared_load_requests) X(shared_load_wavefronts)      \
+                          X(shared_load_conflicts) X(shared_store_bytes) X(shared_store_requests) \
+                              X(shared_store_wavefronts) X(shared_store_conflicts)                \
+                                  X(shared_atomics)
+struct Counters {
+#define X(name) uint64_t name = 0;
+  SIMT_COUNTERS(X)
+#undef X
+};
+struct LaunchRecord {
+  const void* kernel;
+  dim3 grid, block;
+  size_t smem;
+};
+extern std::map<const void*, Counters> counters;  // by kernel
+extern std::vector<LaunchRecord> launch_records;
+extern Counters* counting;  // of the running kernel
+
+// Arrays that launchers may touch, and arrays that nobody has written yet.
+struct Region {
+  uintptr_t begin, end;
+  bool writable;
+};
+extern std::vector<Region> regions;
+
+const std::vector<Export>& exports();
+
+// What the race build does at each event (checks.cpp); nothing in the others.
+#ifdef GANKERN_SIMT_RACE
+namespace checks {
+void launch_begins();
+void launch_ends();
+void block_begins();
+void block_ends();
+void barrier();                             // every thread of the block has arrived
+void rendezvous(int warp, unsigned lanes);  // these lanes have met
+void warp_pauses(int warp);                 // no lane of the warp can go on
+void fence();
+void atomic(const void* p, int size, const void* pc);
+void written_by_host(const void* p, size_t bytes);  // and unwritten: a fresh array
+void unwritten(const void* p, size_t bytes);
+}  // namespace checks
+#else
+namespace checks {
+inline void launch_begins() {}
+inline void launch_ends() {}
+inline void block_begins() {}
+inline void block_ends() {}
+inline void barrier() {}
+inline void rendezvous(int, unsigned) {}
+inline void warp_pauses(int) {}
+inline void fence() {}
+inline void written_by_host(const void*, size_t) {}
+inline void unwritten(const void*, size_t) {}
+#ifdef GANKERN_SIMT_ASAN
+void atomic(const void* p, int size, const void* pc);
+#else
+inline void atomic(const void*, int, const void*) {}
+#endif
+}  // namespace checks
+#endif
+
+}  // namespace simt

@@ -54,7 +54,7 @@ ISA_FLAGS = {
 COMMON_FLAGS = f"-std=c++17 -O3 -DGANKERN_NS=gankern -I{ROOT / 'csrc'}"
 CXX_FLAGS = (
     f"{COMMON_FLAGS} -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno "
-    "-fno-trapping-math -Wall -Wextra"
+    "-fno-trapping-math -Wall -Wextra -Wno-maybe-uninitialized"
 )
 NVCC_FLAGS = (
     f"{COMMON_FLAGS} -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -DGANKERN_BACKEND=cuda "
@@ -249,7 +249,8 @@ class Library:
 def torch_flags(torch: Torch) -> str:
     api = torch.home / "include" / "torch" / "csrc" / "api" / "include"
     includes = f"-isystem {torch.home / 'include'} -isystem {api}"
-    return f"{includes} -DTORCH_TARGET_VERSION=0x020b000000000000ull"
+    # gcc 12 takes the payload of an empty std::optional<Tensor> for one that is used.
+    return f"-O2 -Wno-maybe-uninitialized {includes} -DTORCH_TARGET_VERSION=0x020b000000000000ull"
 
 
 def link_flags(torch: Torch, libraries: str) -> str:

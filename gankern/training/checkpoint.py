@@ -53,7 +53,7 @@ class Checkpoint:
 def save(
     run: Path, cur_nimg: int, config: TrainConfig, parts: Parts, counters: dict[str, Any]
 ) -> Path:
-    """Writes RUN/checkpoints/<cur_nimg>, then removes all but the last two.
+    """Writes RUN/checkpoints/<cur_nimg>, then removes all but it and the one before.
 
     Args:
         run: the run folder.
@@ -69,7 +69,7 @@ def save(
     folder.parent.mkdir(exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
     try:
-        metadata = {"format": "gankern", "config": config.to_json()}
+        metadata = {"config": config.to_json()}
         sums = {}
         for name, part in parts.items():
             data = safetensors.torch.save(_tensors(part), metadata)
@@ -84,10 +84,14 @@ def save(
             _remove(folder)
         partial.rename(folder)
         _flush_folder(folder.parent)
-    except BaseException:
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    for old in list_checkpoints(run)[:-KEEP]:
+    # Newer ones are damaged: this run had to go on from an older one.
+    checkpoints = list_checkpoints(run)
+    latest = checkpoints.index(folder) + 1
+    for old in checkpoints[: max(latest - KEEP, 0)] + checkpoints[latest:]:
         _remove(old)
     return folder
 

@@ -88,7 +88,7 @@ class RunLog:
             shutil.rmtree(path) if path.is_dir() else path.unlink()  # of a killed process
         write_config(run, config)
         (run / "samples").mkdir(exist_ok=True)
-        self._stats = open(run / "stats.jsonl", "ab", buffering=0)  # noqa: SIM115
+        self._stats = open(str(run / "stats.jsonl"), "ab", buffering=0)  # noqa: SIM115
         self._events = SummaryWriter(run, flush_secs=10)  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> RunLog:
@@ -113,9 +113,9 @@ class RunLog:
         try:
             while data:  # a write may be short; the next one then says why
                 data = data[self._stats.write(data) :]
-        except OSError:
+        except OSError as error:
             self._stats.truncate(size)
-            raise
+            raise OSError(error.errno, error.strerror, self._stats.name) from error
         for name, value in row.items():
             self._events.add_scalar(name, value, cur_nimg)  # type: ignore[no-untyped-call]
 

@@ -83,7 +83,7 @@ class Commands(click.Group):
         sys.exit(status if isinstance(status, int) else 0)
 
 
-@click.group(cls=Commands)
+@click.group(name="gankern", cls=Commands)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(__version__, message="gankern %(version)s")
 def main(debug: bool) -> None:

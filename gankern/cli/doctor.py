@@ -101,7 +101,7 @@ def cures(build: dict[str, Any]) -> list[str]:
             if reason := _impl.why_not(impl, device, name):
                 if _impl.LIBRARIES.get(impl):
                     reason = library_state(impl, build)
-                reason = reason.replace(f"{name} has no", "there is no")
+                reason = reason.replace(f"{name} has no", "no")
                 ops_by_reason.setdefault((impl, reason), []).append(name)
     return [
         f"{impl} ({'all' if len(names) == len(op_names()) else ', '.join(names)}): {reason}"

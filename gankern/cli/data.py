@@ -3,64 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from gankern.data.decode import Geometry
-    from gankern.data.pack import Report
-
-_SHOWN = 20  # skipped files listed on the terminal
-
-
-class Size(click.ParamType):
-    """Pixels: 64, or HxW as in 48x64."""
-
-    name = "N|HxW"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
-        match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", str(value))
-        if not match or 0 in (height := int(match[1]), width := int(match[2] or match[1])):
-            self.fail(f"must be pixels as 64 or 48x64 (height x width), got {value!r}", param, ctx)
-        return height, width
-
-
-class Colour(click.ParamType):
-    """A colour by name or as #rrggbb: red, green, blue, 0 to 255."""
-
-    name = "COLOUR"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int, int]:
-        from PIL import ImageColor
-
-        try:
-            red, green, blue, *_ = ImageColor.getrgb(str(value))
-        except ValueError:
-            self.fail(f"must be a colour as white or #a0b0c0, got {value!r}", param, ctx)
-        return red, green, blue
-
-
-@contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A live bar on the error output: call it with (done, total)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+from gankern.cli.data_recipes import digits, emoji, glyphs
+from gankern.cli.parameters import Colour, Size, print_report, progress_bar
 
 
 @click.group()
 def command() -> None:
     """Pack images into a data set, and look into one."""
+
+
+command.add_command(digits)
+command.add_command(emoji)
+command.add_command(glyphs)
 
 
 @command.command()
@@ -151,7 +110,7 @@ def pack(
     if report_path is not None:
         with atomic_path(report_path) as temporary:
             temporary.write_text(report.to_json() + "\n", encoding="utf-8")
-    print_report(dst, geometry, report)
+    print_report(dst, geometry, report, rest=" (--report FILE lists all)")
 
 
 def _frame(size: tuple[int, int] | None, height: int | None, width: int | None) -> tuple[int, int]:
@@ -162,30 +121,6 @@ def _frame(size: tuple[int, int] | None, height: int | None, width: int | None) 
     if height is None or width is None:
         raise click.UsageError("the size is missing: give --size 64, or --height and --width")
     return height, width
-
-
-def print_report(dst: Path, geometry: Geometry, report: Report) -> None:
-    """Tells what was packed, and what was not."""
-    mebibytes = dst.stat().st_size / 2**20
-    click.echo(
-        f"{dst}: {report.images} images {geometry.height}x{geometry.width} {geometry.channels},"
-        f" {mebibytes:.1f} MiB"
-    )
-    if report.classes:
-        counts = sorted(report.classes.values())
-        click.echo(f"  {len(counts)} classes from folders, {counts[0]} to {counts[-1]} images each")
-    for note, count in sorted(report.notes.items()):
-        click.echo(f"  {count} x {note}")
-    if report.duplicates:
-        click.echo(f"  {report.duplicates} equal an earlier image (--duplicates skip drops such)")
-    if report.skipped:
-        reasons = ", ".join(f"{count} {name}" for name, count in report.reasons().most_common())
-        click.echo(f"  {len(report.skipped)} files skipped: {reasons}")
-        for name, reason in report.skipped[:_SHOWN]:
-            click.echo(f"    {name}: {reason}")
-        if len(report.skipped) > _SHOWN:
-            rest = len(report.skipped) - _SHOWN
-            click.echo(f"    and {rest} more (--report FILE lists all)")
 
 
 @command.command()

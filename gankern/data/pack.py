@@ -87,50 +87,71 @@ def pack(
     """
     dst = Path(dst)
     _check_arguments(geometry, labels, duplicates, workers)
-    if dst.is_dir() or (dst.exists() and not overwrite):
-        kind = "is a folder" if dst.is_dir() else "exists already (--overwrite replaces it)"
-        raise DataError(f"{dst}: {kind}")
+    check_target(dst, overwrite)
     source = open_source(Path(src))
+    return pack_source(source, dst, geometry, labels, duplicates, workers, progress)
+
+
+def pack_source(
+    source: Source,
+    dst: Path,
+    geometry: Geometry,
+    labels: str = "auto",
+    duplicates: str = "keep",
+    workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Packs an opened source; arguments, result and errors as `pack`."""
     report = Report(skipped=list(source.skipped))
-    done = 0
-
-    def images() -> Iterator[tuple[str, np.ndarray]]:
-        nonlocal done
-        seen: set[bytes] = set()
-        for name, result in _decode_all(source, geometry, workers):
-            done += 1
-            if progress is not None:
-                progress(done, len(source.names))
-            if isinstance(result, str):
-                report.skipped.append((name, result))
-                continue
-            pixels, notes = result
-            digest = hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
-            if digest in seen:
-                report.duplicates += 1
-                if duplicates == "skip":
-                    report.skipped.append((name, "duplicate"))
-                    continue
-            seen.add(digest)
-            report.notes.update(notes)
-            yield name, pixels
-
-    shape = (
-        {"L": 1, "RGB": 3, "RGBA": 4}[MODES[geometry.channels]],
-        geometry.height,
-        geometry.width,
-    )
 
     def label(names: list[str]) -> tuple[list[int] | None, list[str]]:
         if not names:
             reasons = ", ".join(f"{n} {reason}" for reason, n in report.reasons().most_common())
-            raise DataError(f"{src}: holds no usable image ({reasons})")
+            raise DataError(f"{source.path}: holds no usable image ({reasons})")
         return labels_of(names, labels)
 
     folders = {name.rpartition("/")[0] for name in source.names}
     header = 65536 + sum(2 * len(folder.encode()) + 16 for folder in folders)
-    write_packed(dst, images(), shape, len(source.names), label, report, header)
+    channels = {"gray": 1, "rgb": 3, "rgba": 4}[geometry.channels]
+    shape = (channels, geometry.height, geometry.width)
+    images = _usable(source, geometry, duplicates, workers, report, progress)
+    write_packed(dst, images, shape, len(source.names), label, report, header)
     return report
+
+
+def _usable(
+    source: Source,
+    geometry: Geometry,
+    duplicates: str,
+    workers: int,
+    report: Report,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and pixels of each image to pack; what is not packed goes into the report."""
+    seen: set[bytes] = set()
+    for done, (name, result) in enumerate(_decode_all(source, geometry, workers), 1):
+        if progress is not None:
+            progress(done, len(source.names))
+        if isinstance(result, str):
+            report.skipped.append((name, result))
+            continue
+        pixels, notes = result
+        digest = hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
+        if digest in seen:
+            report.duplicates += 1
+            if duplicates == "skip":
+                report.skipped.append((name, "duplicate"))
+                continue
+        seen.add(digest)
+        report.notes.update(notes)
+        yield name, pixels
+
+
+def check_target(dst: Path, overwrite: bool) -> None:
+    """Raises DataError if dst must not be written."""
+    if dst.is_dir() or (dst.exists() and not overwrite):
+        kind = "is a folder" if dst.is_dir() else "exists already (--overwrite replaces it)"
+        raise DataError(f"{dst}: {kind}")
 
 
 def _check_arguments(geometry: Geometry, labels: str, duplicates: str, workers: int) -> None:

@@ -1,4 +1,4 @@
-"""Where images come from: a folder or a zip, listed in a fixed order. Zips are never extracted."""
+"""Where images come from: a folder, a zip or memory, in a fixed order. Zips are never extracted."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Unreadable(Exception):
 class Source(Protocol):
     """Files by name; `skipped` are those that are not even tried."""
 
+    path: Path
     names: list[str]
     skipped: list[tuple[str, str]]
 
@@ -32,7 +33,7 @@ class FolderSource:
     """All files below a folder; hidden ones are left out, links are followed (once)."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.path = root
         self.names: list[str] = []
         self.skipped: list[tuple[str, str]] = []
         self._walk(root, "", {os.path.realpath(root)})
@@ -60,7 +61,7 @@ class FolderSource:
                 self.names.append(name)
 
     def open(self, name: str) -> BinaryIO:
-        path = self.root / name
+        path = self.path / name
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise Unreadable("not a regular file")
@@ -73,6 +74,7 @@ class ZipSource:
     """All files in a zip. Members are read into memory; no path from the zip touches the disk."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.zip = zipfile.ZipFile(path)
         self.skipped: list[tuple[str, str]] = []
         members: dict[str, zipfile.ZipInfo] = {}
@@ -108,6 +110,19 @@ class ZipSource:
         if len(data) > member.file_size:
             raise Unreadable("larger than the zip declares")
         return io.BytesIO(data)
+
+
+class MemorySource:
+    """Files that are already in memory."""
+
+    def __init__(self, path: Path, files: dict[str, bytes], skipped: list[tuple[str, str]]) -> None:
+        self.path = path
+        self.files = files
+        self.names = sorted(files)
+        self.skipped = skipped
+
+    def open(self, name: str) -> BinaryIO:
+        return io.BytesIO(self.files[name])
 
 
 def _is_hidden(parts: tuple[str, ...]) -> bool:

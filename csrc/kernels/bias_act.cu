@@ -120,6 +120,12 @@ __device__ __forceinline__ A element(A in0, A in1, A in2, A bias, const ActArgs<
   return in0 * in2 * act_curve(a, u, p);
 }
 
+// Backward compares y, as it was stored, with the clamp as it was stored.
+template <int kOp, typename T>
+__device__ __forceinline__ void round_clamp(ActArgs<Acc<T>>& p) {
+  if (kOp != kFwd && !p.from_x) p.clamp = to_acc(from_acc<T>(p.clamp));
+}
+
 template <typename T>
 struct Tensors {
   const T* in0;
@@ -178,6 +184,7 @@ __global__ void __launch_bounds__(kThreads)
                            int64_t inner, int chunks, int span, ActArgs<Acc<T>> p,
                            Reduce<Acc<T>> r) {
   using A = Acc<T>;
+  round_clamp<kOp, T>(p);
   const int64_t c = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int chunk = blockIdx.y % chunks, n0 = blockIdx.y / chunks, n_step = gridDim.y / chunks;
   A sum = A(0);
@@ -233,6 +240,7 @@ __global__ void __launch_bounds__(kThreads)
     bias_act_rows_kernel(Tensors<T> t, const void* b, bool b_f32, int64_t numel, int64_t C,
                          int64_t columns, ActArgs<Acc<T>> p, Reduce<Acc<T>> r) {
   using A = Acc<T>;
+  round_clamp<kOp, T>(p);
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.y * columns;
   A sums[N], bias[N];

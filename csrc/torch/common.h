@@ -36,7 +36,8 @@
 #endif
 
 // GANKERN_KERNEL(ret, name, args...) declares a launcher as kernels::name. For the CPU there is one
-// per instruction set, chosen at each call by cpu_isa().
+// per instruction set, chosen at each call; the first argument is the dtype, and float64 exists in
+// the base build alone.
 #if GK_BACKEND_ID == 1
 #ifdef __x86_64__
 #define GANKERN_KERNEL(ret, name, ...)                                       \
@@ -51,10 +52,10 @@
   ret name(__VA_ARGS__);                                                     \
   }                                                                          \
   template <typename... Args>                                                \
-  ret name(Args... args) {                                                   \
-    const int isa = gankern_cpu_isa();                                       \
+  ret name(int dtype, Args... rest) {                                        \
+    const int isa = dtype == kF64 ? 0 : gankern_cpu_isa();                   \
     return (isa == 2 ? avx512::name : isa == 1 ? avx2::name : base::name)(   \
-        args...);                                                            \
+        dtype, rest...);                                                     \
   }                                                                          \
   }
 #else

@@ -9,7 +9,7 @@ GANKERN_KERNEL(int, synthesis_epilogue, int dtype, int f32, const void* x, const
                int64_t x0, int64_t y0, bool flip, double filter_gain, bool channels_last, int act,
                double alpha, double gain, double clamp, void* stream)
 GANKERN_KERNEL(int64_t, synthesis_epilogue_bwd_workspace, int dtype, int64_t N, int64_t C,
-               int64_t out_h, int64_t out_w, bool channels_last)
+               int64_t H, int64_t W, bool filtered, bool noise, bool channels_last)
 GANKERN_KERNEL(int, synthesis_epilogue_bwd, int dtype, int f32, const void* dy, const void* x,
                const void* f, const void* d, const void* noise, const void* strength,
                const void* b, void* dx, void* dd, void* db, void* ds, void* workspace, int64_t N,
@@ -117,8 +117,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   }
   Tensor dx = empty_images(o, o.H, o.W);
   const auto acc = o.code == kF64 ? ScalarType::Double : ScalarType::Float;
-  const int64_t bytes =
-      kernels::synthesis_epilogue_bwd_workspace(o.code, o.N, o.C, o.out_h, o.out_w, o.last);
+  const int64_t bytes = kernels::synthesis_epilogue_bwd_workspace(
+      o.code, o.N, o.C, o.H, o.W, o.f.has_value(), o.noise.has_value(), o.last);
   WithWorkspace dd = empty_with_workspace(o.x, o.N * o.C, acc, bytes);
   Tensor db = empty_1d(o.x, o.C, acc), ds = empty_1d(o.x, o.C, acc);
   if (o.N * o.C * o.out_h * o.out_w * o.H * o.W == 0)

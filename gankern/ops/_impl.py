@@ -142,10 +142,13 @@ def choose(op_name: str, impl: str | None, x: torch.Tensor) -> str:
         RuntimeError: impl was named and cannot run here; the text says why and what to do.
     """
     if impl is None:
-        return default_impl(op_name, x.device.type)
+        found = default_impl(op_name, x.device.type)
+        return "reference" if found == "triton" and x.dtype == torch.float64 else found
     if impl not in IMPLS and impl not in NAMESPACES:
         raise ValueError(f"{op_name}: impl must be None or one of {', '.join(IMPLS)}, got {impl!r}")
     reason = why_not(impl, x.device.type, op_name)
+    if impl == "triton" and x.dtype == torch.float64:
+        reason = "Triton kernels compute in float32, x is float64: use impl=None"
     if reason:
         raise RuntimeError(f"{op_name}: impl={impl!r} cannot run: {reason}")
     return impl

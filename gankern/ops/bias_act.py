@@ -249,6 +249,8 @@ if _impl.triton is not None:
             else:
                 a = ref * inv_gain
                 y = ref
+                # y, as it was stored, meets the clamp as it was stored.
+                clamp = tl.full([], clamp, tl.float32).to(dx_ptr.dtype.element_ty).to(tl.float32)
             if SECOND:
                 d = d * tl.load(v_ptr + i, mask=inside, other=0.0).to(tl.float32)
                 d = d * _act_curve(a, u, gain, ACT)

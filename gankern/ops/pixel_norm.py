@@ -2,58 +2,248 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
+from torch import Tensor
+
+from gankern.ops import _impl
+
+if _impl.triton is not None:
+    import triton
+    import triton.language as tl
 
 
-def pixel_norm(
-    x: torch.Tensor,
-    dim: int = 1,
-    eps: float = 1e-8,
-    *,
-    impl: str | None = None,
-) -> torch.Tensor:
-    """Scale every vector along `dim` to a mean square of one.
-
-    y = x * rsqrt(mean(x², dim) + eps)
+def pixel_norm(x: Tensor, dim: int = 1, eps: float = 1e-8, *, impl: str | None = None) -> Tensor:
+    """Scale every vector along `dim` to a mean square of one: y = x * rsqrt(mean(x², dim) + eps).
 
     Args:
-        x: (..., C, ...) features or latents, float32, float16, bfloat16 or float64, any strides.
-        dim: the dimension that holds a vector; negative counts from the end.
-        eps: added to the mean square, > 0 keeps a zero vector finite.
-        impl: "cuda", "triton", "cpu" or "reference"; None takes the best usable one.
+        x: any shape; float32, float16, bfloat16 or float64; any strides (dense ones are kept).
+        dim: the dimension that holds a vector; negative ones count from the end.
+        eps: added to the mean square; above 0 it keeps a zero vector finite.
+        impl: None (the best that can run), "cuda", "triton", "cpu" or "reference".
 
     Returns:
-        (..., C, ...) of x's dtype and memory format; 16-bit inputs are accumulated in float32.
+        y of x's shape, dtype and memory format; 16-bit types are accumulated in float32.
 
     Raises:
-        TypeError: x is not a floating-point tensor, dim or eps is not a number.
-        ValueError: x has no dimension `dim`, eps is negative, or impl cannot run.
+        TypeError, ValueError: an argument is not as above. RuntimeError: impl cannot run here.
 
-    Gradients: any order in x. Source: Karras et al. 2018 (arXiv:1710.10196), section 4.2.
+    Gradients: in x, of any order. Orders 1 and 2 are kernels; orders above are composed of
+    PyTorch's. Saves x.
+    Source: Karras et al. 2018, "Progressive Growing of GANs", section 4.2.
     """
-    _check(x, dim, eps)
-    return pixel_norm_reference(x, dim, eps)
+    dim = _check(x, dim, eps)
+    chosen = _impl.choose("pixel_norm", impl, x)
+    if chosen == "reference":
+        return pixel_norm_reference(x, dim, eps)
+    return _PixelNorm.apply(x, dim, float(eps), chosen)
 
 
-def _check(x: torch.Tensor, dim: int, eps: float) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"pixel_norm: x must be a tensor, got {type(x).__name__}")
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"pixel_norm: x must be a floating-point tensor, got {x.dtype}")
+def _check(x: Tensor, dim: int, eps: float) -> int:
+    """Validated dim >= 0."""
+    _impl.check_float("pixel_norm", "x", x)
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise TypeError(f"pixel_norm: dim must be an int, got {type(dim).__name__}")
-    if not -x.ndim <= dim < x.ndim:
-        raise ValueError(
-            f"pixel_norm: dim must be in [{-x.ndim}, {x.ndim - 1}] for a {x.ndim}-d x, got {dim}"
-        )
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"pixel_norm: dim must be a dimension of x {tuple(x.shape)}, got {dim}")
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
         raise TypeError(f"pixel_norm: eps must be a number, got {type(eps).__name__}")
     if not eps >= 0:
         raise ValueError(f"pixel_norm: eps must be at least 0, got {eps}")
+    return dim % x.dim()
 
 
-def pixel_norm_reference(x: torch.Tensor, dim: int = 1, eps: float = 1e-8) -> torch.Tensor:
-    """The formula of `pixel_norm` in plain PyTorch, differentiable to any order."""
+# --- Reference: plain PyTorch, differentiable to any order.
+
+
+def pixel_norm_reference(x: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """The formula in PyTorch operations, in float32 for 16-bit types."""
     dtype = x.dtype
     x = x.to(torch.promote_types(dtype, torch.float32))
     return (x * (x.square().mean(dim, keepdim=True) + eps).rsqrt()).to(dtype)
+
+
+# --- Triton. A program holds BLOCK_V vectors, BLOCK_C elements of each at a time.
+
+if _impl.triton is not None:
+
+    @triton.jit
+    def _load(ptr, at, mask, ACC: tl.constexpr):
+        return tl.load(ptr + at, mask=mask, other=0.0).to(ACC)
+
+    @triton.jit
+    def pixel_norm_kernel(
+        g_ptr, dy_ptr, x_ptr, out_ptr, dx_ptr, outer, C, inner, eps,
+        ORDER: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
+    ):  # fmt: skip
+        # ORDER 0: out = y. 1: out = dx from dy. 2: out = d(dy), dx = d(x) from g, the gradient of dx.
+        c = tl.arange(0, BLOCK_C)[:, None]
+        v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+        inside = (v < outer * inner)[None, :]
+        base = ((v // inner) * C * inner + v % inner)[None, :]
+        xx = tl.zeros([BLOCK_V], ACC)
+        gd = tl.zeros([BLOCK_V], ACC)
+        gx = tl.zeros([BLOCK_V], ACC)
+        xd = tl.zeros([BLOCK_V], ACC)
+        for start in range(0, C, BLOCK_C):
+            at = base + (start + c).to(tl.int64) * inner
+            mask = inside & (start + c < C)
+            x = _load(x_ptr, at, mask, ACC)
+            xx += tl.sum(x * x, 0)
+            if ORDER > 0:
+                dy = _load(dy_ptr, at, mask, ACC)
+                xd += tl.sum(x * dy, 0)
+            if ORDER > 1:
+                g = _load(g_ptr, at, mask, ACC)
+                gd += tl.sum(g * dy, 0)
+                gx += tl.sum(g * x, 0)
+        r = (1 / tl.sqrt(xx / C + eps))[None, :]
+        k = r * r * r / C
+        kgx = k * gx[None, :]
+        kxd = k * xd[None, :]
+        curve = 3 * kgx * kxd / r - k * gd[None, :]
+        for start in range(0, C, BLOCK_C):
+            at = base + (start + c).to(tl.int64) * inner
+            mask = inside & (start + c < C)
+            x = _load(x_ptr, at, mask, ACC)
+            if ORDER == 0:
+                out = r * x
+            else:
+                dy = _load(dy_ptr, at, mask, ACC)
+                out = r * dy - kxd * x
+            if ORDER > 1:
+                g = _load(g_ptr, at, mask, ACC)
+                out = r * g - kgx * x
+                dx = curve * x - kxd * g - kgx * dy
+                tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+    def _launch(order: int, tensors: list[Tensor], dim: int, eps: float) -> list[Tensor]:
+        """tensors: x, or dy and x, or g, dy and x."""
+        x = tensors[-1]
+        nhwc = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if nhwc else torch.contiguous_format
+        tensors = [t.contiguous(memory_format=layout) for t in tensors]
+        x = tensors[-1]
+        outputs = [torch.empty_like(x) for _ in range(2 if order == 2 else 1)]
+        if x.numel() == 0:
+            return outputs
+        memory_order = [0, 2, 3, 1] if nhwc else list(range(x.dim()))
+        place = memory_order.index(dim)
+        outer = math.prod(x.shape[d] for d in memory_order[:place])
+        inner = math.prod(x.shape[d] for d in memory_order[place + 1 :])
+        C = x.shape[dim]
+        block_c = min(triton.next_power_of_2(C), 1024)
+        block_v = max(8, 4096 // block_c)
+        grid = (triton.cdiv(outer * inner, block_v),)
+        g, dy = (tensors[-3] if order == 2 else x), (tensors[-2] if order else x)
+        torch.library.wrap_triton(pixel_norm_kernel)[grid](
+            g, dy, x, outputs[0], outputs[-1], outer, C, inner, eps,
+            ORDER=order, ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
+            BLOCK_C=block_c, BLOCK_V=block_v,
+        )  # fmt: skip
+        return outputs
+
+    @torch.library.triton_op("gankern_triton::pixel_norm", mutates_args=())
+    def _triton_fwd(x: Tensor, dim: int, eps: float) -> Tensor:
+        return _launch(0, [x], dim, eps)[0]
+
+    @torch.library.triton_op("gankern_triton::pixel_norm_bwd", mutates_args=())
+    def _triton_bwd(dy: Tensor, x: Tensor, dim: int, eps: float) -> Tensor:
+        return _launch(1, [dy, x], dim, eps)[0]
+
+    @torch.library.triton_op("gankern_triton::pixel_norm_bwd2", mutates_args=())
+    def _triton_bwd2(
+        g: Tensor, dy: Tensor, x: Tensor, dim: int, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        d_dy, d_x = _launch(2, [g, dy, x], dim, eps)
+        return d_dy, d_x
+
+
+# --- Shape functions of the registered ops.
+
+_impl.register_fake("pixel_norm", lambda x, dim, eps: torch.empty_like(x))
+_impl.register_fake("pixel_norm_bwd", lambda dy, x, dim, eps: torch.empty_like(x))
+_impl.register_fake(
+    "pixel_norm_bwd2", lambda g, dy, x, dim, eps: (torch.empty_like(x), torch.empty_like(x))
+)
+
+
+# --- Autograd, once for all implementations.
+
+
+class _PixelNorm(torch.autograd.Function):
+    """y from x."""
+
+    @staticmethod
+    def forward(x, dim, eps, impl):
+        return _impl.op(impl, "pixel_norm")(x, dim, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output) -> None:
+        x, *ctx.args = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy):  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return _PixelNormBwd.apply(dy, x, *ctx.args), None, None, None
+
+
+class _PixelNormBwd(torch.autograd.Function):
+    """dx from dy and x: linear and symmetric in dy."""
+
+    @staticmethod
+    def forward(dy, x, dim, eps, impl):
+        return _impl.op(impl, "pixel_norm_bwd")(dy, x, dim, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output) -> None:
+        dy, x, *ctx.args = inputs
+        ctx.save_for_backward(dy, x)
+
+    @staticmethod
+    def backward(ctx: Any, g):  # type: ignore[override]
+        dy, x = ctx.saved_tensors
+        if ctx.needs_input_grad[1]:
+            d_dy, d_x = _PixelNormBwd2.apply(g, dy, x, *ctx.args)
+        else:
+            d_dy, d_x = _PixelNormBwd.apply(g, x, *ctx.args), None
+        return d_dy, d_x, None, None, None
+
+
+class _PixelNormBwd2(torch.autograd.Function):
+    """The gradients of dx in dy and x; its own are composed of PyTorch's operations."""
+
+    @staticmethod
+    def forward(g, dy, x, dim, eps, impl):
+        return _impl.op(impl, "pixel_norm_bwd2")(g, dy, x, dim, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output) -> None:
+        g, dy, x, dim, eps, _ = inputs
+        ctx.save_for_backward(g, dy, x)
+        ctx.args = (dim, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads):  # type: ignore[override]
+        with torch.enable_grad():
+            inputs = [t.view_as(t) for t in ctx.saved_tensors]
+            outputs = _bwd2_reference(*inputs, *ctx.args)
+            wanted = [t for t in inputs if t.requires_grad]
+            found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
+        return (*(next(found) if t.requires_grad else None for t in inputs), None, None, None)
+
+
+def _bwd2_reference(g, dy, x, dim, eps) -> tuple[Tensor, Tensor]:
+    """What pixel_norm_bwd2 computes, differentiably: csrc/kernels/pixel_norm.cu."""
+    dtype = x.dtype
+    g, dy, x = (t.to(torch.promote_types(dtype, torch.float32)) for t in (g, dy, x))
+    r = (x.square().mean(dim, keepdim=True) + eps).rsqrt()
+    k = r.pow(3) / x.shape[dim]
+    gd, gx, xd = ((a * b).sum(dim, keepdim=True) for a, b in ((g, dy), (g, x), (x, dy)))
+    d_dy = r * g - k * gx * x
+    d_x = (3 * k * k / r * gx * xd - k * gd) * x - k * (xd * g + gx * dy)
+    return d_dy.to(dtype), d_x.to(dtype)

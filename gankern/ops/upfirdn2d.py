@@ -9,9 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gankern.ops import _impl
+
+if _impl.triton is not None:
+    import triton
+    import triton.language as tl
+
 __all__ = ["downsample2d", "filter2d", "setup_filter", "upfirdn2d", "upsample2d"]
 
 Pair = int | Sequence[int]
+Pads = tuple[int, int, int, int]
+MAX_TAPS = 32  # of the GPU kernels, a side
 
 
 def upfirdn2d(
@@ -41,21 +49,31 @@ def upfirdn2d(
         padding: zeros around the upsampled image; int, [x, y] or [x0, x1, y0, y1]. Negative crops.
         flip_filter: False is a convolution, True a correlation.
         gain: factor on the result.
-        impl: "cuda", "triton", "cpu", "reference", or None for the best usable one.
+        impl: None (the best that can run), "cuda", "triton", "cpu" or "reference".
 
     Returns:
         Images of (N, C, out_h, out_w) in the dtype and memory format of `x`.
 
     Raises:
-        TypeError, ValueError: an argument is none of the above, or nothing is left to filter.
+        TypeError, ValueError: an argument is not as above, or nothing is left to filter.
+        RuntimeError: impl cannot run here.
 
-    Differentiable to any order in x and f: the gradient in x is an upfirdn2d with `up` and `down`
-    swapped and the filter flipped. Source: StyleGAN2 (Karras et al., 2020).
+    Gradients: in x and f, of any order. That in x is an upfirdn2d with `up` and `down` swapped and
+    the filter flipped, so all its orders are the same kernel; that in f is composed of PyTorch's.
+    Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", appendix B.
     """
     f, args = _check(x, f, up, down, padding, flip_filter, gain)
-    if impl not in (None, "reference"):
-        raise ValueError(f"upfirdn2d: impl must be None or 'reference', got {impl!r}")
-    return upfirdn2d_reference(x, f, *args)
+    chosen = _impl.choose("upfirdn2d", impl, x)
+    if chosen not in ("cpu", "reference") and max(f.shape) > MAX_TAPS:
+        if impl is not None:
+            raise ValueError(
+                f"upfirdn2d: f must have at most {MAX_TAPS} taps a side for impl={impl!r}, "
+                f"got shape {tuple(f.shape)}"
+            )
+        chosen = "reference"
+    if chosen == "reference" or x.numel() == 0:
+        return upfirdn2d_reference(x, f, *args)
+    return _Upfirdn2d.apply(x, f, *args, chosen)
 
 
 def setup_filter(
@@ -83,7 +101,7 @@ def setup_filter(
     f = torch.as_tensor(1 if f is None else f, dtype=torch.float32)
     if f.ndim > 2 or f.numel() == 0:
         raise ValueError(
-            f"setup_filter: f must be a number or 1 or 2 dimensions of taps, got shape {tuple(f.shape)}"
+            f"setup_filter: f must be a number or have 1 or 2 dimensions, got {_what(f)}"
         )
     f = f.reshape(1) if f.ndim == 0 else f
     if separable is None:
@@ -180,52 +198,14 @@ def downsample2d(
     return upfirdn2d(x, f, 1, [down_x, down_y], pads, flip_filter, gain, impl=impl)
 
 
-def upfirdn2d_reference(
-    x: Tensor,
-    f: Tensor,
-    up: tuple[int, int],
-    down: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    flip_filter: bool,
-    gain: float,
-) -> Tensor:
-    """The formula in PyTorch: checked arguments, 16-bit images filtered in the filter's dtype."""
-    n, c, _, _ = x.shape
-    groups = c or 1  # conv2d takes no images of 0 channels, but 0 images
-    z = _upsample_pad(x.to(f.dtype), up, padding)
-    w = f if f.ndim == 2 else torch.outer(f, f)
-    w = (w if flip_filter else w.flip([0, 1])) * gain
-    w = w.expand(groups, 1, *w.shape).contiguous()
-    z = z.reshape(n * c // groups, groups, *z.shape[2:])
-    y = F.conv2d(z, w, stride=(down[1], down[0]), groups=groups)
-    y = y.reshape(n, c, *y.shape[2:]).to(x.dtype)
-    return y.contiguous(memory_format=_memory_format(x))
-
-
-def _upsample_pad(x: Tensor, up: tuple[int, int], padding: tuple[int, int, int, int]) -> Tensor:
-    """Insert zeros and pad or crop: (N, C, H * up_y + y0 + y1, W * up_x + x0 + x1)."""
-    n, c, h, w = x.shape
-    up_x, up_y = up
-    if up != (1, 1):
-        x = F.pad(x.reshape(n, c, h, 1, w, 1), [0, up_x - 1, 0, 0, 0, up_y - 1])
-        x = x.reshape(n, c, h * up_y, w * up_x)
-    return F.pad(x, padding)
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
-
-
 def _check(
     x: Tensor, f: Tensor | None, up: Pair, down: Pair, padding: Pair, flip: bool, gain: float
 ) -> tuple[Tensor, tuple[Any, ...]]:
     """Return the filter as a tensor, float64 beside a float64 x, and the arguments in full."""
     op = "upfirdn2d"
-    if not isinstance(x, Tensor) or x.ndim != 4:
+    _impl.check_float(op, "x", x)
+    if x.ndim != 4:
         raise ValueError(f"{op}: x must be a tensor of shape (N, C, H, W), got {_what(x)}")
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: x must be float32, float16, bfloat16 or float64, got {x.dtype}")
     taps = _taps(f, op)
     if f is not None and f.dtype != torch.float32 and not f.dtype == x.dtype == torch.float64:
         raise TypeError(f"{op}: f must be float32, got {f.dtype}")
@@ -261,7 +241,7 @@ def _pair(value: Pair, name: str, op: str) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def _padding(value: Pair, op: str) -> tuple[int, int, int, int]:
+def _padding(value: Pair, op: str) -> Pads:
     pads = _ints(value)
     if pads is None:
         raise TypeError(f"{op}: padding must be an int, 2 or 4 ints, got {value}")
@@ -283,3 +263,171 @@ def _ints(value: Pair) -> tuple[int, ...] | None:
 
 def _what(value: object) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+# --- Reference: plain PyTorch, differentiable to any order.
+
+
+def upfirdn2d_reference(
+    x: Tensor,
+    f: Tensor,
+    up: tuple[int, int],
+    down: tuple[int, int],
+    padding: Pads,
+    flip_filter: bool,
+    gain: float,
+) -> Tensor:
+    """The formula in PyTorch: checked arguments, 16-bit images filtered in the filter's dtype."""
+    n, c, _, _ = x.shape
+    groups = c or 1  # conv2d takes no images of 0 channels, but 0 images
+    z = _upsample_pad(x.to(f.dtype), up, padding)
+    w = f if f.ndim == 2 else torch.outer(f, f)
+    w = (w if flip_filter else w.flip([0, 1])) * gain
+    w = w.expand(groups, 1, *w.shape).contiguous()
+    z = z.reshape(n * c // groups, groups, *z.shape[2:])
+    y = F.conv2d(z, w, stride=(down[1], down[0]), groups=groups)
+    y = y.reshape(n, c, *y.shape[2:]).to(x.dtype)
+    return y.contiguous(memory_format=_memory_format(x))
+
+
+def _upsample_pad(x: Tensor, up: tuple[int, int], padding: Pads) -> Tensor:
+    """Insert zeros and pad or crop: (N, C, H * up_y + y0 + y1, W * up_x + x0 + x1)."""
+    n, c, h, w = x.shape
+    up_x, up_y = up
+    if up != (1, 1):
+        x = F.pad(x.reshape(n, c, h, 1, w, 1), [0, up_x - 1, 0, 0, 0, up_y - 1])
+        x = x.reshape(n, c, h * up_y, w * up_x)
+    x = F.pad(x, [max(v, 0) for v in padding])
+    x0, x1, y0, y1 = (max(-v, 0) for v in padding)
+    return x[:, :, y0 : x.shape[2] - y1, x0 : x.shape[3] - x1]
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+# --- Triton.
+
+if _impl.triton is not None:
+
+    @triton.jit
+    def upfirdn2d_kernel(
+        x_ptr, f_ptr, y_ptr, in_h, in_w, out_h, out_w, pad_x, pad_y, flip, gain,
+        C: tl.constexpr, TAPS_X: tl.constexpr, TAPS_Y: tl.constexpr, SEPARABLE: tl.constexpr,
+        UP_X: tl.constexpr, UP_Y: tl.constexpr, DOWN_X: tl.constexpr, DOWN_Y: tl.constexpr,
+        BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
+    ):  # fmt: skip
+        # A tile of one image: rows oy, and along memory columns and C channels, e = ox * C + c.
+        tiles_x = tl.cdiv(out_w * C, BLOCK_X)
+        image = tl.program_id(1).to(tl.int64)
+        e = tl.program_id(0) % tiles_x * BLOCK_X + tl.arange(0, BLOCK_X)[None, :]
+        oy = tl.program_id(0) // tiles_x * BLOCK_Y + tl.arange(0, BLOCK_Y)[:, None]
+        ox = e // C
+        # Output o starts at start of the upsampled image: first sample x0 and its tap kx0. The
+        # shift by a multiple of `up` keeps the dividend positive.
+        start_x, start_y = ox * DOWN_X - pad_x, oy * DOWN_Y - pad_y
+        shift_x, shift_y = tl.cdiv(tl.maximum(pad_x, 0), UP_X), tl.cdiv(tl.maximum(pad_y, 0), UP_Y)
+        x0 = (start_x + shift_x * UP_X + UP_X - 1) // UP_X - shift_x
+        y0 = (start_y + shift_y * UP_Y + UP_Y - 1) // UP_Y - shift_y
+        kx0, ky0 = x0 * UP_X - start_x, y0 * UP_Y - start_y
+        base = x_ptr + image * in_h * in_w * C + e % C
+        acc = tl.zeros([BLOCK_Y, BLOCK_X], f_ptr.dtype.element_ty)
+        for my in range((TAPS_Y + UP_Y - 1) // UP_Y):
+            iy, ky = y0 + my, ky0 + my * UP_Y
+            row_ok = (iy >= 0) & (iy < in_h) & (ky < TAPS_Y)
+            fy = tl.where(flip, ky, TAPS_Y - 1 - ky)
+            for mx in range((TAPS_X + UP_X - 1) // UP_X):
+                ix, kx = x0 + mx, kx0 + mx * UP_X
+                ok = row_ok & (ix >= 0) & (ix < in_w) & (kx < TAPS_X)
+                fx = tl.where(flip, kx, TAPS_X - 1 - kx)
+                if SEPARABLE:
+                    w = tl.load(f_ptr + fy, row_ok, 0.0) * tl.load(f_ptr + fx, kx < TAPS_X, 0.0)
+                else:
+                    w = tl.load(f_ptr + fy * TAPS_X + fx, ok, 0.0)
+                v = tl.load(base + (iy.to(tl.int64) * in_w + ix) * C, ok, 0.0)
+                acc += w * v.to(acc.dtype)
+        y = y_ptr + image * out_h * out_w * C + oy.to(tl.int64) * out_w * C + e
+        tl.store(y, (acc * gain).to(y_ptr.dtype.element_ty), (oy < out_h) & (e < out_w * C))
+
+    @torch.library.triton_op("gankern_triton::upfirdn2d", mutates_args=())
+    def _triton(
+        x: Tensor, f: Tensor, up: Sequence[int], down: Sequence[int], padding: Sequence[int],
+        flip_filter: bool, gain: float,
+    ) -> Tensor:  # fmt: skip
+        last = _memory_format(x) == torch.channels_last
+        x, f = x if last else x.contiguous(), f.contiguous()
+        y = _fake(x, f, up, down, padding, flip_filter, gain)
+        (n, c, h, w), (oh, ow) = x.shape, y.shape[2:]
+        images, c = (n, c) if last else (n * c, 1)
+        block_x = min(128, triton.next_power_of_2(ow * c))
+        block_y = min(1024 // block_x, triton.next_power_of_2(oh))
+        grid = (triton.cdiv(ow * c, block_x) * triton.cdiv(oh, block_y), images)
+        torch.library.wrap_triton(upfirdn2d_kernel)[grid](
+            x, f, y, h, w, oh, ow, padding[0], padding[2], flip_filter, gain,
+            C=c, TAPS_X=f.shape[-1], TAPS_Y=f.shape[0], SEPARABLE=f.ndim == 1,
+            UP_X=up[0], UP_Y=up[1], DOWN_X=down[0], DOWN_Y=down[1],
+            BLOCK_X=block_x, BLOCK_Y=block_y,
+        )  # fmt: skip
+        return y
+
+
+# --- Shape function of the registered op.
+
+
+def _fake(x, f, up, down, padding, flip_filter, gain):
+    n, c, h, w = x.shape
+    out_w = (w * up[0] + padding[0] + padding[1] - f.shape[-1]) // down[0] + 1
+    out_h = (h * up[1] + padding[2] + padding[3] - f.shape[0]) // down[1] + 1
+    return torch.empty(
+        (n, c, out_h, out_w), dtype=x.dtype, device=x.device, memory_format=_memory_format(x)
+    )
+
+
+_impl.register_fake("upfirdn2d", _fake)
+
+
+# --- Autograd, once for all implementations.
+
+
+class _Upfirdn2d(torch.autograd.Function):
+    """y from x and f; the gradient in x is the same function with up and down swapped."""
+
+    @staticmethod
+    def forward(x, f, up, down, padding, flip_filter, gain, impl):
+        return _impl.op(impl, "upfirdn2d")(x, f, up, down, padding, flip_filter, gain)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output) -> None:
+        x, f, *args = inputs
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, f)
+        ctx.size, ctx.out_size = x.shape[2:], output.shape[2:]
+        ctx.args = args
+
+    @staticmethod
+    def backward(ctx: Any, dy):  # type: ignore[override]
+        x, f = ctx.saved_tensors
+        up, down, pads, flip_filter, gain, impl = ctx.args
+        dx = df = None
+        if ctx.needs_input_grad[0]:
+            adjoint = []
+            for i, taps in enumerate((f.shape[-1], f.shape[0])):  # x, then y
+                size, out = ctx.size[1 - i], ctx.out_size[1 - i]
+                adjoint += [taps - pads[2 * i] - 1]
+                adjoint += [size * up[i] - out * down[i] + pads[2 * i] - up[i] + 1]
+            dx = _Upfirdn2d.apply(dy, f, down, up, adjoint, not flip_filter, gain, impl)
+        if ctx.needs_input_grad[1]:
+            df = _filter_gradient(x, f, dy, *ctx.args[:-1])
+        return dx, df, *(None,) * 6
+
+
+def _filter_gradient(x, f, dy, up, down, padding, flip_filter, gain) -> Tensor:
+    """df[k] = gain * sum of dy[o] * z[o * down + k] over all o, z being x upsampled and padded."""
+    z = _upsample_pad(x.to(f.dtype), up, padding)
+    images = z.shape[0] * z.shape[1]
+    z = z.reshape(1, images, *z.shape[2:])
+    dy = (dy.to(f.dtype) * gain).reshape(images, 1, *dy.shape[2:])
+    g = F.conv2d(z, dy, dilation=(down[1], down[0]), groups=images).sum(1)[0]
+    g = g[: f.shape[0], : f.shape[-1]]
+    g = g if flip_filter else g.flip([0, 1])
+    return g if f.ndim == 2 else (g + g.t()) @ f

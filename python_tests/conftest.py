@@ -1,0 +1,67 @@
+"""Fixtures of every test: the device, the implementations it can run, NaN in fresh memory."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="cpu (default) or cuda: the whole suite there")
+    parser.addoption(
+        "--impl", default="", help="run only these implementations, for example cpu,simt"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is decorated
+
+
+def _impls(config: pytest.Config) -> list[str]:
+    on = config.getoption("--device")
+    impls = ["reference", "cuda", "triton"] if on == "cuda" else ["reference", "cpu", "triton", "simt"]
+    only = config.getoption("--impl")
+    return [i for i in impls if not only or i in only.split(",")]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "impl" in metafunc.fixturenames:
+        metafunc.parametrize("impl", _impls(metafunc.config), indirect=True)
+
+
+@pytest.fixture
+def impl(request: pytest.FixtureRequest) -> str:
+    """Each implementation in turn; "simt" is the CUDA source, run on the CPU by csrc/simt."""
+    if request.param == "simt":
+        request.getfixturevalue("simt_ops")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def simt_ops() -> None:
+    """The simulated kernels as an implementation: torch.ops.gankern_simt, impl="simt"."""
+    import simt_build
+
+    from gankern.ops import _impl
+
+    simt_build.load_ops()
+    _impl.add_namespace("simt", "gankern_simt")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    return request.config.getoption("--device")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fresh tensors hold NaN, so that an element no kernel writes cannot pass for a result."""
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)

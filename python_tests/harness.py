@@ -1,0 +1,125 @@
+"""What the tests of every op share: dtypes, layouts, tolerances, derivatives, golden vectors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+DATA = Path(__file__).parent / "data"
+DTYPES = {
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "f64": torch.float64,
+}
+
+def skip_float64_triton(impl: str, dtype: torch.dtype) -> None:
+    if impl == "triton" and dtype == torch.float64:
+        pytest.skip("Triton's kernels compute in float32 and refuse float64")
+
+
+LAYOUTS = ("contiguous", "channels_last", "strided")
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """x with the same values in another memory layout: a leaf, not a view of anything kept."""
+    if layout == "channels_last" and x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "strided" and x.dim() > 0:
+        padded = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan"))
+        padded[..., 1 : 2 * x.shape[-1] : 2] = x
+        return padded[..., 1 : 2 * x.shape[-1] : 2]
+    return x.contiguous()
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def max_error(actual: Tensor, exact: Tensor) -> float:
+    """Largest absolute difference from the float64 result; infinite where NaN or shape differ."""
+    if actual.shape != exact.shape:
+        return float("inf")
+    if actual.numel() == 0:
+        return 0.0
+    difference = (actual.detach().double().cpu() - exact.detach().cpu()).abs()
+    return float("inf") if difference.isnan().any() else difference.max().item()
+
+
+def assert_as_good_as(
+    actual: Tensor, eager: Tensor, exact: Tensor, what: str = "", terms: int = 1
+) -> None:
+    """The tolerance of every test: error <= 2 * eager PyTorch's at that dtype + floor.
+
+    The floor is 4 roundings of the dtype at the size of the result, or, for a sum of `terms` random
+    values of size one, at the size that such sums have, sqrt(terms).
+    """
+    assert actual.dtype == eager.dtype, f"{what}: dtype {actual.dtype}, wanted {eager.dtype}"
+    size = exact.abs().max().item() if exact.numel() else 0.0
+    size = max(size, terms**0.5) if terms > 1 else size
+    bound = 2 * max_error(eager, exact) + 4 * torch.finfo(actual.dtype).eps * size
+    error = max_error(actual, exact)
+    assert error <= bound, f"{what}: error {error:.3g} over the bound {bound:.3g}"
+
+
+def outputs_and_grads(f: Callable, inputs: list[Tensor | None], seed: int = 1) -> list[Tensor]:
+    """[y, gradients of sum(y * dy) in every input]."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    y = f(*leaves)
+    dy = randn(*y.shape, seed=seed).to(y)
+    dy = torch.empty_like(y).copy_(dy)  # in y's memory format, as a following layer returns it
+    wanted = [t for t in leaves if t is not None]
+    return [y, *torch.autograd.grad(y, wanted, dy)]
+
+
+def second_grads(f: Callable, inputs: list[Tensor | None], seed: int = 1) -> list[Tensor]:
+    """Gradients, in every input and dy, of sum(dx * v): the second order that R1 takes."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    y = f(*leaves)
+    dy = randn(*y.shape, seed=seed).to(y).requires_grad_()
+    (dx,) = torch.autograd.grad(y, leaves[0], dy, create_graph=True)
+    v = randn(*dx.shape, seed=seed + 1).to(dx)
+    wanted = [t for t in (*leaves, dy) if t is not None]
+    grads = torch.autograd.grad(dx, wanted, v, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)]
+
+
+def compare(
+    f: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: list[Tensor | None],
+    derivative: Callable = outputs_and_grads,
+    what: str = "",
+) -> list[Tensor]:
+    """f against reference at the inputs' dtype, both judged by reference in float64 on the CPU."""
+    exact = derivative(reference, [None if t is None else t.detach().double().cpu() for t in inputs])
+    eager = derivative(reference, inputs)
+    actual = derivative(f, inputs)
+    names = ["y", *(f"d{i}" for i in range(len(actual)))]
+    for a, r, e, name in zip(actual, eager, exact, names, strict=False):
+        terms = actual[0].numel() // max(1, a.numel())
+        assert_as_good_as(a, r, e, f"{what} {name}", terms)
+    return actual
+
+
+def golden(op: str) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """(params, arrays) of every golden vector of an op, made by an independent implementation."""
+    cases = []
+    for case in json.loads((DATA / "cases.json").read_text()):
+        if case["op"] == op:
+            with np.load(DATA / case["file"]) as arrays:
+                tensors = {k: torch.from_numpy(arrays[k]) for k in arrays.files}
+            cases.append((case["params"], tensors))
+    return cases
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    scale = expected.abs().max().clamp_min(1e-300)
+    return ((actual.double() - expected.double()).abs().max() / scale).item()

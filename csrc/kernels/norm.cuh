@@ -1,0 +1,398 @@
+// y = map(x, factors(sums of x along one dimension)): the two kernels behind every normalisation.
+//
+// The data are dense (outer, length, inner) and the sums run along `length`.
+//   rows     inner == 1: a power-of-two group of threads holds a row, 16 bytes a thread and step.
+//   columns  inner > 1: a thread holds packs of neighbouring columns, `tx` threads stand side by
+//   side
+//            along inner (at least one 32-byte sector), the others share the length.
+// What was read stays in registers between the sums and the map, so that each byte is read once;
+// only what does not fit is read again, from L2. Sums are taken in a fixed order.
+//
+// An Op says what is computed:
+//   Elem, kIn, kOut, kSums, kFactors; in[kIn], out[kOut]
+//   kPivot           add() takes x relative to the mean of what is held, for a variance without
+//                    cancellation
+//   kHold            packs a thread keeps of each input
+//   Params params(i) what add() needs to know of the i-th (outer, inner) vector
+//   add(v, p, s)     adds the kIn values v of one element to the kSums sums
+//   finish(i, s, p, inv_length, f, first)  turns sums into factors; `first` is true in one thread
+//   map(v, f, y)     the kOut outputs of one element
+#pragma once
+
+#include "common.cuh"
+
+namespace gankern {
+namespace {
+
+constexpr int kMaxThreads = 1024;  // at most 64 registers each: never under half occupancy
+
+// Makes the compiler forget what it derived from v, so that widened values and addresses are
+// computed again after the sums instead of being kept in registers, which would spill.
+template <typename W>
+__device__ __forceinline__ void forget(W& v) {
+#ifndef GANKERN_SIMT
+  if constexpr (sizeof(W) == 8)
+    asm volatile("" : "+l"(v));
+  else
+    asm volatile("" : "+r"(v));
+#endif
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void forget_values(Pack<T, N>& x) {
+  if constexpr (sizeof(T) == 2 && N > 1) {
+    unsigned int* words = reinterpret_cast<unsigned int*>(&x);
+#pragma unroll
+    for (int w = 0; w < N / 2; w++) forget(words[w]);
+  }
+}
+
+template <typename Op, int N>
+__device__ __forceinline__ void load_inputs(const Op& op, int64_t i,
+                                            Pack<typename Op::Elem, N> (&x)[Op::kIn]) {
+#pragma unroll
+  for (int a = 0; a < Op::kIn; a++) x[a] = load_pack<typename Op::Elem, N>(op.in[a] + i);
+}
+
+template <typename Op, int N>
+__device__ __forceinline__ void values_at(const Pack<typename Op::Elem, N> (&x)[Op::kIn], int j,
+                                          Acc<typename Op::Elem> (&v)[Op::kIn]) {
+#pragma unroll
+  for (int a = 0; a < Op::kIn; a++) v[a] = to_acc(x[a].v[j]);
+}
+
+// Maps element j of a pack of each input in place: the outputs take the first inputs' registers.
+template <typename Op, int N>
+__device__ __forceinline__ void map_element(Pack<typename Op::Elem, N> (&x)[Op::kIn], int j,
+                                            const Acc<typename Op::Elem> (&factors)[Op::kFactors]) {
+  Acc<typename Op::Elem> v[Op::kIn], y[Op::kOut];
+  values_at<Op, N>(x, j, v);
+  Op::map(v, factors, y);
+#pragma unroll
+  for (int a = 0; a < Op::kOut; a++) x[a].v[j] = from_acc<typename Op::Elem>(y[a]);
+}
+
+template <typename Op, int N>
+__device__ __forceinline__ void store_outputs(const Op& op, int64_t i,
+                                              const Pack<typename Op::Elem, N> (&x)[Op::kIn]) {
+#pragma unroll
+  for (int a = 0; a < Op::kOut; a++) store_pack<typename Op::Elem, N>(op.out[a] + i, x[a]);
+}
+
+// Sums over aligned groups of `group` threads, a power of two; every thread gets them.
+template <int kSums, typename A>
+__device__ __forceinline__ void group_sum(A (&s)[kSums], int group) {
+#pragma unroll
+  for (int i = 0; i < kSums; i++) s[i] = warp_sum(s[i], min(group, 32));
+  if (group <= 32) return;
+  __shared__ A warp_sums[kSums][kMaxThreads / 32];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = group / 32;
+  __syncthreads();  // the sums before these have been read
+  if (lane == 0)
+#pragma unroll
+    for (int i = 0; i < kSums; i++) warp_sums[i][warp] = s[i];
+  __syncthreads();
+  const int mine = (warp & ~(warps - 1)) + (lane & (warps - 1));
+#pragma unroll
+  for (int i = 0; i < kSums; i++) s[i] = warp_sum(warp_sums[i][mine], warps);
+}
+
+template <typename Op, int N, int K>
+__global__ void __launch_bounds__(kMaxThreads)
+    rows_kernel(Op op, int64_t rows, int64_t length, int log_group) {
+  using T = typename Op::Elem;
+  using A = Acc<T>;
+  const int group = 1 << log_group, lane = threadIdx.x & (group - 1);
+  const int64_t row =
+      static_cast<int64_t>(blockIdx.x) * (blockDim.x >> log_group) + (threadIdx.x >> log_group);
+  // Threads beyond the last row stay, without data, for the barriers.
+  const int64_t packs = row < rows ? length / N : 0;
+  const int near = static_cast<int>(min(packs, static_cast<int64_t>(K) << log_group));
+  int64_t base = row * length;
+
+  Pack<T, N> x[K][Op::kIn];
+#pragma unroll
+  for (int k = 0; k < K; k++) {
+    const int i = lane + (k << log_group);
+    if (i < near) load_inputs<Op, N>(op, base + i * N, x[k]);
+  }
+  typename Op::Params params = op.params(row < rows ? row : 0);
+  if constexpr (Op::kPivot) {
+    A mean[1] = {A(0)};
+#pragma unroll
+    for (int k = 0; k < K; k++)
+      if (lane + (k << log_group) < near)
+#pragma unroll
+        for (int j = 0; j < N; j++) mean[0] += to_acc(x[k][0].v[j]);
+    group_sum(mean, group);
+    params.pivot = mean[0] / A(max(near, 1) * N);
+  }
+
+  A sums[Op::kSums] = {}, v[Op::kIn];
+#pragma unroll
+  for (int k = 0; k < K; k++)
+    if (lane + (k << log_group) < near)
+#pragma unroll
+      for (int j = 0; j < N; j++) {
+        values_at<Op, N>(x[k], j, v);
+        Op::add(v, params, sums);
+      }
+#pragma unroll 1
+  for (int64_t i = lane + (static_cast<int64_t>(K) << log_group); i < packs; i += group) {
+    Pack<T, N> far[Op::kIn];
+    load_inputs<Op, N>(op, base + i * N, far);
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      values_at<Op, N>(far, j, v);
+      Op::add(v, params, sums);
+    }
+  }
+  group_sum(sums, group);
+
+  if (row >= rows) return;
+  forget(base);
+#pragma unroll
+  for (int k = 0; k < K; k++)
+#pragma unroll
+    for (int a = 0; a < Op::kIn; a++) forget_values(x[k][a]);
+  A factors[Op::kFactors];
+  op.finish(row, sums, params, A(1) / A(length), factors, lane == 0);
+#pragma unroll
+  for (int k = 0; k < K; k++) {
+    const int i = lane + (k << log_group);
+#pragma unroll
+    for (int j = 0; j < N; j++) map_element<Op, N>(x[k], j, factors);
+    if (i < near) store_outputs<Op, N>(op, base + i * N, x[k]);
+  }
+#pragma unroll 1
+  for (int64_t i = lane + (static_cast<int64_t>(K) << log_group); i < packs; i += group) {
+    Pack<T, N> far[Op::kIn];
+    load_inputs<Op, N>(op, base + i * N, far);
+#pragma unroll
+    for (int j = 0; j < N; j++) map_element<Op, N>(far, j, factors);
+    store_outputs<Op, N>(op, base + i * N, far);
+  }
+}
+
+// Sums over the threads that share a column and, through finish(column of the block, sums, factors,
+// first), what follows from them; every thread gets the factors of its own N columns.
+// shared: [(thread rows) * kSums + kFactors][columns].
+template <int kSums, int kFactors, int N, typename A, typename F>
+__device__ __forceinline__ void column_sum(A (&s)[N][kSums], A (&f)[N][kFactors], int log_tx,
+                                           A* shared, F finish) {
+  const int width = 1 << log_tx, tx = threadIdx.x & (width - 1);
+  for (int offset = width; offset < 32; offset *= 2)
+#pragma unroll
+    for (int j = 0; j < N; j++)
+#pragma unroll
+      for (int i = 0; i < kSums; i++) s[j][i] += __shfl_xor_sync(0xffffffffu, s[j][i], offset);
+  const int log_line = max(log_tx, 5), lines = blockDim.x >> log_line;
+  if (lines == 1) {
+#pragma unroll
+    for (int j = 0; j < N; j++) finish(tx * N + j, s[j], f[j], threadIdx.x < width);
+    return;
+  }
+  const int columns = width * N;  // column tx * N + j is kept at j * width + tx: no bank conflict
+  __syncthreads();                // what was in shared memory before has been read
+  if ((threadIdx.x & ((1 << log_line) - 1)) < width) {
+    A* line = shared + (threadIdx.x >> log_line) * kSums * columns + tx;
+#pragma unroll
+    for (int i = 0; i < kSums; i++)
+#pragma unroll
+      for (int j = 0; j < N; j++) line[i * columns + j * width] = s[j][i];
+  }
+  __syncthreads();
+  A* factors = shared + lines * kSums * columns;
+  for (int e = threadIdx.x; e < columns; e += blockDim.x) {
+    A total[kSums] = {}, out[kFactors];
+#pragma unroll 4
+    for (int line = 0; line < lines; line++)
+#pragma unroll
+      for (int i = 0; i < kSums; i++) total[i] += shared[(line * kSums + i) * columns + e];
+    finish((e & (width - 1)) * N + (e >> log_tx), total, out, true);
+#pragma unroll
+    for (int i = 0; i < kFactors; i++) factors[i * columns + e] = out[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kFactors; i++)
+#pragma unroll
+    for (int j = 0; j < N; j++) f[j][i] = factors[i * columns + j * width + tx];
+}
+
+template <typename Op, int N, int K>
+__global__ void __launch_bounds__(kMaxThreads)
+    columns_kernel(Op op, int64_t outer, int64_t length, int64_t inner, int log_tx) {
+  using T = typename Op::Elem;
+  using A = Acc<T>;
+  GK_DYNAMIC_SHARED(A, shared);
+  const int64_t slice = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
+  if (slice >= outer) return;
+  const int tx = threadIdx.x & ((1 << log_tx) - 1), columns = N << log_tx;
+  const int ty = threadIdx.x >> log_tx, ty_count = blockDim.x >> log_tx;
+  const int64_t first_column = static_cast<int64_t>(blockIdx.x) * columns;
+  const int64_t column = first_column + tx * N;
+  const bool inside = column < inner;
+  const int64_t stop = inside ? length : 0;
+  const int near = static_cast<int>(min(stop, static_cast<int64_t>(K) * ty_count));
+  const int64_t step = ty_count * inner;
+  int64_t base = slice * length * inner + column + ty * inner;
+
+  Pack<T, N> x[K][Op::kIn];
+#pragma unroll
+  for (int k = 0; k < K; k++)
+    if (ty + k * ty_count < near) load_inputs<Op, N>(op, base + k * step, x[k]);
+
+  const auto vector = [&](int64_t c) { return slice * inner + min(c, inner - 1); };
+  typename Op::Params params[N];
+#pragma unroll
+  for (int j = 0; j < N; j++) params[j] = op.params(vector(column + j));
+  if constexpr (Op::kPivot) {
+    A mean[N][1] = {}, pivot[N][1];
+#pragma unroll
+    for (int k = 0; k < K; k++)
+      if (ty + k * ty_count < near)
+#pragma unroll
+        for (int j = 0; j < N; j++) mean[j][0] += to_acc(x[k][0].v[j]);
+    const A scale = A(1) / A(min(length, static_cast<int64_t>(K) * ty_count));
+    column_sum<1, 1, N>(mean, pivot, log_tx, shared + columns,
+                        [&](int, const A* s, A* f, bool) { f[0] = s[0] * scale; });
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      params[j].pivot = pivot[j][0];
+      if (ty == 0) shared[(j << log_tx) + tx] = pivot[j][0];
+    }
+    __syncthreads();
+  }
+
+  A sums[N][Op::kSums] = {}, v[Op::kIn];
+#pragma unroll
+  for (int k = 0; k < K; k++)
+    if (ty + k * ty_count < near)
+#pragma unroll
+      for (int j = 0; j < N; j++) {
+        values_at<Op, N>(x[k], j, v);
+        Op::add(v, params[j], sums[j]);
+      }
+#pragma unroll 1
+  for (int64_t c = ty + K * ty_count; c < stop; c += ty_count) {
+    Pack<T, N> far[Op::kIn];
+    load_inputs<Op, N>(op, base + (c - ty) * inner, far);
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      values_at<Op, N>(far, j, v);
+      Op::add(v, params[j], sums[j]);
+    }
+  }
+
+  A factors[N][Op::kFactors];
+  const A inv_length = A(1) / A(length);
+  column_sum<Op::kSums, Op::kFactors, N>(sums, factors, log_tx, shared + (Op::kPivot ? columns : 0),
+                                         [&](int c, const A* s, A* f, bool first) {
+                                           const int64_t i = vector(first_column + c);
+                                           typename Op::Params p = op.params(i);
+                                           if constexpr (Op::kPivot)
+                                             p.pivot = shared[(c % N << log_tx) + c / N];
+                                           op.finish(i, s, p, inv_length, f,
+                                                     first && first_column + c < inner);
+                                         });
+  forget(base);
+#pragma unroll
+  for (int k = 0; k < K; k++)
+#pragma unroll
+    for (int a = 0; a < Op::kIn; a++) forget_values(x[k][a]);
+#pragma unroll
+  for (int j = 0; j < N; j++)
+#pragma unroll
+    for (int k = 0; k < K; k++) map_element<Op, N>(x[k], j, factors[j]);
+#pragma unroll
+  for (int k = 0; k < K; k++)
+    if (ty + k * ty_count < near) store_outputs<Op, N>(op, base + k * step, x[k]);
+#pragma unroll 1
+  for (int64_t c = ty + K * ty_count; c < stop; c += ty_count) {
+    Pack<T, N> far[Op::kIn];
+    load_inputs<Op, N>(op, base + (c - ty) * inner, far);
+#pragma unroll
+    for (int j = 0; j < N; j++) map_element<Op, N>(far, j, factors[j]);
+    store_outputs<Op, N>(op, base + (c - ty) * inner, far);
+  }
+}
+
+inline int log2_of(int power) {
+  int log = 0;
+  while (1 << log < power) log++;
+  return log;
+}
+
+// Chooses kernel, packs and threads, and launches. Pointers that are not 16-byte aligned, and rows
+// or columns that are not whole packs, go element by element.
+template <typename Op, int N, int K>
+void launch_rows(const Op& op, int64_t rows, int64_t length, void* stream) {
+  const int64_t packs = ceil_div(length, N);
+  // At least 8 neighbouring threads a row, for whole cache lines.
+  int group = pow2_between(ceil_div(packs, K), 1, kMaxThreads);
+  group = max(group, pow2_between(packs, 1, 8));
+  int threads = max(group, 256);
+  while (threads > max(group, 32) && ceil_div(rows * group, threads) < sm_count()) threads /= 2;
+  GK_LAUNCH((rows_kernel<Op, N, K>), dim3(ceil_div(rows * group, threads)), dim3(threads), 0,
+            stream, op, rows, length, log2_of(group));
+}
+
+template <typename Op, int N, int K>
+void launch_columns(const Op& op, int64_t outer, int64_t length, int64_t inner, void* stream) {
+  using A = Acc<typename Op::Elem>;
+  const int64_t packs = ceil_div(inner, N);
+  const int sector = max(1, 32 / static_cast<int>(N * sizeof(typename Op::Elem)));
+  int tx = pow2_between(packs, 1, sector);
+  int ty = pow2_between(ceil_div(length, K), 1, kMaxThreads / tx);
+  while (tx * ty < 32) ty *= 2;
+  // Wider blocks, for whole cache lines and fewer sums, while they still fill the machine.
+  while (tx < packs && tx * ty < (tx < 4 * sector ? 512 : 256) &&
+         outer * ceil_div(packs, 2 * tx) >= 2 * sm_count())
+    tx *= 2;
+  const int64_t slices = min(outer, int64_t(32768));
+  const int columns = tx * N, lines = tx * ty / max(tx, 32);
+  const int kept = (Op::kPivot ? columns : 0) + (lines * Op::kSums + Op::kFactors) * columns;
+  GK_LAUNCH((columns_kernel<Op, N, K>), dim3(ceil_div(packs, tx), slices, ceil_div(outer, slices)),
+            dim3(tx * ty), kept * sizeof(A), stream, op, outer, length, inner, log2_of(tx));
+}
+
+template <typename Op>
+int launch_norm(const Op& op, int64_t outer, int64_t length, int64_t inner, void* stream) {
+  using T = typename Op::Elem;
+  if (outer * length * inner == 0) return 0;
+  bool packed = true;
+  for (int a = 0; a < Op::kIn; a++) packed = packed && aligned16(op.in[a]);
+  for (int a = 0; a < Op::kOut; a++) packed = packed && aligned16(op.out[a]);
+  const int64_t busy = static_cast<int64_t>(sm_count()) * kMaxThreads;
+  if (inner == 1) {
+    constexpr int N = sizeof(T) == 8 ? 1 : 16 / sizeof(T);
+    if constexpr (N > 1) {
+      if (packed && length % N == 0) {
+        if (outer * (length / N) >= busy * Op::kHold)
+          launch_rows<Op, N, Op::kHold>(op, outer, length, stream);
+        else
+          launch_rows<Op, N, 1>(op, outer, length, stream);
+        return static_cast<int>(cudaGetLastError());
+      }
+    }
+    launch_rows<Op, 1, Op::kHold>(op, outer, length, stream);
+    return static_cast<int>(cudaGetLastError());
+  }
+  constexpr int N = sizeof(T) == 8 ? 1 : Op::kColumnBytes / static_cast<int>(sizeof(T));
+  if constexpr (N > 1) {
+    if (packed && inner % N == 0) {
+      const bool small = outer * length * (inner / N) < busy * Op::kHold;
+      if (small && length <= kMaxThreads / 2)
+        launch_columns<Op, N, 1>(op, outer, length, inner, stream);
+      else
+        launch_columns<Op, N, Op::kHold>(op, outer, length, inner, stream);
+      return static_cast<int>(cudaGetLastError());
+    }
+  }
+  launch_columns<Op, 1, Op::kHold>(op, outer, length, inner, stream);
+  return static_cast<int>(cudaGetLastError());
+}
+
+}  // namespace
+}  // namespace gankern

@@ -1,47 +1,210 @@
-from pathlib import Path
+from __future__ import annotations
 
-import numpy as np
+import functools
+
+import harness
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
+from harness import DTYPES, compare, outputs_and_grads, second_grads
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from gankern.ops.pixel_norm import pixel_norm
+from gankern.ops import _impl, pixel_norm
 
-DATA = Path(__file__).parent / "data"
-
-
-def test_grad_orders():
-    x = torch.randn(2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(pixel_norm, x)
-    assert gradgradcheck(pixel_norm, x)
-
-
-@pytest.mark.parametrize("file", sorted(DATA.glob("pixel_norm_*.npz")), ids=lambda f: f.stem)
-def test_golden(file):
-    golden = {k: torch.from_numpy(v) for k, v in np.load(file).items()}
-    x = golden["x"].requires_grad_()
-    y = pixel_norm(x, dim=1, eps=1e-8)
-    (dx,) = torch.autograd.grad(y, x, golden["dy"])
-    torch.testing.assert_close(y, golden["y"], rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(dx, golden["dx"], rtol=1e-10, atol=1e-12)
+SHAPES = {
+    "empty": (0, 3, 4, 4),
+    "one": (2, 5, 1, 1),
+    "latent": (5, 64),
+    "odd_latent": (3, 515),
+    "odd": (2, 7, 5, 3),
+    "planes": (2, 16, 16, 16),
+    "large": (1, 8, 63, 65),
+    "small_planes": (2, 96, 4, 4),
+    "wide": (1, 1028, 2, 4),
+    "sequence": (2, 6, 33),
+    "volume": (1, 4, 3, 5, 6),
+}
 
 
-def test_unit_mean_square():
-    y = pixel_norm(torch.randn(4, 9, 3, 5, dtype=torch.float64), eps=0)
-    torch.testing.assert_close(y.square().mean(1), torch.ones(4, 3, 5, dtype=torch.float64))
+def inputs(shape, device, dtype=torch.float32, layout="contiguous", seed=0):
+    return [harness.lay_out(harness.randn(*shape, seed=seed).to(device, dtype), layout)]
+
+
+def ops(impl, **kwargs):
+    f = functools.partial(pixel_norm, impl=impl, **kwargs)
+    return f, functools.partial(pixel_norm, impl="reference", **kwargs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_and_gradients(impl, device, dtype, shape):
+    harness.skip_float64_triton(impl, DTYPES[dtype])
+    compare(*ops(impl), inputs(SHAPES[shape], device, DTYPES[dtype]), what=shape)
+
+
+@pytest.mark.parametrize("layout", harness.LAYOUTS)
+@pytest.mark.parametrize("shape", ["one", "odd", "planes", "small_planes", "wide"])
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_layouts(impl, device, dtype, shape, layout):
+    x = inputs(SHAPES[shape], device, DTYPES[dtype], layout)
+    y, dx = compare(*ops(impl), x, what=layout)
+    compare(*ops(impl), x, second_grads, what=layout)
+    if layout == "channels_last":
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert dx.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_second_gradients(impl, device, dtype, shape):
+    compare(*ops(impl), inputs(SHAPES[shape], device, DTYPES[dtype]), second_grads, shape)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 3, -1])
+def test_dims(impl, device, dim):
+    for derivative in (outputs_and_grads, second_grads):
+        compare(*ops(impl, dim=dim), inputs((3, 4, 5, 8), device), derivative, f"dim {dim}")
+
+
+def test_unaligned(impl, device):
+    x = torch.randn(2 * 16 * 8 + 1, device=device)[1:].reshape(2, 16, 8)
+    for dim in (1, 2):
+        compare(*ops(impl, dim=dim), [x], what=f"dim {dim}")
+
+
+def test_gradcheck(impl, device):
+    harness.skip_float64_triton(impl, torch.float64)
+    for shape in ((2, 3, 2, 2), (2, 5)):
+        x = inputs(shape, device, torch.float64)[0].requires_grad_()
+        f, _ = ops(impl)
+        assert torch.autograd.gradcheck(f, x)
+        assert torch.autograd.gradgradcheck(f, x)
+
+
+def test_third_order(impl, device):
+    def third(implementation, dtype):
+        x = inputs((2, 5, 2, 2), device, dtype)[0].requires_grad_()
+        y = pixel_norm(x, impl=implementation).exp()
+        for _ in range(2):
+            (y,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(y.square().sum(), x)[0]
+
+    exact = third("reference", torch.float64)
+    assert harness.relative_error(third(impl, torch.float32), exact) < 1e-4
+
+
+def test_opcheck(impl, device):
+    if impl == "reference":
+        pytest.skip("the reference is not a registered op")
+    for shape, layout in (((2, 3, 4, 4), "channels_last"), ((2, 8), "contiguous")):
+        (x,) = inputs(shape, device, layout=layout)
+        for name, count in (("pixel_norm", 1), ("pixel_norm_bwd", 2), ("pixel_norm_bwd2", 3)):
+            torch.library.opcheck(_impl.op(impl, name), (*[x] * count, 1, 1e-8))
+
+
+def test_mean_square_is_one(impl, device):
+    for shape in ("latent", "planes", "wide"):
+        (x,) = inputs(SHAPES[shape], device)
+        square = pixel_norm(100 * x, impl=impl).square().mean(1)
+        torch.testing.assert_close(square, torch.ones_like(square), rtol=1e-6, atol=0)
+
+
+def test_special_values(impl, device):
+    x = torch.randn(4, 8, 3, device=device)
+    x[0] = 0
+    x[1, 2, 1] = float("nan")
+    x[2, 3, 2] = float("inf")
+    for eps in (1e-8, 0.0):
+        actual = pixel_norm(x, eps=eps, impl=impl)
+        expected = pixel_norm(x, eps=eps, impl="reference")
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_golden(impl, device, case):
+    harness.skip_float64_triton(impl, torch.float64)
+    params, t = harness.golden("pixel_norm")[case]
+    x, dy = t["x"].to(device).requires_grad_(), t["dy"].to(device)
+    y = pixel_norm(x, impl=impl, **params)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert harness.relative_error(y.cpu(), t["y"]) < 1e-10
+    assert harness.relative_error(dx.cpu(), t["dx"]) < 1e-10
+
+
+@st.composite
+def cases(draw):
+    shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)))
+    dim = draw(st.integers(0, len(shape) - 1))
+    length = draw(st.sampled_from([2, 3, 8, 16, 33, 64, 130]))
+    return {
+        "shape": (*shape[:dim], length, *shape[dim + 1 :]),
+        "dim": dim,
+        "order": draw(st.permutations(range(len(shape)))),
+        "eps": draw(st.sampled_from([1e-8, 1e-3, 0.5])),
+        "dtype": draw(st.sampled_from(["f32", "f16", "bf16"])),
+    }
+
+
+def test_random_arguments(impl, device):
+    @settings(max_examples=100 if impl == "triton" else 500, deadline=None, derandomize=True)
+    @given(cases())
+    def run(c):
+        (x,) = inputs(c["shape"], device, DTYPES[c["dtype"]])
+        x = x.permute(c["order"]).contiguous().permute(*map(c["order"].index, range(x.dim())))
+        compare(*ops(impl, dim=c["dim"], eps=c["eps"]), [x], what=str(c))
+
+    run()
+
+
+def test_deterministic(impl, device):
+    for layout in ("contiguous", "channels_last"):
+        x = inputs((4, 24, 33, 31), device, layout=layout)
+        f, _ = ops(impl)
+        for a, b in zip(outputs_and_grads(f, x), outputs_and_grads(f, x), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("isa", [0, 1, 2])
+def test_instruction_sets(device, isa):
+    if device != "cpu":
+        pytest.skip("CPU kernels")
+    try:
+        _impl.set_cpu_isa(isa)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for layout in ("contiguous", "channels_last"):
+                x = inputs((2, 37, 9, 11), device, dtype, layout)
+                compare(*ops("cpu"), x, what=str(isa))
+                compare(*ops("cpu"), x, second_grads, what=str(isa))
+    finally:
+        _impl.set_cpu_isa(-1)
 
 
 @pytest.mark.parametrize(
     ("args", "error", "text"),
     [
-        ((1.0,), TypeError, "x must be a tensor, got float"),
-        ((torch.ones(2, 3, dtype=torch.int64),), TypeError, "x must be a floating-point tensor"),
-        ((torch.ones(2, 3), 1.0), TypeError, "dim must be an int, got float"),
-        ((torch.ones(2, 3), 2), ValueError, r"dim must be in \[-2, 1\] for a 2-d x, got 2"),
-        ((torch.ones(2, 3), 1, "a"), TypeError, "eps must be a number, got str"),
-        ((torch.ones(2, 3), 1, -1.0), ValueError, "eps must be at least 0, got -1.0"),
+        ((1.0,), TypeError, "pixel_norm: x must be a tensor, got float"),
+        ((torch.ones(2, 3, dtype=torch.int64),), TypeError, "pixel_norm: x must be float32"),
+        ((torch.ones(2, 3), 1.0), TypeError, "pixel_norm: dim must be an int, got float"),
+        (
+            (torch.ones(2, 3), 2),
+            ValueError,
+            r"pixel_norm: dim must be a dimension of x \(2, 3\), got 2",
+        ),
+        ((torch.ones(2, 3), 1, "a"), TypeError, "pixel_norm: eps must be a number, got str"),
+        ((torch.ones(2, 3), 1, -1.0), ValueError, "pixel_norm: eps must be at least 0, got -1.0"),
     ],
 )
-def test_errors(args, error, text):
-    with pytest.raises(error, match="pixel_norm: " + text):
-        pixel_norm(*args)
+def test_errors(impl, device, args, error, text):
+    args = [a.to(device) if torch.is_tensor(a) else a for a in args]
+    with pytest.raises(error, match=text):
+        pixel_norm(*args, impl=impl)
+
+
+def test_compile(impl, device):
+    if impl in ("reference", "simt", "triton") and device == "cpu":
+        pytest.skip("on the CPU, only the C++ kernels are worth compiling around")
+    f, _ = ops(impl)
+    compiled = torch.compile(f, fullgraph=True)
+    x = inputs(SHAPES["planes"], device)
+    for a, e in zip(outputs_and_grads(compiled, x), outputs_and_grads(f, x), strict=True):
+        torch.testing.assert_close(a, e)

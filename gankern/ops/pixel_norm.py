@@ -70,33 +70,33 @@ def pixel_norm_reference(x: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
 if _impl.triton is not None:
 
     @triton.jit
-    def _load(ptr, at, mask, ACC: tl.constexpr):
-        return tl.load(ptr + at, mask=mask, other=0.0).to(ACC)
+    def _load(ptr, at, mask):
+        return tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
 
     @triton.jit
     def pixel_norm_kernel(
         g_ptr, dy_ptr, x_ptr, out_ptr, dx_ptr, outer, C, inner, eps,
-        ORDER: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
+        ORDER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
     ):  # fmt: skip
-        # ORDER 0: out = y. 1: out = dx from dy. 2: out = d(dy), dx = d(x) from g, the gradient of dx.
+        # ORDER 0: out = y. 1: out = dx of dy. 2: out = d(dy), dx = d(x) of g, the gradient of dx.
         c = tl.arange(0, BLOCK_C)[:, None]
         v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
         inside = (v < outer * inner)[None, :]
         base = ((v // inner) * C * inner + v % inner)[None, :]
-        xx = tl.zeros([BLOCK_V], ACC)
-        gd = tl.zeros([BLOCK_V], ACC)
-        gx = tl.zeros([BLOCK_V], ACC)
-        xd = tl.zeros([BLOCK_V], ACC)
+        xx = tl.zeros([BLOCK_V], tl.float32)
+        gd = tl.zeros([BLOCK_V], tl.float32)
+        gx = tl.zeros([BLOCK_V], tl.float32)
+        xd = tl.zeros([BLOCK_V], tl.float32)
         for start in range(0, C, BLOCK_C):
             at = base + (start + c).to(tl.int64) * inner
             mask = inside & (start + c < C)
-            x = _load(x_ptr, at, mask, ACC)
+            x = _load(x_ptr, at, mask)
             xx += tl.sum(x * x, 0)
             if ORDER > 0:
-                dy = _load(dy_ptr, at, mask, ACC)
+                dy = _load(dy_ptr, at, mask)
                 xd += tl.sum(x * dy, 0)
             if ORDER > 1:
-                g = _load(g_ptr, at, mask, ACC)
+                g = _load(g_ptr, at, mask)
                 gd += tl.sum(g * dy, 0)
                 gx += tl.sum(g * x, 0)
         r = (1 / tl.sqrt(xx / C + eps))[None, :]
@@ -107,14 +107,14 @@ if _impl.triton is not None:
         for start in range(0, C, BLOCK_C):
             at = base + (start + c).to(tl.int64) * inner
             mask = inside & (start + c < C)
-            x = _load(x_ptr, at, mask, ACC)
+            x = _load(x_ptr, at, mask)
             if ORDER == 0:
                 out = r * x
             else:
-                dy = _load(dy_ptr, at, mask, ACC)
+                dy = _load(dy_ptr, at, mask)
                 out = r * dy - kxd * x
             if ORDER > 1:
-                g = _load(g_ptr, at, mask, ACC)
+                g = _load(g_ptr, at, mask)
                 out = r * g - kgx * x
                 dx = curve * x - kxd * g - kgx * dy
                 tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -141,8 +141,7 @@ if _impl.triton is not None:
         g, dy = (tensors[-3] if order == 2 else x), (tensors[-2] if order else x)
         torch.library.wrap_triton(pixel_norm_kernel)[grid](
             g, dy, x, outputs[0], outputs[-1], outer, C, inner, eps,
-            ORDER=order, ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
-            BLOCK_C=block_c, BLOCK_V=block_v,
+            ORDER=order, BLOCK_C=block_c, BLOCK_V=block_v,
         )  # fmt: skip
         return outputs
 

@@ -459,10 +459,11 @@ def test_cut_off_zip(tmp_path):
     assert "src.zip" in refused(tmp_path, path, tmp_path / "out", "--size", 8)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads and writes everything")
 def test_unreadable_source_and_target(tmp_path):
     src = animals(tmp_path / "src")
     (tmp_path / "locked").mkdir(mode=0o555)
+    if os.access(tmp_path / "locked", os.W_OK):
+        pytest.skip("this user may read and write everything")
     output = refused(tmp_path, src, tmp_path / "locked/out", "--size", 8)
     assert "Permission denied" in output
     src.chmod(0)

@@ -23,7 +23,7 @@ command.add_command(glyphs)
 
 
 @command.command()
-@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("src", type=click.Path(readable=False, path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option("--size", type=Size(), help="Size in pixels, one number or HxW.")
 @click.option("--height", type=click.IntRange(1, 8192), help="Height in pixels.")

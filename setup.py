@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -30,19 +29,10 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # an isolated build does not
 
-# Every GPU since Turing. PTX of 100 serves 110, which no SASS here fits; that of 120 what follows.
-CUDA_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0+PTX;12.0+PTX"
-
-# The names that torch.utils.cpp_extension accepts in TORCH_CUDA_ARCH_LIST.
-NAMED_ARCHS = {
-    "Turing": "7.5+PTX",
-    "Ampere": "8.0;8.6+PTX",
-    "Orin": "8.7+PTX",
-    "Ada": "8.9+PTX",
-    "Hopper": "9.0+PTX",
-    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
-}
+from gankern import _toolchain  # noqa: E402
+from gankern._toolchain import Nvcc, Torch  # noqa: E402
 
 ISA_FLAGS = {
     "base": "",
@@ -52,6 +42,7 @@ ISA_FLAGS = {
 }
 
 COMMON_FLAGS = f"-std=c++17 -O3 -DGANKERN_NS=gankern -I{ROOT / 'csrc'}"
+# gcc 12 takes the payload of an empty std::optional<Tensor> for one that is used.
 CXX_FLAGS = (
     f"{COMMON_FLAGS} -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno "
     "-fno-trapping-math -Wall -Wextra -Wno-maybe-uninitialized"
@@ -62,43 +53,15 @@ NVCC_FLAGS = (
 )
 
 
+# The compiler whose warnings are errors in a clone.
+CI_CXX = "g++ 12."
+
+
 class BuildError(SystemExit):
     """A build that cannot go on, told in one line."""
 
     def __init__(self, message: str) -> None:
         super().__init__(f"gankern: {message}")
-
-
-@dataclass
-class Torch:
-    """The installed PyTorch, read without importing it."""
-
-    home: Path
-    version: str
-    cuda: str | None  # the CUDA version it is built for, None for a CPU build
-
-
-@dataclass
-class Nvcc:
-    """A usable CUDA compiler."""
-
-    path: Path
-    home: Path  # the toolkit's own folder, found behind wrappers
-    version: str
-    origin: str  # where it was found: CUDA_HOME, PATH or PyPI
-
-
-def find_torch() -> Torch:
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        raise BuildError("PyTorch is needed to build: pip install torch")
-    home = Path(spec.origin).parent
-    version = runpy.run_path(str(home / "version.py"))
-    return Torch(home, version["__version__"], version["cuda"])
-
-
-def find_cxx() -> str | None:
-    return shutil.which(os.environ.get("CXX") or "g++")
 
 
 def find_ninja() -> str:
@@ -109,81 +72,6 @@ def find_ninja() -> str:
         if path and Path(path).is_file():
             return str(path)
     raise BuildError("ninja is needed to build: pip install ninja")
-
-
-def nvcc_candidates(environ: dict[str, str], site_dirs: list[str]) -> list[tuple[str, Path]]:
-    """Places of an nvcc, in the order of preference: (origin, path)."""
-    found = []
-    if cuda_home := environ.get("CUDA_HOME"):
-        found.append(("CUDA_HOME", Path(cuda_home) / "bin" / "nvcc"))
-    if on_path := shutil.which("nvcc", path=environ.get("PATH", "")):
-        found.append(("PATH", Path(on_path)))
-    for site in site_dirs:
-        found += [("PyPI", path) for path in sorted(Path(site).glob("nvidia/cu*/bin/nvcc"))]
-    return found
-
-
-def inspect_nvcc(origin: str, path: Path, cuda: str) -> Nvcc | str:
-    """The compiler at `path`, or the reason why it cannot build for torch's `cuda` and the cure."""
-    cure = f"pip install 'cuda-toolkit[nvcc,cccl]=={cuda}.*'"
-    if not path.is_file():
-        return f"{path} ({origin}) does not exist; {cure}, or point CUDA_HOME at a toolkit"
-    try:
-        # A wrapper script knows better than its own place where the toolkit lies.
-        command = [str(path), "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull]
-        dryrun = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        told = subprocess.run([str(path), "--version"], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"{path} ({origin}) does not run: {error}; {cure}"
-    top = re.search(r"^#\$ TOP=(.+)$", dryrun.stderr + dryrun.stdout, re.MULTILINE)
-    version = re.search(r"release [\d.]+, V([\d.]+)", told.stdout)
-    if not top or not version:
-        return f"{path} ({origin}) is no working nvcc; {cure}"
-    home = Path(top[1].strip()).resolve()
-    if version[1].split(".")[0] != cuda.split(".")[0]:
-        return f"nvcc {version[1]} ({origin}) does not match torch's CUDA {cuda}; {cure}"
-    for header in ("cuda_runtime.h", "crt/host_config.h", "nv/target"):
-        folders = (home / "include", home / "include" / "cccl", *home.glob("targets/*/include"))
-        more = tuple(folder / "cccl" for folder in folders)
-        if not any((folder / header).is_file() for folder in (*folders, *more)):
-            return f"nvcc {version[1]} ({origin}) lacks the header {header}; {cure}"
-    return Nvcc(path, home, version[1], origin)
-
-
-def find_nvcc(torch: Torch, environ: dict[str, str], site_dirs: list[str]) -> Nvcc | str:
-    """The first usable nvcc, or one line: what is missing and its cure."""
-    if torch.cuda is None:
-        return f"torch {torch.version} is a CPU build; install a CUDA build of torch"
-    reasons = []
-    for origin, path in nvcc_candidates(environ, site_dirs):
-        nvcc = inspect_nvcc(origin, path, torch.cuda)
-        if isinstance(nvcc, Nvcc):
-            return nvcc
-        reasons.append(nvcc)
-    missing = f"no nvcc found; pip install 'cuda-toolkit[nvcc,cccl]=={torch.cuda}.*'"
-    return reasons[0] if reasons else missing
-
-
-def parse_archs(text: str) -> tuple[list[str], list[str]]:
-    """("8.0;9.0a+PTX", "8.6 8.9" or "Hopper", as TORCH_CUDA_ARCH_LIST) -> (sm, PTX) numbers."""
-    sm: list[str] = []
-    ptx: list[str] = []
-    for name in re.split(r"[;,\s]+", text.strip()):
-        for arch in NAMED_ARCHS.get(name.removesuffix("+PTX"), name).split(";"):
-            match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
-            if not match:
-                raise BuildError(f"TORCH_CUDA_ARCH_LIST: no architecture {name!r} in {text!r}")
-            number = match[1] + match[2]
-            sm += [number] if number not in sm else []
-            ptx += [number] if match[3] and number not in ptx else []
-        if name.endswith("+PTX") and sm[-1] not in ptx:
-            ptx.append(sm[-1])
-    return sm, ptx
-
-
-def gencode_flags(sm: list[str], ptx: list[str]) -> str:
-    codes = [(arch, f"sm_{arch}") for arch in sm] + [(arch, f"compute_{arch}") for arch in ptx]
-    return " ".join(f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes)
 
 
 def sources(folder: str, without: set[str]) -> list[Path]:
@@ -249,8 +137,7 @@ class Library:
 def torch_flags(torch: Torch) -> str:
     api = torch.home / "include" / "torch" / "csrc" / "api" / "include"
     includes = f"-isystem {torch.home / 'include'} -isystem {api}"
-    # gcc 12 takes the payload of an empty std::optional<Tensor> for one that is used.
-    return f"-O2 -Wno-maybe-uninitialized {includes} -DTORCH_TARGET_VERSION=0x020b000000000000ull"
+    return f"-O2 {includes} -DTORCH_TARGET_VERSION=0x020b000000000000ull"
 
 
 def link_flags(torch: Torch, libraries: str) -> str:
@@ -285,21 +172,11 @@ def cudart(torch: Torch, nvcc: Nvcc) -> str:
     raise BuildError(f"no libcudart.so near {nvcc.home}; pip install nvidia-cuda-runtime")
 
 
-def choose_archs(nvcc: Nvcc) -> tuple[list[str], list[str]]:
-    """TORCH_CUDA_ARCH_LIST as it stands, else CUDA_ARCHS as far as this nvcc knows them."""
-    if wanted := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return parse_archs(wanted)
-    listed = subprocess.run([str(nvcc.path), "--list-gpu-code"], capture_output=True, text=True)
-    sm, ptx = parse_archs(CUDA_ARCHS)
-    sm = [arch for arch in sm if f"sm_{arch}" in listed.stdout.split()]
-    return sm, [arch for arch in ptx if arch in sm] or sm[-1:]
-
-
 def plan_cuda(ninja: Ninja, torch: Torch, nvcc: Nvcc, cxx: str, warnings: str) -> Library:
-    sm, ptx = choose_archs(nvcc)
+    sm, ptx = _toolchain.choose_archs(nvcc)
     torch_side, left_out = torch_sources("kernels", "cpu", ninja.without)
     kernels = sources("kernels", ninja.without)
-    flags = f"{NVCC_FLAGS} -ccbin={cxx} {gencode_flags(sm, ptx)}"
+    flags = f"{NVCC_FLAGS} -ccbin={cxx} {_toolchain.gencode_flags(sm, ptx)}"
     objects = [ninja.build(f"cuda/{path.stem}.o", "nvcc", [str(path)], flags) for path in kernels]
     flags = f"{CXX_FLAGS} {warnings} -DGANKERN_BACKEND=cuda -DUSE_CUDA {torch_flags(torch)}"
     flags += f" -isystem {nvcc.home / 'include'}"
@@ -328,7 +205,7 @@ class BuildLibraries(build_ext):
         self.built: list[str] = []
 
     def run(self) -> None:
-        torch, cxx = find_torch(), find_cxx()
+        torch, cxx = _toolchain.find_torch(), _toolchain.find_cxx()
         out = ROOT / "gankern" if self.inplace else Path(self.build_lib) / "gankern"
         out.mkdir(parents=True, exist_ok=True)
         about: dict[str, Any] = {"torch": torch.version, "python": platform.python_version()}
@@ -340,7 +217,7 @@ class BuildLibraries(build_ext):
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / ".lock", "w") as lock:  # one build at a time in a folder
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                about |= {"cxx": compiler_version(cxx)} | self.compile(
+                about |= {"cxx": _toolchain.compiler_version(cxx)} | self.compile(
                     folder, torch, cxx, out, set()
                 )
         (out / "_build.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -354,10 +231,14 @@ class BuildLibraries(build_ext):
         ninja = Ninja(folder, without)
         ninja.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", depfile=True)
         ninja.rule("link", f"{cxx} -o $out $in $flags", depfile=False)
-        # A developer's build takes warnings for errors; a user's newer compiler may have new ones.
-        warnings = "-Werror" if self.inplace else ""
+        # In a clone warnings are errors, but not the new ones of a compiler that CI does not have.
+        warnings = (
+            "-Werror"
+            if self.inplace and _toolchain.compiler_version(cxx).startswith(CI_CXX)
+            else ""
+        )
         libraries = {"cpu": plan_cpu(ninja, torch, warnings)}
-        nvcc = find_nvcc(torch, dict(os.environ), sys.path)
+        nvcc = _toolchain.find_nvcc(torch, os.environ, sys.path)
         if self.cpu_only:
             nvcc = "built with --cpu-only; build again without it"
         if isinstance(nvcc, Nvcc):
@@ -421,11 +302,6 @@ class Wheel(bdist_wheel):
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def compiler_version(cxx: str) -> str:
-    told = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
-    return told.splitlines()[0].strip() if told else cxx
 
 
 def print_report(about: dict[str, Any]) -> None:

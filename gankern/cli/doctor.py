@@ -3,9 +3,7 @@
 import json
 import os
 import platform
-import re
-import shutil
-import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,24 +11,21 @@ from typing import Any
 import click
 
 import gankern
+from gankern import _toolchain
 
 PACKAGE = Path(gankern.__file__).parent
 DEVICES = ("cpu", "cuda")
 NOT_BUILT = "reinstall gankern, or in a clone: python setup.py build_ext --inplace"
 
 
-def program_version(path: str | None, pattern: str, missing: str) -> str:
-    if path is None:
-        return missing
-    told = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
-    version = re.search(pattern, told, re.MULTILINE)
-    return f"{version[1] if version else 'unknown version'}, {path}"
-
-
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME")
-    beside = [str(Path(home) / "bin")] if home else []
-    return shutil.which("nvcc", path=os.pathsep.join([*beside, os.environ.get("PATH", "")]))
+def compilers() -> list[tuple[str, str]]:
+    """The C++ compiler and the nvcc that a build would use."""
+    cxx = _toolchain.find_cxx()
+    nvcc = _toolchain.find_nvcc(_toolchain.find_torch(), os.environ, sys.path)
+    if not isinstance(nvcc, str):
+        nvcc = f"{nvcc.version} from {nvcc.origin}, {nvcc.home}"
+    told = f"{_toolchain.compiler_version(cxx)}, {cxx}" if cxx else "none; install g++"
+    return [("C++", told), ("nvcc", nvcc)]
 
 
 def versions() -> list[tuple[str, str]]:
@@ -40,15 +35,13 @@ def versions() -> list[tuple[str, str]]:
     from gankern.ops import _impl
 
     triton = _impl.triton.__version__ if _impl.triton else "not installed; pip install triton"
-    cxx = shutil.which(os.environ.get("CXX") or "g++")
     return [
         ("gankern", f"{gankern.__version__}, {PACKAGE}"),
         ("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
         ("PyTorch", torch.__version__),
         ("CUDA", cuda_state()),
         ("Triton", triton),
-        ("C++", program_version(cxx, r"(\d+\.\d+\.\d+)$", "no g++; apt install g++")),
-        ("nvcc", program_version(find_nvcc(), r"V([\d.]+)", "none on PATH or in CUDA_HOME")),
+        *compilers(),
     ]
 
 

@@ -35,7 +35,7 @@ def newest(run, name):
 # Dropout is off: each process draws its own. Batch norm in G and D spans the processes.
 @pytest.mark.parametrize("form", [["--model=vanilla"], ["--d-batch-norm"]], ids=["fc", "dcgan"])
 def test_two_processes_compute_the_step_of_one(form, tmp_path):
-    options = OPTIONS | dict(kimg=0.032, tick_kimg=0.032)
+    options = OPTIONS | {"kimg": 0.032, "tick_kimg": 0.032}
     one = start(1, tmp_path / "one", *form, **options)
     two = start(2, tmp_path / "two", *form, **options)
     for name in ("D", "G"):
@@ -44,7 +44,9 @@ def test_two_processes_compute_the_step_of_one(form, tmp_path):
         for key in a:
             if key.endswith("exp_avg"):
                 assert a[key].abs().max() > 0
-                torch.testing.assert_close(b[key], a[key], rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
+                torch.testing.assert_close(
+                    b[key], a[key], rtol=1e-4, atol=1e-6, msg=f"{name} {key}"
+                )
     for key, value in newest(one, "G").items():
         if "running" in key:
             torch.testing.assert_close(newest(two, "G")[key], value, rtol=1e-5, atol=1e-6)
@@ -53,7 +55,7 @@ def test_two_processes_compute_the_step_of_one(form, tmp_path):
 
 
 def test_two_processes_resume_exactly(tmp_path):
-    options = OPTIONS | dict(d_dropout=0.3, tick_kimg=0.032, checkpoint_ticks=2)
+    options = OPTIONS | {"d_dropout": 0.3, "tick_kimg": 0.032, "checkpoint_ticks": 2}
     whole = start(2, tmp_path / "whole", **options, kimg=0.128)
     part = start(2, tmp_path / "part", **options, kimg=0.064)
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]

@@ -1,6 +1,7 @@
 """DCGAN and the fully connected GAN: shapes, size, start, and what they compute."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -65,11 +66,11 @@ def test_dcgan_equals_the_same_net_of_torch_modules():
     torch.manual_seed(0)
     G = dcgan.Generator(10, (16, 16), 3, width=4).double()
     norms = [nn.BatchNorm2d(n.weight.numel()).double() for n in G.norms]
-    for norm, own in zip(norms, G.norms):
+    for norm, own in zip(norms, G.norms, strict=True):
         norm.load_state_dict(own.state_dict(), strict=False)
     z = torch.randn(5, 10, dtype=torch.float64)
     x = (z @ G.project.weight.t()).reshape(5, 8, 4, 4)
-    for norm, conv in zip(norms, G.convs):
+    for norm, conv in zip(norms, G.convs, strict=True):
         x = conv(torch.relu(norm(x)))
     torch.testing.assert_close(G(z), torch.tanh(x + G.bias.reshape(1, 3, 1, 1)))
 
@@ -92,7 +93,7 @@ def test_dropout_acts_in_training_only():
 def test_vanilla_layers():
     G, D = vanilla.Generator(), vanilla.Discriminator()
     sizes = [100, 256, 512, 1024, 784]
-    assert count(G) == sum(i * o + o for i, o in zip(sizes, sizes[1:]))
+    assert count(G) == sum(i * o + o for i, o in pairwise(sizes))
     img = G(torch.randn(3, 100))
     assert img.shape == (3, 1, 28, 28)
     assert img.abs().max() <= 1

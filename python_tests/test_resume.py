@@ -18,10 +18,18 @@ from gankern.training.run import read_config, read_stats
 from gankern.training.stats import WALL_CLOCK
 
 # Batch norm and dropout in D, ticks and checkpoints that do not fall on epochs.
-OPTIONS = dict(
-    width=4, d_width=4, d_batch_norm=True, batch=24, kimg=12, tick_kimg=0.12, sample_ticks=5,
-    checkpoint_ticks=2, grid=3, data="digits:16",
-)  # fmt: skip
+OPTIONS = {
+    "width": 4,
+    "d_width": 4,
+    "d_batch_norm": True,
+    "batch": 24,
+    "kimg": 12,
+    "tick_kimg": 0.12,
+    "sample_ticks": 5,
+    "checkpoint_ticks": 2,
+    "grid": 3,
+    "data": "digits:16",
+}
 
 
 def command(**values):
@@ -39,7 +47,7 @@ def assert_equal_runs(a: Path, b: Path):
     assert rows_a == rows_b
     folders_a, folders_b = checkpoint.list_checkpoints(a), checkpoint.list_checkpoints(b)
     assert [f.name for f in folders_a] == [f.name for f in folders_b]
-    for folder_a, folder_b in zip(folders_a, folders_b):
+    for folder_a, folder_b in zip(folders_a, folders_b, strict=True):
         for file in sorted(folder_a.glob("*.safetensors")):
             one, two = load_file(file), load_file(folder_b / file.name)
             assert one.keys() == two.keys()
@@ -84,9 +92,9 @@ def test_killed_at_random_moments(tmp_path):
 
 
 def test_stopped_and_resumed_at_every_checkpoint(tmp_path):
-    options = OPTIONS | dict(kimg=0.96)
+    options = OPTIONS | {"kimg": 0.96}
     unbroken = train(make_config(**options, out=str(tmp_path / "a")))
-    broken = train(make_config(**options | dict(kimg=0.24), out=str(tmp_path / "b")))
+    broken = train(make_config(**options | {"kimg": 0.24}, out=str(tmp_path / "b")))
     for kimg in (0.48, 0.72, 0.96):
         config = read_config(broken)
         config.kimg = kimg
@@ -97,7 +105,7 @@ def test_stopped_and_resumed_at_every_checkpoint(tmp_path):
 def test_statistics_and_events_are_cut_back(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    options = OPTIONS | dict(kimg=0.48)
+    options = OPTIONS | {"kimg": 0.48}
     run = train(make_config(**options, out=str(tmp_path)))
     newest = checkpoint.list_checkpoints(run)[-1]
     shutil.rmtree(newest)
@@ -113,7 +121,7 @@ def test_statistics_and_events_are_cut_back(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_killed_between_any_two_operations_on_files(tmp_path, monkeypatch):
     """A checkpoint is saved by a child that dies at its n-th operation; the parent must load it."""
-    run = train(make_config(**OPTIONS | dict(kimg=0.48), out=str(tmp_path)))
+    run = train(make_config(**OPTIONS | {"kimg": 0.48}, out=str(tmp_path)))
     saved = checkpoint.load_checkpoint(run)
     nets = {"G": torch.nn.Linear(3, 3)}
     old = [p.name for p in checkpoint.list_checkpoints(run)]

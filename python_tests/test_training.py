@@ -22,10 +22,17 @@ from gankern.training.losses import LOSSES
 from gankern.training.noise import derive_seed, latents
 from gankern.training.run import read_config, read_stats
 
-TINY = dict(
-    width=2, d_width=2, z_dim=5, batch=16, kimg=0.096, tick_kimg=0.032, sample_ticks=2,
-    checkpoint_ticks=1, grid=2,
-)  # fmt: skip
+TINY = {
+    "width": 2,
+    "d_width": 2,
+    "z_dim": 5,
+    "batch": 16,
+    "kimg": 0.096,
+    "tick_kimg": 0.032,
+    "sample_ticks": 2,
+    "checkpoint_ticks": 1,
+    "grid": 2,
+}
 
 
 def tiny_args(**values):
@@ -129,13 +136,13 @@ def test_options_override_the_preset():
 
 
 @pytest.mark.parametrize(
-    "values, text",
+    ("values", "text"),
     [
-        (dict(batch=0), "--batch must be at least 1, got 0"),
-        (dict(beta1=1.5), "--beta1 must be at most 0.9999, got 1.5"),
-        (dict(kimg=float("nan")), "--kimg must be at least 0.001, got nan"),
-        (dict(model="sg9"), "--model must be one of dcgan, vanilla, got 'sg9'"),
-        (dict(preset="none"), "--preset must be one of digits, .*, got 'none'"),
+        ({"batch": 0}, "--batch must be at least 1, got 0"),
+        ({"beta1": 1.5}, "--beta1 must be at most 0.9999, got 1.5"),
+        ({"kimg": float("nan")}, "--kimg must be at least 0.001, got nan"),
+        ({"model": "sg9"}, "--model must be one of dcgan, vanilla, got 'sg9'"),
+        ({"preset": "none"}, "--preset must be one of digits, .*, got 'none'"),
     ],
 )
 def test_values_out_of_range(values, text):
@@ -227,7 +234,9 @@ def test_load_generator(finished_run, tmp_path):
     assert load_generator(moved)[1] == read_config(finished_run)
 
 
-@pytest.mark.parametrize("values", [dict(model="vanilla"), dict(d_batch_norm=True), dict(loss="minimax")])
+@pytest.mark.parametrize(
+    "values", [{"model": "vanilla"}, {"d_batch_norm": True}, {"loss": "minimax"}]
+)
 def test_other_forms_train(values, tmp_path):
     folder = train(make_config(**TINY | values, out=str(tmp_path)))
     assert len(read_stats(folder)) == 3
@@ -237,7 +246,7 @@ def test_other_forms_train(values, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "args, text",
+    ("args", "text"),
     [
         (["--data", "missing.safetensors"], "missing.safetensors: no such data set"),
         (["--data", "digits:30"], "resolution must be 28x28 or 16, 32, 64, 128 square, got 30x30"),
@@ -269,7 +278,7 @@ def snapshot(folder):
 
 
 @pytest.mark.parametrize(
-    "args, text",
+    ("args", "text"),
     [
         (["--z-dim", "6"], "--z-dim must be 5, as .* was started with, got 6"),
         (["--preset", "paper"], "--preset cannot be given with --resume"),
@@ -407,7 +416,7 @@ def test_disk_full_at_statistics_leaves_whole_lines(tmp_path, monkeypatch):
                 return file.write(data[:3]) if self.writes == 1 else full_disk()
 
         log._stats = Full()
-        with pytest.raises(OSError, match="No space left on device.*stats.jsonl"):
+        with pytest.raises(OSError, match=r"No space left on device.*stats.jsonl"):
             log.write_stats({"kimg": 2}, 2)
     assert (tmp_path / "stats.jsonl").read_text() == json.dumps({"kimg": 1}) + "\n"
 
@@ -433,7 +442,7 @@ def test_disk_really_full(tmp_path):
 
 def test_nan_stops_before_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setitem(LOSSES, "minimax", LOSSES["minimax"]._replace(g=lambda x: x.sum() / 0))
-    with pytest.raises(TrainError, match="loss_G is .* at 0.032 kimg: training has diverged"):
+    with pytest.raises(TrainError, match=r"loss_G is .* at 0.032 kimg: training has diverged"):
         train(make_config(**TINY, loss="minimax", out=str(tmp_path)))
     assert not checkpoint.list_checkpoints(next(tmp_path.iterdir()))
 

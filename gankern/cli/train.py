@@ -69,7 +69,7 @@ def config_options() -> list[click.Option]:
 def command(preset: str, resume: Path | None, dry_run: bool, **options: Any) -> None:
     """Train a GAN; without arguments a DCGAN on 5,000 MNIST digits, in a folder below runs/.
 
-    Under torchrun (torchrun --nproc-per-node 2 -m gankern train ...) the processes share every batch.
+    Under torchrun (torchrun --nproc-per-node 2 -m gankern train ...) processes share each batch.
     """
     given = {name: value for name, value in options.items() if value is not None}
     try:
@@ -92,7 +92,9 @@ def resumed_config(run: Path, preset: str, given: dict[str, Any]) -> TrainConfig
 
     config = read_config(run)
     if preset:
-        raise TrainError("--preset cannot be given with --resume, which keeps the run's own options")
+        raise TrainError(
+            "--preset cannot be given with --resume, which keeps the run's own options"
+        )
     for name, value in given.items():
         if name not in MAY_CHANGE and value != getattr(config, name):
             old = getattr(config, name)
@@ -108,7 +110,7 @@ def describe(config: TrainConfig) -> str:
 
     open_data(config)
     lines = [config.to_json()]
-    for name, net in zip("GD", models.build(config)):
+    for name, net in zip("GD", models.build(config), strict=True):
         total = sum(p.numel() for p in net.parameters())
         lines.append(f"{name}: {total:,} parameters ({4 * total / 2**20:.1f} MiB)")
         lines += [

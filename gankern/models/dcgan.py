@@ -1,11 +1,13 @@
 """DCGAN (Radford et al. 2015, arXiv:1511.06434): strided convolutions all the way.
 
 One pair of networks covers the paper's form at any 2^k from 16 to 128 (first grid 4x4) and the
-28x28 form (first grid 7x7, two doublings: with width 64, 7x7x128 -> 14x14x64 -> 28x28x1). Channels
-double with every halving of the grid; `width` is the count nearest to the image.
+28x28 form (first grid 7x7: with width 64, 7x7x128 -> 14x14x64 -> 28x28x1). Channels double with
+every halving of the grid; `width` is the count nearest to the image.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -49,14 +51,14 @@ class Generator(nn.Module):
         self.norms = nn.ModuleList(BatchNorm(w) for w in widths)
         self.convs = nn.ModuleList(
             nn.ConvTranspose2d(i, o, 4, stride=2, padding=1, bias=False)
-            for i, o in zip(widths, [*widths[1:], channels])
+            for i, o in zip(widths, [*widths[1:], channels], strict=True)
         )
         self.bias = nn.Parameter(torch.zeros(channels))
         self.apply(init_weights)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         x = self.project(z).unflatten(1, (-1, self.grid, self.grid))  # [N, C, grid, grid]
-        for norm, conv in zip(self.norms, self.convs):
+        for norm, conv in zip(self.norms, self.convs, strict=True):
             x = conv(bias_act(norm(x), act="relu", gain=1))  # [N, C/2, 2H, 2W]
         return bias_act(x, self.bias, act="tanh")
 
@@ -83,11 +85,13 @@ class Discriminator(nn.Module):
         super().__init__()
         self.c_dim = 0
         grid, doublings = grid_and_doublings(resolution)
+        if grid == 7:  # one more layer, 7x7 -> 3x3: without it a feature sees 10 pixels of 28
+            grid, doublings = 3, doublings + 1
         widths = [width << k for k in range(doublings)]
         self.layers = nn.Sequential(
             *(
                 DownLayer(i, o, batch_norm and k > 0, dropout)
-                for k, (i, o) in enumerate(zip([channels, *widths], widths))
+                for k, (i, o) in enumerate(pairwise([channels, *widths]))
             )
         )
         self.logit = nn.Linear(widths[-1] * grid**2, 1)

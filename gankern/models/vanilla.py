@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class Generator(nn.Module):
         self.z_dim, self.c_dim = z_dim, 0
         self.image_shape = (channels, *resolution)
         widths = [z_dim, 256, 512, 1024]
-        self.layers = nn.Sequential(*(DenseLayer(i, o, "lrelu") for i, o in zip(widths, widths[1:])))
+        self.layers = nn.Sequential(*(DenseLayer(i, o, "lrelu") for i, o in pairwise(widths)))
         self.image = DenseLayer(widths[-1], math.prod(self.image_shape), "tanh")
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
@@ -65,7 +66,7 @@ class Discriminator(nn.Module):
         self.c_dim = 0
         widths = [channels * math.prod(resolution), 512, 256]
         layers: list[nn.Module] = []
-        for i, o in zip(widths, widths[1:]):
+        for i, o in pairwise(widths):
             layers += [DenseLayer(i, o, "lrelu"), nn.Dropout(dropout)]
         self.layers = nn.Sequential(*layers)
         self.logit = DenseLayer(widths[-1], 1, "linear")

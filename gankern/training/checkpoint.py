@@ -129,7 +129,7 @@ def load_checkpoint(run: Path, names: tuple[str, ...] = ()) -> Checkpoint | None
 
 
 def restore(saved: Checkpoint, parts: Parts) -> None:
-    """Copies a checkpoint into networks and optimizers; names and shapes must agree (TrainError)."""
+    """Copies a checkpoint into networks and optimizers; names and shapes must agree."""
     for name, part in parts.items():
         source = saved.folder / f"{name}.safetensors"
         if name not in saved.tensors:
@@ -200,7 +200,9 @@ def _tensors(part: nn.Module | torch.optim.Optimizer) -> dict[str, Tensor]:
         tensors = part.state_dict()
     else:
         state = part.state_dict()["state"]
-        tensors = {f"{i}.{name}": value for i, entry in state.items() for name, value in entry.items()}
+        tensors = {
+            f"{i}.{name}": value for i, entry in state.items() for name, value in entry.items()
+        }
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
 
@@ -209,7 +211,9 @@ def _read_state(path: Path) -> dict[str, Any]:
         state = json.loads(path.read_bytes())
         sha256 = state.pop("sha256")
         if sha256 != _checksum(state) or state["format"] != FORMAT:
-            raise TrainError(f"{path}: damaged (its checksum is not its own), or of another version")
+            raise TrainError(
+                f"{path}: damaged (its checksum is not its own), or of another version"
+            )
     except OSError as error:
         raise TrainError(f"{path}: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:

@@ -33,9 +33,8 @@ def option(
     at_most: float | None = None,
 ) -> Any:
     """A field that is also a command-line option."""
-    metadata = dict(
-        group=group, help=help, unit=unit, choices=choices, at_least=at_least, at_most=at_most
-    )
+    metadata = {"group": group, "help": help, "unit": unit, "choices": choices}
+    metadata |= {"at_least": at_least, "at_most": at_most}
     return field(default=default, metadata=metadata)
 
 
@@ -78,10 +77,10 @@ class TrainConfig:
     ema_rampup: float = option(
         0.05, "Training", "That half-life is at most this share of the images so far.", at_least=0
     )
-    seed: int = option(
-        0, "Training", "Seed of weights, noise and the order of images.", at_least=0
+    seed: int = option(0, "Training", "Seed of weights, noise and the order of images.", at_least=0)
+    device: str = option(
+        "auto", "Training", "'cpu', 'cuda', 'cuda:1', or 'auto': CUDA if there is."
     )
-    device: str = option("auto", "Training", "'cpu', 'cuda', 'cuda:1', or 'auto': CUDA if there is.")
 
     out: str = option("runs", "Run folder", "Folder in which the run gets its own numbered folder.")
     tick_kimg: float = option(

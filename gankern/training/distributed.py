@@ -66,7 +66,7 @@ def average_gradients(module: nn.Module, world: int) -> None:
     flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
     flat /= world
-    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
+    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
         grad.copy_(part.view_as(grad))
 
 

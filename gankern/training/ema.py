@@ -25,8 +25,8 @@ def update_ema(
     beta = 0.5 ** (batch / half_life) if half_life > 0 else 0.0
     source = [*G.parameters(), *G.buffers()]
     target = [*G_ema.parameters(), *G_ema.buffers()]
-    floating = [(t, s) for t, s in zip(target, source) if t.is_floating_point()]
+    floating = [(t, s) for t, s in zip(target, source, strict=True) if t.is_floating_point()]
     torch._foreach_lerp_([t for t, _ in floating], [s for _, s in floating], 1 - beta)
-    for t, s in zip(target, source):
+    for t, s in zip(target, source, strict=True):
         if not t.is_floating_point():
             t.copy_(s)

@@ -18,7 +18,7 @@ def load_generator(source: str | os.PathLike[str]) -> tuple[nn.Module, TrainConf
 
     Args:
         source: a run folder (its newest undamaged checkpoint is taken), a checkpoint's folder, or
-            one of its files G_ema.safetensors or G.safetensors, which may have been copied elsewhere.
+            one of its files G_ema.safetensors or G.safetensors, also copied elsewhere.
 
     Returns:
         The generator on the CPU, in evaluation mode, without gradients; and its configuration.

@@ -44,7 +44,7 @@ class TickStats:
             TrainError: a mean is infinite or NaN.
         """
         means = average(torch.stack(list(self.sums.values())) / self.steps, self.world).tolist()
-        row = dict(zip(self.sums, means))
+        row = dict(zip(self.sums, means, strict=True))
         for name, value in row.items():
             if not math.isfinite(value):
                 raise TrainError(

@@ -127,9 +127,14 @@ def load_ops() -> list[str]:
 
     kernels()
     libraries = sorted((build(variant()) / "torch").glob("*.so"))
+    loaded = []
     for library in libraries:
-        torch.ops.load_library(str(library))
-    return [library.stem for library in libraries]
+        try:
+            torch.ops.load_library(str(library))
+            loaded.append(library.stem)
+        except OSError as error:  # its kernels did not compile
+            warnings.warn(f"simt: {library.stem}: {error.__cause__ or error}", stacklevel=2)
+    return loaded
 
 
 def environment(name: str) -> dict[str, str]:

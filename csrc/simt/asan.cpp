@@ -1,1 +1,55 @@
-// placeholder
+// Bounds. g++ -fsanitize=address calls __asan_load4_noabort and its like before each access of a
+// kernel; these are ours: AddressSanitizer's shadow decides, and simt reports.
+#ifdef GANKERN_SIMT_ASAN
+#include "runtime.h"
+
+namespace simt {
+
+static std::string report;
+
+// Of AddressSanitizer's report, the line that tells where the address lies.
+static std::string location() {
+  const size_t at = report.find(" is located ");
+  if (at == std::string::npos) return "";
+  const size_t begin = report.rfind('\n', at) + 1, end = report.find('\n', at);
+  return "\n  " + report.substr(begin, end - begin);
+}
+
+static void check(const void* p, size_t size, bool write, const void* pc) {
+  if (!__asan_region_is_poisoned(const_cast<void*>(p), size)) return;
+  void* frame = __builtin_frame_address(0);
+  __asan_set_error_report_callback([](const char* text) { report = text; });
+  report.clear();
+  __asan_report_error(const_cast<void*>(pc), frame, frame, const_cast<void*>(p), write, size);
+  if (!running.self) return;  // of a launcher's own code: the report is on stderr
+  fail(std::string("out of bounds: ") + (write ? "write" : "read") + " of " + std::to_string(size) +
+           " bytes" + location(),
+       pc);
+}
+
+namespace checks {
+void atomic(const void* p, int size, const void* pc) { check(p, size, true, pc); }
+}  // namespace checks
+}  // namespace simt
+
+#define HOOKS(n)                                           \
+  void __asan_load##n##_noabort(const void* p) {           \
+    simt::check(p, n, false, __builtin_return_address(0)); \
+  }                                                        \
+  void __asan_store##n##_noabort(const void* p) {          \
+    simt::check(p, n, true, __builtin_return_address(0));  \
+  }
+extern "C" {
+HOOKS(1)
+HOOKS(2)
+HOOKS(4)
+HOOKS(8)
+HOOKS(16)
+void __asan_loadN_noabort(const void* p, size_t n) {
+  simt::check(p, n, false, __builtin_return_address(0));
+}
+void __asan_storeN_noabort(const void* p, size_t n) {
+  simt::check(p, n, true, __builtin_return_address(0));
+}
+}
+#endif

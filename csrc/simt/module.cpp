@@ -40,7 +40,7 @@ static Value pass_array(const Export& f, int i, const py::handle& given) {
   if (p.kind == 'w' && !array.writeable()) throw py::value_error(name + " must be writeable");
   v.pointer = const_cast<void*>(array.data());
   const auto begin = reinterpret_cast<uintptr_t>(v.pointer);
-  regions.push_back({begin, begin + array.nbytes(), p.kind == 'w'});
+  regions.push_back({begin, begin + array.nbytes(), p.kind == 'w', i});
   return v;
 }
 
@@ -123,11 +123,32 @@ static void reset() {
   launch_records.clear();
 }
 
-// An array of NaN bytes that the race build reports when it is read before it is written.
-static py::array empty(const std::vector<py::ssize_t>& shape, const py::dtype& dtype) {
-  py::array array(dtype, shape);
+// Memory as cudaMalloc gives it: aligned to 256 bytes.
+static py::array allocate(const std::vector<py::ssize_t>& shape, const py::dtype& dtype) {
+  size_t bytes = dtype.itemsize();
+  for (const py::ssize_t n : shape) bytes *= n;
+  constexpr std::align_val_t kAlignment{256};
+  void* memory = ::operator new(bytes, kAlignment);
+  const py::capsule owner(memory, [](void* p) {
+    checks::forget(p);
+    ::operator delete(p, kAlignment);
+  });
+  return py::array(dtype, shape, memory, owner);
+}
+
+static py::array empty(const std::vector<py::ssize_t>& shape, const py::object& dtype) {
+  py::array array = allocate(shape, py::dtype::from_args(dtype));
   std::memset(array.mutable_data(), 0xff, array.nbytes());
   checks::unwritten(array.data(), array.nbytes());
+  return array;
+}
+
+static py::array copy(const py::array& given) {
+  const auto dense =
+      py::module_::import("numpy").attr("ascontiguousarray")(given).cast<py::array>();
+  py::array array =
+      allocate({dense.shape(), dense.shape() + dense.ndim()}, py::dtype::from_args(dense.dtype()));
+  std::memcpy(array.mutable_data(), dense.data(), dense.nbytes());
   return array;
 }
 
@@ -148,4 +169,6 @@ PYBIND11_MODULE(simt, m) {
   m.def("reset", &simt::reset, "Sets all counters to zero.");
   m.def("empty", &simt::empty, py::arg("shape"), py::arg("dtype"),
         "A NaN-filled array; reading it before a kernel wrote it is an error (race build).");
+  m.def("copy", &simt::copy, py::arg("array"),
+        "A contiguous copy, aligned to 256 bytes as on the GPU, so that sectors count as there.");
 }

@@ -6,8 +6,8 @@
 
 uint3 simt_thread_idx __asm__("simt_threadIdx");
 uint3 simt_block_idx __asm__("simt_blockIdx");
-dim3 simt_block_dim __asm__("simt_blockDim");
-dim3 simt_grid_dim __asm__("simt_gridDim");
+uint3 simt_block_dim __asm__("simt_blockDim");
+uint3 simt_grid_dim __asm__("simt_gridDim");
 
 namespace simt {
 
@@ -33,15 +33,23 @@ std::string block_name(uint64_t i) {
   return "block " + show(dim3(i % g.x, i / g.x % g.y, i / (uint64_t(g.x) * g.y)));
 }
 
-void fail(const std::string& what, const void* place) {
+static std::string report(const std::string& what, const void* place) {
   const Launch& launch = *running.launch;
   std::string text = what;
   if (place) text += "\n  at " + where(place);
   if (running.self) text += "\n  by " + thread_name(running.self->id);
-  text += (running.self ? " of " : "\n  in ") + block_name(running.block) + "\n  kernel " +
-          function_name(launch.kernel) + ", grid " + show(launch.grid) + ", block " +
-          show(launch.block) + ", " + std::to_string(launch.smem) +
-          " bytes of dynamic shared memory";
+  return text + (running.self ? " of " : "\n  in ") + block_name(running.block) + "\n  kernel " +
+         function_name(launch.kernel) + ", grid " + show(launch.grid) + ", block " +
+         show(launch.block) + ", " + std::to_string(launch.smem) + " bytes of dynamic shared memory";
+}
+
+void suspect(const std::string& what, const void* place) {
+  if (running.suspicion.empty()) running.suspicion = report(what, place);
+}
+
+void fail(const std::string& what, const void* place) {
+  std::string text = report(what, place);
+  if (!running.suspicion.empty()) text += "\nbefore that: " + running.suspicion;
   if (!running.self) throw Error(text);
   running.error = text;
   switch_to(running.self->fiber, scheduler, true);
@@ -178,7 +186,7 @@ static void run_warp(int first) {
   do {
     for (int i = 0; i < lanes; i++)
       if (warp[i].waits == Waits::kNothing) resume(warp[i]);
-    checks::warp_pauses(first / 32);
+    checks::warp_pauses();
   } while (complete_collective(first, lanes));
 }
 
@@ -240,7 +248,7 @@ static void run_block() {
   do {
     for (int first = 0; first < running.count; first += 32) run_warp(first);
   } while (complete_barrier());
-  checks::block_ends();
+  if (!running.suspicion.empty()) throw Error(running.suspicion);
 }
 
 static void check_launch(const Launch& launch) {
@@ -269,6 +277,7 @@ void launch(const Launch& what) {
   running.launch = &what;
   running.count = static_cast<int>(what.block.x * what.block.y * what.block.z);
   running.error.clear();
+  running.suspicion.clear();
   while (running.threads.size() < static_cast<size_t>(running.count)) {
     running.threads.emplace_back();
     stacks.assign(running.threads.back().fiber, static_cast<int>(running.threads.size()) - 1);
@@ -301,7 +310,6 @@ void launch(const Launch& what) {
                       unsigned(i / (uint64_t(what.grid.x) * what.grid.y))};
     run_block();
   }
-  checks::launch_ends();
 }
 
 void* dynamic_shared() {

@@ -42,12 +42,15 @@ struct Running {
   void* shared = nullptr;
   bool known_arrays = false;  // the launcher was called with arrays whose extents are registered
   std::string error;
+  std::string suspicion;  // a read of unwritten memory: perhaps one side of a race, so it can wait
 };
 extern Running running;
 extern Stacks stacks;
 
 // Ends the launch with an error that starts with `what` and names kernel, block and thread.
 [[noreturn]] void fail(const std::string& what, const void* place = nullptr);
+// The same, unless another error comes before the block ends.
+void suspect(const std::string& what, const void* place);
 std::string thread_name(int id);
 std::string block_name(uint64_t linear);
 
@@ -57,15 +60,15 @@ std::string function_name(const void* function);
 
 #define SIMT_COUNTERS(X)                                                                          \
   X(launches)                                                                                     \
-  X(blocks) X(threads) X(barriers) X(warp_collectives) X(global_load_bytes)                       \
-      X(global_load_requests) X(global_load_sectors) X(global_load_used_bytes)                    \
-          X(global_store_bytes) X(global_store_requests) X(global_store_sectors)                  \
-              X(global_store_used_bytes) X(global_atomics) X(unique_load_bytes)                   \
-                  X(unique_load_sectors) X(unique_store_bytes) X(unique_store_sectors)            \
-                      X(shared_load_bytes) X(shared_load_requests) X(shared_load_wavefronts)      \
-                          X(shared_load_conflicts) X(shared_store_bytes) X(shared_store_requests) \
-                              X(shared_store_wavefronts) X(shared_store_conflicts)                \
-                                  X(shared_atomics)
+  X(blocks)                                                                                       \
+  X(threads) X(barriers) X(warp_collectives) X(global_load_bytes) X(global_load_requests)         \
+      X(global_load_sectors) X(global_load_used_bytes) X(global_store_bytes)                      \
+          X(global_store_requests) X(global_store_sectors) X(global_store_used_bytes)             \
+              X(global_atomics) X(unique_load_bytes) X(unique_load_sectors) X(unique_store_bytes) \
+                  X(unique_store_sectors) X(shared_load_bytes) X(shared_load_requests)            \
+                      X(shared_load_wavefronts) X(shared_load_conflicts) X(shared_store_bytes)    \
+                          X(shared_store_requests) X(shared_store_wavefronts)                     \
+                              X(shared_store_conflicts) X(shared_atomics)
 struct Counters {
 #define X(name) uint64_t name = 0;
   SIMT_COUNTERS(X)
@@ -84,6 +87,7 @@ extern Counters* counting;  // of the running kernel
 struct Region {
   uintptr_t begin, end;
   bool writable;
+  int argument;  // of the launcher
 };
 extern std::vector<Region> regions;
 
@@ -93,29 +97,27 @@ const std::vector<Export>& exports();
 #ifdef GANKERN_SIMT_RACE
 namespace checks {
 void launch_begins();
-void launch_ends();
 void block_begins();
-void block_ends();
 void barrier();                             // every thread of the block has arrived
 void rendezvous(int warp, unsigned lanes);  // these lanes have met
-void warp_pauses(int warp);                 // no lane of the warp can go on
+void warp_pauses();                 // no lane of the running warp can go on
 void fence();
 void atomic(const void* p, int size, const void* pc);
-void written_by_host(const void* p, size_t bytes);  // and unwritten: a fresh array
-void unwritten(const void* p, size_t bytes);
+void written_by_host(const void* p, size_t bytes);
+void unwritten(const void* p, size_t bytes);  // a fresh array, until forget()
+void forget(const void* p);
 }  // namespace checks
 #else
 namespace checks {
 inline void launch_begins() {}
-inline void launch_ends() {}
 inline void block_begins() {}
-inline void block_ends() {}
 inline void barrier() {}
 inline void rendezvous(int, unsigned) {}
-inline void warp_pauses(int) {}
+inline void warp_pauses() {}
 inline void fence() {}
 inline void written_by_host(const void*, size_t) {}
 inline void unwritten(const void*, size_t) {}
+inline void forget(const void*) {}
 #ifdef GANKERN_SIMT_ASAN
 void atomic(const void* p, int size, const void* pc);
 #else

@@ -21,7 +21,6 @@ from gankern.training.stats import WALL_CLOCK
 OPTIONS = {
     "width": 4,
     "d_width": 4,
-    "d_batch_norm": True,
     "batch": 24,
     "kimg": 12,
     "tick_kimg": 0.12,
@@ -34,9 +33,7 @@ OPTIONS = {
 
 def command(**values):
     options = [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items()]
-    options = ["--d-batch-norm" if o == ("--d-batch-norm", "True") else o for o in options]
-    flat = [text for o in options for text in ([o] if isinstance(o, str) else o)]
-    return [sys.executable, "-m", "gankern", "train", *flat]
+    return [sys.executable, "-m", "gankern", "train", *(text for o in options for text in o)]
 
 
 def assert_equal_runs(a: Path, b: Path):

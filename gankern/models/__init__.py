@@ -28,8 +28,8 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, str], type[nn.Module], dict[s
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {},
     "digits-2min": {"kimg": 50.0},
-    "paper": {"width": 128, "d_width": 128, "d_batch_norm": True, "d_dropout": 0.0, "batch": 128},
-    "vanilla": {"model": "vanilla"},
+    "paper": {"width": 128, "d_width": 128, "d_dropout": 0.0, "batch": 128},
+    "vanilla": {"model": "vanilla", "d_dropout": 0.3},
 }
 
 

@@ -68,9 +68,24 @@ def synthesis_epilogue(
         return synthesis_epilogue_reference(x, f, d, noise, noise_strength, b, *args)
     if noise is not None and noise.requires_grad and torch.is_grad_enabled():
         return _composed(x, f, d, noise, noise_strength, b, *args, chosen)
+    if f is not None and not _fits(f, pads, chosen):
+        x = upfirdn2d(x, f, 1, 1, pads, flip_filter, filter_gain, impl=_usable("upfirdn2d", chosen, x))
+        f, args = None, (0, 0, 0, 0, False, 1.0, *args[_ACT:])
     noise = None if noise is None else noise.reshape(-1, *noise.shape[-2:])  # [N or 1, H, W]
     strength = None if noise is None or noise_strength is None else noise_strength.reshape(-1)
     return _Epilogue.apply(x, f, d, noise, strength, b, *args, chosen)
+
+
+def _fits(f: Tensor, pads: list[int], impl: str) -> bool:
+    """Whether the filter runs in the kernel of the rest: what follows an upsampling convolution."""
+    if impl == "cpu":
+        return max(f.shape) <= 64
+    taps = f.shape[-1], f.shape[-1], f.shape[0], f.shape[0]
+    return max(taps) <= 4 and all(0 <= p < t for p, t in zip(pads, taps, strict=True))
+
+
+def _usable(op: str, impl: str, x: Tensor) -> str:
+    return "reference" if _impl.why_not(impl, x.device.type, op) else impl
 
 
 def _check(x, f, d, noise, strength, b, padding, act, alpha, gain, clamp):
@@ -157,17 +172,15 @@ def _composed(
     impl,
 ) -> Tensor:  # fmt: skip
     """The same of gankern's other ops, in float32: differentiable to any order, several passes."""
-    dtype, device = x.dtype, x.device.type
+    dtype = x.dtype
     x = x.to(torch.promote_types(dtype, torch.float32))
-    impls = {op: "reference" if _impl.why_not(impl, device, op) else impl
-             for op in ("upfirdn2d", "bias_act")}  # fmt: skip
     if f is not None:
-        pads = [x0, x1, y0, y1]
-        x = upfirdn2d(x, f, 1, 1, pads, flip_filter, filter_gain, impl=impls["upfirdn2d"])
+        pads, usable = [x0, x1, y0, y1], _usable("upfirdn2d", impl, x)
+        x = upfirdn2d(x, f, 1, 1, pads, flip_filter, filter_gain, impl=usable)
     x = _modulate(x, d, noise, strength)
     b = None if b is None else b.to(x.dtype)
     clamp = None if clamp < 0 else clamp
-    return bias_act(x, b, 1, act, alpha, gain, clamp, impl=impls["bias_act"]).to(dtype)
+    return bias_act(x, b, 1, act, alpha, gain, clamp, impl=_usable("bias_act", impl, x)).to(dtype)
 
 
 # --- Shape functions of the registered ops.

@@ -210,12 +210,12 @@ def misaligned(toys, simt):
     toys.misaligned(ramp(simt, 64), zeros(simt, 64), 0)
 
 
-@case("asan", message="'tile'", places="static_bounds")
+@case("asan", message="global variable 'tile'", places="static_bounds")
 def static_bounds(toys, simt):
     toys.static_bounds(zeros(simt, 64), 1)
 
 
-@case("asan", message="'tile'", places="template_bounds")
+@case("asan", message="global variable", places="template_bounds")
 def template_bounds(toys, simt):
     toys.template_bounds(zeros(simt, 64), 1)
 

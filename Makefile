@@ -20,8 +20,9 @@ build: setup
 train: setup
 	$(BIN)/gankern train $(ARGS)
 
+# One thread a worker: two workers with two spinning threads each are slower than one.
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 gpu: setup
 	$(BIN)/python -m pytest --device cuda $(ARGS)

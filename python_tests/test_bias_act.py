@@ -59,7 +59,7 @@ def test_layouts(impl, device, dtype, shape, layout):
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_acts(impl, device, act, dtype):
-    for clamp in (None, 0.8):
+    for clamp in (None, 0.85):
         f, reference = ops(impl, act=act, alpha=0.3 if act == "lrelu" else None, clamp=clamp)
         x, b = inputs(SHAPES["odd"], device, DTYPES[dtype])
         compare(f, reference, [x, b], what=f"{act} {clamp}")

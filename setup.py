@@ -173,10 +173,10 @@ def cudart(torch: Torch, nvcc: Nvcc) -> str:
 
 
 def plan_cuda(ninja: Ninja, torch: Torch, nvcc: Nvcc, cxx: str, warnings: str) -> Library:
-    sm, ptx = _toolchain.choose_archs(nvcc)
+    sm, ptx, gencode = _toolchain.choose_archs(nvcc)
     torch_side, left_out = torch_sources("kernels", "cpu", ninja.without)
     kernels = sources("kernels", ninja.without)
-    flags = f"{NVCC_FLAGS} -ccbin={cxx} {_toolchain.gencode_flags(sm, ptx)}"
+    flags = f"{NVCC_FLAGS} -ccbin={cxx} {gencode}"
     objects = [ninja.build(f"cuda/{path.stem}.o", "nvcc", [str(path)], flags) for path in kernels]
     flags = f"{CXX_FLAGS} {warnings} -DGANKERN_BACKEND=cuda -DUSE_CUDA {torch_flags(torch)}"
     flags += f" -isystem {nvcc.home / 'include'}"

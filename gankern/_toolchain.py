@@ -15,8 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# Every GPU since Turing. PTX of 100 serves 110, which no SASS here fits; that of 120 what follows.
-CUDA_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0+PTX;12.0+PTX"
+# Every GPU since Turing, and PTX for 110 and for all that will follow.
+CUDA_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0+PTX;12.0"
+# Chips whose code is made from an older one's PTX: nvcc's front end runs four times, not seven.
+SAME_PTX = {"86": "80", "89": "80", "120": "100"}
 
 # The names that torch.utils.cpp_extension accepts in TORCH_CUDA_ARCH_LIST.
 NAMED_ARCHS = {
@@ -142,16 +144,25 @@ def parse_archs(text: str) -> tuple[list[str], list[str]]:
     return sm, ptx
 
 
-def gencode_flags(sm: list[str], ptx: list[str]) -> str:
-    codes = [(arch, f"sm_{arch}") for arch in sm] + [(arch, f"compute_{arch}") for arch in ptx]
-    return " ".join(f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes)
+def gencode_flags(sm: list[str], ptx: list[str], same_ptx: Mapping[str, str]) -> str:
+    """nvcc's -gencode flags, one for each PTX that is made."""
+    codes: dict[str, list[str]] = {}
+    for arch in sm:
+        codes.setdefault(same_ptx.get(arch, arch), []).append(f"sm_{arch}")
+    for arch in ptx:
+        codes.setdefault(arch, []).append(f"compute_{arch}")
+    return " ".join(
+        f"'-gencode=arch=compute_{arch},code=[{','.join(made)}]'" for arch, made in codes.items()
+    )
 
 
-def choose_archs(nvcc: Nvcc) -> tuple[list[str], list[str]]:
-    """TORCH_CUDA_ARCH_LIST as it stands, else CUDA_ARCHS as far as this nvcc knows them."""
+def choose_archs(nvcc: Nvcc) -> tuple[list[str], list[str], str]:
+    """(sm, PTX, nvcc's flags): TORCH_CUDA_ARCH_LIST as it stands, else what nvcc knows of ours."""
     if wanted := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return parse_archs(wanted)
+        sm, ptx = parse_archs(wanted)
+        return sm, ptx, gencode_flags(sm, ptx, {})
     listed = subprocess.run([str(nvcc.path), "--list-gpu-code"], capture_output=True, text=True)
     sm, ptx = parse_archs(CUDA_ARCHS)
     sm = [arch for arch in sm if f"sm_{arch}" in listed.stdout.split()]
-    return sm, [arch for arch in ptx if arch in sm] or sm[-1:]
+    ptx = [arch for arch in ptx if arch in sm] or sm[-1:]
+    return sm, ptx, gencode_flags(sm, ptx, SAME_PTX)

@@ -92,9 +92,9 @@ def test_arch_list_error(text: str) -> None:
 
 
 def test_gencode_flags() -> None:
-    assert _toolchain.gencode_flags(["80", "90"], ["90"]) == (
-        "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90 "
-        "-gencode=arch=compute_90,code=compute_90"
+    assert _toolchain.gencode_flags(["80", "86", "90"], ["90"], {"86": "80"}) == (
+        "'-gencode=arch=compute_80,code=[sm_80,sm_86]' "
+        "'-gencode=arch=compute_90,code=[sm_90,compute_90]'"
     )
 
 

@@ -27,9 +27,15 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, str], type[nn.Module], dict[s
 # Options of `gankern train` that differ from its defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {},
-    "digits-2min": {"kimg": 50.0},
-    "paper": {"width": 128, "d_width": 128, "d_dropout": 0.0, "batch": 128},
-    "vanilla": {"model": "vanilla", "d_dropout": 0.3},
+    "digits-2min": {"kimg": 40.0},
+    "paper": {
+        "z_dim": 100,
+        "width": 128,
+        "d_width": 128,
+        "d_dropout": 0.0,
+        "batch": 128,
+    },
+    "vanilla": {"model": "vanilla", "z_dim": 100, "d_dropout": 0.3},
 }
 
 

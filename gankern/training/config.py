@@ -47,7 +47,7 @@ class TrainConfig:
     )
 
     model: str = option("dcgan", "Networks", "Architecture.", choices=tuple(MODELS))
-    z_dim: int = option(100, "Networks", "Length of the latent vector.", at_least=1)
+    z_dim: int = option(32, "Networks", "Length of the latent vector.", at_least=1)
     width: int = option(64, "Networks", "Channels of G nearest to the image.", at_least=1)
     d_width: int = option(48, "Networks", "Channels of D nearest to the image.", at_least=1)
     d_batch_norm: bool = option(True, "Networks", "Batch norm in D, as the DCGAN paper has it.")
@@ -59,7 +59,7 @@ class TrainConfig:
         100.0, "Training", "Length: real images shown to D.", unit="thousand images", at_least=0.001
     )
     batch: int = option(
-        32, "Training", "Images a step, over all processes together.", unit="images", at_least=1
+        16, "Training", "Images a step, over all processes together.", unit="images", at_least=1
     )
     loss: str = option("nonsaturating", "Training", "Loss of both networks.", choices=tuple(LOSSES))
     label_smoothing: float = option(

@@ -1,64 +1,221 @@
 """upfirdn2d and its helpers."""
 
-from pathlib import Path
+from __future__ import annotations
 
+import functools
+import re
+
+import harness
 import numpy as np
 import pytest
 import torch
+from harness import DTYPES, compare, outputs_and_grads, second_grads
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from gankern.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
+from gankern.ops import _impl, downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
-DATA = Path(__file__).parent / "data"
+SMOOTH = setup_filter([1, 3, 3, 1])
+# x, f, arguments: the models' uses first, then one case for each path of the kernels
+CASES = {
+    "blur": ((2, 8, 17, 17), SMOOTH, {"padding": [1, 1, 1, 1], "gain": 4}),
+    "up2": ((2, 8, 16, 16), SMOOTH, {"up": 2, "padding": [2, 1, 2, 1], "gain": 4}),
+    "down2": ((2, 8, 16, 16), SMOOTH, {"down": 2, "padding": 1}),
+    "wide": ((1, 4, 9, 140), SMOOTH, {"padding": [2, 1, 2, 1]}),
+    "up2_12": ((1, 8, 10, 12), torch.linspace(-1, 2, 12), {"up": 2, "padding": [6, 5, 5, 6]}),
+    "down2_8": ((1, 8, 20, 24), torch.linspace(-1, 2, 8), {"down": 2, "padding": 3}),
+    "blur_12": ((1, 8, 16, 13), torch.linspace(-1, 2, 12), {"padding": [6, 5, 6, 5]}),
+    "up4": ((1, 8, 5, 6), torch.linspace(-1, 2, 16).view(4, 4), {"up": 4, "padding": 3}),
+    "down4": ((1, 8, 21, 24), torch.linspace(-1, 2, 8), {"down": 4, "padding": 2}),
+    "anisotropic": (
+        (2, 3, 9, 7),
+        torch.linspace(-1, 2, 15).view(3, 5),
+        {"up": [2, 1], "down": [1, 3], "padding": [4, 2, 3, 0], "flip_filter": True},
+    ),
+    "crop": ((1, 5, 12, 12), torch.linspace(-1, 2, 3), {"up": [3, 2], "padding": [-5, 2, 1, -4]}),
+    "one": ((1, 1, 1, 1), SMOOTH, {"up": 2, "padding": [2, 1, 2, 1]}),
+}
 
-# file, up, down, padding, flip_filter, gain, tolerance (1e-5 where f was scaled in float32)
-GOLDEN = [
-    ("upfirdn2d_00", 1, 1, [2, 1, 2, 1], False, 1.0, 1e-10),
-    ("upfirdn2d_01", 2, 1, [2, 1, 2, 1], False, 4.0, 1e-10),
-    ("upfirdn2d_02", 1, 2, [1, 1, 1, 1], False, 1.0, 1e-10),
-    ("upfirdn2d_03", 2, 3, [3, 4, 2, 1], True, 0.7, 1e-5),
-    ("upfirdn2d_04", [2, 1], [1, 2], [1, 2, 3, 0], False, 1.3, 1e-5),
-    ("upfirdn2d_05", 1, 1, [-1, -2, 1, -1], False, 1.0, 1e-10),
-    ("upfirdn2d_06", 4, 2, [7, 6, 7, 6], False, 16.0, 1e-10),
-    ("upfirdn2d_07", 3, 1, [5, 5, 6, 4], True, 9.0, 1e-5),
-    ("upfirdn2d_08", 1, 4, [0, 0, 0, 0], False, 1.0, 1e-10),
-    ("upfirdn2d_09", 2, 1, [2, 1, 2, 1], False, 4.0, 1e-10),
-]
+
+def case(name, device, dtype=torch.float32, layout="contiguous"):
+    shape, f, kwargs = CASES[name]
+    x = harness.lay_out(harness.randn(*shape).to(device, dtype), layout)
+    return [x, f.to(device, torch.float64 if dtype == torch.float64 else torch.float32)], kwargs
 
 
-def relative(got, want):
-    return ((got - want).norm() / want.norm()).item()
+def ops(impl, **kwargs):
+    f = functools.partial(upfirdn2d, impl=impl, **kwargs)
+    return f, functools.partial(upfirdn2d, impl="reference", **kwargs)
 
 
-@pytest.mark.parametrize("name, up, down, padding, flip, gain, tol", GOLDEN, ids=lambda v: str(v))
-def test_golden(name, up, down, padding, flip, gain, tol):
-    with np.load(DATA / f"{name}.npz") as z:
-        x, f, y, dy, dx = (torch.from_numpy(z[k]) for k in ("x", "f", "y", "dy", "dx"))
-    x.requires_grad_()
-    got = upfirdn2d(x, f, up, down, padding, flip, gain, impl="reference")
-    assert got.shape == y.shape and relative(got, y) < tol
-    assert relative(torch.autograd.grad(got, x, dy)[0], dx) < tol
+@pytest.mark.parametrize("layout", harness.LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_gradients(impl, device, name, dtype, layout):
+    tensors, kwargs = case(name, device, DTYPES[dtype], layout)
+    f, reference = ops(impl, **kwargs)
+    y, *grads = outputs_and_grads(f, tensors) if dtype == "f64" else compare(f, reference, tensors)
+    if dtype == "f64":  # the order of summation differs, and nothing judges it
+        for actual, exact in zip((y, *grads), outputs_and_grads(reference, tensors), strict=True):
+            assert harness.relative_error(actual, exact) < 1e-13
+    last = tensors[0].is_contiguous(memory_format=torch.channels_last)
+    assert not last or y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_second_gradients(impl, device, name):
+    tensors, kwargs = case(name, device)
+    compare(*ops(impl, **kwargs), tensors, second_grads, name)
 
 
 @pytest.mark.parametrize("taps", [(3,), (2, 4)], ids=str)
-def test_gradients_of_x_and_f(taps):
-    x = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
-    f = torch.randn(taps, dtype=torch.float64, requires_grad=True)
-
-    def fn(x, f):
-        return upfirdn2d(x, f, [2, 1], [1, 2], [2, 1, 0, 3], gain=1.5, impl="reference")
-
-    assert gradcheck(fn, (x, f)) and gradgradcheck(fn, (x, f))
+def test_gradcheck(impl, device, taps):
+    x = harness.randn(1, 2, 4, 3).to(device).requires_grad_()
+    f = harness.randn(*taps, seed=1).to(device).requires_grad_()
+    fn, _ = ops(impl, up=[2, 1], down=[1, 2], padding=[2, 1, 0, 3], gain=1.5)
+    assert gradcheck(fn, (x, f))
+    assert gradgradcheck(fn, (x, f))
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
+def test_opcheck(impl, device):
+    if impl == "reference":
+        pytest.skip("the reference is not a registered op")
+    for layout in ("contiguous", "channels_last"):
+        (x, f), _ = case("up2", device, layout=layout)
+        args = ([2, 1], [1, 3], [1, 2, 3, 0], True, 1.5)
+        torch.library.opcheck(_impl.op(impl, "upfirdn2d"), (x, f, *args))
+
+
+@pytest.mark.parametrize("layout", harness.LAYOUTS)
 @pytest.mark.parametrize("f", [None, torch.ones(1), torch.ones(1, 1)], ids=["none", "1d", "2d"])
-def test_identity_is_exact(f, last):
-    fmt = torch.channels_last if last else torch.contiguous_format
-    x = torch.randn(2, 3, 5, 4).contiguous(memory_format=fmt)
-    y = upfirdn2d(x, f)
-    assert torch.equal(y, x) and y.stride() == x.stride()
-    assert torch.equal(upfirdn2d(x, f, 1, 1, [1, -2, -1, 3])[:, :, :4, 1:], x[:, :, 1:, :2])
+def test_identity_is_exact(impl, device, f, layout):
+    x = harness.lay_out(harness.randn(2, 3, 5, 4).to(device, torch.float32), layout)
+    f = None if f is None else f.to(device)
+    assert torch.equal(upfirdn2d(x, f, impl=impl), x)
+    cropped = upfirdn2d(x, f, 1, 1, [1, -2, -1, 3], impl=impl)
+    assert torch.equal(cropped[:, :, :4, 1:], x[:, :, 1:, :2])
+    assert not cropped[:, :, 4:].any()
+    assert not cropped[..., :1].any()
+
+
+def test_inserted_zeros_are_not_multiplied(impl, device):
+    """An infinite sample reaches exactly the outputs whose taps meet it."""
+    if impl == "reference":
+        pytest.skip("the reference multiplies the inserted zeros")
+    for shape, layout in (((1, 1, 6, 6), "contiguous"), ((1, 8, 6, 6), "channels_last")):
+        x = harness.lay_out(torch.zeros(shape, device=device), layout)
+        x[:, :, 3, 3] = float("inf")
+        y = upfirdn2d(x, SMOOTH.to(device), 2, 1, [2, 1, 2, 1], impl=impl)
+        met = torch.zeros(12, 12, dtype=torch.bool)
+        met[5:9, 5:9] = True
+        assert torch.equal(y.isinf().cpu(), met.expand(y.shape))
+        assert not y.isnan().any()
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_golden(impl, device, number):
+    params, t = harness.golden("upfirdn2d")[number]
+    t = {k: v.to(device) for k, v in t.items()}
+    scaled = number in (3, 4, 7)  # its filter was scaled in float32
+    p = [params[k] for k in ("up", "down", "padding", "flip", "gain")]
+    x = t["x"].requires_grad_()
+    y = upfirdn2d(x, t["f"], *p, impl=impl)
+    (dx,) = torch.autograd.grad(y, x, t["dy"])
+    for name, actual in (("y", y), ("dx", dx)):
+        assert actual.shape == t[name].shape, name
+        assert harness.relative_error(actual, t[name]) < (1e-5 if scaled else 1e-10), name
+
+
+def naive(x, f, up, down, padding, flip, gain):
+    """The definition, tap by tap, in float64."""
+    n, c, h, w = x.shape
+    x0, x1, y0, y1 = padding
+    z = np.zeros((n, c, h * up[1] + max(y0, 0) + max(y1, 0), w * up[0] + max(x0, 0) + max(x1, 0)))
+    bottom, right = max(y0, 0) + h * up[1], max(x0, 0) + w * up[0]
+    z[:, :, max(y0, 0) : bottom : up[1], max(x0, 0) : right : up[0]] = x.double().numpy()
+    z = z[:, :, max(-y0, 0) : z.shape[2] - max(-y1, 0), max(-x0, 0) : z.shape[3] - max(-x1, 0)]
+    k = f.double().numpy()
+    k = np.outer(k, k) if k.ndim == 1 else k
+    k = k if flip else k[::-1, ::-1]
+    oh, ow = z.shape[2] - k.shape[0] + 1, z.shape[3] - k.shape[1] + 1
+    y = sum(k[i, j] * z[:, :, i : i + oh, j : j + ow] for i, j in np.ndindex(*k.shape))
+    return torch.from_numpy(gain * y[:, :, :: down[1], :: down[0]])
+
+
+@st.composite
+def random_cases(draw):
+    factors = st.sampled_from([1, 1, 2, 2, 3, 4, 5])
+    hot = draw(st.booleans())
+    up, down = [draw(factors), draw(factors)], [draw(factors), draw(factors)]
+    taps = draw(st.sampled_from([(1,), (4,), (6,), (8,), (12,), (2, 2), (4, 4), (5, 3), (6, 6)]))
+    if hot:
+        up[1], down[1] = up[0], down[0]
+        (up if draw(st.booleans()) else down)[:] = [1, 1]
+    return {
+        "shape": tuple(draw(st.integers(1, top)) for top in (2, 9, 12, 20)),
+        "taps": taps,
+        "args": (up, down, [draw(st.integers(-3, 12)) for _ in range(4)], draw(st.booleans()), 1.5),
+        "dtype": draw(st.sampled_from(list(DTYPES))),
+        "last": draw(st.booleans()),
+        "strided": draw(st.booleans()),
+    }
+
+
+def test_random_arguments(impl, device):
+    @settings(max_examples=100 if impl == "triton" else 500, deadline=None, derandomize=True)
+    @given(random_cases())
+    def run(c):
+        up, _, pads, *_ = c["args"]
+        size = [c["shape"][3 - i] * up[i] + pads[2 * i] + pads[2 * i + 1] for i in (0, 1)]
+        assume(size[0] >= c["taps"][-1] and size[1] >= c["taps"][0])
+        dtype = DTYPES[c["dtype"]]
+        x = harness.randn(*c["shape"]).to(device, dtype)
+        x = harness.lay_out(x, ["contiguous", "channels_last"][c["last"]])
+        x = x.flip(3) if c["strided"] else x
+        f = harness.randn(*c["taps"], seed=1).float()
+        y = upfirdn2d(x, f.to(device), *c["args"], impl=impl)
+        exact = naive(x.cpu(), f, *c["args"])
+        size = naive(x.cpu().abs(), f.abs(), *c["args"]).max().item()
+        eps = torch.finfo(dtype).eps if dtype.itemsize != 4 else 4 * torch.finfo(dtype).eps
+        assert harness.max_error(y, exact) <= 2 * eps * size, c
+
+    run()
+
+
+def test_deterministic(impl, device):
+    for name in ("blur", "up2_12"):
+        for layout in ("contiguous", "channels_last"):
+            tensors, kwargs = case(name, device, layout=layout)
+            f, _ = ops(impl, **kwargs)
+            pairs = zip(outputs_and_grads(f, tensors), outputs_and_grads(f, tensors), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_offsets_beyond_32_bits(impl, device):
+    """The last corner of an image of over 2**31 elements; the rest is never touched."""
+    if impl == "reference" or device != "cpu":
+        pytest.skip("would touch all of the memory")
+    big = torch.from_numpy(np.zeros((1, 1, 65600, 32800), dtype=np.float16))
+    big[0, 0, -6:, -6:] = harness.randn(6, 6).half()
+    y = upfirdn2d(big, SMOOTH, padding=[6 - 32800, 0, 6 - 65600, 0], impl=impl)
+    exact = upfirdn2d(big[:, :, -6:, -6:], SMOOTH, impl="reference")
+    torch.testing.assert_close(y, exact)
+
+
+@pytest.mark.parametrize("isa", [0, 1, 2])
+def test_instruction_sets(device, isa):
+    if device != "cpu":
+        pytest.skip("CPU kernels")
+    try:
+        _impl.set_cpu_isa(isa)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for layout in ("contiguous", "channels_last"):
+                for name in CASES:
+                    tensors, kwargs = case(name, device, dtype, layout)
+                    compare(*ops("cpu", **kwargs), tensors, what=f"{name} {isa}")
+    finally:
+        _impl.set_cpu_isa(-1)
 
 
 @pytest.mark.parametrize("taps", range(1, 7))
@@ -78,17 +235,18 @@ def test_sizes_and_brightness_are_kept(factor, taps):
 
 def test_setup_filter():
     f = setup_filter([1, 3, 3, 1])
-    assert torch.equal(f, torch.outer(f.sum(0), f.sum(0))) and f[0, 0] == 1 / 64
-    assert (
-        setup_filter([1.0] * 8).shape == (8,) and setup_filter([1.0] * 8, separable=False).ndim == 2
-    )
+    assert torch.equal(f, torch.outer(f.sum(0), f.sum(0)))
+    assert f[0, 0] == 1 / 64
+    assert setup_filter([1.0] * 8).shape == (8,)
+    assert setup_filter([1.0] * 8, separable=False).ndim == 2
     assert torch.equal(
         setup_filter([1, 2], normalize=False, gain=4, separable=True), torch.tensor([2.0, 4.0])
     )
     assert torch.equal(
         setup_filter([1, 3], separable=True, flip_filter=True), torch.tensor([0.75, 0.25])
     )
-    assert torch.equal(setup_filter(None), torch.ones(1, 1)) and setup_filter(5).item() == 1
+    assert torch.equal(setup_filter(None), torch.ones(1, 1))
+    assert setup_filter(5).item() == 1
     assert setup_filter(torch.rand(2, 3)).shape == (2, 3)
     with pytest.raises(ValueError, match="setup_filter: f must be a number or 1 or 2 dimensions"):
         setup_filter(torch.ones(1, 1, 1))
@@ -129,8 +287,39 @@ MISUSE = [
 ]
 
 
-@pytest.mark.parametrize("args, error, text", MISUSE, ids=range(len(MISUSE)))
-def test_errors(args, error, text):
-    with pytest.raises(error) as e:
-        upfirdn2d(*args)
-    assert f"upfirdn2d: {text}" in str(e.value)
+@pytest.mark.parametrize(("args", "error", "text"), MISUSE, ids=range(len(MISUSE)))
+def test_errors(impl, device, args, error, text):
+    args = [a.to(device) if torch.is_tensor(a) else a for a in args]
+    with pytest.raises(error, match=re.escape(f"upfirdn2d: {text}")):
+        upfirdn2d(*args, impl=impl)
+
+
+def test_too_many_taps(impl, device):
+    x, f = torch.zeros(1, 1, 40, 40, device=device), torch.ones(33, device=device)
+    assert upfirdn2d(x, f).shape == (1, 1, 8, 8)
+    if impl in ("reference", "cpu"):
+        assert upfirdn2d(x, f, impl=impl).shape == (1, 1, 8, 8)
+        return
+    with pytest.raises(ValueError, match=f"at most 32 taps a side for impl='{impl}', got shape"):
+        upfirdn2d(x, f, impl=impl)
+
+
+def test_compile(impl, device):
+    if impl in ("reference", "simt", "triton") and device == "cpu":
+        pytest.skip("on the CPU, only the C++ kernels are worth compiling around")
+    tensors, kwargs = case("up2", device)
+    f, _ = ops(impl, **kwargs)
+    compiled = torch.compile(f, fullgraph=True)
+    pairs = zip(outputs_and_grads(compiled, tensors), outputs_and_grads(f, tensors), strict=True)
+    for actual, expected in pairs:
+        torch.testing.assert_close(actual, expected)
+
+
+def test_export(device):
+    class Layer(torch.nn.Module):
+        def forward(self, x, f):
+            return upsample2d(x, f)
+
+    (x, f), _ = case("up2", device)
+    program = torch.export.export(Layer(), (x, f))
+    torch.testing.assert_close(program.module()(x, f), upsample2d(x, f))

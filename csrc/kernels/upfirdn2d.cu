@@ -29,7 +29,8 @@ struct Args {
   int tiles_w;       // tiles in a row of tiles
   int tile_w, tile_h, log2_x, log2_c;  // outputs of a tile; its threads along x or channels
   int chunks;        // parts of the channels
-  int pitch;         // elements of a row of the tile in shared memory
+  int columns;       // samples of a row of the tile that are needed
+  int pitch;         // elements of such a row in shared memory
   int in_rows;       // rows of it
   int dtype;
   bool separable, flip;
@@ -162,25 +163,46 @@ struct Planes {
   }
 };
 
+// The 16-bit types share their code up to the conversion: it would double the kernels otherwise.
+__device__ __forceinline__ void widen(float* out, const Pack<float, 4>& in, bool) {
+#pragma unroll
+  for (int e = 0; e < 4; e++) out[e] = in.v[e];
+}
+__device__ __forceinline__ void widen(float* out, const Pack<unsigned short, 8>& in, bool bf16) {
+  if (bf16) {
+#pragma unroll
+    for (int e = 0; e < 8; e++) out[e] = __uint_as_float(static_cast<unsigned>(in.v[e]) << 16);
+  } else {
+#pragma unroll
+    for (int e = 0; e < 8; e++) out[e] = __half2float(__ushort_as_half(in.v[e]));
+  }
+}
+__device__ __forceinline__ float narrow(float v, float, bool) { return v; }
+__device__ __forceinline__ unsigned short narrow(float v, unsigned short, bool bf16) {
+  return bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(v)) : __half_as_ushort(__float2half_rn(v));
+}
+
 // Copies the rows and columns that the tile needs; what lies outside of the image becomes zero.
 // Global vectors are aligned whatever the row's own alignment, and so overlap the tile's edges. The
 // elements of a vector are stored in an order that differs between lanes: no bank conflicts.
 template <int kDown, typename T>
 __device__ __forceinline__ void load_tile(const Args& p, float* tile, int64_t image, int ix0,
                                           int iy0) {
-  constexpr int N = 16 / sizeof(T), kBatch = 4;
+  constexpr int N = 16 / sizeof(T), kBatch = N == 4 ? 4 : 2;
   const T* x = static_cast<const T*>(p.x);
   const int phase = p.pitch / kDown, lane = threadIdx.x % 32;
-  const int lo = max(0, -ix0), hi = max(lo, min(p.pitch, p.w.in - ix0));
+  const int lo = max(0, -ix0), hi = max(lo, min(p.columns, p.w.in - ix0));
   const int64_t plane = image * p.h.in * p.w.in + ix0, numel = p.images * p.h.in * p.w.in;
 
   for (int r = threadIdx.x / 32; r < p.in_rows; r += blockDim.x / 32) {
     const bool inside = iy0 + r >= 0 && iy0 + r < p.h.in;
-    for (int c = lane; c < p.pitch; c += 32)
+    for (int c = lane; c < p.pitch; c += 32) {
+      if (inside && c >= lo && c < hi) c += (hi - c) / 32 * 32;
       if (!inside || c < lo || c >= hi) tile[r * p.pitch + c % kDown * phase + c / kDown] = 0.f;
+    }
   }
 
-  const int per_row = p.pitch / N + 1;
+  const int per_row = p.pitch / N;  // as many as a row's elements, whatever its alignment
   const int step_r = blockDim.x / per_row, step_v = blockDim.x % per_row;
   int r = threadIdx.x / per_row, v = threadIdx.x % per_row;
   const int turn = kDown * (lane / max(1, 32 * kDown / N)) % N;
@@ -221,8 +243,7 @@ __device__ __forceinline__ void load_tile(const Args& p, float* tile, int64_t im
       const int c = column(plane + static_cast<int64_t>(iy) * p.w.in, v2);
       const bool live = r2 < p.in_rows && iy >= 0 && iy < p.h.in;
       float values[N];
-#pragma unroll
-      for (int e = 0; e < N; e++) values[e] = to_acc(packs[b].v[e]);
+      widen(values, packs[b], p.dtype == kBF16);
 #pragma unroll
       for (int bit = kDown; bit < N; bit *= 2) {
         float turned[N];
@@ -294,7 +315,7 @@ __device__ __forceinline__ void store_rows(const Args& p, const float (*acc)[4],
       if (oy >= p.h.out || ox >= p.w.out) break;
       Pack<T, 4> out;
 #pragma unroll
-      for (int j = 0; j < 4; j++) out.v[j] = from_acc<T>(acc[r][j]);
+      for (int j = 0; j < 4; j++) out.v[j] = narrow(acc[r][j], T{}, p.dtype == kBF16);
       store_pack<T, 4>(y + static_cast<int64_t>(oy) * p.w.out + ox, out);
     }
     return;
@@ -308,7 +329,8 @@ __device__ __forceinline__ void store_rows(const Args& p, const float (*acc)[4],
   const int columns = min(p.tile_w, p.w.out - ox0);
   for (int r = threadIdx.x / 32; r < p.tile_h && oy0 + r < p.h.out; r += blockDim.x / 32)
     for (int c = threadIdx.x % 32; c < columns; c += 32)
-      y[static_cast<int64_t>(oy0 + r) * p.w.out + ox0 + c] = from_acc<T>(stage[r * p.tile_w + c]);
+      y[static_cast<int64_t>(oy0 + r) * p.w.out + ox0 + c] = 
+          narrow(stage[r * p.tile_w + c], T{}, p.dtype == kBF16);
 }
 
 template <int kUp, int kDown, int kTaps, bool kSeparable>
@@ -341,10 +363,8 @@ __global__ void __launch_bounds__(256, 4) upfirdn2d_planes_kernel(Args p) {
     __syncthreads();
     if (p.dtype == kF32)
       load_tile<kDown, float>(p, tile, image, ix0, iy0);
-    else if (p.dtype == kF16)
-      load_tile<kDown, __half>(p, tile, image, ix0, iy0);
     else
-      load_tile<kDown, __nv_bfloat16>(p, tile, image, ix0, iy0);
+      load_tile<kDown, unsigned short>(p, tile, image, ix0, iy0);
     __syncthreads();
 
     float acc[kRows][4] = {};
@@ -411,10 +431,136 @@ __global__ void __launch_bounds__(256, 4) upfirdn2d_planes_kernel(Args p) {
 
     if (p.dtype == kF32)
       store_rows<float>(p, acc, kRows, tile, image, ox0, oy0, tx, ty);
-    else if (p.dtype == kF16)
-      store_rows<__half>(p, acc, kRows, tile, image, ox0, oy0, tx, ty);
     else
-      store_rows<__nv_bfloat16>(p, acc, kRows, tile, image, ox0, oy0, tx, ty);
+      store_rows<unsigned short>(p, acc, kRows, tile, image, ox0, oy0, tx, ty);
+  }
+}
+
+// ---- pixels: channels-last. A thread makes 2 rows of one column for 16 bytes of channels; a
+// tile has 32 bytes of channels (a sector) where the image does. kTaps 0: factors and taps as given.
+constexpr int kLog2Granules = 1;
+
+constexpr int kPixelRows = 2, kPixelThreads = 512;
+
+template <typename T, int kUp, int kDown, int kTaps>
+__global__ void __launch_bounds__(kPixelThreads, 2) upfirdn2d_pixels_kernel(Args p) {
+  constexpr int N = 16 / sizeof(T), kBatch = N == 4 ? 3 : 2, kRows = kPixelRows;
+  constexpr int kStep = N << kLog2Granules;  // elements from one sample to the next
+  using Granule = Pack<T, N>;
+  GK_DYNAMIC_SHARED(float, f);
+  const int f_size = kTaps ? kTaps * kTaps : p.h.taps * p.w.taps;
+  T* tile = reinterpret_cast<T*>(f + (f_size + 3) / 4 * 4);
+  const int g = threadIdx.x & ((1 << kLog2Granules) - 1);
+  const int tx = threadIdx.x >> kLog2Granules & (p.tile_w - 1);
+  const int ty = threadIdx.x >> (kLog2Granules + p.log2_x);
+  const int ox0 = static_cast<int>(blockIdx.x) % p.tiles_w * p.tile_w;
+  const int oy0 = static_cast<int>(blockIdx.x) / p.tiles_w * p.tile_h;
+  const int ix0 = first_sample(p.w, ox0), iy0 = first_sample(p.h, oy0);
+  for (int i = threadIdx.x; i < f_size; i += blockDim.x) {
+    const int taps = kTaps ? kTaps : p.w.taps;
+    f[i] = filter_tap<float>(p, i / taps, i % taps) * static_cast<float>(p.gain);
+  }
+  // A row of the tile is split into its `down` phases; column c of it starts at element at(c).
+  const int phase = p.pitch / kDown;
+  const auto at = [&](int c) { return c % kDown * phase * N + c / kDown * kStep; };
+  const int first_x = first_sample(p.w, ox0 + tx), tap_x = first_tap(p.w, ox0 + tx, first_x);
+
+  for (int64_t part = blockIdx.y; part < p.images * p.chunks; part += gridDim.y) {
+    const int64_t image = part / p.chunks;
+    const int c0 = static_cast<int>(part % p.chunks) * kStep;
+    const T* x = static_cast<const T*>(p.x) + image * p.h.in * p.w.in * p.channels + c0;
+    T* y = static_cast<T*>(p.y) + image * p.h.out * p.w.out * p.channels + c0 + g * N;
+    __syncthreads();
+    const int step_r = blockDim.x / p.pitch, step_v = blockDim.x % p.pitch;
+    int r = threadIdx.x / p.pitch, v = threadIdx.x % p.pitch;
+    const auto advance = [&](int& row, int& vec) {
+      row += step_r;
+      vec += step_v;
+      if (vec >= p.pitch) {
+        vec -= p.pitch;
+        row++;
+      }
+    };
+    while (r < p.in_rows) {
+      Granule batch[kBatch];
+      int r2 = r, v2 = v;
+#pragma unroll
+      for (int b = 0; b < kBatch; b++) {
+        const int iy = iy0 + r, ix = ix0 + (v >> kLog2Granules);
+        const int c = (v & ((1 << kLog2Granules) - 1)) * N;
+        batch[b] = Granule{};
+        if (r < p.in_rows && iy >= 0 && iy < p.h.in && ix >= 0 && ix < p.w.in && c0 + c < p.channels)
+          batch[b] = load_pack<T, N>(x + (static_cast<int64_t>(iy) * p.w.in + ix) * p.channels + c);
+        advance(r, v);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; b++) {
+        if (r2 < p.in_rows)
+          store_pack<T, N>(tile + r2 * p.pitch * N + at(v2 >> kLog2Granules) +
+                               (v2 & ((1 << kLog2Granules) - 1)) * N,
+                           batch[b]);
+        advance(r2, v2);
+      }
+    }
+    __syncthreads();
+
+    float acc[kRows][N] = {};
+    const auto add = [&](float* sums, const Granule& granule, float w) {
+#pragma unroll
+      for (int j = 0; j < N; j++) sums[j] += w * to_acc(granule.v[j]);
+    };
+    const int row_step = p.pitch * N;
+    const T* column = tile + (first_x - ix0) * kStep + g * N;
+    if constexpr (kTaps == 0) {
+#pragma unroll
+      for (int jr = 0; jr < kRows; jr++) {
+        const int oy = oy0 + ty * kRows + jr;
+        const int first_y = first_sample(p.h, oy);
+        const T* row = column + (first_y - iy0) * row_step;
+        for (int ky = first_tap(p.h, oy, first_y); ky < p.h.taps; ky += p.h.up, row += row_step) {
+          const T* sample = row;
+          for (int kx = tap_x; kx < p.w.taps; kx += p.w.up, sample += kStep)
+            add(acc[jr], load_pack<T, N>(sample), f[ky * p.w.taps + kx]);
+        }
+      }
+    } else if constexpr (kUp == 1) {
+      const T* row = tile + tx * kStep + g * N + ty * kRows * kDown * row_step;
+#pragma unroll
+      for (int i = 0; i < (kRows - 1) * kDown + kTaps; i++, row += row_step)
+#pragma unroll
+        for (int kx = 0; kx < kTaps; kx++) {
+          const Granule granule = load_pack<T, N>(row + at(kx));
+#pragma unroll
+          for (int jr = 0; jr < kRows; jr++)
+            if (i - jr * kDown >= 0 && i - jr * kDown < kTaps)
+              add(acc[jr], granule, f[(i - jr * kDown) * kTaps + kx]);
+        }
+    } else {
+      constexpr int kMeet = kTaps / kUp;
+      const int qy = (p.h.pad % kUp + kUp) % kUp;
+#pragma unroll
+      for (int jr = 0; jr < kRows; jr++) {
+        const int late = jr % kUp > qy ? 1 : 0, tap_y = late * kUp + qy - jr % kUp;
+        const T* row = column + (ty * (kRows / kUp) + jr / kUp + late) * row_step;
+        const float* w = f + tap_y * kTaps + tap_x;
+#pragma unroll
+        for (int my = 0; my < kMeet; my++, row += row_step)
+#pragma unroll
+          for (int mx = 0; mx < kMeet; mx++)
+            add(acc[jr], load_pack<T, N>(row + mx * kStep), w[my * kUp * kTaps + mx * kUp]);
+      }
+    }
+
+    const int ox = ox0 + tx;
+#pragma unroll
+    for (int jr = 0; jr < kRows; jr++) {
+      const int oy = oy0 + ty * kRows + jr;
+      if (oy >= p.h.out || ox >= p.w.out || c0 + g * N >= p.channels) continue;
+      Granule out;
+#pragma unroll
+      for (int j = 0; j < N; j++) out.v[j] = from_acc<T>(acc[jr][j]);
+      store_pack<T, N>(y + (static_cast<int64_t>(oy) * p.w.out + ox) * p.channels, out);
+    }
   }
 }
 
@@ -451,13 +597,19 @@ int launch_planes(Args p, void* stream) {
   using P = Planes<kUp, kDown, kTaps, kSeparable>;
   const int x = pow2_between(ceil_div(p.w.out, 4), 1, kDown == 1 ? 32 : 16);
   int y = pow2_between(ceil_div(p.h.out, P::kRows), 32 / x, (kDown == 4 ? 128 : 256) / x);
-  const int64_t wanted = 2 * sm_count();
+  const int64_t wanted = sm_count();
   int shared = 0;
   for (;; y /= 2) {
     p.tile_w = 4 * x;
     p.tile_h = y * P::kRows;
     p.tiles_w = static_cast<int>(ceil_div(p.w.out, p.tile_w));
-    p.pitch = kDown * P::phase_size(p.tile_w);
+    p.columns = kUp == 1 ? (p.tile_w - 1) * kDown + kTaps : p.tile_w / kUp + P::kMeet;
+    // Whole vectors, one more than the columns fill: a warp that wraps to the next row continues
+    // there in the next banks.
+    const int vector = p.dtype == kF32 ? 4 : 8;
+    const int least = max(kDown * P::phase_size(p.tile_w), p.columns + vector - 1);
+    p.pitch = static_cast<int>(ceil_div(least, 4 * kDown > vector ? 4 * kDown : vector)) *
+              (4 * kDown > vector ? 4 * kDown : vector);
     p.in_rows = P::in_rows(p.tile_h);
     int floats = p.in_rows * (p.pitch + (kSeparable ? p.tile_w : 0));
     if (p.w.out % 4) floats = max(floats, p.tile_h * p.tile_w);
@@ -475,7 +627,7 @@ template <typename T>
 int launch_any(Args p, void* stream) {
   using S = Acc<T>;
   const int wanted_c = pow2_between(p.channels, 1, 16);
-  const int64_t blocks = 2 * sm_count();
+  const int64_t blocks = sm_count();
   p.log2_c = log2_of(wanted_c);
   p.tile_w = pow2_between(p.w.out, 1, p.channels > 1 ? 8 : 64);
   p.tile_h = pow2_between(p.h.out, 1, p.channels > 1 ? 8 : 16);
@@ -505,6 +657,52 @@ int launch_any(Args p, void* stream) {
   return static_cast<int>(cudaGetLastError());
 }
 
+template <typename T, int kUp, int kDown, int kTaps>
+int launch_pixels(Args p, void* stream) {
+  constexpr int N = 16 / sizeof(T), kRows = kPixelRows;
+  constexpr int g = 1 << kLog2Granules;
+  int x = pow2_between(p.w.out, 32 / g / 4, kDown == 1 ? 32 : 16);
+  int y = pow2_between(ceil_div(p.h.out, kRows), 1, kPixelThreads / (g * x));
+  const int64_t wanted = sm_count();
+  p.chunks = static_cast<int>(ceil_div(p.channels, N * g));
+  int64_t shared = 0;
+  for (;;) {
+    while (x * y * g < 32) y *= 2;
+    p.tile_w = x;
+    p.tile_h = y * kRows;
+    p.tiles_w = static_cast<int>(ceil_div(p.w.out, x));
+    const int columns = samples_for(p.w, x) + (p.w.up > 1);
+    // Phases of rows lie so that neighbouring columns fall into different banks.
+    const int phase = static_cast<int>(ceil_div(columns, kDown)) | (kDown == 4 ? 1 : 0);
+    p.pitch = kDown * (kDown == 2 ? phase / 4 * 4 + 2 + (phase % 4 > 2 ? 4 : 0) : phase) * g;
+    p.in_rows = samples_for(p.h, p.tile_h) + (p.h.up > 1);
+    const int64_t f = (static_cast<int64_t>(p.h.taps) * p.w.taps + 3) / 4 * 4;
+    shared = 4 * f + static_cast<int64_t>(p.in_rows) * p.pitch * 16;
+    const int64_t blocks = ceil_div(p.h.out, p.tile_h) * p.tiles_w * p.images * p.chunks;
+    if (shared <= kSharedBytes && (x * y * g <= 32 || blocks >= wanted)) break;
+    if (x * y * g <= 32) return -1;
+    if (y > 1)
+      y /= 2;
+    else
+      x /= 2;
+  }
+  p.log2_x = log2_of(x);
+  GK_LAUNCH((upfirdn2d_pixels_kernel<T, kUp, kDown, kTaps>), grid_of(p), dim3(g * x * y),
+            static_cast<int>(shared), stream, p);
+  return static_cast<int>(cudaGetLastError());
+}
+
+template <typename T>
+int try_pixels(const Args& p, void* stream) {
+  if (p.channels % (16 / sizeof(T)) || (p.separable && p.w.taps > 6)) return -1;
+  if (p.w.taps == 4 && p.h.taps == 4 && p.w.up == p.h.up && p.w.down == p.h.down) {
+    if (p.w.up == 1 && p.w.down == 1) return launch_pixels<T, 1, 1, 4>(p, stream);
+    if (p.w.up == 2 && p.w.down == 1) return launch_pixels<T, 2, 1, 4>(p, stream);
+    if (p.w.up == 1 && p.w.down == 2) return launch_pixels<T, 1, 2, 4>(p, stream);
+  }
+  return launch_pixels<T, 1, 1, 0>(p, stream);
+}
+
 template <int kUp, int kDown>
 int try_planes(const Args& p, void* stream) {
   switch (p.w.taps) {
@@ -528,8 +726,11 @@ int try_planes(const Args& p, void* stream) {
 // The specialised kernel for these arguments: its launch's error, or -1 where there is none.
 int try_special(const Args& p, bool last, void* stream) {
   if (p.dtype == kF64 || !aligned16(p.x) || !aligned16(p.y)) return -1;
+  if (last)
+    return p.dtype == kF32   ? try_pixels<float>(p, stream)
+           : p.dtype == kF16 ? try_pixels<__half>(p, stream)
+                             : try_pixels<__nv_bfloat16>(p, stream);
   if (p.h.taps != p.w.taps || p.h.up != p.w.up || p.h.down != p.w.down) return -1;
-  if (last) return -1;
   const int factor = p.w.up * 10 + p.w.down;
   switch (factor) {
     case 11:
@@ -556,7 +757,10 @@ int upfirdn2d(int dtype, const void* x, const void* f, void* y, bool last, int64
               int64_t taps_x, bool separable, int64_t up_x, int64_t up_y, int64_t down_x,
               int64_t down_y, int64_t pad_x, int64_t pad_y, bool flip, double gain, void* stream) {
   if (N * C * out_h * out_w == 0) return 0;
-  if (taps_x > kMaxTaps || taps_y > kMaxTaps) return static_cast<int>(cudaErrorInvalidValue);
+  int64_t largest = 0;
+  for (const int64_t v : {in_h, in_w, out_h, out_w, up_x, up_y, down_x, down_y, C}) largest = max(largest, v);
+  if (taps_x > kMaxTaps || taps_y > kMaxTaps || largest > int64_t(1) << 29)
+    return static_cast<int>(cudaErrorInvalidValue);
   const auto axis = [](int64_t in, int64_t out, int64_t up, int64_t down, int64_t pad,
                        int64_t taps) {
     return Axis{static_cast<int>(in),   static_cast<int>(out), static_cast<int>(up),

@@ -1,31 +1,175 @@
+from __future__ import annotations
+
+import functools
+
+import harness
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
+from harness import DTYPES, compare, outputs_and_grads, second_grads
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from gankern.ops.adain import adain
+from gankern.ops import _impl, adain
+
+SHAPES = {
+    "empty": (0, 3, 4, 4),
+    "no_pixels": (2, 3, 0, 4),
+    "sequence": (3, 5, 33),
+    "odd": (2, 7, 5, 3),
+    "planes": (2, 16, 16, 16),
+    "large": (1, 4, 63, 65),
+    "tall": (1, 3, 64, 80),
+    "small_planes": (2, 48, 4, 4),
+    "volume": (1, 4, 3, 5, 6),
+}
 
 
-def test_grad_orders():
-    x = torch.randn(2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
-    scale = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    shift = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(adain, (x, scale, shift))
-    assert gradgradcheck(adain, (x, scale, shift))
+def inputs(shape, device, dtype=torch.float32, layout="contiguous", style=None):
+    x = harness.lay_out((harness.randn(*shape) * 2 + 3).to(device, dtype), layout)
+    styles = [harness.randn(*shape[:2], seed=s).to(device, style or dtype) for s in (1, 2)]
+    return [x, *styles]
 
 
-def test_instance_norm():
-    x = torch.randn(3, 4, 5, 7, dtype=torch.float64)
-    scale, shift = torch.randn(2, 3, 4, dtype=torch.float64)
-    wanted = torch.nn.functional.instance_norm(x) * scale[..., None, None] + shift[..., None, None]
-    torch.testing.assert_close(adain(x, scale, shift), wanted)
+def ops(impl, **kwargs):
+    f = functools.partial(adain, impl=impl, **kwargs)
+    return f, functools.partial(adain, impl="reference", **kwargs)
 
 
-def test_style_sets_the_statistics():
-    x = torch.randn(3, 4, 5, 7, dtype=torch.float64)
-    scale, shift = torch.randn(2, 3, 4, dtype=torch.float64)
-    var, mean = torch.var_mean(adain(x, scale, shift, eps=0), (2, 3), unbiased=False)
-    torch.testing.assert_close(mean, shift)
-    torch.testing.assert_close(var, scale.square())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s != "no_pixels"])
+def test_forward_and_gradients(impl, device, dtype, shape):
+    harness.skip_float64_triton(impl, DTYPES[dtype])
+    compare(*ops(impl), inputs(SHAPES[shape], device, DTYPES[dtype]), what=shape)
+
+
+def test_no_pixels(impl, device):
+    tensors = [t.requires_grad_() for t in inputs(SHAPES["no_pixels"], device)]
+    y = adain(*tensors, impl=impl)
+    assert y.shape == SHAPES["no_pixels"]
+    for g, t in zip(torch.autograd.grad(y.sum(), tensors), tensors, strict=True):
+        assert torch.equal(g, torch.zeros_like(t))
+
+
+@pytest.mark.parametrize("layout", harness.LAYOUTS)
+@pytest.mark.parametrize("shape", ["odd", "planes", "large", "small_planes"])
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_layouts(impl, device, dtype, shape, layout):
+    tensors = inputs(SHAPES[shape], device, DTYPES[dtype], layout)
+    y, dx, *_ = compare(*ops(impl), tensors, what=layout)
+    if layout == "channels_last":
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert dx.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_float32_styles(impl, device, dtype):
+    tensors = inputs(SHAPES["planes"], device, DTYPES[dtype], style=torch.float32)
+    _, _, dscale, dshift = compare(*ops(impl), tensors)
+    assert dscale.dtype == dshift.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", ["sequence", "odd", "planes"])
+def test_second_gradients(impl, device, shape):
+    compare(*ops(impl), inputs(SHAPES[shape], device), second_grads, shape)
+
+
+def test_gradcheck(impl, device):
+    harness.skip_float64_triton(impl, torch.float64)
+    tensors = [t.requires_grad_() for t in inputs((2, 2, 2, 3), device, torch.float64)]
+    f, _ = ops(impl)
+    assert torch.autograd.gradcheck(f, tensors)
+    assert torch.autograd.gradgradcheck(f, tensors)
+
+
+def test_third_order(impl, device):
+    def third(implementation, dtype):
+        x, scale, shift = (t.requires_grad_() for t in inputs((2, 2, 3, 3), device, dtype))
+        y = adain(x, scale, shift, impl=implementation).tanh()
+        for _ in range(2):
+            (y,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(y.square().sum(), (x, scale))
+
+    exact = third("reference", torch.float64)
+    for a, e in zip(third(impl, torch.float32), exact, strict=True):
+        assert harness.relative_error(a, e) < 1e-4
+
+
+def test_opcheck(impl, device):
+    if impl == "reference":
+        pytest.skip("the reference is not a registered op")
+    for layout in ("contiguous", "channels_last"):
+        x, scale, shift = inputs((2, 3, 4, 4), device, layout=layout)
+        _, mean, rstd = _impl.op(impl, "adain")(x, scale, shift, 1e-5)
+        checks = harness.opchecks(impl, device)
+        torch.library.opcheck(_impl.op(impl, "adain"), (x, scale, shift, 1e-5), test_utils=checks)
+        args = (x, x, scale, mean, rstd)
+        torch.library.opcheck(_impl.op(impl, "adain_bwd"), args, test_utils=checks)
+
+
+def test_style_sets_the_statistics(impl, device):
+    x, scale, shift = inputs((3, 4, 15, 17), device)
+    var, mean = torch.var_mean(adain(x, scale, shift, eps=0, impl=impl), (2, 3), unbiased=False)
+    torch.testing.assert_close(mean, shift, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(var, scale.square(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_large_mean(impl, device, layout):
+    x, scale, shift = inputs((2, 8, 32, 32), device, layout=layout)
+    compare(*ops(impl), [x + 1000, scale, shift])
+
+
+def test_is_instance_norm(impl, device):
+    x, _, _ = inputs(SHAPES["planes"], device)
+    ones, zeros = torch.ones(2, 16, device=device), torch.zeros(2, 16, device=device)
+    wanted = torch.nn.functional.instance_norm(x)
+    torch.testing.assert_close(adain(x, ones, zeros, impl=impl), wanted)
+
+
+@st.composite
+def cases(draw):
+    # Of few pixels dx is mostly rounding: the normalised values can hardly change.
+    pixels = draw(st.sampled_from([[16], [33], [64], [3, 7], [5, 4], [8, 8], [9, 17], [16, 12]]))
+    return {
+        "shape": (draw(st.integers(1, 5)), draw(st.integers(1, 20)), *pixels),
+        "layout": draw(st.sampled_from(harness.LAYOUTS)),
+        "eps": draw(st.sampled_from([1e-5, 1e-2, 0.5])),
+        "dtype": draw(st.sampled_from(["f32", "f16", "bf16"])),
+        "style_f32": draw(st.booleans()),
+    }
+
+
+def test_random_arguments(impl, device):
+    @settings(max_examples=100 if impl == "triton" else 500, deadline=None, derandomize=True)
+    @given(cases())
+    def run(c):
+        dtype = DTYPES[c["dtype"]]
+        style = torch.float32 if c["style_f32"] else dtype
+        tensors = inputs(c["shape"], device, dtype, c["layout"], style)
+        compare(*ops(impl, eps=c["eps"]), tensors, what=str(c))
+
+    run()
+
+
+def test_deterministic(impl, device):
+    for layout in ("contiguous", "channels_last"):
+        tensors = inputs((2, 24, 33, 31), device, layout=layout)
+        f, _ = ops(impl)
+        first, second = outputs_and_grads(f, tensors), outputs_and_grads(f, tensors)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("isa", [0, 1, 2])
+def test_instruction_sets(device, isa):
+    if device != "cpu":
+        pytest.skip("CPU kernels")
+    try:
+        _impl.set_cpu_isa(isa)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for layout in ("contiguous", "channels_last"):
+                compare(*ops("cpu"), inputs((2, 37, 9, 11), device, dtype, layout), what=str(isa))
+    finally:
+        _impl.set_cpu_isa(-1)
 
 
 X, S = torch.ones(2, 3, 4, 4), torch.ones(2, 3)
@@ -34,17 +178,29 @@ X, S = torch.ones(2, 3, 4, 4), torch.ones(2, 3)
 @pytest.mark.parametrize(
     ("args", "error", "text"),
     [
-        ((1.0, S, S), TypeError, "x must be a tensor, got float"),
-        ((X.long(), S, S), TypeError, "x must be a floating-point tensor, got torch.int64"),
-        ((S, S, S), ValueError, r"x must be \(N, C, \*\), got 2 dimensions \(2, 3\)"),
-        ((X, S[0], S), ValueError, r"scale must be \(N, C\) = \(2, 3\), got \(3,\)"),
-        ((X, S, S.T), ValueError, r"shift must be \(N, C\) = \(2, 3\), got \(3, 2\)"),
-        ((X, S.half(), S), TypeError, "scale must be torch.float32 like x, got torch.float16"),
-        ((X.half(), S, S.half()), TypeError, "shift must be torch.float32 like scale"),
-        ((X, S, S, None), TypeError, "eps must be a number, got NoneType"),
-        ((X, S, S, -1), ValueError, "eps must be at least 0, got -1"),
+        ((1.0, S, S), TypeError, "adain: x must be a tensor, got float"),
+        ((X.long(), S, S), TypeError, "adain: x must be float32, float16, bfloat16 or float64"),
+        ((S, S, S), ValueError, r"adain: x must be \(N, C, \*\), got 2 dimensions \(2, 3\)"),
+        ((X, S[0], S), ValueError, r"adain: scale must be \(N, C\) = \(2, 3\), got \(3,\)"),
+        ((X, S, S.T), ValueError, r"adain: shift must be \(N, C\) = \(2, 3\), got \(3, 2\)"),
+        ((X, S.half(), S), TypeError, "adain: scale must be torch.float32 or torch.float32, got"),
+        ((X.half(), S, S.half()), TypeError, "adain: shift must be torch.float32 like scale"),
+        ((X, S, S, None), TypeError, "adain: eps must be a number, got NoneType"),
+        ((X, S, S, -1), ValueError, "adain: eps must be at least 0, got -1"),
     ],
 )
-def test_errors(args, error, text):
-    with pytest.raises(error, match="adain: " + text):
-        adain(*args)
+def test_errors(impl, device, args, error, text):
+    args = [a.to(device) if torch.is_tensor(a) else a for a in args]
+    with pytest.raises(error, match=text):
+        adain(*args, impl=impl)
+
+
+def test_compile(impl, device):
+    if impl in ("reference", "simt", "triton") and device == "cpu":
+        pytest.skip("on the CPU, only the C++ kernels are worth compiling around")
+    f, _ = ops(impl)
+    compiled = torch.compile(f, fullgraph=True)
+    tensors = inputs(SHAPES["planes"], device)
+    actual, expected = outputs_and_grads(compiled, tensors), outputs_and_grads(f, tensors)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)

@@ -136,7 +136,8 @@ def test_opcheck(impl, device):
         ("bias_act_bwd", (x, x, None), (False, False)),
         ("bias_act_bwd2", (x, x, x, b), (True,)),
     ):
-        torch.library.opcheck(_impl.op(impl, name), (*tensors, *args, *more))
+        checks = harness.opchecks(impl, device)
+        torch.library.opcheck(_impl.op(impl, name), (*tensors, *args, *more), test_utils=checks)
 
 
 def test_identity_is_exact(impl, device):

@@ -96,10 +96,12 @@ def test_third_order(impl, device):
 def test_opcheck(impl, device):
     if impl == "reference":
         pytest.skip("the reference is not a registered op")
+    checks = harness.opchecks(impl, device)
     for shape, layout in (((2, 3, 4, 4), "channels_last"), ((2, 8), "contiguous")):
         (x,) = inputs(shape, device, layout=layout)
         for name, count in (("pixel_norm", 1), ("pixel_norm_bwd", 2), ("pixel_norm_bwd2", 3)):
-            torch.library.opcheck(_impl.op(impl, name), (*[x] * count, 1, 1e-8))
+            args = (*[x] * count, 1, 1e-8)
+            torch.library.opcheck(_impl.op(impl, name), args, test_utils=checks)
 
 
 def test_mean_square_is_one(impl, device):

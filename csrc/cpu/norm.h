@@ -101,10 +101,10 @@ void run_row(const Op& op, int64_t row, int64_t length) {
 // kWide neighbouring vectors of columns of one slice; kPart: one vector, of n columns.
 template <typename Op, int kWide, bool kPart>
 void run_tile(const Op& op, int64_t base, int64_t vector, int64_t length, int64_t inner, int64_t n,
-              Vec<typename Op::Elem>* kept) {
+              Scalar<typename Op::Elem>* kept) {
   using T = typename Op::Elem;
   using V = Vec<T>;
-  constexpr int kStep = kWide * Op::kIn;
+  constexpr int64_t kStep = kWide * Op::kIn * kLanes;  // scratch has no vector's alignment: memcpy
   typename Op::Params p[kWide];
   for (int u = 0; u < kWide; u++) p[u] = op.params(vector + u * kLanes, n);
   V s[kWide][Op::kSums] = {};
@@ -119,7 +119,7 @@ void run_tile(const Op& op, int64_t base, int64_t vector, int64_t length, int64_
         const T* x = op.in[0] + base + c * inner + u * kLanes;
         const V v = kPart ? load_part(x, n) : load(x);
         mean[u] += v;
-        if (kept) kept[c * kStep + u] = v;
+        if (kept) store(kept + c * kStep + u * kLanes, v);
       }
     for (int u = 0; u < kWide; u++) p[u].pivot = mean[u] / static_cast<Scalar<T>>(length);
   }
@@ -161,8 +161,8 @@ void run_columns(const Op& op, int64_t outer, int64_t length, int64_t inner) {
   const int64_t tiles = (inner + kColumns - 1) / kColumns;
   const bool keep = length * kWide * Op::kIn * static_cast<int64_t>(sizeof(V)) <= kScratchBytes;
   parallel(outer * tiles, kGrain / (length * kColumns), [&](int64_t begin, int64_t end) {
-    Buffer<V> scratch(keep ? length * kWide * Op::kIn : 0);
-    V* kept = keep ? &scratch[0] : nullptr;
+    Buffer<Scalar<typename Op::Elem>> scratch(keep ? length * kWide * Op::kIn * kLanes : 0);
+    auto* kept = keep ? &scratch[0] : nullptr;
     for (int64_t t = begin; t < end; t++) {
       const int64_t slice = t / tiles, first = t % tiles * kColumns;
       const int64_t base = slice * length * inner, vector = slice * inner;

@@ -12,7 +12,8 @@
 //   Elem, kIn, kOut, kSums, kFactors; in[kIn], out[kOut]
 //   kPivot           add() takes x relative to the mean of what is held, for a variance without
 //                    cancellation
-//   kHold            packs a thread keeps of each input
+//   kHold            packs of 16 bytes that a thread of a row keeps of each input
+//   kColumnHold, kColumnBytes  the same for columns, and the bytes of their packs
 //   Params params(i) what add() needs to know of the i-th (outer, inner) vector
 //   add(v, p, s)     adds the kIn values v of one element to the kSums sums
 //   finish(i, s, p, inv_length, f, first)  turns sums into factors; `first` is true in one thread
@@ -98,7 +99,7 @@ __device__ __forceinline__ void group_sum(A (&s)[kSums], int group) {
 }
 
 template <typename Op, int N, int K>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     rows_kernel(Op op, int64_t rows, int64_t length, int log_group) {
   using T = typename Op::Elem;
   using A = Acc<T>;
@@ -221,7 +222,7 @@ __device__ __forceinline__ void column_sum(A (&s)[N][kSums], A (&f)[N][kFactors]
 }
 
 template <typename Op, int N, int K>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     columns_kernel(Op op, int64_t outer, int64_t length, int64_t inner, int log_tx) {
   using T = typename Op::Elem;
   using A = Acc<T>;
@@ -376,21 +377,22 @@ int launch_norm(const Op& op, int64_t outer, int64_t length, int64_t inner, void
         return static_cast<int>(cudaGetLastError());
       }
     }
-    launch_rows<Op, 1, Op::kHold>(op, outer, length, stream);
+    launch_rows<Op, 1, (Op::kHold < 4 ? Op::kHold : 4)>(op, outer, length, stream);
     return static_cast<int>(cudaGetLastError());
   }
   constexpr int N = sizeof(T) == 8 ? 1 : Op::kColumnBytes / static_cast<int>(sizeof(T));
+  constexpr int kOdd = Op::kColumnHold < 2 ? Op::kColumnHold : 2;
   if constexpr (N > 1) {
     if (packed && inner % N == 0) {
-      const bool small = outer * length * (inner / N) < busy * Op::kHold;
+      const bool small = outer * length * (inner / N) < busy * Op::kColumnHold;
       if (small && length <= kMaxThreads / 2)
         launch_columns<Op, N, 1>(op, outer, length, inner, stream);
       else
-        launch_columns<Op, N, Op::kHold>(op, outer, length, inner, stream);
+        launch_columns<Op, N, Op::kColumnHold>(op, outer, length, inner, stream);
       return static_cast<int>(cudaGetLastError());
     }
   }
-  launch_columns<Op, 1, Op::kHold>(op, outer, length, inner, stream);
+  launch_columns<Op, 1, kOdd>(op, outer, length, inner, stream);
   return static_cast<int>(cudaGetLastError());
 }
 

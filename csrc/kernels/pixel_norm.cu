@@ -29,7 +29,8 @@ template <typename T>
 struct Forward : PixelNorm<T, 1, 1> {
   using A = Acc<T>;
   using Params = typename PixelNorm<T, 1, 1>::Params;
-  static constexpr int kSums = 1, kFactors = 1, kHold = 8, kColumnBytes = 16;
+  static constexpr int kSums = 1, kFactors = 1, kHold = 8;
+  static constexpr int kColumnHold = sizeof(T) == 2 ? 4 : 8, kColumnBytes = 16;
   __device__ static void add(const A* v, const Params&, A* s) { s[0] += v[0] * v[0]; }
   __device__ void finish(int64_t, const A* s, const Params&, A inv_length, A* f, bool) const {
     f[0] = rsqrt_(s[0] * inv_length + this->eps);
@@ -41,7 +42,8 @@ template <typename T>  // dy, x -> dx
 struct Backward : PixelNorm<T, 2, 1> {
   using A = Acc<T>;
   using Params = typename PixelNorm<T, 2, 1>::Params;
-  static constexpr int kSums = 2, kFactors = 2, kHold = 4, kColumnBytes = 16;
+  static constexpr int kSums = 2, kFactors = 2, kHold = 4;
+  static constexpr int kColumnHold = sizeof(T) == 2 ? 2 : 4, kColumnBytes = 16;
   __device__ static void add(const A* v, const Params&, A* s) {
     s[0] += v[1] * v[1];
     s[1] += v[0] * v[1];
@@ -58,7 +60,8 @@ template <typename T>  // g, dy, x -> d(dy), d(x)
 struct Backward2 : PixelNorm<T, 3, 2> {
   using A = Acc<T>;
   using Params = typename PixelNorm<T, 3, 2>::Params;
-  static constexpr int kSums = 4, kFactors = 4, kHold = 2, kColumnBytes = 8;
+  static constexpr int kSums = 4, kFactors = 4, kHold = 2;
+  static constexpr int kColumnHold = 2, kColumnBytes = 8;
   __device__ static void add(const A* v, const Params&, A* s) {
     s[0] += v[2] * v[2];
     s[1] += v[0] * v[1];

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
+
+from gankern.ops import _impl
+
+if _impl.triton is not None:
+    import triton
+    import triton.language as tl
 
 
 def adain(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    eps: float = 1e-5,
-    *,
-    impl: str | None = None,
-) -> torch.Tensor:
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-5, *, impl: str | None = None
+) -> Tensor:
     """Normalise each sample's channel over its pixels, then scale and shift it by the style.
 
     y[n, c] = scale[n, c] * (x[n, c] - mean(x[n, c])) * rsqrt(var(x[n, c]) + eps) + shift[n, c]
@@ -21,62 +25,275 @@ def adain(
     from one, as StyleGAN's code does, pass `1 + style`.
 
     Args:
-        x: (N, C, *) features, float32, float16, bfloat16 or float64, any strides.
-        scale: (N, C) of x's dtype or, beside a 16-bit x, float32.
-        shift: (N, C) of scale's dtype.
-        eps: added to the variance, > 0 keeps a constant channel finite.
-        impl: "cuda", "triton", "cpu" or "reference"; None takes the best usable one.
+        x: [N, C, *], at least 3 dimensions; float32, float16, bfloat16 or float64; any strides
+            (contiguous and channels-last ones are kept).
+        scale: [N, C] of x's dtype or float32.
+        shift: [N, C] of scale's dtype.
+        eps: added to the variance; above 0 it keeps a constant channel finite.
+        impl: None (the best that can run), "cuda", "triton", "cpu" or "reference".
 
     Returns:
-        (N, C, *) of x's dtype and memory format; 16-bit inputs are accumulated in float32.
+        y of x's shape, dtype and memory format; 16-bit types are accumulated in float32.
 
     Raises:
-        TypeError: x, scale or shift is not a floating-point tensor of a supported dtype, or eps is
-            not a number.
-        ValueError: x has under 3 dimensions, scale or shift is not (N, C) or lies on another
-            device, eps is negative, or impl cannot run.
+        TypeError, ValueError: an argument is not as above. RuntimeError: impl cannot run here.
 
-    Gradients: any order in x, scale and shift. Source: Huang and Belongie 2017 (arXiv:1703.06868);
-    Karras et al. 2019 (arXiv:1812.04948), equation 1.
+    Gradients: in x, scale and shift, of any order. The first is a kernel; those above are composed
+    of PyTorch's. Saves x, scale and [N, C] statistics.
+    Source: Karras et al. 2019, "A Style-Based Generator Architecture", equation 1.
     """
     _check(x, scale, shift, eps)
-    return adain_reference(x, scale, shift, eps)
+    chosen = _impl.choose("adain", impl, x)
+    if chosen == "reference":
+        return adain_reference(x, scale, shift, eps)
+    return _Adain.apply(x, scale, shift, float(eps), chosen)[0]
 
 
-def _check(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> None:
+def _check(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> None:
     for name, t in (("x", x), ("scale", scale), ("shift", shift)):
-        if not isinstance(t, torch.Tensor):
-            raise TypeError(f"adain: {name} must be a tensor, got {type(t).__name__}")
-        if not t.dtype.is_floating_point:
-            raise TypeError(f"adain: {name} must be a floating-point tensor, got {t.dtype}")
-    if x.ndim < 3:
-        raise ValueError(f"adain: x must be (N, C, *), got {x.ndim} dimensions {tuple(x.shape)}")
+        _impl.check_float("adain", name, t)
+    if x.dim() < 3:
+        raise ValueError(f"adain: x must be (N, C, *), got {x.dim()} dimensions {tuple(x.shape)}")
     for name, t in (("scale", scale), ("shift", shift)):
         if t.shape != x.shape[:2]:
             raise ValueError(
                 f"adain: {name} must be (N, C) = {tuple(x.shape[:2])}, got {tuple(t.shape)}"
             )
         if t.device != x.device:
-            raise ValueError(f"adain: {name} must be on {x.device} like x, got {t.device}")
-    if scale.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
-        wanted = f"{x.dtype} like x" + ("" if x.dtype.itemsize > 2 else " or torch.float32")
-        raise TypeError(f"adain: scale must be {wanted}, got {scale.dtype}")
+            raise ValueError(f"adain: {name} must be on x's device {x.device}, got {t.device}")
+    if scale.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"adain: scale must be {x.dtype} or torch.float32, got {scale.dtype}")
     if shift.dtype != scale.dtype:
         raise TypeError(f"adain: shift must be {scale.dtype} like scale, got {shift.dtype}")
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
         raise TypeError(f"adain: eps must be a number, got {type(eps).__name__}")
     if not eps >= 0:
         raise ValueError(f"adain: eps must be at least 0, got {eps}")
 
 
-def adain_reference(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float = 1e-5
-) -> torch.Tensor:
-    """The formula of `adain` in plain PyTorch, differentiable to any order."""
-    dtype = x.dtype
-    x = x.to(torch.promote_types(dtype, torch.float32))
-    dims = tuple(range(2, x.ndim))
-    var, mean = torch.var_mean(x, dims, unbiased=False, keepdim=True)
-    shape = (*x.shape[:2], *[1] * len(dims))
-    scale, shift = scale.to(x.dtype).reshape(shape), shift.to(x.dtype).reshape(shape)
-    return ((x - mean) * (var + eps).rsqrt() * scale + shift).to(dtype)
+# --- Reference: plain PyTorch, differentiable to any order.
+
+
+def adain_reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-5) -> Tensor:
+    """The formula in PyTorch operations, in float32 for 16-bit types."""
+    h, _, _ = _normalised(x, eps)
+    scale, shift = (_per_plane(t, h) for t in (scale, shift))
+    return (h * scale + shift).to(x.dtype)
+
+
+def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor, list[int]]:
+    """(x - mean) * rstd, rstd, and the dimensions of a plane."""
+    pixels = list(range(2, x.dim()))
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x - x.mean(pixels, keepdim=True)
+    rstd = (x.square().mean(pixels, keepdim=True) + eps).rsqrt()
+    return x * rstd, rstd, pixels
+
+
+def _per_plane(t: Tensor, like: Tensor) -> Tensor:
+    return t.to(like.dtype).reshape(*t.shape, *[1] * (like.dim() - 2))
+
+
+def _bwd_reference(dy, x, scale, eps) -> tuple[Tensor, Tensor, Tensor]:
+    """What adain_bwd computes, differentiably: csrc/kernels/adain.cu."""
+    h, rstd, pixels = _normalised(x, eps)
+    dy = dy.to(h.dtype)
+    dyh = dy * h
+    dx = dy - dy.mean(pixels, keepdim=True) - h * dyh.mean(pixels, keepdim=True)
+    dx = _per_plane(scale, h) * rstd * dx
+    dscale, dshift = dyh.sum(pixels), dy.sum(pixels)
+    return dx.to(x.dtype), dscale.to(scale.dtype), dshift.to(scale.dtype)
+
+
+# --- Triton. A program holds BLOCK_V planes, BLOCK_P pixels of each at a time.
+
+if _impl.triton is not None:
+
+    @triton.jit
+    def adain_fwd_kernel(
+        x_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr, planes, P, inner, eps,
+        BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
+    ):  # fmt: skip
+        # inner is 1, or C in channels-last memory.
+        p = tl.arange(0, BLOCK_P)[:, None]
+        v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+        inside = v < planes
+        base = ((v // inner) * P * inner + v % inner)[None, :]
+        mean = tl.zeros([BLOCK_V], tl.float32)
+        m2 = tl.zeros([BLOCK_V], tl.float32)
+        for start in range(0, P, BLOCK_P):
+            mask = inside[None, :] & (start + p < P)
+            x = tl.load(x_ptr + base + (start + p).to(tl.int64) * inner, mask=mask, other=0.0)
+            x = x.to(tl.float32)
+            count = tl.minimum(P - start, BLOCK_P)
+            block_mean = tl.sum(x, 0) / count
+            d = tl.where(mask, x - block_mean[None, :], 0.0)
+            # Chan's formula joins the mean and the squares of two parts without cancellation.
+            delta = block_mean - mean
+            mean += delta * (count / (start + count))
+            m2 += tl.sum(d * d, 0) + delta * delta * (count * (start / (start + count)))
+        rstd = 1 / tl.sqrt(m2 / P + eps)
+        tl.store(mean_ptr + v, mean, mask=inside)
+        tl.store(rstd_ptr + v, rstd, mask=inside)
+        scale = tl.load(scale_ptr + v, mask=inside, other=0.0).to(tl.float32) * rstd
+        shift = tl.load(shift_ptr + v, mask=inside, other=0.0).to(tl.float32)
+        for start in range(0, P, BLOCK_P):
+            at = base + (start + p).to(tl.int64) * inner
+            mask = inside[None, :] & (start + p < P)
+            x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            y = (x - mean[None, :]) * scale[None, :] + shift[None, :]
+            tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def adain_bwd_kernel(
+        dy_ptr, x_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dscale_ptr, dshift_ptr,
+        planes, P, inner, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
+    ):  # fmt: skip
+        p = tl.arange(0, BLOCK_P)[:, None]
+        v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+        inside = v < planes
+        base = ((v // inner) * P * inner + v % inner)[None, :]
+        mean = tl.load(mean_ptr + v, mask=inside, other=0.0)[None, :]
+        rstd = tl.load(rstd_ptr + v, mask=inside, other=0.0)[None, :]
+        d_sum = tl.zeros([BLOCK_V], tl.float32)
+        dh_sum = tl.zeros([BLOCK_V], tl.float32)
+        for start in range(0, P, BLOCK_P):
+            at = base + (start + p).to(tl.int64) * inner
+            mask = inside[None, :] & (start + p < P)
+            dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            h = (tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+            d_sum += tl.sum(dy, 0)
+            dh_sum += tl.sum(dy * h, 0)
+        tl.store(dscale_ptr + v, dh_sum.to(dscale_ptr.dtype.element_ty), mask=inside)
+        tl.store(dshift_ptr + v, d_sum.to(dshift_ptr.dtype.element_ty), mask=inside)
+        scale = tl.load(scale_ptr + v, mask=inside, other=0.0).to(tl.float32)[None, :] * rstd
+        d_mean = (d_sum / P)[None, :]
+        dh_mean = (dh_sum / P)[None, :]
+        for start in range(0, P, BLOCK_P):
+            at = base + (start + p).to(tl.int64) * inner
+            mask = inside[None, :] & (start + p < P)
+            dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            h = (tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+            dx = scale * (dy - d_mean - h * dh_mean)
+            tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+    def _blocks(x: Tensor) -> tuple[int, int, int, int]:
+        """Pixels of a plane, distance between them, BLOCK_P, BLOCK_V."""
+        pixels = x[0, 0].numel()
+        inner = 1 if x.is_contiguous() else x.shape[1]
+        block_v = 1 if inner == 1 else min(32, triton.next_power_of_2(inner))
+        block_p = min(triton.next_power_of_2(pixels), 4096 // block_v)
+        return pixels, inner, block_p, max(block_v, 256 // block_p)
+
+    def _layout(x: Tensor) -> torch.memory_format:
+        nhwc = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        return torch.channels_last if nhwc else torch.contiguous_format
+
+    @torch.library.triton_op("gankern_triton::adain", mutates_args=())
+    def _triton_fwd(
+        x: Tensor, scale: Tensor, shift: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = x.contiguous(memory_format=_layout(x))
+        y = torch.empty_like(x)
+        mean = torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device)
+        rstd = torch.zeros_like(mean)
+        if x.numel():
+            pixels, inner, block_p, block_v = _blocks(x)
+            grid = (triton.cdiv(mean.numel(), block_v),)
+            torch.library.wrap_triton(adain_fwd_kernel)[grid](
+                x, scale.contiguous(), shift.contiguous(), y, mean, rstd, mean.numel(), pixels,
+                inner, eps, BLOCK_P=block_p, BLOCK_V=block_v,
+            )  # fmt: skip
+        return y, mean, rstd
+
+    @torch.library.triton_op("gankern_triton::adain_bwd", mutates_args=())
+    def _triton_bwd(
+        dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        layout = _layout(x)
+        x, dy = x.contiguous(memory_format=layout), dy.contiguous(memory_format=layout)
+        scale = scale.contiguous()
+        dx, dscale, dshift = torch.empty_like(x), torch.zeros_like(scale), torch.zeros_like(scale)
+        if x.numel():
+            pixels, inner, block_p, block_v = _blocks(x)
+            grid = (triton.cdiv(mean.numel(), block_v),)
+            torch.library.wrap_triton(adain_bwd_kernel)[grid](
+                dy, x, scale, mean, rstd, dx, dscale, dshift, mean.numel(), pixels, inner,
+                BLOCK_P=block_p, BLOCK_V=block_v,
+            )  # fmt: skip
+        return dx, dscale, dshift
+
+
+# --- Shape functions of the registered ops.
+
+
+def _fake_fwd(x, scale, shift, eps):
+    statistic = x.new_empty(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.empty_like(x), statistic, torch.empty_like(statistic)
+
+
+def _fake_bwd(dy, x, scale, mean, rstd):
+    dscale = scale.new_empty(scale.shape)
+    return torch.empty_like(x), dscale, torch.empty_like(dscale)
+
+
+_impl.register_fake("adain", _fake_fwd)
+_impl.register_fake("adain_bwd", _fake_bwd)
+
+
+# --- Autograd, once for all implementations.
+
+
+class _Adain(torch.autograd.Function):
+    """y, and each plane's mean and rstd for the gradient, from x, scale and shift."""
+
+    @staticmethod
+    def forward(x, scale, shift, eps, impl):
+        return _impl.op(impl, "adain")(x, scale, shift, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output) -> None:
+        x, scale, _, *ctx.args = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(x, scale, mean, rstd)
+
+    @staticmethod
+    def backward(ctx: Any, dy, *_):  # type: ignore[override]
+        dx, dscale, dshift = _AdainBwd.apply(dy, *ctx.saved_tensors, *ctx.args)
+        return dx, dscale, dshift, None, None
+
+
+class _AdainBwd(torch.autograd.Function):
+    """dx, dscale and dshift from dy; its own gradient is composed of PyTorch's operations."""
+
+    @staticmethod
+    def forward(dy, x, scale, mean, rstd, eps, impl):
+        return _impl.op(impl, "adain_bwd")(dy, x, scale, mean, rstd)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output) -> None:
+        dy, x, scale, _, _, ctx.eps, _ = inputs
+        ctx.save_for_backward(dy, x, scale)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads):  # type: ignore[override]
+        nothing = (None,) * 4
+        if all(g is None for g in grads):
+            return None, None, None, *nothing
+        with torch.enable_grad():
+            inputs = [t.view_as(t) for t in ctx.saved_tensors]
+            outputs = _bwd_reference(*inputs, ctx.eps)
+            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+            wanted = [t for t in inputs if t.requires_grad]
+            found = iter(
+                torch.autograd.grad(
+                    [o for o, _ in pairs],
+                    wanted,
+                    [g for _, g in pairs],
+                    create_graph=True,
+                    allow_unused=True,
+                )
+            )
+        return (*(next(found) if t.requires_grad else None for t in inputs), *nothing)

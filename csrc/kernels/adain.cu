@@ -1,0 +1,136 @@
+// adain: y = scale * (x - mean) * rstd + shift for each sample's channel, and its gradient.
+// With rstd = rsqrt(var + eps), h = (x - mean) rstd and P pixels,
+//   dshift = Σ dy,   dscale = Σ dy h,   dx = scale rstd (dy - Σ dy / P - h Σ dy h / P).
+// The sums over a plane are the only coupling between elements: csrc/kernels/norm.cuh. mean and
+// rstd go from the forward to the backward, so that it takes its sums in one pass.
+#include "norm.cuh"
+
+namespace gankern {
+namespace {
+
+__device__ __forceinline__ float rsqrt_(float v) { return rsqrtf(v); }
+__device__ __forceinline__ double rsqrt_(double v) { return rsqrt(v); }
+
+template <typename T>
+struct Forward {
+  using Elem = T;
+  using A = Acc<T>;
+  static constexpr int kIn = 1, kOut = 1, kSums = 2, kFactors = 3, kHold = 8;
+  static constexpr int kColumnHold = 8, kColumnBytes = 8;
+  static constexpr bool kPivot = true;
+  struct Params {
+    A pivot;
+  };
+  const T* in[1];
+  T* out[1];
+  const void *scale, *shift;
+  A *mean, *rstd;
+  A eps;
+  bool style_f32;
+
+  __device__ Params params(int64_t) const { return {A(0)}; }
+  __device__ static void add(const A* v, const Params& p, A* s) {
+    const A d = v[0] - p.pivot;
+    s[0] += d;
+    s[1] += d * d;
+  }
+  __device__ void finish(int64_t i, const A* s, const Params& p, A inv_length, A* f,
+                         bool first) const {
+    const A d = s[0] * inv_length, var = s[1] * inv_length - d * d;
+    const A r = rsqrt_(var + eps);
+    f[0] = p.pivot + d;
+    f[1] = load_param<T>(scale, style_f32, i) * r;
+    f[2] = load_param<T>(shift, style_f32, i);
+    if (!first) return;
+    mean[i] = f[0];
+    rstd[i] = r;
+  }
+  __device__ static void map(const A* v, const A* f, A* y) { y[0] = (v[0] - f[0]) * f[1] + f[2]; }
+};
+
+template <typename T>  // dy, x -> dx
+struct Backward {
+  using Elem = T;
+  using A = Acc<T>;
+  static constexpr int kIn = 2, kOut = 1, kSums = 2, kFactors = 4, kHold = 4;
+  static constexpr int kColumnHold = sizeof(T) == 2 ? 4 : 8, kColumnBytes = 8;
+  static constexpr bool kPivot = false;
+  struct Params {
+    A mean, rstd;
+  };
+  const T* in[2];
+  T* out[1];
+  const void* scale;
+  const A *mean, *rstd;
+  void *dscale, *dshift;
+  bool style_f32;
+
+  __device__ Params params(int64_t i) const { return {mean[i], rstd[i]}; }
+  __device__ static void add(const A* v, const Params& p, A* s) {
+    s[0] += v[0];
+    s[1] += v[0] * ((v[1] - p.mean) * p.rstd);
+  }
+  __device__ void finish(int64_t i, const A* s, const Params& p, A inv_length, A* f,
+                         bool first) const {
+    f[0] = load_param<T>(scale, style_f32, i) * p.rstd;
+    f[1] = s[0] * inv_length;
+    f[2] = p.rstd * (s[1] * inv_length);
+    f[3] = p.mean;
+    if (!first) return;
+    store_param<T>(dscale, style_f32, i, s[1]);
+    store_param<T>(dshift, style_f32, i, s[0]);
+  }
+  __device__ static void map(const A* v, const A* f, A* y) {
+    y[0] = f[0] * ((v[0] - f[1]) - f[2] * (v[1] - f[3]));
+  }
+};
+
+}  // namespace
+
+namespace GANKERN_BACKEND {
+
+// mean and rstd: [outer * inner] of the accumulation type, outputs.
+int adain(int dtype, int style_dtype, const void* x, const void* scale, const void* shift, void* y,
+          void* mean, void* rstd, int64_t outer, int64_t length, int64_t inner, double eps,
+          void* stream) {
+  return by_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using A = Acc<T>;
+    Forward<T> op;
+    op.in[0] = static_cast<const T*>(x);
+    op.out[0] = static_cast<T*>(y);
+    op.scale = scale;
+    op.shift = shift;
+    op.mean = static_cast<A*>(mean);
+    op.rstd = static_cast<A*>(rstd);
+    op.eps = static_cast<A>(eps);
+    op.style_f32 = style_dtype == kF32;
+    return launch_norm(op, outer, length, inner, stream);
+  });
+}
+
+int adain_bwd(int dtype, int style_dtype, const void* dy, const void* x, const void* scale,
+              const void* mean, const void* rstd, void* dx, void* dscale, void* dshift,
+              int64_t outer, int64_t length, int64_t inner, void* stream) {
+  return by_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using A = Acc<T>;
+    Backward<T> op;
+    op.in[0] = static_cast<const T*>(dy);
+    op.in[1] = static_cast<const T*>(x);
+    op.out[0] = static_cast<T*>(dx);
+    op.scale = scale;
+    op.mean = static_cast<const A*>(mean);
+    op.rstd = static_cast<const A*>(rstd);
+    op.dscale = dscale;
+    op.dshift = dshift;
+    op.style_f32 = style_dtype == kF32;
+    return launch_norm(op, outer, length, inner, stream);
+  });
+}
+
+GK_EXPORT(adain);
+GK_EXPORT(adain_bwd);
+
+}  // namespace GANKERN_BACKEND
+}  // namespace gankern

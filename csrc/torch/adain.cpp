@@ -1,0 +1,118 @@
+// adain for the dispatcher: checks, allocation, launch. The contract is gankern/ops/adain.py.
+#include "common.h"
+
+GANKERN_KERNEL(int, adain, int dtype, int style_dtype, const void* x, const void* scale,
+               const void* shift, void* y, void* mean, void* rstd, int64_t outer, int64_t length,
+               int64_t inner, double eps, void* stream)
+GANKERN_KERNEL(int, adain_bwd, int dtype, int style_dtype, const void* dy, const void* x,
+               const void* scale, const void* mean, const void* rstd, void* dx, void* dscale,
+               void* dshift, int64_t outer, int64_t length, int64_t inner, void* stream)
+
+namespace gankern {
+namespace {
+
+constexpr const char* kOp = "adain";
+
+void check_style(const char* name, const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == x.size(0) && t.size(1) == x.size(1), kOp, ": ", name,
+                  " must be (N, C) = (", x.size(0), ", ", x.size(1), "), got ", t.dim(),
+                  " dimensions of ", t.numel(), " elements");
+}
+
+// x as (N, C, P) or, in channels-last memory, (N, P, C); other layouts are copied.
+Tensor planes(const Tensor& x) {
+  return x.is_contiguous() || is_channels_last(x) ? x : torch::stable::contiguous(x);
+}
+
+struct Shape {
+  int64_t outer, length, inner;
+};
+Shape shape_of(const Tensor& x) {
+  const int64_t n = x.size(0), c = x.size(1);
+  const int64_t pixels = x.numel() ? x.numel() / (n * c) : 0;
+  if (x.is_contiguous()) return {n * c, pixels, 1};
+  return {n, pixels, c};
+}
+
+ScalarType statistic_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Tensor& scale_in,
+                                           const Tensor& shift_in, double eps) {
+  STD_TORCH_CHECK(x_in.dim() >= 3, kOp, ": x must be (N, C, *), got ", x_in.dim(), " dimensions");
+  const int code = dtype_code(kOp, "x", x_in);
+  check_style("scale", scale_in, x_in);
+  check_style("shift", shift_in, x_in);
+  const int style = param_code(kOp, "scale", scale_in, code);
+  STD_TORCH_CHECK(shift_in.scalar_type() == scale_in.scalar_type(), kOp, ": shift must be ",
+                  dtype_name(scale_in.scalar_type()), " like scale, got ",
+                  dtype_name(shift_in.scalar_type()));
+  const Tensor x = planes(x_in);
+  const Tensor scale = torch::stable::contiguous(scale_in);
+  const Tensor shift = torch::stable::contiguous(shift_in);
+  Tensor y = torch::stable::empty_like(x);
+  const std::vector<int64_t> sizes{x.size(0), x.size(1)};
+  Tensor mean = torch::stable::new_empty(x, sizes, statistic_type(x));
+  Tensor rstd = torch::stable::new_empty(x, sizes, statistic_type(x));
+  if (x.numel() == 0) {
+    torch::stable::zero_(mean);
+    torch::stable::zero_(rstd);
+  }
+  const Shape s = shape_of(x);
+  const Launch launch(x);
+  launch.check(
+      kOp, kernels::adain(code, style, x.const_data_ptr(), scale.const_data_ptr(),
+                          shift.const_data_ptr(), y.mutable_data_ptr(), mean.mutable_data_ptr(),
+                          rstd.mutable_data_ptr(), s.outer, s.length, s.inner, eps, launch.stream));
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& x_in,
+                                            const Tensor& scale_in, const Tensor& mean_in,
+                                            const Tensor& rstd_in) {
+  const int code = dtype_code(kOp, "x", x_in);
+  STD_TORCH_CHECK(same_sizes(dy_in, x_in) && dy_in.scalar_type() == x_in.scalar_type(), kOp,
+                  ": dy must have x's shape and dtype");
+  check_style("scale", scale_in, x_in);
+  check_style("mean", mean_in, x_in);
+  check_style("rstd", rstd_in, x_in);
+  STD_TORCH_CHECK(mean_in.scalar_type() == statistic_type(x_in) &&
+                      rstd_in.scalar_type() == statistic_type(x_in),
+                  kOp, ": mean and rstd must be ", dtype_name(statistic_type(x_in)));
+  const int style = param_code(kOp, "scale", scale_in, code);
+  const Tensor x = planes(x_in), dy = laid_out_like(dy_in, x);
+  const Tensor scale = torch::stable::contiguous(scale_in);
+  const Tensor mean = torch::stable::contiguous(mean_in);
+  const Tensor rstd = torch::stable::contiguous(rstd_in);
+  Tensor dx = torch::stable::empty_like(x);
+  Tensor dscale = torch::stable::empty_like(scale), dshift = torch::stable::empty_like(scale);
+  if (x.numel() == 0) {
+    torch::stable::zero_(dscale);
+    torch::stable::zero_(dshift);
+  }
+  const Shape s = shape_of(x);
+  const Launch launch(x);
+  launch.check(kOp, kernels::adain_bwd(code, style, dy.const_data_ptr(), x.const_data_ptr(),
+                                       scale.const_data_ptr(), mean.const_data_ptr(),
+                                       rstd.const_data_ptr(), dx.mutable_data_ptr(),
+                                       dscale.mutable_data_ptr(), dshift.mutable_data_ptr(),
+                                       s.outer, s.length, s.inner, launch.stream));
+  return {dx, dscale, dshift};
+}
+
+}  // namespace
+
+GANKERN_SCHEMAS(m) {
+  m.def("adain(Tensor x, Tensor scale, Tensor shift, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "adain_bwd(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd) -> (Tensor, Tensor, "
+      "Tensor)");
+}
+
+GANKERN_IMPLS(m) {
+  m.impl("adain", TORCH_BOX(&forward));
+  m.impl("adain_bwd", TORCH_BOX(&backward));
+}
+
+}  // namespace gankern

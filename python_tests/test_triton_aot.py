@@ -1,0 +1,168 @@
+"""Every Triton kernel of gankern.ops, compiled for GPUs that need not be there: no spills.
+
+`python python_tests/test_triton_aot.py 90` prints one JSON line a kernel, variant and dtype.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+# Compute capability: element types that it is compiled for.
+CAPABILITIES = {80: ("fp32",), 90: ("fp32", "fp16"), 100: ("bf16",), 120: ("fp16",)}
+
+BWD = {"HAS_B": True, "CLAMPED": True, "SUMS": True, "SECOND": False, "FROM_X": False}
+TAPS = {"TAPS_X": 4, "TAPS_Y": 4, "SEPARABLE": False}
+TAPS12 = {"TAPS_X": 12, "TAPS_Y": 12, "SEPARABLE": True}
+UP2 = {"UP_X": 2, "UP_Y": 2, "DOWN_X": 1, "DOWN_Y": 1}
+DOWN2 = {"UP_X": 1, "UP_Y": 1, "DOWN_X": 2, "DOWN_Y": 2}
+
+# The compile-time arguments of each kernel at the models' shapes, by name. A size that is 1 is one
+# of them: Triton compiles for it.
+KERNELS: dict[str, list[dict[str, Any]]] = {
+    "bias_act_fwd_kernel": [
+        {"ACT": 2, "HAS_B": True, "CLAMPED": True, "BLOCK": 1024},
+        {"ACT": 8, "HAS_B": True, "CLAMPED": False, "BLOCK": 1024},
+    ],
+    "bias_act_bwd_kernel": [
+        {"ACT": 2, "BLOCK": 1024, **BWD},
+        {"ACT": 8, "BLOCK": 1024, **BWD, "SECOND": True, "FROM_X": True, "SUMS": False},
+    ],
+    "pixel_norm_kernel": [
+        *({"ORDER": order, "BLOCK_C": 512, "BLOCK_V": 8} for order in (0, 1, 2)),
+        {"ORDER": 0, "BLOCK_C": 512, "BLOCK_V": 8, "inner": 1},
+    ],
+    "upfirdn2d_kernel": [
+        {"C": 1, "BLOCK_X": 128, "BLOCK_Y": 8, **TAPS, **UP2},
+        {"C": 64, "BLOCK_X": 128, "BLOCK_Y": 8, **TAPS, **DOWN2},
+        {
+            "C": 1,
+            "BLOCK_X": 128,
+            "BLOCK_Y": 8,
+            **UP2,
+            "TAPS_X": 12,
+            "TAPS_Y": 12,
+            "SEPARABLE": True,
+        },
+    ],
+    "adain_fwd_kernel": [
+        {"BLOCK_P": 4096, "BLOCK_V": 1, "inner": 1},
+        {"BLOCK_P": 128, "BLOCK_V": 32},
+    ],
+    "adain_bwd_kernel": [
+        {"BLOCK_P": 4096, "BLOCK_V": 1, "inner": 1},
+        {"BLOCK_P": 128, "BLOCK_V": 32},
+    ],
+}
+
+FLOATS = {"alpha", "gain", "inv_gain", "clamp", "eps"}
+BOOLS = {"flip"}
+# Pointers to float32 whatever x is.
+FLOAT32 = {"f_ptr", "sums_ptr", "mean_ptr", "rstd_ptr", "d_ptr", "noise_ptr", "strength_ptr"}
+
+
+def kernels() -> dict[str, Any]:
+    """{name: triton.JITFunction} of the kernels; functions that kernels call begin with _."""
+    from triton import JITFunction
+
+    import gankern.ops
+
+    found = {}
+    for info in pkgutil.iter_modules(gankern.ops.__path__):
+        module = importlib.import_module(f"gankern.ops.{info.name}")
+        for name, value in vars(module).items():
+            if isinstance(value, JITFunction) and not name.startswith("_"):
+                found[name] = value
+    return found
+
+
+def argument_type(name: str, dtype: str) -> str:
+    if name.endswith("_ptr"):
+        return "*fp32" if name in FLOAT32 else f"*{dtype}"
+    return "fp32" if name in FLOATS else "i1" if name in BOOLS else "i32"
+
+
+def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, capability: int) -> Any:
+    """As Triton does at a launch with 16-byte aligned tensors whose sizes are multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    runtime = [name for name in kernel.arg_names if name not in constants]
+    signature = {name: argument_type(name, dtype) for name in runtime}
+    signature |= dict.fromkeys(constants, "constexpr")
+    signature = {name: signature[name] for name in kernel.arg_names}
+    aligned = [name for name in runtime if signature[name] == "i32" or name.endswith("_ptr")]
+    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+
+
+def compile_all(capability: int) -> Iterator[dict[str, Any]]:
+    for name, kernel in kernels().items():
+        if name not in KERNELS:
+            yield {"kernel": name}
+        for constants in KERNELS.get(name, []):
+            for dtype in CAPABILITIES[capability]:
+                compiled = compile_kernel(kernel, constants, dtype, capability)
+                row = {"kernel": name, "constants": constants, "dtype": dtype}
+                yield row | figures(compiled.asm["cubin"], f"sm_{capability}")
+
+
+def figures(cubin: bytes, arch: str) -> dict[str, Any]:
+    import sass
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        (kernel,) = sass.read_cubin(path, arch, code=True)
+    read = {"registers": kernel.registers, "threads": kernel.threads, "stack": kernel.stack}
+    assert kernel.code
+    return read | {name: getattr(kernel.code, name) for name in ("spills", "loads", "stores")}
+
+
+@pytest.fixture(scope="module", params=CAPABILITIES)
+def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """The rows of one architecture, from a process in which Triton does not interpret."""
+    pytest.importorskip("triton")
+    if not (ROOT / "benchmarks/sass.py").exists():
+        pytest.skip("needs the source tree, for benchmarks/sass.py")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+    command = [sys.executable, __file__, str(request.param)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_every_kernel_is_listed(compiled: list[dict[str, Any]]) -> None:
+    missing = {row["kernel"] for row in compiled} ^ set(KERNELS)
+    assert not missing, f"KERNELS has a row for each Triton kernel and no other: {missing}"
+
+
+def test_no_spills(compiled: list[dict[str, Any]]) -> None:
+    spilling = [row for row in compiled if row.get("stack") or row.get("spills")]
+    assert not spilling, f"local memory: {spilling}"
+
+
+def test_wide_stores(compiled: list[dict[str, Any]]) -> None:
+    narrow = [row for row in compiled if "16" not in row.get("stores", {"16": 1})]
+    assert not narrow, f"no 16-byte store: {narrow}"
+
+
+if __name__ == "__main__":
+    for line in compile_all(int(sys.argv[1])):
+        print(json.dumps(line), flush=True)

@@ -243,11 +243,15 @@ __global__ void __launch_bounds__(kThreads)
   round_clamp<kOp, T>(p);
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.y * columns;
-  A sums[N], bias[N];
+  A sums[N] = {}, bias[N] = {};
+  if (b && column < columns) {
+    // A fold is at most a block wide: 32 bits are enough.
+    int64_t c = columns == C ? column : static_cast<uint32_t>(column) % static_cast<uint32_t>(C);
 #pragma unroll
-  for (int j = 0; j < N; j++) {
-    sums[j] = A(0);
-    bias[j] = b && column < columns ? load_param<T>(b, b_f32, (column + j) % C) : A(0);
+    for (int j = 0; j < N; j++) {
+      bias[j] = load_param<T>(b, b_f32, c);
+      c = c + 1 == C ? 0 : c + 1;
+    }
   }
   if (column < columns) {
     int64_t i = (static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y) * columns + column;

@@ -11,11 +11,15 @@ __global__ void divergent_exit_kernel(float* x) {
 }
 
 __global__ void divergent_branch_kernel(float* x) {
-  if (threadIdx.x < 32)
+  if (threadIdx.x < 32) {
+    x[threadIdx.x] = 1;
     __syncthreads();  // @divergent_branch_a
-  else
+    x[threadIdx.x] += 2;
+  } else {
+    x[threadIdx.x] = 3;
     __syncthreads();  // @divergent_branch_b
-  x[threadIdx.x] = 1;
+    x[threadIdx.x] *= 4;
+  }
 }
 
 __global__ void mask_without_caller_kernel(float* x) {

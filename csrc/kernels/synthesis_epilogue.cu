@@ -53,7 +53,8 @@ __device__ __forceinline__ Place place(int lanes_log2) {
   return {t & ((1 << lanes_log2) - 1), t >> lanes_log2, static_cast<int>(threadIdx.x) & 1};
 }
 
-// The taps in the order of a correlation, times the gain, padded with zeros to 4x4.
+// The taps in the order of a correlation, times the gain, padded with zeros to 4x4; then reversed,
+// for the adjoint.
 template <typename T>
 __device__ __forceinline__ void load_taps(Acc<T>* taps, const Args<T>& a) {
   const int t = threadIdx.x, ky = t / kTaps, kx = t % kTaps;
@@ -63,7 +64,7 @@ __device__ __forceinline__ void load_taps(Acc<T>* taps, const Args<T>& a) {
     const int fy = a.flip ? ky : a.taps_y - 1 - ky, fx = a.flip ? kx : a.taps_x - 1 - kx;
     tap = a.separable ? Acc<T>(a.f[fy]) * a.f[fx] : Acc<T>(a.f[fy * a.taps_x + fx]);
   }
-  taps[t] = tap * a.filter_gain;
+  taps[t] = taps[2 * kTaps * kTaps - 1 - t] = tap * a.filter_gain;
 }
 
 // Rows [row0, row0 + rows) and columns [col0, col0 + cols) of a plane into shared memory, zeros
@@ -125,7 +126,7 @@ __device__ __forceinline__ void load_tile_last(Acc<T>* s, const T* sample, int C
 
 // out[row][e] = the filter in kRows rows from row 0 of s on, at V pixels of a thread's from its
 // `first` on; channels-last: at V of a sector's channels, of one pixel.
-template <typename T, bool kLast, bool kReversed, int kRows, int V>
+template <typename T, bool kLast, int kRows, int V>
 __device__ __forceinline__ void filter(Acc<T> (&out)[kRows][V], const Acc<T>* s, int pitch, int lx,
                                        int first, const Acc<T>* taps) {
   using A = Acc<T>;
@@ -143,6 +144,11 @@ __device__ __forceinline__ void filter(Acc<T> (&out)[kRows][V], const Acc<T>* s,
       for (int i = 0; i < kWide; i++)
         v[i] = line[(first + i) % kVec<T> * pitch + lx + (first + i) / kVec<T>];
     }
+    Pack<A, kTaps> tap[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; row++)
+      if (q >= row && q - row < kTaps)
+        tap[row] = *reinterpret_cast<const Pack<A, kTaps>*>(taps + (q - row) * kTaps);
 #pragma unroll
     for (int kx = 0; kx < kTaps; kx++) {
       if (kLast) {
@@ -151,12 +157,9 @@ __device__ __forceinline__ void filter(Acc<T> (&out)[kRows][V], const Acc<T>* s,
       }
 #pragma unroll
       for (int row = 0; row < kRows; row++) {
-        const int ky = q - row;
-        if (ky < 0 || ky >= kTaps) continue;
-        const int t = ky * kTaps + kx;
-        const A tap = taps[kReversed ? kTaps * kTaps - 1 - t : t];
+        if (q < row || q - row >= kTaps) continue;
 #pragma unroll
-        for (int e = 0; e < V; e++) out[row][e] += tap * v[kLast ? e : e + kx];
+        for (int e = 0; e < V; e++) out[row][e] += tap[row].v[kx] * v[kLast ? e : e + kx];
       }
     }
   }
@@ -314,7 +317,8 @@ __global__ void __launch_bounds__(kThreads<T>, 2)
   constexpr int V = kVec<T>, kStep = kChannels<T, kLast>, kPlanes = kLast ? 2 * V : V;
   constexpr int kNoise = kLast ? 1 : V;
   GK_DYNAMIC_SHARED(A, tile);
-  __shared__ A taps[kTaps * kTaps], params[3 * kChannels<T, true>];
+  __shared__ __align__(16) A taps[2 * kTaps * kTaps];
+  __shared__ A params[3 * kChannels<T, true>];
   const int tile_y = blockIdx.x / a.tiles_x, tile_x = blockIdx.x - tile_y * a.tiles_x;
   const int row0 = tile_y * a.tile_h, col0 = tile_x * a.tile_w;
   const Place at = place<kLast>(a.lanes_log2);
@@ -352,7 +356,7 @@ __global__ void __launch_bounds__(kThreads<T>, 2)
           col >= a.out_w ? 0 : kLast ? min(a.C - c, V) : a.out_w - col;
       if (count <= 0) continue;
       A u[kRows][V];
-      filter<T, kLast, false>(u, tile + at.gy * kRows * a.pitch * kPlanes, a.pitch, at.lx,
+      filter<T, kLast>(u, tile + at.gy * kRows * a.pitch * kPlanes, a.pitch, at.lx,
                               kLast ? at.half * V : 0, taps);
       const Params<T, kLast> k(params, a, n, c, at.half);
       T* out = a.out + offset<kLast>(a.C, n, c, a.out_h, a.out_w, row, col);
@@ -371,10 +375,9 @@ __global__ void __launch_bounds__(kThreads<T>, 2)
   }
 }
 
-// Sums of dv * u, dv and dv * noise for a thread's channels.
-template <typename T, bool kLast>
+// Sums of dv * u, dv and dv * noise for K of a thread's channels.
+template <typename T, bool kLast, int K>
 struct Sums {
-  static constexpr int K = kLast ? kVec<T> : 1;
   Acc<T> of[3][K] = {};
 
   __device__ __forceinline__ void add(int q, Acc<T> dv, Acc<T> u, Acc<T> noise) {
@@ -383,31 +386,38 @@ struct Sums {
     of[2][q] += dv * noise;
   }
 
-  // Adds up the block's threads; the first 3 * kChannels threads write the block's partial sums.
-  __device__ __forceinline__ void reduce(Acc<T>* scratch, const Args<T>& a, int n, int c0) {
-    constexpr int kStep = kChannels<T, kLast>;
-    const int warps = (blockDim.x + 31) / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // Adds up the threads of a warp, into scratch; `part`: the first of the channels.
+  __device__ __forceinline__ void reduce(Acc<T>* scratch, int part) const {
+    constexpr int kStep = kChannels<T, kLast>, kLanes = kLast ? 2 : 1;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int k = 0; k < 3; k++)
 #pragma unroll
       for (int e = 0; e < K; e++) {
         Acc<T> v = of[k][e];
 #pragma unroll
-        for (int step = 16; step >= (kLast ? 2 : 1); step /= 2)
+        for (int step = 16; step >= kLanes; step /= 2)
           v += __shfl_xor_sync(0xffffffffu, v, step);
-        if (lane < (kLast ? 2 : 1)) scratch[(warp * 3 + k) * kStep + lane * K + e] = v;
+        if (lane < kLanes) scratch[(warp * 3 + k) * kStep + lane * kVec<T> + part + e] = v;
       }
-    __syncthreads();
-    const int t = threadIdx.x;
-    if (t < 3 * kStep && c0 + t % kStep < a.C) {
-      Acc<T> sum = 0;
-      for (int w = 0; w < warps; w++) sum += scratch[w * 3 * kStep + t];
-      const int64_t channel = (static_cast<int64_t>(t / kStep) * a.N + n) * a.C + c0 + t % kStep;
-      a.partials[channel * a.tiles + blockIdx.x] = sum;
-    }
-    __syncthreads();
   }
 };
+
+// Adds up the warps: the block's partial sums of channels c0 and on.
+template <typename T, bool kLast>
+__device__ __forceinline__ void write_partials(const Acc<T>* scratch, const Args<T>& a, int n,
+                                               int c0) {
+  constexpr int kStep = kChannels<T, kLast>;
+  __syncthreads();
+  const int t = threadIdx.x, warps = (blockDim.x + 31) / 32;
+  if (t < 3 * kStep && c0 + t % kStep < a.C) {
+    Acc<T> sum = 0;
+    for (int w = 0; w < warps; w++) sum += scratch[w * 3 * kStep + t];
+    const int64_t channel = (static_cast<int64_t>(t / kStep) * a.N + n) * a.C + c0 + t % kStep;
+    a.partials[channel * a.tiles + blockIdx.x] = sum;
+  }
+  __syncthreads();
+}
 
 // The last block of a channel group adds the partial sums of all, in order.
 template <typename T, bool kLast>
@@ -471,7 +481,7 @@ __global__ void __launch_bounds__(kThreads<T>, 2)
       if (kLast) share_params(params, a, n, c0);
       if (kLast) __syncthreads();
       const Params<T, kLast> k(params, a, n, c, at.half);
-      Sums<T, kLast> sums;
+      Sums<T, kLast, kLast ? V : 1> sums;
       int64_t i = offset<kLast>(a.C, n, c, 1, a.out_w, 0, first);
       const int64_t i_step = static_cast<int64_t>(step) * (kLast ? a.C : 1);
       for (int col = first; col < stop && c < a.C; col += step, i += i_step) {
@@ -489,7 +499,8 @@ __global__ void __launch_bounds__(kThreads<T>, 2)
         }
         store_packed<T>(a.out + i, dy, a.vec_out, count);
       }
-      sums.reduce(scratch, a, n, c0);
+      sums.reduce(scratch, 0);
+      write_partials<T, kLast>(scratch, a, n, c0);
     }
   finish<T, kLast>(a);
 }
@@ -502,7 +513,7 @@ __global__ void __launch_bounds__(kThreads<T>, 2)
   constexpr int V = kVec<T>, kStep = kChannels<T, kLast>, kPlanes = kLast ? 2 * V : V;
   constexpr int kPart = V > 4 ? 4 : V;  // at once: more would not fit into registers
   GK_DYNAMIC_SHARED(A, shared);
-  __shared__ A taps[kTaps * kTaps];
+  __shared__ __align__(16) A taps[2 * kTaps * kTaps];
   __shared__ A scratch[kThreads<T> / 32 * 3 * kStep], params[3 * kChannels<T, true>];
   const int tile_y = blockIdx.x / a.tiles_x, tile_x = blockIdx.x - tile_y * a.tiles_x;
   const int tiles_y = a.tiles / a.tiles_x;
@@ -555,47 +566,48 @@ __global__ void __launch_bounds__(kThreads<T>, 2)
       }
       __syncthreads();
       const Params<T, kLast> k(params, a, n, c, at.half);
-      Sums<T, kLast> sums;
-      // dv and then du, in place of dy.
+      // dv and then du, in place of dy; channels-last in parts, each with a pass of its own.
       const int across = kLast ? o_cols : pieces2;
-      for (int i = threadIdx.x >> (kLast ? 1 : 0); i < o_rows * across;
-           i += blockDim.x >> (kLast ? 1 : 0)) {
-        const int row =
-            static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(a.magic2) >> 20);
-        const int lx = i - row * across, j = kLast ? lx : lx * V;
-        if (j >= o_cols) continue;
-        const int r = orow0 + row;
-        A pixel_noise = 0;
-        if (kLast && a.noise && r >= 0 && r < a.out_h && ocol0 + j >= 0 && ocol0 + j < a.out_w)
-          load_noise<T, true>(&pixel_noise, a, n, r, ocol0 + j, 1);
 #pragma unroll
-        for (int part = 0; part < V; part += kPart) {
-          A u[1][kPart];
-          filter<T, kLast, false>(u, xs + row * kPlanes * a.pitch, a.pitch, lx,
-                                  kLast ? at.half * V + part : part, taps);
+      for (int part0 = 0; part0 < (kLast ? V : 1); part0 += kPart) {
+        Sums<T, kLast, kLast ? kPart : 1> sums;
+        for (int i = threadIdx.x >> (kLast ? 1 : 0); i < o_rows * across;
+             i += blockDim.x >> (kLast ? 1 : 0)) {
+          const int row =
+              static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(a.magic2) >> 20);
+          const int lx = i - row * across, r = orow0 + row;
+          const bool row_own = r >= own_r0 && r < own_r1;
+          A pixel_noise = 0;
+          if (kLast && a.noise && r >= 0 && r < a.out_h && ocol0 + lx >= 0 && ocol0 + lx < a.out_w)
+            load_noise<T, true>(&pixel_noise, a, n, r, ocol0 + lx, 1);
 #pragma unroll
-          for (int e = 0; e < kPart; e++) {
-            const int q = kLast ? part + e : 0, col = ocol0 + j + (kLast ? 0 : part + e);
-            if (!kLast && j + part + e >= o_cols) continue;
-            const int cell = row * kPlanes * a.pitch2 +
-                             ((kLast ? at.half * V : 0) + part + e) * a.pitch2 + lx;
-            const A z = kLast ? pixel_noise : a.noise ? noises[cell] : A(0);
-            A dv = grad<kPwl>(dys[cell], u[0][e] * k.d(q) + (z * k.s(q) + k.b(q)), p);
-            if (r >= own_r0 && r < own_r1 && col >= own_c0 && col < own_c1)
-              sums.add(q, dv, u[0][e], z);
-            if (r < 0 || r >= a.out_h || col < 0 || col >= a.out_w) dv = A(0);
-            dys[cell] = dv * k.d(q);
+          for (int part = part0; part < (kLast ? part0 + kPart : V); part += kPart) {
+            A u[1][kPart];
+            const int plane = kLast ? at.half * V + part : part;
+            filter<T, kLast>(u, xs + row * kPlanes * a.pitch, a.pitch, lx, plane, taps);
+#pragma unroll
+            for (int e = 0; e < kPart; e++) {
+              const int j = kLast ? lx : lx * V + part + e, col = ocol0 + j;
+              if (!kLast && j >= o_cols) continue;
+              const int cell = (row * kPlanes + plane + e) * a.pitch2 + lx, q = part + e;
+              const A z = kLast ? pixel_noise : a.noise ? noises[cell] : A(0);
+              // Outside of the image dy is zero, and so is dv.
+              const A dv = grad<kPwl>(dys[cell], u[0][e] * k.d(q) + (z * k.s(q) + k.b(q)), p);
+              if (row_own && col >= own_c0 && col < own_c1) sums.add(kLast ? e : 0, dv, u[0][e], z);
+              dys[cell] = dv * k.d(q);
+            }
           }
         }
+        sums.reduce(scratch, part0);
       }
-      sums.reduce(scratch, a, n, c0);  // its barriers also make du visible
+      write_partials<T, kLast>(scratch, a, n, c0);  // its barriers also make du visible
       const int row = at.gy * kRows, col = col0 + (kLast ? at.lx : at.lx * V);
       const int count =
           col >= a.W ? 0 : kLast ? min(a.C - c, V) : a.W - col;
       if (row < a.tile_h && count > 0) {
         A dx[kRows][V];
-        filter<T, kLast, true>(dx, dys + row * kPlanes * a.pitch2, a.pitch2, at.lx,
-                               kLast ? at.half * V : 0, taps);
+        filter<T, kLast>(dx, dys + row * kPlanes * a.pitch2, a.pitch2, at.lx,
+                               kLast ? at.half * V : 0, taps + kTaps * kTaps);
 #pragma unroll
         for (int r = 0; r < kRows; r++)
           if (row0 + row + r < a.H)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from gankern.ops.upfirdn2d import upfirdn2d
 
-__all__ = ["conv2d_resample"]
+__all__ = ["conv2d_resample", "no_weight_gradients"]
 
 
 def conv2d_resample(
@@ -119,14 +121,56 @@ def _conv2d(
     flip_weight: bool = True,
 ) -> Tensor:
     w = w if flip_weight or w.shape[2:].numel() == 1 else w.flip([2, 3])
-    return F.conv2d(x, w, stride=stride, padding=padding, groups=groups)
+    return _Convolution.apply(x, w, stride, padding, False, groups)
 
 
 def _conv_transpose2d(
     x: Tensor, w: Tensor, stride: int, padding: tuple[int, int], groups: int, flip_weight: bool
 ) -> Tensor:
     w = w.flip([2, 3]) if flip_weight and w.shape[2:].numel() > 1 else w
-    return F.conv_transpose2d(x, w, stride=stride, padding=padding, groups=groups)
+    return _Convolution.apply(x, w, stride, padding, True, groups)
+
+
+class _Convolution(torch.autograd.Function):
+    """torch's convolution, whose weight gradient `no_weight_gradients` switches off."""
+
+    @staticmethod
+    def forward(x, w, stride, padding, transposed, groups):
+        args = (None, [stride] * 2, list(padding), [1, 1], transposed, [0, 0], groups)
+        return torch.convolution(x, w, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output) -> None:
+        x, w, stride, padding, transposed, groups = inputs
+        ctx.save_for_backward(x, w)
+        ctx.args = ([stride] * 2, list(padding), [1, 1], transposed, [0, 0], groups)
+
+    @staticmethod
+    def backward(ctx: Any, dy):  # type: ignore[override]
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and _weight_gradients, False]
+        if not any(wanted):
+            return (None,) * 6
+        backward = torch.ops.aten.convolution_backward
+        dx, dw, _ = backward(dy, *ctx.saved_tensors, None, *ctx.args, wanted)
+        return dx, dw, None, None, None, None
+
+
+_weight_gradients = True
+
+
+@contextlib.contextmanager
+def no_weight_gradients() -> Iterator[None]:
+    """Within it, a backward through gankern's convolutions computes no gradient of their weights.
+
+    For penalties whose first gradient is in images or styles alone, such as path length's: what it
+    costs is halved. The backward of the penalty itself runs outside, and does reach the weights.
+    """
+    global _weight_gradients
+    before, _weight_gradients = _weight_gradients, False
+    try:
+        yield
+    finally:
+        _weight_gradients = before
 
 
 def to_conv_dtype(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gankern.ops.conv2d_resample import check_conv, conv2d_resample, conv_dtype
+from gankern.ops.conv2d_resample import (
+    check_conv,
+    conv2d_resample,
+    conv_dtype,
+    no_weight_gradients,
+)
 
-__all__ = ["demod_coefs", "modulated_conv2d"]
+__all__ = ["demod_coefs", "modulated_conv2d", "no_weight_gradients"]
 
 EPS = 1e-8
 
@@ -125,6 +130,7 @@ def modulate(
     dtype = conv_dtype(x)
     d = demod_coefs(weight, styles, impl=impl) if demodulate else None
     weight, styles, d = _into_range(weight, styles, d, dtype)
+    d = None if d is None else d.to(torch.promote_types(dtype, torch.float32))
     x = x.to(dtype) * styles.to(dtype)[:, :, None, None]
     return x, weight.to(dtype), d
 

@@ -1,0 +1,226 @@
+"""synthesis_epilogue and synthesis_layer: every implementation, dtype and layout, all orders."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import DTYPES, compare, lay_out, max_error, randn, skip_float64_triton
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gankern.ops import _impl, conv2d_layer, setup_filter, synthesis_epilogue, synthesis_layer
+
+F4 = setup_filter([1, 3, 3, 1])
+LOPSIDED = torch.outer(torch.tensor([1.0, 3, 2, 1.5]), torch.tensor([0.5, 3, 3, 1])) / 40
+# x, filter, padding
+SHAPES = {
+    "up_layer": ((2, 3, 9, 17), F4, 1),
+    "no_filter": ((2, 5, 8, 8), None, 0),
+    "odd": ((1, 20, 5, 7), LOPSIDED, (0, 3, 2, 1)),
+    "separable": ((2, 8, 6, 11), torch.tensor([1.0, 2, 1]) / 4, (2, 0)),
+    "crop": ((1, 2, 7, 8), LOPSIDED, (3, -1, 1, 2)),
+    "long_filter": ((1, 2, 9, 9), setup_filter([1, 2, 3, 4, 3, 2, 1]), 3),
+    "1x1": ((3, 4, 1, 1), None, 0),
+    "empty": ((0, 4, 5, 5), F4, 1),
+}
+
+
+def make_inputs(shape, f, padding, dtype, layout="contiguous", noise="sample", strengths=1):
+    x = lay_out(randn(*shape).to(dtype), layout)
+    small = dtype if dtype == torch.float64 else torch.float32
+    n, c = shape[:2]
+    y = synthesis_epilogue(torch.zeros(shape), f, padding=padding, impl="reference")
+    noise_shape = {"sample": (n, 1, *y.shape[2:]), "shared": y.shape[2:], "none": None}[noise]
+    d = randn(n, c, seed=2).abs().add(0.5).to(small)
+    b, s = randn(c, seed=3).to(small), randn(strengths, seed=4).to(small)
+    z = None if noise_shape is None else randn(*noise_shape, seed=5).to(small)
+    return x, d, z, s, b
+
+
+def runner(impl, f, padding, **options):
+    def run(x, d, z, s, b):
+        on = None if f is None else f.to(x.device)
+        return synthesis_epilogue(x, on, d, z, s, b, padding, impl=impl, **options)
+
+    return run
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_against_reference(impl, device, name, dtype, layout):
+    skip_float64_triton(impl, dtype)
+    shape, f, padding = SHAPES[name]
+    x, d, z, s, b = (t.to(device) for t in make_inputs(shape, f, padding, dtype, layout))
+
+    def without_noise_gradient(which):
+        run = runner(which, f, padding, clamp=1.5, filter_gain=1.25)
+        return lambda x, d, s, b: run(x, d, z.to(x.dtype) if x.dtype == torch.float64 else z, s, b)
+
+    y, *_ = compare(without_noise_gradient(impl), without_noise_gradient("reference"), [x, d, s, b])
+    if layout != "strided" and x.numel() and not x.is_contiguous():
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("act", ["linear", "relu", "tanh", "sigmoid", "elu", "selu", "softplus", "swish"])
+@pytest.mark.parametrize("name", ["up_layer", "no_filter"])
+def test_activations(impl, device, act, name):
+    shape, f, padding = SHAPES[name]
+    inputs = [t.to(device) for t in make_inputs(shape, f, padding, torch.float32, noise="shared")]
+    inputs[3] = inputs[3].expand(shape[1]).contiguous()  # a strength a channel
+    compare(runner(impl, f, padding, act=act), runner("reference", f, padding, act=act), inputs)
+
+
+@pytest.mark.parametrize("present", ["d", "zs", "b", "dzs", ""])
+def test_optional_operands(impl, device, present):
+    shape, f, padding = SHAPES["up_layer"]
+    operands = make_inputs(shape, f, padding, torch.float32)
+    inputs = [operands[0].to(device)]
+    inputs += [t.to(device) if k in present else None for k, t in zip("dzsb", operands[1:], strict=True)]
+    compare(runner(impl, f, padding), runner("reference", f, padding), inputs)
+
+
+@pytest.mark.parametrize("act", ["lrelu", "swish"])
+@pytest.mark.parametrize("name", ["up_layer", "no_filter"])
+def test_gradgradcheck(impl, name, act):
+    skip_float64_triton(impl, torch.float64)
+    (n, c, _, _), f, padding = SHAPES[name]
+    leaves = [t.requires_grad_() for t in make_inputs((n, 2, 3, 4), f, padding, torch.float64)]
+    run = runner(impl, f, padding, act=act)
+    assert torch.autograd.gradcheck(run, leaves)
+    assert torch.autograd.gradgradcheck(run, leaves)
+    x, d, z, s, b = leaves
+    z = z.detach()
+    assert torch.autograd.gradgradcheck(lambda x, d, s, b: run(x, d, z, s, b), (x, d, s, b))
+
+
+@pytest.mark.parametrize("name", ["up_layer", "no_filter"])
+def test_opcheck(name):
+    if _impl.LIBRARIES["cpu"]:
+        pytest.skip(_impl.LIBRARIES["cpu"])
+    shape, f, _ = SHAPES[name]
+    x, d, z, s, b = make_inputs(shape, f, 1 if f is not None else 0, torch.float32)
+    pads = (1, 1, 1, 1) if f is not None else (0, 0, 0, 0)
+    args = (f, d, z[:, 0], s, b, *pads, False, 4.0, 2, 0.2, 1.4, -1.0)
+    torch.library.opcheck(_impl.op("cpu", "synthesis_epilogue"), (x, *args))
+    y = _impl.op("cpu", "synthesis_epilogue")(x, *args)
+    torch.library.opcheck(_impl.op("cpu", "synthesis_epilogue_bwd"), (y, x, *args))
+
+
+@given(
+    size=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 12), st.integers(1, 70)),
+    taps=st.tuples(st.integers(0, 5), st.integers(1, 5)), pads=st.tuples(*[st.integers(-1, 4)] * 4),
+    last=st.booleans(), flip=st.booleans(), operands=st.sampled_from(["", "d", "zs", "dzsb", "db"]),
+    clamp=st.sampled_from([None, 0.7]),
+)  # fmt: skip
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+def test_random_arguments(impl, size, taps, pads, last, flip, operands, clamp):
+    f = None if taps[0] == 0 else randn(*taps, seed=7).float()
+    try:
+        x, *rest = make_inputs(size, f, pads, torch.float32)
+    except ValueError:  # nothing is left to filter
+        return
+    x = lay_out(x, "channels_last" if last else "contiguous")
+    inputs = [x, *(t if k in operands else None for k, t in zip("dzsb", rest, strict=True))]
+    options = {"clamp": clamp, "flip_filter": flip, "filter_gain": 1.5}
+    z = inputs[2]
+
+    def fixed_noise(which):
+        run = runner(which, f, pads, **options)
+        return lambda x, d, s, b: run(x, d, z if z is None else z.to(x.dtype), s, b)
+
+    inputs.pop(2)
+    if operands and "s" not in operands:
+        inputs[2] = None
+    with_operands = [t for t in inputs if t is not None]
+    assert with_operands
+    y = fixed_noise(impl)(*inputs)
+    exact = fixed_noise("reference")(*(None if t is None else t.double() for t in inputs))
+    assert max_error(y, exact) <= 2e-5 * max(1.0, exact.abs().max().item())
+
+
+def test_deterministic(impl, device):
+    shape, f, padding = (2, 12, 33, 65), F4, 1
+    inputs = [t.to(device) for t in make_inputs(shape, f, padding, torch.float32)]
+    x, d, z, s, b = inputs
+
+    def once():
+        leaves = [t.detach().requires_grad_() for t in (x, d, s, b)]
+        y = runner(impl, f, padding)(leaves[0], leaves[1], z, *leaves[2:])
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    for first, second in zip(once(), once(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("up", [1, 2])
+def test_layer(impl, device, up):
+    x, w, styles = randn(2, 8, 6, 5), randn(4, 8, 3, 3, seed=1), randn(2, 8, seed=2)
+    noise, s, b = randn(2, 1, 6 * up, 5 * up, seed=3), randn(1, seed=4), randn(4, seed=5)
+    inputs = [t.float().to(device) for t in (x, w, styles, b, s)]
+    noise = noise.float().to(device)
+
+    def at(which):
+        return lambda x, w, styles, b, s: synthesis_layer(
+            x, w, styles, b, noise.to(x), s, up, 1, F4.to(x.device), flip_weight=up == 1,
+            clamp=2, impl=which,
+        )  # fmt: skip
+
+    compare(at(impl), at("reference"), inputs)
+
+
+@pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2)])
+def test_conv2d_layer(impl, device, up, down):
+    inputs = [randn(2, 8, 6, 8), randn(4, 8, 3, 3, seed=1), randn(4, seed=2)]
+    inputs = [t.float().to(device) for t in inputs]
+
+    def at(which):
+        return lambda x, w, b: conv2d_layer(x, w, b, F4.to(x.device), up, down, 1, act="lrelu",
+                                            flip_weight=up == 1, impl=which)  # fmt: skip
+
+    compare(at(impl), at("reference"), inputs)
+
+
+def test_compile():
+    shape, f, padding = SHAPES["up_layer"]
+    x, d, z, s, b = make_inputs(shape, f, padding, torch.float32)
+    run = runner(None, f, padding)
+    leaves = [t.requires_grad_() for t in (x, d, s, b)]
+
+    def loss(x, d, s, b):
+        return run(x, d, z, s, b).square().sum()
+
+    eager = torch.autograd.grad(loss(*leaves), leaves)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
+    torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"x": torch.zeros(2, 3)}, ValueError,
+         "synthesis_epilogue: x must be [N, C, H, W], got shape (2, 3)"),
+        ({"x": torch.zeros(2, 3, 4, 4).int()}, TypeError,
+         "synthesis_epilogue: x must be float32, float16, bfloat16 or float64, got torch.int32"),
+        ({"f": torch.zeros(4, 4).double()}, TypeError,
+         "synthesis_epilogue: f must be a float32 tensor or None, got torch.float64"),
+        ({"d": torch.zeros(3)}, ValueError,
+         "synthesis_epilogue: d must have shape (2, 3), got (3,)"),
+        ({"noise": torch.zeros(2, 2, 4, 4)}, ValueError,
+         "synthesis_epilogue: noise must have shape (2, 1, 4, 4) or (1, 1, 4, 4) or (4, 4), "
+         "got (2, 2, 4, 4)"),
+        ({"b": torch.zeros(3).half()}, TypeError,
+         "synthesis_epilogue: b must be torch.float32 or torch.float32, got torch.float16"),
+        ({"padding": -3}, ValueError,
+         "synthesis_epilogue: padding must leave an output of at least 1x1 for x (2, 3, 4, 4) and "
+         "1x1 taps, got (-3, -3, -3, -3)"),
+        ({"act": "gelu"}, ValueError,
+         "synthesis_epilogue: act must be one of linear, relu, lrelu, tanh, sigmoid, elu, selu, "
+         "softplus, swish, got 'gelu'"),
+        ({"clamp": -1}, ValueError, "synthesis_epilogue: clamp must be None or at least 0, got -1"),
+    ],
+)  # fmt: skip
+def test_errors(impl, change, error, text):
+    with pytest.raises(error) as caught:
+        synthesis_epilogue(**{"x": torch.zeros(2, 3, 4, 4), "impl": impl} | change)
+    assert str(caught.value) == text

@@ -69,11 +69,13 @@ def synthesis_epilogue(
     if noise is not None and noise.requires_grad and torch.is_grad_enabled():
         return _composed(x, f, d, noise, noise_strength, b, *args, chosen)
     if f is not None and not _fits(f, pads, chosen):
-        x = upfirdn2d(x, f, 1, 1, pads, flip_filter, filter_gain, impl=_usable("upfirdn2d", chosen, x))
+        x = upfirdn2d(
+            x, f, 1, 1, pads, flip_filter, filter_gain, impl=_usable("upfirdn2d", chosen, x)
+        )
         f, args = None, (0, 0, 0, 0, False, 1.0, *args[_ACT:])
     noise = None if noise is None else noise.reshape(-1, *noise.shape[-2:])  # [N or 1, H, W]
     strength = None if noise is None or noise_strength is None else noise_strength.reshape(-1)
-    return _Epilogue.apply(x, f, d, noise, strength, b, *args, chosen)
+    return _Epilogue.apply(x, f, d, noise, strength, b, (*args, chosen))
 
 
 def _fits(f: Tensor, pads: list[int], impl: str) -> bool:
@@ -222,39 +224,39 @@ class _Epilogue(torch.autograd.Function):
     """y from x, f, d, noise, strength and b."""
 
     @staticmethod
-    def forward(x, f, d, noise, strength, b, *args):
+    def forward(x, f, d, noise, strength, b, args):  # one tuple: torch.compile counts parameters
         *args, impl = args
         return _impl.op(impl, OP)(x, f, d, noise, strength, b, *_codes(args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output) -> None:
         ctx.save_for_backward(*inputs[:6])
-        ctx.args = inputs[6:]
+        ctx.args = inputs[6]
 
     @staticmethod
     def backward(ctx: Any, dy):  # type: ignore[override]
         _, _, d, _, strength, b = ctx.saved_tensors
-        dx, dd, db, ds = _EpilogueBwd.apply(dy, *ctx.saved_tensors, *ctx.args)
+        dx, dd, db, ds = _EpilogueBwd.apply(dy, *ctx.saved_tensors, ctx.args)
         needs = ctx.needs_input_grad
         dd = dd.to(d.dtype) if needs[2] else None
         db = db.to(b.dtype) if needs[5] else None
         if needs[4]:
             ds = (ds if strength.numel() == ds.numel() else ds.sum().reshape(1)).to(strength.dtype)
-        return (dx, None, dd, None, ds if needs[4] else None, db, *(None,) * len(ctx.args))
+        return (dx, None, dd, None, ds if needs[4] else None, db, None)
 
 
 class _EpilogueBwd(torch.autograd.Function):
     """dx, dd [N, C], db [C] and dstrength [C] from dy; its own gradient is composed."""
 
     @staticmethod
-    def forward(dy, x, f, d, noise, strength, b, *args):
+    def forward(dy, x, f, d, noise, strength, b, args):
         *args, impl = args
         return _impl.op(impl, OP + "_bwd")(dy, x, f, d, noise, strength, b, *_codes(args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output) -> None:
         ctx.save_for_backward(*inputs[:7])
-        ctx.args = inputs[7:]
+        ctx.args = inputs[7]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -282,7 +284,7 @@ class _EpilogueBwd(torch.autograd.Function):
             ]  # fmt: skip
             into = [t for t in (dy, x, d, strength, b) if t is not None and t.requires_grad]
             if not pairs or not into:
-                return (None,) * (7 + len(ctx.args))
+                return (None,) * 8
             found = iter(
                 torch.autograd.grad(
                     [g for g, _ in pairs], into, [v.to(g.dtype) for g, v in pairs],
@@ -293,4 +295,4 @@ class _EpilogueBwd(torch.autograd.Function):
             next(found) if t is not None and t.requires_grad else None
             for t in (dy, x, None, d, None, strength, b)
         ]
-        return (*grads, *(None,) * len(ctx.args))
+        return (*grads, None)

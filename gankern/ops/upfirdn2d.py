@@ -78,7 +78,7 @@ def upfirdn2d(
 
 def setup_filter(
     f: Any,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     normalize: bool = True,
     flip_filter: bool = False,
     gain: float = 1,
@@ -88,7 +88,7 @@ def setup_filter(
 
     Args:
         f: taps, (taps,) or (taps_y, taps_x), or a single number; None is the identity.
-        device: where the filter shall live.
+        device: where the filter shall live; None: where its taps do.
         normalize: divide by the sum, so that a constant image keeps its value.
         flip_filter: reverse the taps.
         gain: factor on the images that the filter will make.
@@ -114,7 +114,7 @@ def setup_filter(
         f = f / f.sum()
     if flip_filter:
         f = f.flip(list(range(f.ndim)))
-    return (f * gain ** (f.ndim / 2)).to(device)
+    return (f * gain ** (f.ndim / 2)).to(f.device if device is None else device)
 
 
 def filter2d(

@@ -13,6 +13,7 @@ from gankern.nn.layers import (
     PixelNorm,
     Upsample,
 )
+from gankern.nn.mapping import MappingNetwork
 from gankern.nn.synthesis import ModulatedConv2d, SynthesisLayer, ToRGB
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "EqualizedConv2d",
     "EqualizedLinear",
     "FusedLeakyReLU",
+    "MappingNetwork",
     "MinibatchStdDev",
     "ModulatedConv2d",
     "NoiseInjection",

@@ -46,9 +46,7 @@ class ModulatedConv2d(nn.Module):
         self.padding = kernel_size // 2
         self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)
         self.affine = None if w_dim is None else EqualizedLinear(w_dim, in_channels, bias_init=1)
-        self.weight = nn.Parameter(
-            torch.randn(out_channels, in_channels, kernel_size, kernel_size)
-        )
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.register_buffer("resample_filter", setup_filter(resample_filter))
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
@@ -69,8 +67,8 @@ class ModulatedConv2d(nn.Module):
 class SynthesisLayer(nn.Module):
     """One layer of StyleGAN2: style, convolution, upsampling, noise, bias, activation.
 
-    `gankern.ops.synthesis_layer` behind a linear layer. Its parameters bear the names that published
-    checkpoints use: affine, weight, noise_strength, bias; buffers resample_filter and noise_const.
+    `gankern.ops.synthesis_layer` behind a linear layer. Its parameters bear the names of published
+    checkpoints: affine, weight, noise_strength, bias; buffers resample_filter and noise_const.
 
     Args:
         in_channels, out_channels: of x [N, I, H, W] and y [N, O, H * up, W * up].
@@ -105,9 +103,7 @@ class SynthesisLayer(nn.Module):
         self.up, self.use_noise, self.act, self.clamp = up, use_noise, _known(act), clamp
         self.padding = kernel_size // 2
         self.affine = EqualizedLinear(w_dim, in_channels, bias_init=1)
-        self.weight = nn.Parameter(
-            torch.randn(out_channels, in_channels, kernel_size, kernel_size)
-        )
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.register_buffer("resample_filter", setup_filter(resample_filter))
         if use_noise:
@@ -167,9 +163,7 @@ class ToRGB(nn.Module):
         self.clamp, self.padding = clamp, kernel_size // 2
         self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)
         self.affine = EqualizedLinear(w_dim, in_channels, bias_init=1)
-        self.weight = nn.Parameter(
-            torch.randn(out_channels, in_channels, kernel_size, kernel_size)
-        )
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:

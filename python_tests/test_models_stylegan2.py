@@ -1,0 +1,264 @@
+"""StyleGAN2: published sizes and parameters, golden networks, shapes, 16 bits, compile, export."""
+
+import numpy as np
+import pytest
+import torch
+from harness import DATA
+from torch import nn
+
+from gankern.models import stylegan2
+from gankern.nn import MappingNetwork
+from gankern.ops import _impl
+
+TINY = {"channel_base": 32, "channel_max": 8, "mapping_layers": 2}
+
+
+@pytest.fixture
+def use_impl(impl, monkeypatch):
+    """Every op runs in this implementation where it has a kernel."""
+    monkeypatch.setattr(_impl, "_OVERRIDE", impl)
+    monkeypatch.setattr(_impl, "_default", {})
+    return impl
+
+
+def count(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def tiny_pair(resolution=(16, 16), channels=3, c_dim=0, **options):
+    torch.manual_seed(0)
+    options = TINY | options
+    G = stylegan2.Generator(6, c_dim, 8, resolution, channels, **options)
+    return G, stylegan2.Discriminator(c_dim, resolution, channels, **options)
+
+
+def labels(n, c_dim):
+    return torch.eye(c_dim)[torch.arange(n) % c_dim] if c_dim else None
+
+
+# Parameters.
+
+
+@pytest.mark.parametrize(
+    ("size", "config", "g", "d"),
+    [
+        (64, "E", 23_819_544, 23_407_361),
+        (256, "E", 24_767_458, 24_001_089),
+        (256, "F", 30_034_338, 28_864_129),
+        (1024, "F", 30_370_060, 29_012_513),
+    ],
+)
+def test_has_the_published_number_of_parameters(size, config, g, d):
+    base = stylegan2.CONFIGS[config]
+    with torch.device("meta"):
+        G = stylegan2.Generator(resolution=(size, size), channel_base=base)
+        D = stylegan2.Discriminator(resolution=(size, size), channel_base=base)
+    assert (count(G), count(D)) == (g, d)
+
+
+def test_starts_as_the_paper_says():
+    G, D = tiny_pair()
+    assert torch.equal(G.synthesis.b8.conv0.affine.bias, torch.ones(8))
+    assert G.synthesis.b8.conv0.noise_strength == 0
+    assert G.synthesis.b4.torgb.bias.eq(0).all()
+    assert D.b4.fc.weight.std().item() == pytest.approx(1, rel=0.1)
+    assert G.mapping.fc1.weight.std().item() == pytest.approx(100, rel=0.3)  # over lr_multiplier
+
+
+# Golden networks.
+
+
+def golden_pair(c_dim, device):
+    with np.load(DATA / f"stylegan2_c{c_dim}.npz") as arrays:
+        state = {k: torch.from_numpy(arrays[k]).to(device) for k in arrays.files}
+    size = {"channel_base": 512, "channel_max": 32}
+    G = stylegan2.Generator(32, c_dim, 32, (32, 32), mapping_layers=3, **size).to(device).eval()
+    D = stylegan2.Discriminator(c_dim, (32, 32), **size).to(device).eval()
+    stylegan2.load_published(G, D, state)
+    return G, D, state
+
+
+@pytest.mark.parametrize("c_dim", [0, 3])
+@torch.no_grad()
+def test_golden_networks(use_impl, device, c_dim):
+    if use_impl == "triton" and device == "cpu":
+        pytest.skip("Triton's interpreter needs minutes for a network; its ops are tested alone")
+    G, D, golden = golden_pair(c_dim, device)
+    n = 2 if use_impl == "simt" else 4
+    z, c = golden["z"][:n], golden["c"][:n] if c_dim else None
+    outputs = {
+        "ws": G.mapping(z, c),
+        "ws_trunc": G.mapping(z, c, truncation_psi=0.7, truncation_cutoff=5),
+        "img": G(z, c, noise_mode="const"),
+    }
+    if use_impl != "simt":
+        outputs |= {
+            "img_trunc": G(z, c, 0.7, 5, noise_mode="const"),
+            "img_none": G(z, c, noise_mode="none"),
+            "logits": D(golden["img"], c),
+        }
+    for name, actual in outputs.items():
+        error = (actual - golden[name][:n]).abs().max().item()
+        assert error < 1e-4, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("c_dim", [0, 3])
+def test_published_names_go_both_ways(c_dim):
+    G, D, golden = golden_pair(c_dim, "cpu")
+    ours = stylegan2.published(G, D)
+    theirs = {k: v for k, v in golden.items() if k[:2] in ("G.", "D.")}
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], v) for k, v in theirs.items())
+    del theirs["D.b8.conv1.weight"]
+    with pytest.raises(RuntimeError, match=r"b8\.conv1\.weight"):
+        stylegan2.load_published(G, D, theirs)
+
+
+# Shapes.
+
+
+@pytest.mark.parametrize(
+    ("resolution", "channels", "c_dim"),
+    [((16, 16), 1, 0), ((16, 16), 3, 3), ((16, 16), 4, 0), ((16, 40), 3, 0), ((28, 28), 1, 10)],
+    ids=str,
+)
+def test_makes_and_judges_images_of_its_size(resolution, channels, c_dim):
+    G, D = tiny_pair(resolution, channels, c_dim)
+    c = labels(4, c_dim)
+    img = G(torch.randn(4, 6), c)
+    assert img.shape == (4, channels, *resolution)
+    logits = D(img, c)
+    assert logits.shape == (4, 1)
+    logits.sum().backward()
+    without = [
+        name
+        for net in (G, D)
+        for name, p in net.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all()
+    ]
+    assert not without
+
+
+def test_levels_of_images_that_are_not_square():
+    levels = stylegan2.make_levels((96, 64), 512, 32)
+    assert [level.size for level in levels] == [(6, 4), (12, 8), (24, 16), (48, 32), (96, 64)]
+    assert [level.name for level in levels] == ["b4", "b8", "b16", "b32", "b64"]
+    assert [level.channels for level in levels] == [32, 32, 32, 16, 8]
+
+
+@pytest.mark.parametrize("resolution", [(4, 4), (15, 16), (64, 2), (1000, 1000)])
+def test_refuses_other_sizes(resolution):
+    with pytest.raises(ValueError, match=f"resolution must be .*, got {resolution[0]}x"):
+        stylegan2.make_levels(resolution, 512, 32)
+
+
+def test_labels_and_latents_of_another_length_are_told():
+    G, D = tiny_pair(c_dim=3)
+    with pytest.raises(ValueError, match=r"z must be \[N, 6\], got \(2, 5\)"):
+        G(torch.randn(2, 5), labels(2, 3))
+    with pytest.raises(ValueError, match=r"c must be \[N, 3\], got None"):
+        D(torch.randn(2, 3, 16, 16))
+
+
+# What it computes.
+
+
+def test_latents_are_normalised():
+    mapping = MappingNetwork(6, 3, 8, num_ws=4, num_layers=2).eval()
+    z, c = torch.randn(3, 6), labels(3, 3)
+    assert torch.allclose(mapping(z, c), mapping(7 * z, 0.5 * c), atol=1e-5)
+
+
+def test_truncation_moves_w_towards_its_average():
+    mapping = MappingNetwork(6, 0, 8, num_ws=4, num_layers=2).eval()
+    mapping.w_avg.normal_()
+    z = torch.randn(3, 6)
+    ws, half = mapping(z), mapping(z, truncation_psi=0.5, truncation_cutoff=3)
+    assert torch.equal(mapping(z, truncation_psi=0), mapping.w_avg.expand(3, 4, 8))
+    assert torch.allclose(half[:, :3], (ws[:, :3] + mapping.w_avg) / 2, atol=1e-6)
+    assert torch.equal(half[:, 3:], ws[:, 3:])
+
+
+def test_w_avg_is_the_moving_average_of_w_in_training_only():
+    mapping = MappingNetwork(6, 0, 8, num_ws=4, num_layers=2, w_avg_beta=0.9)
+    w = mapping(torch.randn(5, 6))[:, 0]
+    assert torch.allclose(mapping.w_avg, 0.1 * w.mean(0), atol=1e-6)
+    before = mapping.w_avg.clone()
+    mapping.eval()(torch.randn(5, 6))
+    assert torch.equal(mapping.w_avg, before)
+
+
+def test_noise_is_random_constant_or_absent():
+    G, _ = tiny_pair()
+    G.eval()
+    z = torch.randn(1, 6)
+    assert torch.equal(G(z), G(z, noise_mode="none"))  # its strength starts at 0
+    with torch.no_grad():
+        G.synthesis.b8.conv0.noise_strength.fill_(1)
+    random, const, none = (G(z, noise_mode=mode) for mode in ("random", "const", "none"))
+    assert not torch.equal(random, G(z))
+    assert torch.equal(const, G(z, noise_mode="const"))
+    assert not torch.equal(const, none)
+
+
+def test_discriminator_sees_the_label():
+    _, D = tiny_pair(c_dim=3)
+    img = torch.randn(2, 3, 16, 16)
+    first, second = D(img, torch.eye(3)[[0, 0]]), D(img, torch.eye(3)[[1, 1]])
+    assert not torch.allclose(first, second)
+
+
+# 16 bits.
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
+def test_highest_levels_run_in_16_bits(dtype):
+    G, D = tiny_pair(num_fp16_res=1, low_dtype=dtype)
+    exact_G, exact_D = tiny_pair()
+    seen = {}
+    for name, block in (("G8", G.synthesis.b8.conv1), ("G16", G.synthesis.b16.conv1),
+                        ("D16", D.b16.conv0), ("D8", D.b8.conv0)):  # fmt: skip
+        block.register_forward_hook(lambda *args, name=name: seen.update({name: args[2].dtype}))
+    z = torch.randn(4, 6)
+    img = G(z, noise_mode="const")
+    logits = D(img)
+    assert seen == {"G8": torch.float32, "G16": dtype, "D16": dtype, "D8": torch.float32}
+    assert img.dtype == logits.dtype == torch.float32
+    exact = exact_G(z, noise_mode="const")
+    tolerance = 20 * torch.finfo(dtype).eps
+    assert (img - exact).abs().max() < tolerance * exact.abs().max()
+    exact_logits = exact_D(img)
+    assert (logits - exact_logits).abs().max() < tolerance * (1 + exact_logits.abs().max())
+    logits.sum().backward()
+    assert all(p.grad.isfinite().all() for p in (*G.parameters(), *D.parameters()))
+
+
+def test_activations_are_clamped():
+    G, _ = tiny_pair(num_fp16_res=2)
+    peaks = []
+    for block in (G.synthesis.b8, G.synthesis.b16):
+        block.conv1.register_forward_hook(lambda *args: peaks.append(args[2].abs().max().item()))
+        with torch.no_grad():
+            block.conv1.bias.fill_(1e6)
+    assert G(torch.randn(2, 6)).isfinite().all()
+    assert peaks == [256, 256]
+
+
+# Compile and export.
+
+
+def test_compiles_and_exports():
+    G, D = tiny_pair((8, 8), channel_max=4)
+    G.eval(), D.eval()
+    z = torch.randn(2, 6)
+    with torch.no_grad():
+        img = G(z, noise_mode="const")
+        logits = D(img)
+        compiled_G = torch.compile(G, fullgraph=True, backend="aot_eager")
+        compiled_D = torch.compile(D, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled_G(z, noise_mode="const"), img, atol=1e-5)
+        assert torch.allclose(compiled_D(img), logits, atol=1e-5)
+        exported_G = torch.export.export(G, (z,), {"noise_mode": "const"}).module()
+        exported_D = torch.export.export(D, (img,)).module()
+        assert torch.allclose(exported_G(z, noise_mode="const"), img, atol=1e-5)
+        assert torch.allclose(exported_D(img), logits, atol=1e-5)

@@ -115,7 +115,10 @@ def launchers(kind: str) -> SimpleNamespace:
     simt = module()
     found: dict[str, object] = {}
     for library in sorted((build(variant()) / kind).glob("*.so")):
-        found |= vars(simt.load(str(library)))
+        try:
+            found |= vars(simt.load(str(library)))
+        except simt.Error as error:
+            warnings.warn(f"simt: {library.stem}: {error}", stacklevel=2)
     return SimpleNamespace(**found)
 
 

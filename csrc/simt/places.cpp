@@ -58,7 +58,10 @@ static std::string short_name(std::string name) {
     depth += (c == '<') - (c == '>');
     if (depth == 0 && (c == ':' || c == ' ')) begin = i + 1;
   }
-  return name.substr(begin, end - begin);
+  name = name.substr(begin, end - begin);
+  for (const std::string scope : {"(anonymous namespace)::", "gankern::"})  // of template arguments
+    for (size_t at; (at = name.find(scope)) != std::string::npos;) name.erase(at, scope.size());
+  return name;
 }
 
 std::string where(const void* pc) {

@@ -227,36 +227,44 @@ def quantile(values: list[float], q: float) -> float:
     return sorted(values)[min(len(values) - 1, int(q * len(values)))]
 
 
-def results(row: Row, make: Make, res: int, channels: int, impls: list[str], rounds: int,
-            compiled: bool) -> Iterator[dict[str, Any]]:  # fmt: skip
-    inputs = row.make(make, res, channels)
+def results(
+    row: Row, make: Make, shape: tuple[int, int], impls: list[str], rounds: int, compiled: bool
+) -> Iterator[dict[str, Any]]:
+    inputs = row.make(make, *shape)
     y = row.call(*inputs, impl="reference").detach()
     names = ["reference", *(i for i in impls if not usable(row, i, make.device))]
     for impl in names[1:]:
         check(row, inputs, impl)
-    target = torch.empty_like(y)
+    target, about = torch.empty_like(y), {"op": row.op, "case": row.case}
+    about |= {"x": list(inputs[0].shape), "dtype": str(make.dtype)[6:]}
+    about |= {"channels_last": make.channels_last}
     for what, dy in (("forward", None), ("forward+backward", torch.ones_like(y))):
         steps = {impl: step(row, inputs, impl, dy) for impl in names}
         if compiled:
             steps["compile"] = compiled_step(row, inputs, dy)
         steps["copy"] = functools.partial(target.copy_, y)
-        moved = row.forward_bytes(inputs, y) + (
-            row.backward_bytes(inputs, y) if dy is not None else 0
-        )
+        moved = row.forward_bytes(inputs, y)
+        moved += 0 if dy is None else row.backward_bytes(inputs, y)
         times = measure(steps, rounds, make.device)
-        copy = 2 * nbytes(y) / statistics.median(times["copy"])
+        copied = times.pop("copy")
+        copy_rate = 2 * nbytes(y) / statistics.median(copied)
         for impl, values in times.items():
-            median = statistics.median(values)
-            rate = (2 * nbytes(y) if impl == "copy" else moved) / median
-            pairs = zip(times["reference"], values, strict=True)
-            yield {
-                "op": row.op, "case": row.case, "what": what, "impl": impl, "x": list(inputs[0].shape),
-                "dtype": str(make.dtype)[6:], "channels_last": make.channels_last,
-                "ms": 1e3 * median, "ms_10": 1e3 * quantile(values, 0.1),
-                "ms_90": 1e3 * quantile(values, 0.9),
-                "ratio": statistics.median(r / v for r, v in pairs),
-                "gb_s": rate / 1e9, "of_copy": rate / copy,
-            }  # fmt: skip
+            found = figures(values, times["reference"], moved, copy_rate)
+            yield about | {"what": what, "impl": impl} | found
+
+
+def figures(
+    values: list[float], reference: list[float], moved: int, copy_rate: float
+) -> dict[str, float]:
+    rate = moved / statistics.median(values)
+    return {
+        "ms": 1e3 * statistics.median(values),
+        "ms_10": 1e3 * quantile(values, 0.1),
+        "ms_90": 1e3 * quantile(values, 0.9),
+        "ratio": statistics.median(r / v for r, v in zip(reference, values, strict=True)),
+        "gb_s": rate / 1e9,
+        "of_copy": rate / copy_rate,
+    }
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -299,12 +307,12 @@ def main() -> int:
     print(f"{'op':26} {'x':14} {'what':16} {'impl':9} {'median ms':>9} [{'10 %':>8} {'90 %':>8}] "
           f"{'ratio':>7} {'GB/s':>8} {'copy':>6}")  # fmt: skip
     for shapes in ["quick"] if args.quick else args.shapes:
-        batch, res, channels = SHAPES[shapes]
+        batch, *shape = SHAPES[shapes]
         make = Make(batch, DTYPES[args.dtype], args.device, args.channels_last)
         for row in (row for row in ROWS if row.op in args.op):
             impls = args.impl or implementations(args.device)
             rounds = 2 if args.quick else args.rounds
-            for result in results(row, make, res, channels, impls, rounds, args.compile):
+            for result in results(row, make, shape, impls, rounds, args.compile):
                 show(result)
                 if args.json:
                     with args.json.open("a") as file:

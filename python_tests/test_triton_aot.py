@@ -45,6 +45,8 @@ KERNELS: dict[str, list[dict[str, Any]]] = {
         *({"ORDER": order, "BLOCK_C": 512, "BLOCK_V": 8} for order in (0, 1, 2)),
         {"ORDER": 0, "BLOCK_C": 512, "BLOCK_V": 8, "inner": 1},
     ],
+    "minibatch_stddev_fwd_kernel": [{"ROW": 0, "Y_ROW": 0, "BLOCK": 1024, "F": 1}],
+    "minibatch_stddev_bwd_kernel": [{"ROW": 0, "Y_ROW": 0, "BLOCK": 1024, "F": 1}],
     "upfirdn2d_kernel": [
         {"C": 1, "BLOCK_X": 128, "BLOCK_Y": 8, **TAPS, **UP2},
         {"C": 64, "BLOCK_X": 128, "BLOCK_Y": 8, **TAPS, **DOWN2},
@@ -71,7 +73,10 @@ KERNELS: dict[str, list[dict[str, Any]]] = {
 FLOATS = {"alpha", "gain", "inv_gain", "clamp", "eps"}
 BOOLS = {"flip"}
 # Pointers to float32 whatever x is.
-FLOAT32 = {"f_ptr", "sums_ptr", "mean_ptr", "rstd_ptr", "d_ptr", "noise_ptr", "strength_ptr"}
+FLOAT32 = {
+    *("f_ptr", "sums_ptr", "mean_ptr", "rstd_ptr"),
+    *("d_ptr", "noise_ptr", "strength_ptr", "slope_ptr"),
+}
 
 
 def kernels() -> dict[str, Any]:

@@ -121,6 +121,10 @@ class TrainConfig:
                 raise TrainError(f"{flag(f.name)} must be at least {low}, got {value}")
             if high is not None and not value <= high:
                 raise TrainError(f"{flag(f.name)} must be at most {high}, got {value}")
+        if self.label_smoothing and not LOSSES[self.loss].smooths:
+            raise TrainError(
+                f"--label-smoothing must be 0 with --loss {self.loss}, got {self.label_smoothing}"
+            )
         return self
 
     def to_json(self) -> str:

@@ -122,7 +122,8 @@ def _train(
         # G: its images up.
         D.requires_grad_(False)
         G_opt.zero_grad()
-        loss_G = loss.g(D(G(z_G)))
+        fake_logits_G = D(G(z_G))
+        loss_G = loss.g(fake_logits_G, D(real)) if loss.pairs else loss.g(fake_logits_G)
         loss_G.backward()
         average_gradients(G, world)
         G_opt.step()

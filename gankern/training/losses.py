@@ -1,7 +1,7 @@
 """Adversarial losses: functions of logits, one pair an entry of the table.
 
 `d` takes D's logits of real and of generated images, `g` D's logits of generated images; each
-[N, 1] in, a scalar out. D(x) stands for sigmoid(logit).
+[N, 1] in, a scalar out. D(x) stands for sigmoid(logit), r and f for the logits themselves.
 """
 
 from __future__ import annotations
@@ -14,10 +14,16 @@ from torch import Tensor
 
 
 class Loss(NamedTuple):
-    """What D minimises, given (real, fake, label_smoothing), and what G does, given (fake)."""
+    """What D and G minimise.
+
+    d: given (real, fake, label_smoothing); the latter is 0 unless the loss `smooths`.
+    g: given (fake), or (fake, real) if the loss `pairs` generated images with real ones.
+    """
 
     d: Callable[[Tensor, Tensor, float], Tensor]
-    g: Callable[[Tensor], Tensor]
+    g: Callable[..., Tensor]
+    smooths: bool = False
+    pairs: bool = False
 
 
 def cross_entropy_d(real: Tensor, fake: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -39,7 +45,52 @@ def minimax_g(fake: Tensor) -> Tensor:
     return -F.softplus(fake).mean()
 
 
+def hinge_d(real: Tensor, fake: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """max(0, 1 - r) + max(0, 1 + f); Lim and Ye 2017, arXiv:1705.02894."""
+    return (F.relu(1 - real) + F.relu(1 + fake)).mean()
+
+
+def least_squares_d(real: Tensor, fake: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """((r - (1 - s))² + f²) / 2, s label smoothing; Mao et al. 2017, arXiv:1611.04076."""
+    return ((real - (1 - label_smoothing)).square() + fake.square()).mean() / 2
+
+
+def least_squares_g(fake: Tensor) -> Tensor:
+    """(f - 1)² / 2; Mao et al. 2017."""
+    return (fake - 1).square().mean() / 2
+
+
+def wasserstein_d(real: Tensor, fake: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """f - r: the negative of the distance's estimate; Arjovsky et al. 2017, arXiv:1701.07875.
+
+    An estimate only if D is Lipschitz: by clipped weights or `penalties.gradient_penalty`.
+    """
+    return (fake - real).mean()
+
+
+def critic_g(fake: Tensor) -> Tensor:
+    """-f: G of the hinge and of the Wasserstein loss."""
+    return -fake.mean()
+
+
+def relativistic_d(real: Tensor, fake: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """-log sigmoid(r - f), each real image paired with one generated.
+
+    Jolicoeur-Martineau 2018, arXiv:1807.00734; Huang et al. 2024, arXiv:2501.05441.
+    """
+    return F.softplus(fake - real).mean()
+
+
+def relativistic_g(fake: Tensor, real: Tensor) -> Tensor:
+    """-log sigmoid(f - r): the same pairs, the other way round."""
+    return F.softplus(real - fake).mean()
+
+
 LOSSES = {
-    "nonsaturating": Loss(cross_entropy_d, nonsaturating_g),
-    "minimax": Loss(cross_entropy_d, minimax_g),
+    "nonsaturating": Loss(cross_entropy_d, nonsaturating_g, smooths=True),
+    "minimax": Loss(cross_entropy_d, minimax_g, smooths=True),
+    "hinge": Loss(hinge_d, critic_g),
+    "least-squares": Loss(least_squares_d, least_squares_g, smooths=True),
+    "wasserstein": Loss(wasserstein_d, critic_g),
+    "relativistic": Loss(relativistic_d, relativistic_g, pairs=True),
 }

@@ -233,6 +233,16 @@ def test_highest_levels_run_in_16_bits(dtype):
     assert all(p.grad.isfinite().all() for p in (*G.parameters(), *D.parameters()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["f64", "bf16"])
+def test_whole_networks_in_another_dtype(dtype):
+    G, D = tiny_pair()
+    exact = D(G(torch.ones(4, 6), noise_mode="const"))
+    img = G.to(dtype)(torch.ones(4, 6, dtype=dtype), noise_mode="const")
+    logits = D.to(dtype)(img)
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits.float(), exact, atol=0.1, rtol=0.1)
+
+
 def test_activations_are_clamped():
     G, _ = tiny_pair(num_fp16_res=2)
     peaks = []

@@ -111,7 +111,7 @@ class SynthesisBlock(nn.Module):
         x = self.conv1(x, w_convs[-1], noise_mode)
         y = self.torgb(x, w_rgb)  # [N, channels, h, w]
         y = y.to(torch.promote_types(y.dtype, torch.float32))
-        return x, y if img is None else y + upsample2d(img, self.resample_filter)
+        return x, y if img is None else y + upsample2d(img, self.resample_filter.float())
 
 
 class SynthesisNetwork(nn.Module):

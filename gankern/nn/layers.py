@@ -53,7 +53,7 @@ class EqualizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight.to(x.dtype) * self.weight_gain
-        b = self.bias
+        b: Tensor | None = self.bias
         if b is not None and self.lr_multiplier != 1:
             b = b * self.lr_multiplier
         if self.act == "linear":
@@ -110,13 +110,13 @@ class EqualizedConv2d(nn.Module):
 
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
         """gain: an additional factor on y, as of a residual branch; clamp is scaled with it."""
-        b = self.bias
+        b: Tensor | None = self.bias
         if b is not None and self.lr_multiplier != 1:
             b = b * self.lr_multiplier
         return conv2d_layer(
             x, self.weight * self.weight_gain, None if b is None else _beside(b, x),
-            self.resample_filter, self.up, self.down, self.padding, flip_weight=self.up == 1,
-            act=self.act, gain=ACTS[self.act].gain * gain,
+            self.resample_filter.float(), self.up, self.down, self.padding,
+            flip_weight=self.up == 1, act=self.act, gain=ACTS[self.act].gain * gain,
             clamp=None if self.clamp is None else self.clamp * gain,
         )  # fmt: skip
 
@@ -243,7 +243,7 @@ class Upsample(nn.Module):
         self.register_buffer("resample_filter", setup_filter(resample_filter))
 
     def forward(self, x: Tensor) -> Tensor:
-        return upsample2d(x, self.resample_filter, self.factor)
+        return upsample2d(x, self.resample_filter.float(), self.factor)
 
     def extra_repr(self) -> str:
         return f"factor={self.factor}"
@@ -253,7 +253,7 @@ class Downsample(Upsample):
     """Filtered, then smaller by `factor`: `gankern.ops.downsample2d`. Arguments as `Upsample`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return downsample2d(x, self.resample_filter, self.factor)
+        return downsample2d(x, self.resample_filter.float(), self.factor)
 
 
 class Blur(nn.Module):
@@ -270,7 +270,7 @@ class Blur(nn.Module):
         self.register_buffer("resample_filter", setup_filter(resample_filter))
 
     def forward(self, x: Tensor) -> Tensor:
-        return filter2d(x, self.resample_filter)
+        return filter2d(x, self.resample_filter.float())
 
 
 def _known(act: str) -> str:

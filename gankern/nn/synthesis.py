@@ -55,8 +55,8 @@ class ModulatedConv2d(nn.Module):
         if not self.demodulate:
             styles = styles * self.weight_gain
         return modulated_conv2d(
-            x, self.weight, styles, None, self.up, self.down, self.padding, self.resample_filter,
-            self.demodulate, flip_weight=self.up == 1,
+            x, self.weight, styles, None, self.up, self.down, self.padding,
+            self.resample_filter.float(), self.demodulate, flip_weight=self.up == 1,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -120,8 +120,8 @@ class SynthesisLayer(nn.Module):
         return synthesis_layer(
             x, self.weight, self.affine(w), _beside(self.bias, x), noise,
             None if noise is None else _beside(self.noise_strength, x),
-            self.up, self.padding, self.resample_filter, flip_weight=self.up == 1, act=self.act,
-            gain=ACTS[self.act].gain * gain,
+            self.up, self.padding, self.resample_filter.float(), flip_weight=self.up == 1,
+            act=self.act, gain=ACTS[self.act].gain * gain,
             clamp=None if self.clamp is None else self.clamp * gain,
         )  # fmt: skip
 

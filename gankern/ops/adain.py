@@ -119,12 +119,14 @@ if _impl.triton is not None:
         v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
         inside = v < planes
         base = ((v // inner) * P * inner + v % inner)[None, :]
+        # Everything is taken relative to a plane's first pixel: nothing cancels, whatever the mean.
+        origin = tl.load(x_ptr + base, mask=inside[None, :], other=0.0).to(tl.float32)
         mean = tl.zeros([BLOCK_V], tl.float32)
         m2 = tl.zeros([BLOCK_V], tl.float32)
         for start in range(0, P, BLOCK_P):
             mask = inside[None, :] & (start + p < P)
             x = tl.load(x_ptr + base + (start + p).to(tl.int64) * inner, mask=mask, other=0.0)
-            x = x.to(tl.float32)
+            x = tl.where(mask, x.to(tl.float32) - origin, 0.0)
             count = tl.minimum(P - start, BLOCK_P)
             block_mean = tl.sum(x, 0) / count
             d = tl.where(mask, x - block_mean[None, :], 0.0)
@@ -133,14 +135,14 @@ if _impl.triton is not None:
             mean += delta * (count / (start + count))
             m2 += tl.sum(d * d, 0) + delta * delta * (count * (start / (start + count)))
         rstd = 1 / tl.sqrt(m2 / P + eps)
-        tl.store(mean_ptr + v, mean, mask=inside)
+        tl.store(mean_ptr + v, mean + tl.sum(origin, 0), mask=inside)
         tl.store(rstd_ptr + v, rstd, mask=inside)
         scale = tl.load(scale_ptr + v, mask=inside, other=0.0).to(tl.float32) * rstd
         shift = tl.load(shift_ptr + v, mask=inside, other=0.0).to(tl.float32)
         for start in range(0, P, BLOCK_P):
             at = base + (start + p).to(tl.int64) * inner
             mask = inside[None, :] & (start + p < P)
-            x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) - origin
             y = (x - mean[None, :]) * scale[None, :] + shift[None, :]
             tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 

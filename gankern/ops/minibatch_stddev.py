@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-# Inside the square root, as in the paper's code: a constant group has a finite gradient.
+import torch
+from torch import Tensor
+
+from gankern.ops import _impl
+
+if _impl.triton is not None:
+    import triton
+    import triton.language as tl
+
+# Added to the variance, as in the paper's code: equal samples have a finite gradient.
 EPS = 1e-8
 
 
 def minibatch_stddev(
-    x: torch.Tensor,
-    group_size: int | None = 4,
-    num_channels: int = 1,
-    *,
-    impl: str | None = None,
-) -> torch.Tensor:
+    x: Tensor, group_size: int | None = 4, num_channels: int = 1, *, impl: str | None = None
+) -> Tensor:
     """Append to x the standard deviation over groups of samples, averaged over channels and pixels.
 
     std[m, c, h, w] = sqrt(var over the samples n of group m of x[n, c, h, w] + 1e-8)
@@ -25,33 +30,34 @@ def minibatch_stddev(
     does not, the groups' sizes differ by one instead of an error. The variance is the biased one.
 
     Args:
-        x: (N, C, *) features, float32, float16, bfloat16 or float64, any strides.
+        x: [N, C, *]; float32, float16, bfloat16 or float64; any strides (contiguous and
+            channels-last ones are kept).
         group_size: samples in a group; None or a number over N takes the whole batch (PGGAN).
-        num_channels: F, statistics appended; divides C.
-        impl: "cuda", "triton", "cpu" or "reference"; None takes the best usable one.
+        num_channels: statistics appended; divides C.
+        impl: None (the best that can run), "cuda", "triton", "cpu" or "reference".
 
     Returns:
-        (N, C + F, *) of x's dtype and memory format: x, then the statistic of each sample's group.
+        y: [N, C + num_channels, *] of x's dtype and memory format.
 
     Raises:
-        TypeError: x is not a floating-point tensor, group_size or num_channels is not an int.
-        ValueError: x has under 2 dimensions, group_size or num_channels is under 1,
-            num_channels does not divide C, or impl cannot run.
+        TypeError, ValueError: an argument is not as above. RuntimeError: impl cannot run here.
 
-    Gradients: any order in x. Source: Karras et al. 2018 (arXiv:1710.10196), section 3.
+    Gradients: in x, of any order. The first is a kernel; those above are composed of PyTorch's.
+    Saves x.
+    Source: Karras et al. 2018, "Progressive Growing of GANs", section 3.
     """
     _check(x, group_size, num_channels)
-    return minibatch_stddev_reference(x, group_size, num_channels)
+    chosen = _impl.choose("minibatch_stddev", impl, x)
+    if chosen == "reference":
+        return minibatch_stddev_reference(x, group_size, num_channels)
+    return _MinibatchStddev.apply(x, _groups(x.shape[0], group_size), num_channels, chosen)
 
 
-def _check(x: torch.Tensor, group_size: int | None, num_channels: int) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"minibatch_stddev: x must be a tensor, got {type(x).__name__}")
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"minibatch_stddev: x must be a floating-point tensor, got {x.dtype}")
-    if x.ndim < 2:
+def _check(x: Tensor, group_size: int | None, num_channels: int) -> None:
+    _impl.check_float("minibatch_stddev", "x", x)
+    if x.dim() < 2 or x.shape[1] == 0:
         raise ValueError(
-            f"minibatch_stddev: x must be (N, C, *), got {x.ndim} dimensions {tuple(x.shape)}"
+            f"minibatch_stddev: x must be (N, C, *) with at least one channel, got {tuple(x.shape)}"
         )
     for name, value, wanted in (
         ("group_size", group_size, "an int or None"),
@@ -71,31 +77,251 @@ def _check(x: torch.Tensor, group_size: int | None, num_channels: int) -> None:
         )
 
 
-def minibatch_stddev_reference(
-    x: torch.Tensor, group_size: int | None = 4, num_channels: int = 1
-) -> torch.Tensor:
-    """The formula of `minibatch_stddev` in plain PyTorch, differentiable to any order."""
-    n = x.shape[0]
-    groups = _groups(n, group_size)
-    if n % max(groups, 1) == 0:
-        stat = _group_stat(x, groups, num_channels)  # [M, F]
-    else:
-        stat = torch.cat([_group_stat(x[m::groups], 1, num_channels) for m in range(groups)])
-    stat = stat[torch.arange(n, device=x.device) % max(groups, 1)]  # [N, F]
-    planes = stat.reshape(n, num_channels, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
-    return torch.cat([x, planes.to(x.dtype)], dim=1)
-
-
 def _groups(n: int, group_size: int | None) -> int:
     """M, the number of groups of n samples."""
-    return min(n, 1) if group_size is None else -(-n // group_size)
+    return 1 if group_size is None else max(1, -(-n // group_size))
 
 
-def _group_stat(x: torch.Tensor, groups: int, num_channels: int) -> torch.Tensor:
+# --- Reference: plain PyTorch, differentiable to any order.
+
+
+def minibatch_stddev_reference(
+    x: Tensor, group_size: int | None = 4, num_channels: int = 1
+) -> Tensor:
+    """The formula in PyTorch operations, in float32 for 16-bit types."""
+    n, groups = x.shape[0], _groups(x.shape[0], group_size)
+    if n % groups == 0:
+        statistic = _statistic(x, groups, num_channels)
+    else:
+        parts = [_statistic(x[m::groups], 1, num_channels) for m in range(groups)]
+        statistic = torch.cat(parts)
+    statistic = statistic.repeat(-(-n // groups), 1)[:n]  # [N, F]: sample n has group n mod M
+    planes = statistic.reshape(n, num_channels, *[1] * (x.dim() - 2))
+    return torch.cat([x, planes.expand(-1, -1, *x.shape[2:]).to(x.dtype)], dim=1)
+
+
+def _statistic(x: Tensor, groups: int, num_channels: int) -> Tensor:
+    """[M, F], of groups of one size."""
     n, c = x.shape[:2]
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    size = n // max(groups, 1)
-    channels = c // num_channels
-    x = x.reshape(size, groups, num_channels, channels, *x.shape[2:])  # [G, M, F, C/F, *]
-    std = (x.var(0, unbiased=False) + EPS).sqrt() if size else x.sum(0)
-    return std.flatten(2).mean(2)  # [M, F]
+    x = x.reshape(n // groups, groups, num_channels, c // num_channels, *x.shape[2:])
+    x = x - x.mean(0)  # [G, M, F, C / F, *]
+    return (x.square().mean(0) + EPS).sqrt().flatten(2).mean(2)
+
+
+def _bwd_reference(dy: Tensor, x: Tensor, groups: int, num_channels: int) -> Tensor:
+    """What minibatch_stddev_bwd computes, differentiably: csrc/kernels/minibatch_stddev.cu."""
+    n, c = x.shape[:2]
+    parts = []
+    for m in range(groups):
+        size = len(range(m, n, groups))
+        v = x[m::groups].to(torch.promote_types(x.dtype, torch.float32))
+        v = v.reshape(size, num_channels, -1)  # [G, F, C / F * pixels]
+        slope = dy[m::groups, c:].to(v.dtype).reshape(size, num_channels, -1).sum((0, 2))
+        v = v - v[0].detach()  # exact where samples are near each other, unlike x - mean
+        v = v - v.mean(0)
+        std = (v.square().mean(0) + EPS).sqrt()
+        parts.append(v / std * (slope / (size * v.shape[2]))[:, None])
+    order = [i for m in range(groups) for i in range(m, n, groups)]
+    place = torch.tensor(order, device=x.device).argsort()
+    return dy[:, :c] + torch.cat(parts)[place].reshape(x.shape).to(x.dtype)
+
+
+# --- Triton. A program takes BLOCK positions of every sample of a group; the statistic, of few
+# numbers, is finished by PyTorch.
+
+if _impl.triton is not None:
+    BLOCK = 1024
+
+    @triton.jit
+    def minibatch_stddev_fwd_kernel(
+        x_ptr, y_ptr, sums_ptr, N, M, F, L, x_sample, y_sample,
+        ROW: tl.constexpr, Y_ROW: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        # Positions of one statistic: L of them, in rows of ROW that lie Y_ROW apart in y and
+        # F * ROW in x; ROW is 0 where they are one row.
+        m = tl.program_id(0) // F
+        f = tl.program_id(0) % F
+        i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < L
+        if ROW == 0:
+            x_at = x_ptr + f * L + i
+            y_at = y_ptr + f * L + i
+        else:
+            x_at = x_ptr + (i // ROW) * F * ROW + f * ROW + i % ROW
+            y_at = y_ptr + (i // ROW) * Y_ROW + f * ROW + i % ROW
+        origin = tl.load(x_at + m.to(tl.int64) * x_sample, mask=inside, other=0.0).to(tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        square = tl.zeros([BLOCK], tl.float32)
+        size = (N - m + M - 1) // M
+        for n in range(m, N, M):
+            x = tl.load(x_at + n.to(tl.int64) * x_sample, mask=inside, other=0.0)
+            tl.store(y_at + n.to(tl.int64) * y_sample, x, mask=inside)
+            d = x.to(tl.float32) - origin
+            total += d
+            square += d * d
+        d = total / size
+        var = tl.maximum(square / size - d * d, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        std = tl.where(inside, tl.sqrt(var + 1e-8), 0.0)
+        tl.store(sums_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(std))
+
+    @triton.jit
+    def minibatch_stddev_bwd_kernel(
+        dy_ptr, x_ptr, slope_ptr, dx_ptr, N, M, F, L, x_sample, y_sample,
+        ROW: tl.constexpr, Y_ROW: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        m = tl.program_id(0) // F
+        f = tl.program_id(0) % F
+        i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < L
+        if ROW == 0:
+            x_at = f * L + i
+            y_at = f * L + i
+        else:
+            x_at = (i // ROW) * F * ROW + f * ROW + i % ROW
+            y_at = (i // ROW) * Y_ROW + f * ROW + i % ROW
+        first = x_ptr + x_at + m.to(tl.int64) * x_sample
+        origin = tl.load(first, mask=inside, other=0.0).to(tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        square = tl.zeros([BLOCK], tl.float32)
+        size = (N - m + M - 1) // M
+        for n in range(m, N, M):
+            x = tl.load(x_ptr + x_at + n.to(tl.int64) * x_sample, mask=inside, other=0.0)
+            d = x.to(tl.float32) - origin
+            total += d
+            square += d * d
+        mean = total / size
+        var = tl.maximum(square / size - mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        factor = tl.load(slope_ptr + tl.program_id(0)) / tl.sqrt(var + 1e-8)
+        for n in range(m, N, M):
+            x = tl.load(x_ptr + x_at + n.to(tl.int64) * x_sample, mask=inside, other=0.0)
+            dy = tl.load(dy_ptr + y_at + n.to(tl.int64) * y_sample, mask=inside, other=0.0)
+            dx = dy.to(tl.float32) + factor * ((x.to(tl.float32) - origin) - mean)
+            at = dx_ptr + x_at + n.to(tl.int64) * x_sample
+            tl.store(at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+    def _layout(x: Tensor) -> torch.memory_format:
+        nhwc = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        return torch.channels_last if nhwc and not x.is_contiguous() else torch.contiguous_format
+
+    def _arguments(x: Tensor, groups: int, num_channels: int) -> tuple[dict[str, int], int]:
+        """What both kernels take, and the programs of a group."""
+        n, c = x.shape[:2]
+        pixels = x[0, 0].numel()
+        last = not x.is_contiguous()
+        arguments = {
+            "N": n,
+            "M": groups,
+            "F": num_channels,
+            "L": c // num_channels * pixels,
+            "x_sample": c * pixels,
+            "y_sample": (c + num_channels) * pixels,
+            "ROW": c // num_channels if last else 0,
+            "Y_ROW": c + num_channels if last else 0,
+            "BLOCK": BLOCK,
+        }
+        return arguments, triton.cdiv(c // num_channels * pixels, BLOCK)
+
+    @torch.library.triton_op("gankern_triton::minibatch_stddev", mutates_args=())
+    def _triton_fwd(x: Tensor, groups: int, num_channels: int) -> Tensor:
+        layout = _layout(x)
+        x = x.contiguous(memory_format=layout)
+        n, c = x.shape[:2]
+        shape = (n, c + num_channels, *x.shape[2:])
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        if x.numel() == 0:
+            return y
+        arguments, programs = _arguments(x, groups, num_channels)
+        sums = torch.empty(groups, num_channels, programs, device=x.device)
+        torch.library.wrap_triton(minibatch_stddev_fwd_kernel)[(groups * num_channels, programs)](
+            x, y, sums, **arguments
+        )
+        statistic = sums.sum(2) / arguments["L"]
+        statistic = statistic.repeat(-(-n // groups), 1)[:n].to(x.dtype)
+        y[:, c:] = statistic.reshape(n, num_channels, *[1] * (x.dim() - 2))
+        return y
+
+    @torch.library.triton_op("gankern_triton::minibatch_stddev_bwd", mutates_args=())
+    def _triton_bwd(dy: Tensor, x: Tensor, groups: int, num_channels: int) -> Tensor:
+        layout = _layout(x)
+        x, dy = x.contiguous(memory_format=layout), dy.contiguous(memory_format=layout)
+        dx = torch.empty_like(x)
+        if x.numel() == 0:
+            return dx
+        n, c = x.shape[:2]
+        arguments, programs = _arguments(x, groups, num_channels)
+        slope = dy[:, c:].to(torch.float32).reshape(n, num_channels, -1).sum(2)
+        size = -(-n // groups)
+        slope = torch.nn.functional.pad(slope, (0, 0, 0, size * groups - n))
+        counts = (n - torch.arange(groups, device=x.device) + groups - 1) // groups
+        slope = slope.reshape(size, groups, num_channels).sum(0) / (
+            counts[:, None] * arguments["L"]
+        )
+        torch.library.wrap_triton(minibatch_stddev_bwd_kernel)[(groups * num_channels, programs)](
+            dy, x, slope, dx, **arguments
+        )
+        return dx
+
+
+# --- Shape functions of the registered ops.
+
+
+def _fake_fwd(x, groups, num_channels):
+    n, c = x.shape[:2]
+    last = x.dim() == 4 and not x.is_contiguous()
+    last = last and x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    shape = (n, c + num_channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _fake_bwd(dy, x, groups, num_channels):
+    return torch.empty_like(x)
+
+
+_impl.register_fake("minibatch_stddev", _fake_fwd)
+_impl.register_fake("minibatch_stddev_bwd", _fake_bwd)
+
+
+# --- Autograd, once for all implementations.
+
+
+class _MinibatchStddev(torch.autograd.Function):
+    """y from x."""
+
+    @staticmethod
+    def forward(x, groups, num_channels, impl):
+        return _impl.op(impl, "minibatch_stddev")(x, groups, num_channels)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output) -> None:
+        x, *ctx.args = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy):  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return _MinibatchStddevBwd.apply(dy, x, *ctx.args), None, None, None
+
+
+class _MinibatchStddevBwd(torch.autograd.Function):
+    """dx from dy and x; its own gradient is composed of PyTorch's operations."""
+
+    @staticmethod
+    def forward(dy, x, groups, num_channels, impl):
+        return _impl.op(impl, "minibatch_stddev_bwd")(dy, x, groups, num_channels)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output) -> None:
+        dy, x, groups, num_channels, _ = inputs
+        ctx.save_for_backward(dy, x)
+        ctx.args = (groups, num_channels)
+
+    @staticmethod
+    def backward(ctx: Any, g):  # type: ignore[override]
+        with torch.enable_grad():
+            inputs = [t.view_as(t) for t in ctx.saved_tensors]
+            dx = _bwd_reference(*inputs, *ctx.args)
+            wanted = [t for t in inputs if t.requires_grad]
+            found = iter(torch.autograd.grad(dx, wanted, g, create_graph=True))
+        return (*(next(found) if t.requires_grad else None for t in inputs), None, None, None)

@@ -1,0 +1,93 @@
+// minibatch_stddev for the dispatcher: checks, allocation, launch. The contract is
+// gankern/ops/minibatch_stddev.py.
+#include "common.h"
+
+GANKERN_KERNEL(int64_t, minibatch_stddev_workspace, int dtype, int64_t N, int64_t C, int64_t pixels,
+               int64_t M, int64_t F, bool channels_last)
+GANKERN_KERNEL(int, minibatch_stddev, int dtype, const void* x, void* y, void* workspace, int64_t N,
+               int64_t C, int64_t pixels, int64_t M, int64_t F, bool channels_last, void* stream)
+GANKERN_KERNEL(int, minibatch_stddev_bwd, int dtype, const void* dy, const void* x, void* dx,
+               int64_t N, int64_t C, int64_t pixels, int64_t M, int64_t F, bool channels_last,
+               void* stream)
+
+namespace gankern {
+namespace {
+
+constexpr const char* kOp = "minibatch_stddev";
+
+int check(const Tensor& x, int64_t groups, int64_t num_channels) {
+  STD_TORCH_CHECK(x.dim() >= 2, kOp, ": x must be (N, C, *), got ", x.dim(), " dimensions");
+  STD_TORCH_CHECK(num_channels >= 1 && x.size(1) >= 1 && x.size(1) % num_channels == 0, kOp,
+                  ": num_channels must divide the ", x.size(1), " channels of x, got ",
+                  num_channels);
+  STD_TORCH_CHECK(groups >= 1 && (x.size(0) == 0 || groups <= x.size(0)), kOp,
+                  ": groups must be in [1, ", x.size(0), "], got ", groups);
+  STD_TORCH_CHECK(x.size(0) < (int64_t(1) << 31), kOp, ": x must have under 2**31 samples");
+  return dtype_code(kOp, "x", x);
+}
+
+// Uninitialised and of `channels` channels, otherwise like x, which is contiguous or channels-last.
+Tensor empty_with_channels(const Tensor& x, int64_t channels, bool last) {
+  if (last)
+    return torch::stable::transpose(
+        torch::stable::transpose(
+            torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(3), channels}), 2, 3),
+        1, 2);
+  std::vector<int64_t> sizes{x.size(0), channels};
+  for (int64_t d = 2; d < x.dim(); d++) sizes.push_back(x.size(d));
+  return torch::stable::new_empty(x, sizes);
+}
+
+Tensor forward(const Tensor& x_in, int64_t groups, int64_t num_channels) {
+  const int code = check(x_in, groups, num_channels);
+  const bool last = is_channels_last(x_in);
+  const Tensor x = last ? x_in : torch::stable::contiguous(x_in);
+  const int64_t n = x.size(0), c = x.size(1);
+  const int64_t pixels = x.numel() ? x.numel() / (n * c) : 0;
+  Tensor y = empty_with_channels(x, c + num_channels, last);
+  const int64_t bytes =
+      kernels::minibatch_stddev_workspace(code, n, c, pixels, groups, num_channels, last);
+  Tensor workspace = empty_1d(x, (bytes + 3) / 4, ScalarType::Float);
+  const Launch launch(x);
+  launch.check(kOp, kernels::minibatch_stddev(code, x.const_data_ptr(), y.mutable_data_ptr(),
+                                              workspace.mutable_data_ptr(), n, c, pixels, groups,
+                                              num_channels, last, launch.stream));
+  return y;
+}
+
+Tensor backward(const Tensor& dy_in, const Tensor& x_in, int64_t groups, int64_t num_channels) {
+  const int code = check(x_in, groups, num_channels);
+  const bool last = is_channels_last(x_in);
+  const Tensor x = last ? x_in : torch::stable::contiguous(x_in);
+  const int64_t n = x.size(0), c = x.size(1);
+  STD_TORCH_CHECK(dy_in.dim() == x.dim() && dy_in.size(0) == n &&
+                      dy_in.size(1) == c + num_channels &&
+                      dy_in.numel() * c == x.numel() * (c + num_channels) &&
+                      dy_in.scalar_type() == x.scalar_type(),
+                  kOp, ": dy must have y's shape and dtype");
+  const Tensor dy = !last ? torch::stable::contiguous(dy_in)
+                    : is_channels_last(dy_in)
+                        ? dy_in
+                        : laid_out_like(dy_in, empty_with_channels(x, c + num_channels, last));
+  Tensor dx = torch::stable::empty_like(x);
+  const int64_t pixels = x.numel() ? x.numel() / (n * c) : 0;
+  const Launch launch(x);
+  launch.check(kOp, kernels::minibatch_stddev_bwd(code, dy.const_data_ptr(), x.const_data_ptr(),
+                                                  dx.mutable_data_ptr(), n, c, pixels, groups,
+                                                  num_channels, last, launch.stream));
+  return dx;
+}
+
+}  // namespace
+
+GANKERN_SCHEMAS(m) {
+  m.def("minibatch_stddev(Tensor x, int groups, int num_channels) -> Tensor");
+  m.def("minibatch_stddev_bwd(Tensor dy, Tensor x, int groups, int num_channels) -> Tensor");
+}
+
+GANKERN_IMPLS(m) {
+  m.impl("minibatch_stddev", TORCH_BOX(&forward));
+  m.impl("minibatch_stddev_bwd", TORCH_BOX(&backward));
+}
+
+}  // namespace gankern

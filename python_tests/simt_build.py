@@ -5,9 +5,9 @@
     kernels()   # every launcher of csrc/kernels, over numpy arrays
     load_ops()  # torch.ops.gankern_simt.<op>, over CPU tensors
 
-The variant is GANKERN_SIMT: plain (default), asan (bounds) or race (races, unwritten memory, counters). One
-process has one variant. From a shell, `python python_tests/simt_build.py race test_upfirdn2d.py -x` runs
-pytest under one; without further arguments it only builds.
+The variant is GANKERN_SIMT: plain (default), asan (bounds) or race (races, unwritten memory,
+counters). One process has one variant. From a shell, `python python_tests/simt_build.py race
+test_upfirdn2d.py -x` runs pytest under one; without further arguments it only builds.
 """
 
 from __future__ import annotations
@@ -63,8 +63,10 @@ def tool(name: str) -> str:
 
 @functools.cache
 def build(name: str, *, strict: bool = False) -> Path:
-    """Builds a variant, or "torch": the ops of all variants. Returns its folder. Kernels that fail to compile are left out, with a
-    warning; with strict they are an error."""
+    """Builds a variant, or "torch": the ops of all variants. Returns its folder.
+
+    Kernels that fail to compile are left out, with a warning; with strict they are an error.
+    """
     out = folder(name)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as lock:  # one build at a time in a folder
@@ -72,7 +74,10 @@ def build(name: str, *, strict: bool = False) -> Path:
         if not (out / "build.ninja").exists():
             torch = find_torch()
             command = [tool("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(out)]
-            command += [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}"]
+            command += [
+                f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+                f"-DPython_EXECUTABLE={sys.executable}",
+            ]
             if name == "torch":
                 command += ["-DGANKERN_SIMT=OFF", f"-DGANKERN_TORCH={torch[0] if torch else ''}"]
             else:
@@ -148,8 +153,12 @@ def environment(name: str) -> dict[str, str]:
     env = os.environ | {"GANKERN_SIMT": name}
     if name == "asan":
         # Python is not built with AddressSanitizer, so its library has to come first.
-        asan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True)
-        stdcxx = subprocess.run(["g++", "-print-file-name=libstdc++.so"], capture_output=True, text=True)
+        asan = subprocess.run(
+            ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True
+        )
+        stdcxx = subprocess.run(
+            ["g++", "-print-file-name=libstdc++.so"], capture_output=True, text=True
+        )
         env["LD_PRELOAD"] = f"{asan.stdout.strip()} {stdcxx.stdout.strip()}"
         env["ASAN_OPTIONS"] = "detect_leaks=0:halt_on_error=0:allocator_may_return_null=1"
     return env

@@ -1,5 +1,5 @@
-"""csrc/simt on toy kernels: each planted bug is reported with its file and line, correct twins pass, and
-counters are what a hand computes. Every variant runs all its cases in one process of its own.
+"""csrc/simt on toy kernels: each planted bug is reported with its file and line, correct twins
+pass, and counters are what a hand computes. Every variant runs its cases in one process of its own.
 
 As a script (ctest does this): test_simt.py BUILD_FOLDER
 """
@@ -162,7 +162,7 @@ def ticket_without_barrier(toys, simt):
     ticket(toys.ticket_without_barrier, simt)
 
 
-@case("race", message="race on global memory, byte 0 of argument 0", places="atomic_race_add atomic_race_read")
+@case("race", message="race on global memory, byte 0", places="atomic_race_add atomic_race_read")
 def atomic_race(toys, simt):
     toys.atomic_race(zeros(simt, 1, np.int32), zeros(simt, 64, np.int32))
 
@@ -491,7 +491,8 @@ else:
         return of
 
     @pytest.mark.parametrize(
-        ("variant", "name"), [(v, name) for v in EVERY for name in CASES if v in CASES[name].variants]
+        ("variant", "name"),
+        [(v, name) for v in EVERY for name, c in CASES.items() if v in c.variants],
     )
     def test_case(outcomes, variant, name):
         assert not outcomes(variant)[name]

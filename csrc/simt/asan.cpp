@@ -24,9 +24,9 @@ static bool clean(uintptr_t p, size_t size) {
     return start;
   }();
   const char* shadow = reinterpret_cast<const char*>(offset);
-  return size <= 8 ? !shadow[p >> 3] && !shadow[(p + size - 1) >> 3]
-                   : size == 16 && !shadow[p >> 3] && !shadow[(p + 8) >> 3] &&
-                         !shadow[(p + 15) >> 3];
+  return size <= 8
+             ? !shadow[p >> 3] && !shadow[(p + size - 1) >> 3]
+             : size == 16 && !shadow[p >> 3] && !shadow[(p + 8) >> 3] && !shadow[(p + 15) >> 3];
 }
 
 static void check(const void* p, size_t size, bool write, const void* pc) {

@@ -82,9 +82,9 @@ static void check_global(const Access& a) {
   const auto begin = f->written.begin() + (a.address - f->range.begin);
   if (!a.write || a.atomic)
     if (std::find(begin, begin + a.size, false) != begin + a.size)
-      suspect("read of unwritten " + describe_place(a.address, false) + ", " + std::to_string(a.size) +
-               " bytes",
-           a.pc);
+      suspect("read of unwritten " + describe_place(a.address, false) + ", " +
+                  std::to_string(a.size) + " bytes",
+              a.pc);
   if (a.write) std::fill(begin, begin + a.size, true);
 }
 

@@ -19,7 +19,9 @@ def candidates() -> Iterator[Path]:
         yield from sorted(Path(site).glob("nvidia/cu*/include"))
     if nvcc := shutil.which("nvcc"):
         # A wrapper script knows better than its own place where the toolkit lies.
-        told = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+        told = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
+        )
         if top := re.search(r"^#\$ TOP=(.+)$", told.stderr, re.MULTILINE):
             yield Path(top[1].strip()) / "include"
 

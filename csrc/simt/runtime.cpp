@@ -40,7 +40,8 @@ static std::string report(const std::string& what, const void* place) {
   if (running.self) text += "\n  by " + thread_name(running.self->id);
   return text + (running.self ? " of " : "\n  in ") + block_name(running.block) + "\n  kernel " +
          function_name(launch.kernel) + ", grid " + show(launch.grid) + ", block " +
-         show(launch.block) + ", " + std::to_string(launch.smem) + " bytes of dynamic shared memory";
+         show(launch.block) + ", " + std::to_string(launch.smem) +
+         " bytes of dynamic shared memory";
 }
 
 void suspect(const std::string& what, const void* place) {

@@ -61,7 +61,8 @@ std::string function_name(const void* function);
 #define SIMT_COUNTERS(X)                                                                          \
   X(launches)                                                                                     \
   X(blocks)                                                                                       \
-  X(threads) X(barriers) X(warp_collectives) X(global_load_bytes) X(global_load_requests)         \
+  X(threads)                                                                                      \
+  X(barriers) X(warp_collectives) X(global_load_bytes) X(global_load_requests)                    \
       X(global_load_sectors) X(global_load_used_bytes) X(global_store_bytes)                      \
           X(global_store_requests) X(global_store_sectors) X(global_store_used_bytes)             \
               X(global_atomics) X(unique_load_bytes) X(unique_load_sectors) X(unique_store_bytes) \
@@ -100,7 +101,7 @@ void launch_begins();
 void block_begins();
 void barrier();                             // every thread of the block has arrived
 void rendezvous(int warp, unsigned lanes);  // these lanes have met
-void warp_pauses();                 // no lane of the running warp can go on
+void warp_pauses();                         // no lane of the running warp can go on
 void fence();
 void atomic(const void* p, int size, const void* pc);
 void written_by_host(const void* p, size_t bytes);

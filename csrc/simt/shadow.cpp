@@ -98,8 +98,8 @@ static void touch(Cell& cell, const Access& a, const Event& now) {
   };
   if (a.shared && !a.write && cell.write.block != now.block)
     suspect("read of unwritten " + describe_place(a.address, true) + ", " + std::to_string(a.size) +
-             " bytes",
-         a.pc);
+                " bytes",
+            a.pc);
   if (clashes(cell.write)) race(a, cell.write, true);
   if (!a.write) {
     Event& first = cell.reads[0];

@@ -29,8 +29,8 @@
 #define SIMT_INLINE inline __attribute__((always_inline))
 #define SIMT_UNCHECKED __attribute__((noinline, no_sanitize("thread", "address")))
 
-// The runtime sets these before it resumes a thread; to a kernel they are constants. (All uint3: reads
-// of a dim3, which has a constructor, would count as accesses.)
+// The runtime sets these before it resumes a thread; to a kernel they are constants. (All uint3:
+// reads of a dim3, which has a constructor, would count as accesses.)
 extern const uint3 threadIdx __asm__("simt_threadIdx");
 extern const uint3 blockIdx __asm__("simt_blockIdx");
 extern const uint3 blockDim __asm__("simt_blockDim");

@@ -526,10 +526,15 @@ __global__ void __launch_bounds__(kThreads<T>, 2)
   A* noises = dys + o_rows * kPlanes * a.pitch2;  // NCHW
   const Place at = place<kLast>(a.lanes_log2);
   const int pieces = (x_cols + 2 * V - 2) / V, pieces2 = (o_cols + 2 * V - 2) / V;
-  // Rows and columns of dv whose sums are this block's.
-  const int own_r0 = tile_y ? row0 : 0, own_c0 = tile_x ? col0 : 0;
-  const int own_r1 = tile_y + 1 < tiles_y ? row0 + a.tile_h : a.out_h;
-  const int own_c1 = tile_x + 1 < a.tiles_x ? col0 + a.tile_w : a.out_w;
+  // First and last row, first and last column of dv whose sums are this block's. In shared memory,
+  // and fetched when needed, since the registers do not hold all.
+  __shared__ volatile int own[4];
+  if (threadIdx.x == 0) {
+    own[0] = tile_y ? row0 : 0;
+    own[1] = tile_y + 1 < tiles_y ? row0 + a.tile_h - 1 : a.out_h - 1;
+    own[2] = tile_x ? col0 : 0;
+    own[3] = tile_x + 1 < a.tiles_x ? col0 + a.tile_w - 1 : a.out_w - 1;
+  }
   load_taps(taps, a);
   for (int n = blockIdx.z; n < a.N; n += gridDim.z) {
     if (!kLast && a.noise) {
@@ -576,7 +581,7 @@ __global__ void __launch_bounds__(kThreads<T>, 2)
           const int row =
               static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(a.magic2) >> 20);
           const int lx = i - row * across, r = orow0 + row;
-          const bool row_own = r >= own_r0 && r < own_r1;
+          const bool row_own = r >= own[0] && r <= own[1];
           A pixel_noise = 0;
           if (kLast && a.noise && r >= 0 && r < a.out_h && ocol0 + lx >= 0 && ocol0 + lx < a.out_w)
             load_noise<T, true>(&pixel_noise, a, n, r, ocol0 + lx, 1);
@@ -593,7 +598,7 @@ __global__ void __launch_bounds__(kThreads<T>, 2)
               const A z = kLast ? pixel_noise : a.noise ? noises[cell] : A(0);
               // Outside of the image dy is zero, and so is dv.
               const A dv = grad<kPwl>(dys[cell], u[0][e] * k.d(q) + (z * k.s(q) + k.b(q)), p);
-              if (row_own && col >= own_c0 && col < own_c1) sums.add(kLast ? e : 0, dv, u[0][e], z);
+              if (row_own && col >= own[2] && col <= own[3]) sums.add(kLast ? e : 0, dv, u[0][e], z);
               dys[cell] = dv * k.d(q);
             }
           }

@@ -155,6 +155,27 @@ class _Convolution(torch.autograd.Function):
         return dx, dw, None, None, None, None
 
 
+class _WeightGate(torch.autograd.Function):
+    """The identity, through which no gradient passes within `no_weight_gradients`."""
+
+    @staticmethod
+    def forward(w):
+        return w.view_as(w)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, dw):  # type: ignore[override]
+        return dw if _weight_gradients else None
+
+
+def gate(w: Tensor) -> Tensor:
+    """w, as the operations take it whose gradient `no_weight_gradients` switches off."""
+    return _WeightGate.apply(w) if w.requires_grad and torch.is_grad_enabled() else w
+
+
 _weight_gradients = True
 
 

@@ -11,6 +11,7 @@ from gankern.ops.conv2d_resample import (
     check_conv,
     conv2d_resample,
     conv_dtype,
+    gate,
     no_weight_gradients,
 )
 
@@ -113,6 +114,7 @@ def _grouped(
     """All samples as groups of one convolution, with weights of their own."""
     n, i = x.shape[:2]
     o = weight.shape[0]
+    weight = gate(weight)
     w = weight * styles.to(weight.dtype)[:, None, :, None, None]  # [N, O, I, kh, kw]
     if demodulate:
         w = w * demod_coefs(weight, styles, impl=impl).to(w.dtype)[:, :, None, None, None]
@@ -128,6 +130,7 @@ def modulate(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Input and weights of the convolution, both in its dtype, and what scales its output."""
     dtype = conv_dtype(x)
+    weight = gate(weight)
     d = demod_coefs(weight, styles, impl=impl) if demodulate else None
     weight, styles, d = _into_range(weight, styles, d, dtype)
     d = None if d is None else d.to(torch.promote_types(dtype, torch.float32))

@@ -248,7 +248,7 @@ def test_setup_filter():
     assert torch.equal(setup_filter(None), torch.ones(1, 1))
     assert setup_filter(5).item() == 1
     assert setup_filter(torch.rand(2, 3)).shape == (2, 3)
-    with pytest.raises(ValueError, match="setup_filter: f must be a number or 1 or 2 dimensions"):
+    with pytest.raises(ValueError, match="setup_filter: f must be a number or have 1 or 2 dimensions"):
         setup_filter(torch.ones(1, 1, 1))
 
 

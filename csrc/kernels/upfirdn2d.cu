@@ -148,7 +148,8 @@ __global__ void __launch_bounds__(256) upfirdn2d_any_kernel(Args p) {
 template <int kUp, int kDown, int kTaps, bool kSeparable>
 struct Planes {
   static constexpr int kMeet = kTaps / kUp;                       // taps that meet an output
-  static constexpr int kRows = kUp == 4 ? 4 : kDown == 4 ? 1 : 2;  // output rows of a thread
+  // Output rows of a thread: one where the tile is large, for more threads to share it.
+  static constexpr int kRows = kUp == 4 ? 4 : kDown == 4 || (kDown == 2 && kSeparable) ? 1 : 2;
   static constexpr int kFilter = (kSeparable ? 2 * kTaps : kTaps * kTaps + 3) / 4 * 4;
   // Samples of one phase in the window of 4 outputs, and the floats of a shared-memory read.
   static constexpr int kWindow = kUp == 1 ? 3 + (kTaps + kDown - 1) / kDown : 4 / kUp + kMeet;
@@ -595,11 +596,11 @@ dim3 grid_of(const Args& p) {
 template <int kUp, int kDown, int kTaps, bool kSeparable>
 int launch_planes(Args p, void* stream) {
   using P = Planes<kUp, kDown, kTaps, kSeparable>;
-  const int x = pow2_between(ceil_div(p.w.out, 4), 1, kDown == 1 ? 32 : 16);
+  int x = pow2_between(ceil_div(p.w.out, 4), 1, kDown == 1 ? 32 : 16);
   int y = pow2_between(ceil_div(p.h.out, P::kRows), 32 / x, (kDown == 4 ? 128 : 256) / x);
   const int64_t wanted = sm_count();
   int shared = 0;
-  for (;; y /= 2) {
+  for (;;) {
     p.tile_w = 4 * x;
     p.tile_h = y * P::kRows;
     p.tiles_w = static_cast<int>(ceil_div(p.w.out, p.tile_w));
@@ -616,6 +617,8 @@ int launch_planes(Args p, void* stream) {
     shared = 4 * (P::kFilter + floats);
     const int64_t blocks = ceil_div(p.h.out, p.tile_h) * p.tiles_w * p.images;
     if (y * x <= 32 || (shared <= kSharedBytes && blocks >= wanted)) break;
+    // Fewer outputs a block: the squarer the tile, the smaller its halo.
+    (p.tile_w > 4 * p.tile_h && x > 8 ? x : y) /= 2;
   }
   p.log2_x = log2_of(x);
   GK_LAUNCH((upfirdn2d_planes_kernel<kUp, kDown, kTaps, kSeparable>), grid_of(p), dim3(x * y),
@@ -626,11 +629,11 @@ int launch_planes(Args p, void* stream) {
 template <typename T>
 int launch_any(Args p, void* stream) {
   using S = Acc<T>;
-  const int wanted_c = pow2_between(p.channels, 1, 16);
+  const int wanted_c = pow2_between(p.channels, 1, 32 / sizeof(T));  // a sector
   const int64_t blocks = sm_count();
   p.log2_c = log2_of(wanted_c);
-  p.tile_w = pow2_between(p.w.out, 1, p.channels > 1 ? 8 : 64);
-  p.tile_h = pow2_between(p.h.out, 1, p.channels > 1 ? 8 : 16);
+  p.tile_w = pow2_between(p.w.out, 1, p.channels > 1 ? 16 : 64);
+  p.tile_h = pow2_between(p.h.out, 1, 16);
   int64_t shared = 0;
   for (;;) {
     const int64_t ch = 1 << p.log2_c;

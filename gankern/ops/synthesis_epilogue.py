@@ -13,6 +13,12 @@ from gankern.ops.bias_act import ACTS, bias_act, bias_act_reference
 from gankern.ops.conv2d_resample import parse_padding
 from gankern.ops.upfirdn2d import upfirdn2d
 
+if _impl.triton is not None:
+    import triton
+    import triton.language as tl
+
+    from gankern.ops.bias_act import _act_slope, _act_value
+
 OP = "synthesis_epilogue"
 
 
@@ -183,6 +189,154 @@ def _composed(
     b = None if b is None else b.to(x.dtype)
     clamp = None if clamp < 0 else clamp
     return bias_act(x, b, 1, act, alpha, gain, clamp, impl=_usable("bias_act", impl, x)).to(dtype)
+
+
+# --- Triton.
+
+if _impl.triton is not None:
+
+    @triton.jit
+    def _filtered(
+        x_ptr, f_ptr, base, row, col, inside, H, W, stride, x0, y0, flip, filter_gain,
+        TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, SEPARABLE: tl.constexpr,
+    ):  # fmt: skip
+        """Filter(x) at pixels (row, col); stride: elements from a column to the next."""
+        u = tl.zeros(row.shape, tl.float32)
+        for ky in tl.static_range(TAPS_Y):
+            for kx in tl.static_range(TAPS_X):
+                fy = tl.where(flip, ky, TAPS_Y - 1 - ky)
+                fx = tl.where(flip, kx, TAPS_X - 1 - kx)
+                if SEPARABLE:
+                    tap = tl.load(f_ptr + fy) * tl.load(f_ptr + fx)
+                else:
+                    tap = tl.load(f_ptr + fy * TAPS_X + fx)
+                r, c = row + ky - y0, col + kx - x0
+                ok = inside & (r >= 0) & (r < H) & (c >= 0) & (c < W)
+                at = x_ptr + base + (r.to(tl.int64) * W + c) * stride
+                u += tap * tl.load(at, ok, 0.0).to(tl.float32)
+        return u * filter_gain
+
+    @triton.jit
+    def synthesis_epilogue_kernel(
+        x_ptr, dy_ptr, f_ptr, d_ptr, noise_ptr, strength_ptr, b_ptr, out_ptr, sums_ptr,
+        planes, C, H, W, out_h, out_w, x0, y0, flip, filter_gain, alpha, gain, clamp,
+        noise_step, strength_step,
+        TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, SEPARABLE: tl.constexpr, LAST: tl.constexpr,
+        HAS_F: tl.constexpr, HAS_D: tl.constexpr, HAS_NOISE: tl.constexpr,
+        HAS_STRENGTH: tl.constexpr, HAS_B: tl.constexpr, ACT: tl.constexpr, CLAMPED: tl.constexpr,
+        BACKWARD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    ):  # fmt: skip
+        # BLOCK pixels of one plane, or of BLOCK_C channels of a sample (channels-last).
+        # Forward: y. Backward: dL/d(filter(x)), and the sums of dv * u, dv and dv * noise.
+        part, parts = tl.program_id(0), tl.num_programs(0)
+        groups = tl.cdiv(C, BLOCK_C)
+        n = tl.program_id(1) // groups
+        c = tl.program_id(1) % groups * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+        pixel = part * BLOCK + tl.arange(0, BLOCK)[:, None]
+        inside = (pixel < out_h * out_w) & (c < C)
+        row, col = pixel // out_w + c * 0, pixel % out_w + c * 0
+        area, out_area = H.to(tl.int64) * W, out_h.to(tl.int64) * out_w
+        if LAST:
+            base, out, stride = n * area * C + c, (n * out_area + pixel) * C + c, C
+        else:
+            base, out, stride = (n * C + c) * area, (n * C + c) * out_area + pixel, 1
+        if HAS_F:
+            u = _filtered(x_ptr, f_ptr, base, row, col, inside, H, W, stride, x0, y0, flip,
+                          filter_gain, TAPS_Y, TAPS_X, SEPARABLE)  # fmt: skip
+        else:
+            u = tl.load(x_ptr + out, inside, 0.0).to(tl.float32)
+        d, v, z = 1.0, u, 0.0
+        if HAS_D:
+            d = tl.load(d_ptr + n * C + c, c < C, 0.0).to(tl.float32)
+            v = u * d
+        if HAS_NOISE:
+            z = tl.load(noise_ptr + n * noise_step + pixel, pixel < out_area, 0.0).to(tl.float32)
+            s = 1.0
+            if HAS_STRENGTH:
+                s = tl.load(strength_ptr + c * strength_step, c < C, 0.0).to(tl.float32)
+            v += z * s
+        if HAS_B:
+            v += tl.load(b_ptr + c, c < C, 0.0).to(tl.float32)
+        a = _act_value(v, ACT, alpha)
+        y = a * gain
+        if BACKWARD:
+            dv = tl.load(dy_ptr + out, inside, 0.0).to(tl.float32)
+            dv = dv * gain * _act_slope(a, v, ACT, alpha, True)
+            if CLAMPED:
+                dv = tl.where((y > -clamp) & (y < clamp), dv, 0.0)
+            dv = tl.where(inside, dv, 0.0)
+            tl.store(out_ptr + out, (dv * d).to(out_ptr.dtype.element_ty), inside)
+            at = sums_ptr + part * planes + n * C + c
+            step = parts * planes
+            tl.store(at, tl.sum(dv * u, 0)[None, :], c < C)
+            tl.store(at + step, tl.sum(dv, 0)[None, :], c < C)
+            tl.store(at + 2 * step, tl.sum(dv * z, 0)[None, :], c < C)
+        else:
+            if CLAMPED:
+                y = tl.where(y > clamp, clamp, tl.where(y < -clamp, -clamp, y))
+            tl.store(out_ptr + out, y.to(out_ptr.dtype.element_ty), inside)
+
+    def _launch(x, dy, f, d, noise, strength, b, out, y_shape, x0, y0, flip, filter_gain, act,
+                alpha, gain, clamp):  # fmt: skip
+        (n, c, h, w), (oh, ow) = x.shape, y_shape[2:]
+        last = _memory_format(x) == torch.channels_last
+        block_c = min(32, triton.next_power_of_2(c)) if last else 1
+        block = min(1024 // block_c, max(16, triton.next_power_of_2(oh * ow)))
+        grid = (triton.cdiv(oh * ow, block), n * triton.cdiv(c, block_c))
+        sums = torch.empty((3, grid[0], n, c) if dy is not None else (0,), device=x.device)
+        slope = {0: 1.0, 1: 0.0}.get(act, alpha)
+        given = [x if t is None else t.contiguous() for t in (f, d, noise, strength, b)]
+        torch.library.wrap_triton(synthesis_epilogue_kernel)[grid](
+            x, x if dy is None else dy, *given, out, sums, n * c, c, h, w, oh, ow, x0, y0, flip,
+            filter_gain, slope, gain, clamp,
+            0 if noise is None or noise.numel() == oh * ow else oh * ow,
+            0 if strength is None or strength.numel() == 1 else 1,
+            TAPS_Y=1 if f is None else f.shape[0], TAPS_X=1 if f is None else f.shape[-1],
+            SEPARABLE=f is not None and f.ndim == 1, LAST=last, HAS_F=f is not None,
+            HAS_D=d is not None, HAS_NOISE=noise is not None, HAS_STRENGTH=strength is not None,
+            HAS_B=b is not None, ACT=act, CLAMPED=clamp >= 0, BACKWARD=dy is not None,
+            BLOCK=block, BLOCK_C=block_c,
+        )  # fmt: skip
+        return sums
+
+    @torch.library.triton_op("gankern_triton::synthesis_epilogue", mutates_args=())
+    def _triton_fwd(
+        x: Tensor, f: Tensor | None, d: Tensor | None, noise: Tensor | None,
+        strength: Tensor | None, b: Tensor | None, x0: int, x1: int, y0: int, y1: int,
+        flip_filter: bool, filter_gain: float, act: int, alpha: float, gain: float, clamp: float,
+    ) -> Tensor:  # fmt: skip
+        x = x.contiguous(memory_format=_memory_format(x))
+        y = _fake_fwd(x, f, d, noise, strength, b, x0, x1, y0, y1)
+        if y.numel():
+            _launch(x, None, f, d, noise, strength, b, y, y.shape, x0, y0, flip_filter,
+                    filter_gain, act, alpha, gain, clamp)  # fmt: skip
+        return y
+
+    @torch.library.triton_op("gankern_triton::synthesis_epilogue_bwd", mutates_args=())
+    def _triton_bwd(
+        dy: Tensor, x: Tensor, f: Tensor | None, d: Tensor | None, noise: Tensor | None,
+        strength: Tensor | None, b: Tensor | None, x0: int, x1: int, y0: int, y1: int,
+        flip_filter: bool, filter_gain: float, act: int, alpha: float, gain: float, clamp: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        form = _memory_format(x)
+        x, dy = x.contiguous(memory_format=form), dy.contiguous(memory_format=form)
+        if dy.numel() == 0 or x.numel() == 0:
+            return _zeros_bwd(dy, x)
+        du = torch.empty_like(dy)
+        sums = _launch(x, dy, f, d, noise, strength, b, du, dy.shape, x0, y0, flip_filter,
+                       filter_gain, act, alpha, gain, clamp).sum(1)  # fmt: skip
+        if f is not None:
+            # The adjoint of a filter at one rate is the filter reversed.
+            taps_y, taps_x = f.shape[0], f.shape[-1]
+            pads = [taps_x - 1 - x0, taps_x - 1 - x1, taps_y - 1 - y0, taps_y - 1 - y1]
+            du = _impl.op("triton", "upfirdn2d")(
+                du, f, [1, 1], [1, 1], pads, not flip_filter, filter_gain
+            )
+        return du, sums[0], sums[1].sum(0), sums[2].sum(0)
+
+
+def _zeros_bwd(dy: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros_like(t) for t in _fake_bwd(dy, x))
 
 
 # --- Shape functions of the registered ops.

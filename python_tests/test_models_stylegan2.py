@@ -6,9 +6,11 @@ import torch
 from harness import DATA
 from torch import nn
 
+from gankern import models
 from gankern.models import stylegan2
 from gankern.nn import MappingNetwork
 from gankern.ops import _impl
+from gankern.training.config import TrainConfig
 
 TINY = {"channel_base": 32, "channel_max": 8, "mapping_layers": 2}
 
@@ -54,6 +56,19 @@ def test_has_the_published_number_of_parameters(size, config, g, d):
         G = stylegan2.Generator(resolution=(size, size), channel_base=base)
         D = stylegan2.Discriminator(resolution=(size, size), channel_base=base)
     assert (count(G), count(D)) == (g, d)
+
+
+def test_is_a_model_of_the_configuration():
+    config = TrainConfig(
+        model="stylegan2", z_dim=6, w_dim=8, channel_base=32, channel_max=4, mapping_layers=2,
+        resolution=(28, 28), channels=1,
+    )  # fmt: skip
+    G, D = models.build(config)
+    img = G(torch.randn(2, 6))
+    assert img.shape == (2, 1, 28, 28)
+    assert D(img).shape == (2, 1)
+    assert G.mapping.num_layers == 2
+    assert G.synthesis.b16.conv1.weight.shape == (2, 2, 3, 3)
 
 
 def test_starts_as_the_paper_says():

@@ -67,7 +67,8 @@ def make_levels(
     for i, size in enumerate(sizes):
         side = 4 << i
         dtype = low_dtype if i >= len(sizes) - num_fp16_res else None
-        levels.append(Level(f"b{side}", size, min(channel_base // side, channel_max), dtype))
+        width = max(1, min(channel_base // side, channel_max))
+        levels.append(Level(f"b{side}", size, width, dtype))
     return levels
 
 

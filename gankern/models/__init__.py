@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from gankern.models import dcgan, vanilla
+from gankern.models import dcgan, stylegan2, vanilla
 
 # What the generator and the discriminator of each model take from the configuration.
 MODELS: dict[str, tuple[type[nn.Module], dict[str, str], type[nn.Module], dict[str, str]]] = {
@@ -15,6 +15,18 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, str], type[nn.Module], dict[s
         {"z_dim": "z_dim", "width": "width"},
         dcgan.Discriminator,
         {"width": "d_width", "batch_norm": "d_batch_norm", "dropout": "d_dropout"},
+    ),
+    "stylegan2": (
+        stylegan2.Generator,
+        {
+            "z_dim": "z_dim",
+            "w_dim": "w_dim",
+            "mapping_layers": "mapping_layers",
+            "channel_base": "channel_base",
+            "channel_max": "channel_max",
+        },
+        stylegan2.Discriminator,
+        {"channel_base": "channel_base", "channel_max": "channel_max"},
     ),
     "vanilla": (
         vanilla.Generator,

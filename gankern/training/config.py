@@ -54,6 +54,12 @@ class TrainConfig:
     d_dropout: float = option(
         0.1, "Networks", "Share of D's activations set to zero.", at_least=0, at_most=0.99
     )
+    w_dim: int = option(512, "Networks", "StyleGAN2: length of the style vector.", at_least=1)
+    mapping_layers: int = option(8, "Networks", "StyleGAN2: layers from z to w.", at_least=1)
+    channel_base: int = option(
+        16384, "Networks", "StyleGAN2: channels of a level times its side.", at_least=1
+    )
+    channel_max: int = option(512, "Networks", "StyleGAN2: most channels of a level.", at_least=1)
 
     kimg: float = option(
         100.0, "Training", "Length: real images shown to D.", unit="thousand images", at_least=0.001

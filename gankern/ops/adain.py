@@ -46,7 +46,9 @@ def adain(
     chosen = _impl.choose("adain", impl, x)
     if chosen == "reference":
         return adain_reference(x, scale, shift, eps)
-    return _Adain.apply(x, scale, shift, float(eps), chosen)[0]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, scale, shift)):
+        return _Adain.apply(x, scale, shift, float(eps), chosen)
+    return _impl.op(chosen, "adain")(x, scale, shift, float(eps))[0]
 
 
 def _check(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> None:
@@ -247,46 +249,43 @@ _impl.register_fake("adain_bwd", _fake_bwd)
 
 
 class _Adain(torch.autograd.Function):
-    """y, and each plane's mean and rstd for the gradient, from x, scale and shift."""
+    """y from x, scale and shift; keeps each plane's mean and rstd for the gradient."""
 
     @staticmethod
-    def forward(x, scale, shift, eps, impl):
-        return _impl.op(impl, "adain")(x, scale, shift, eps)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs, output) -> None:
-        x, scale, _, *ctx.args = inputs
-        _, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
+    def forward(ctx: Any, x, scale, shift, eps, impl):
+        y, mean, rstd = _impl.op(impl, "adain")(x, scale, shift, eps)
         ctx.save_for_backward(x, scale, mean, rstd)
+        ctx.args = (eps, impl)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy, *_):  # type: ignore[override]
-        dx, dscale, dshift = _AdainBwd.apply(dy, *ctx.saved_tensors, *ctx.args)
-        return dx, dscale, dshift, None, None
+    def backward(ctx: Any, dy):
+        if torch.is_grad_enabled():
+            grads = _AdainBwd.apply(dy, *ctx.saved_tensors, *ctx.args)
+        else:
+            grads = _impl.op(ctx.args[-1], "adain_bwd")(dy, *ctx.saved_tensors)
+        return (*grads, None, None)
 
 
 class _AdainBwd(torch.autograd.Function):
     """dx, dscale and dshift from dy; its own gradient is composed of PyTorch's operations."""
 
     @staticmethod
-    def forward(dy, x, scale, mean, rstd, eps, impl):
+    def forward(ctx: Any, dy, x, scale, mean, rstd, eps, impl):
+        ctx.save_for_backward(dy, x, scale)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
         return _impl.op(impl, "adain_bwd")(dy, x, scale, mean, rstd)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs, output) -> None:
-        dy, x, scale, _, _, ctx.eps, _ = inputs
-        ctx.save_for_backward(dy, x, scale)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads):  # type: ignore[override]
+    def backward(ctx: Any, *grads):
         nothing = (None,) * 4
         if all(g is None for g in grads):
             return None, None, None, *nothing
         with torch.enable_grad():
             inputs = [t.view_as(t) for t in ctx.saved_tensors]
-            outputs = _bwd_reference(*inputs, ctx.eps)
+            dy, x, scale = inputs
+            outputs = _bwd_reference(dy, x, scale, ctx.eps)
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
             wanted = [t for t in inputs if t.requires_grad]
             found = iter(

@@ -50,7 +50,10 @@ def minibatch_stddev(
     chosen = _impl.choose("minibatch_stddev", impl, x)
     if chosen == "reference":
         return minibatch_stddev_reference(x, group_size, num_channels)
-    return _MinibatchStddev.apply(x, _groups(x.shape[0], group_size), num_channels, chosen)
+    groups = _groups(x.shape[0], group_size)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _MinibatchStddev.apply(x, groups, num_channels, chosen)
+    return _impl.op(chosen, "minibatch_stddev")(x, groups, num_channels)
 
 
 def _check(x: Tensor, group_size: int | None, num_channels: int) -> None:
@@ -140,8 +143,9 @@ if _impl.triton is not None:
     ):  # fmt: skip
         # Positions of one statistic: L of them, in rows of ROW that lie Y_ROW apart in y and
         # F * ROW in x; ROW is 0 where they are one row.
-        m = tl.program_id(0) // F
-        f = tl.program_id(0) % F
+        group = tl.program_id(0).to(tl.int64)
+        m = group // F
+        f = group % F
         i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = i < L
         if ROW == 0:
@@ -150,13 +154,14 @@ if _impl.triton is not None:
         else:
             x_at = x_ptr + (i // ROW) * F * ROW + f * ROW + i % ROW
             y_at = y_ptr + (i // ROW) * Y_ROW + f * ROW + i % ROW
-        origin = tl.load(x_at + m.to(tl.int64) * x_sample, mask=inside, other=0.0).to(tl.float32)
+        origin = tl.load(x_at + m * x_sample, mask=inside, other=0.0).to(tl.float32)
         total = tl.zeros([BLOCK], tl.float32)
         square = tl.zeros([BLOCK], tl.float32)
-        size = (N - m + M - 1) // M
-        for n in range(m, N, M):
-            x = tl.load(x_at + n.to(tl.int64) * x_sample, mask=inside, other=0.0)
-            tl.store(y_at + n.to(tl.int64) * y_sample, x, mask=inside)
+        size = (N - m + M - 1).to(tl.int32) // M
+        for k in range(0, size):
+            n = m + k * M
+            x = tl.load(x_at + n * x_sample, mask=inside, other=0.0)
+            tl.store(y_at + n * y_sample, x, mask=inside)
             d = x.to(tl.float32) - origin
             total += d
             square += d * d
@@ -170,8 +175,9 @@ if _impl.triton is not None:
         dy_ptr, x_ptr, slope_ptr, dx_ptr, N, M, F, L, x_sample, y_sample,
         ROW: tl.constexpr, Y_ROW: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        m = tl.program_id(0) // F
-        f = tl.program_id(0) % F
+        group = tl.program_id(0).to(tl.int64)
+        m = group // F
+        f = group % F
         i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = i < L
         if ROW == 0:
@@ -180,24 +186,26 @@ if _impl.triton is not None:
         else:
             x_at = (i // ROW) * F * ROW + f * ROW + i % ROW
             y_at = (i // ROW) * Y_ROW + f * ROW + i % ROW
-        first = x_ptr + x_at + m.to(tl.int64) * x_sample
+        first = x_ptr + x_at + m * x_sample
         origin = tl.load(first, mask=inside, other=0.0).to(tl.float32)
         total = tl.zeros([BLOCK], tl.float32)
         square = tl.zeros([BLOCK], tl.float32)
-        size = (N - m + M - 1) // M
-        for n in range(m, N, M):
-            x = tl.load(x_ptr + x_at + n.to(tl.int64) * x_sample, mask=inside, other=0.0)
+        size = (N - m + M - 1).to(tl.int32) // M
+        for k in range(0, size):
+            n = m + k * M
+            x = tl.load(x_ptr + x_at + n * x_sample, mask=inside, other=0.0)
             d = x.to(tl.float32) - origin
             total += d
             square += d * d
         mean = total / size
         var = tl.maximum(square / size - mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
         factor = tl.load(slope_ptr + tl.program_id(0)) / tl.sqrt(var + 1e-8)
-        for n in range(m, N, M):
-            x = tl.load(x_ptr + x_at + n.to(tl.int64) * x_sample, mask=inside, other=0.0)
-            dy = tl.load(dy_ptr + y_at + n.to(tl.int64) * y_sample, mask=inside, other=0.0)
+        for k in range(0, size):
+            n = m + k * M
+            x = tl.load(x_ptr + x_at + n * x_sample, mask=inside, other=0.0)
+            dy = tl.load(dy_ptr + y_at + n * y_sample, mask=inside, other=0.0)
             dx = dy.to(tl.float32) + factor * ((x.to(tl.float32) - origin) - mean)
-            at = dx_ptr + x_at + n.to(tl.int64) * x_sample
+            at = dx_ptr + x_at + n * x_sample
             tl.store(at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
     def _layout(x: Tensor) -> torch.memory_format:
@@ -290,35 +298,32 @@ class _MinibatchStddev(torch.autograd.Function):
     """y from x."""
 
     @staticmethod
-    def forward(x, groups, num_channels, impl):
+    def forward(ctx: Any, x, groups, num_channels, impl):
+        ctx.save_for_backward(x)
+        ctx.args = (groups, num_channels, impl)
         return _impl.op(impl, "minibatch_stddev")(x, groups, num_channels)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs, output) -> None:
-        x, *ctx.args = inputs
-        ctx.save_for_backward(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy):  # type: ignore[override]
+    def backward(ctx: Any, dy):
         (x,) = ctx.saved_tensors
-        return _MinibatchStddevBwd.apply(dy, x, *ctx.args), None, None, None
+        if torch.is_grad_enabled():
+            dx = _MinibatchStddevBwd.apply(dy, x, *ctx.args)
+        else:
+            dx = _impl.op(ctx.args[-1], "minibatch_stddev_bwd")(dy, x, *ctx.args[:-1])
+        return dx, None, None, None
 
 
 class _MinibatchStddevBwd(torch.autograd.Function):
     """dx from dy and x; its own gradient is composed of PyTorch's operations."""
 
     @staticmethod
-    def forward(dy, x, groups, num_channels, impl):
+    def forward(ctx: Any, dy, x, groups, num_channels, impl):
+        ctx.save_for_backward(dy, x)
+        ctx.args = (groups, num_channels)
         return _impl.op(impl, "minibatch_stddev_bwd")(dy, x, groups, num_channels)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs, output) -> None:
-        dy, x, groups, num_channels, _ = inputs
-        ctx.save_for_backward(dy, x)
-        ctx.args = (groups, num_channels)
-
-    @staticmethod
-    def backward(ctx: Any, g):  # type: ignore[override]
+    def backward(ctx: Any, g):
         with torch.enable_grad():
             inputs = [t.view_as(t) for t in ctx.saved_tensors]
             dx = _bwd_reference(*inputs, *ctx.args)

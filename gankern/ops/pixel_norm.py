@@ -38,7 +38,7 @@ def pixel_norm(x: Tensor, dim: int = 1, eps: float = 1e-8, *, impl: str | None =
     chosen = _impl.choose("pixel_norm", impl, x)
     if chosen == "reference":
         return pixel_norm_reference(x, dim, eps)
-    return _PixelNorm.apply(x, dim, float(eps), chosen)
+    return _fwd(x, dim, float(eps), chosen)
 
 
 def _check(x: Tensor, dim: int, eps: float) -> int:
@@ -170,46 +170,53 @@ _impl.register_fake(
 )
 
 
-# --- Autograd, once for all implementations.
+# --- Autograd, once for all implementations. A Function costs more than a small kernel: it is
+# entered only where a gradient is recorded.
+
+
+def _fwd(x: Tensor, *args) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _PixelNorm.apply(x, *args)
+    return _impl.op(args[-1], "pixel_norm")(x, *args[:-1])
+
+
+def _bwd(dy: Tensor, x: Tensor, *args) -> Tensor:
+    if torch.is_grad_enabled():
+        return _PixelNormBwd.apply(dy, x, *args)
+    return _impl.op(args[-1], "pixel_norm_bwd")(dy, x, *args[:-1])
 
 
 class _PixelNorm(torch.autograd.Function):
     """y from x."""
 
     @staticmethod
-    def forward(x, dim, eps, impl):
+    def forward(ctx: Any, x, dim, eps, impl):
+        ctx.save_for_backward(x)
+        ctx.args = (dim, eps, impl)
         return _impl.op(impl, "pixel_norm")(x, dim, eps)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs, output) -> None:
-        x, *ctx.args = inputs
-        ctx.save_for_backward(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy):  # type: ignore[override]
+    def backward(ctx: Any, dy):
         (x,) = ctx.saved_tensors
-        return _PixelNormBwd.apply(dy, x, *ctx.args), None, None, None
+        return _bwd(dy, x, *ctx.args), None, None, None
 
 
 class _PixelNormBwd(torch.autograd.Function):
     """dx from dy and x: linear and symmetric in dy."""
 
     @staticmethod
-    def forward(dy, x, dim, eps, impl):
+    def forward(ctx: Any, dy, x, dim, eps, impl):
+        ctx.save_for_backward(dy, x)
+        ctx.args = (dim, eps, impl)
         return _impl.op(impl, "pixel_norm_bwd")(dy, x, dim, eps)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs, output) -> None:
-        dy, x, *ctx.args = inputs
-        ctx.save_for_backward(dy, x)
-
-    @staticmethod
-    def backward(ctx: Any, g):  # type: ignore[override]
+    def backward(ctx: Any, g):
         dy, x = ctx.saved_tensors
         if ctx.needs_input_grad[1]:
             d_dy, d_x = _PixelNormBwd2.apply(g, dy, x, *ctx.args)
         else:
-            d_dy, d_x = _PixelNormBwd.apply(g, x, *ctx.args), None
+            d_dy, d_x = _bwd(g, x, *ctx.args), None
         return d_dy, d_x, None, None, None
 
 
@@ -217,17 +224,13 @@ class _PixelNormBwd2(torch.autograd.Function):
     """The gradients of dx in dy and x; its own are composed of PyTorch's operations."""
 
     @staticmethod
-    def forward(g, dy, x, dim, eps, impl):
+    def forward(ctx: Any, g, dy, x, dim, eps, impl):
+        ctx.save_for_backward(g, dy, x)
+        ctx.args = (dim, eps)
         return _impl.op(impl, "pixel_norm_bwd2")(g, dy, x, dim, eps)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs, output) -> None:
-        g, dy, x, dim, eps, _ = inputs
-        ctx.save_for_backward(g, dy, x)
-        ctx.args = (dim, eps)
-
-    @staticmethod
-    def backward(ctx: Any, *grads):  # type: ignore[override]
+    def backward(ctx: Any, *grads):
         with torch.enable_grad():
             inputs = [t.view_as(t) for t in ctx.saved_tensors]
             outputs = _bwd2_reference(*inputs, *ctx.args)

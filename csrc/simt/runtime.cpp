@@ -2,6 +2,7 @@
 #include "runtime.h"
 
 #include <cstring>
+#include <exception>
 #include <mutex>
 
 uint3 simt_thread_idx __asm__("simt_threadIdx");
@@ -300,7 +301,7 @@ void launch(const Launch& what) {
       ::operator delete(p, std::align_val_t(128));
       running.shared = nullptr;
       running.self = nullptr;
-      stacks.forget_poison();
+      if (std::uncaught_exceptions()) stacks.forget_poison();  // of abandoned frames
     }
   } shared(what.smem);
   running.shared = shared.p;

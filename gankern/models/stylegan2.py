@@ -137,8 +137,9 @@ class SynthesisNetwork(nn.Module):
             in_channels = level.channels
         self.num_ws = 2 * len(levels)  # the convolutions, and the last level's colours
 
-    def forward(self, ws: Tensor, noise_mode: str = "random") -> Tensor:
-        """ws [N, num_ws, w_dim] -> images [N, channels, H, W]."""
+    def forward(self, ws: Tensor, noise_mode: str | None = None) -> Tensor:
+        """ws [N, num_ws, w_dim] -> images [N, channels, H, W]; noise_mode as `Generator`."""
+        noise_mode = noise_mode or ("random" if self.training else "const")
         x = img = None
         first = 0
         for block in (getattr(self, name) for name in self.block_names):
@@ -194,11 +195,12 @@ class Generator(nn.Module):
         c: Tensor | None = None,
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
-        noise_mode: str = "random",
+        noise_mode: str | None = None,
     ) -> Tensor:
         """z [N, z_dim], c [N, c_dim] -> images [N, channels, H, W], about -1 to 1.
 
-        noise_mode: "random" draws the noise anew, "const" takes a fixed one, "none" leaves it out.
+        noise_mode: "random" draws the noise anew, "const" takes a fixed one, "none" leaves it out;
+        None: random in training, else const, so that a z gives one image.
         """
         ws = self.mapping(z, c, truncation_psi, truncation_cutoff)
         return self.synthesis(ws, noise_mode)

@@ -159,9 +159,9 @@ __device__ __forceinline__ Acc<T> process(const Tensors<T>& t, int64_t i, const 
 // channels adds the partials of all of them in order. splits == 1: no partials, no ticket.
 template <typename A>
 struct Reduce {
-  void* db;       // [C], or null
-  A* partials;    // [splits, columns]
-  int* tickets;   // [gridDim.x], zero before the launch
+  void* db;      // [C], or null
+  A* partials;   // [splits, columns]
+  int* tickets;  // [gridDim.x], zero before the launch
   bool db_f32;
 };
 
@@ -202,8 +202,8 @@ __global__ void __launch_bounds__(kThreads)
         sum += process<kOp, kPwl, T, N>(t, start + head + i * N, bias, p, nullptr);
       if (N > 1 && chunk == 0)
         for (int64_t i = threadIdx.x; i < head + tail; i += blockDim.x)
-          sum += process<kOp, kPwl, T, 1>(t, start + (i < head ? i : i + packs * N), bias, p,
-                                          nullptr);
+          sum +=
+              process<kOp, kPwl, T, 1>(t, start + (i < head ? i : i + packs * N), bias, p, nullptr);
     }
   }
   if (kOp != kBwd || !r.db) return;
@@ -233,6 +233,29 @@ __global__ void __launch_bounds__(kThreads)
   store_param<T>(r.db, r.db_f32, c, sum);
 }
 
+// The bias of channels (column + j) % C; folded: C is no multiple of N.
+template <typename T, int N>
+__device__ __forceinline__ void load_row_bias(const void* b, bool b_f32, int64_t column, int64_t C,
+                                              bool folded, Acc<T>* bias) {
+  if (N % 4 == 0 && b_f32 && !folded && reinterpret_cast<uintptr_t>(b) % 16 == 0) {
+#pragma unroll
+    for (int k = 0; k < N; k += 4) {
+      const Pack<float, 4> v = load_pack<float, 4>(static_cast<const float*>(b) + column + k);
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+        if (k + j < N) bias[k + j] = v.v[j];
+    }
+    return;
+  }
+  // A fold is at most a block wide: 32 bits are enough.
+  int64_t c = folded ? static_cast<uint32_t>(column) % static_cast<uint32_t>(C) : column;
+#pragma unroll
+  for (int j = 0; j < N; j++) {
+    bias[j] = load_param<T>(b, b_f32, c);
+    c = c + 1 == C ? 0 : c + 1;
+  }
+}
+
 // Rows: memory is rows of `columns` elements (columns = fold * C, a multiple of N); a thread owns N
 // columns, whose channels are (column + j) % C; the last row may be partial.
 template <int kOp, bool kPwl, typename T, int N>
@@ -244,15 +267,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.y * columns;
   A sums[N] = {}, bias[N] = {};
-  if (b && column < columns) {
-    // A fold is at most a block wide: 32 bits are enough.
-    int64_t c = columns == C ? column : static_cast<uint32_t>(column) % static_cast<uint32_t>(C);
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-      bias[j] = load_param<T>(b, b_f32, c);
-      c = c + 1 == C ? 0 : c + 1;
-    }
-  }
+  if (b && column < columns) load_row_bias<T, N>(b, b_f32, column, C, columns != C, bias);
   if (column < columns) {
     int64_t i = (static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y) * columns + column;
     for (; i + N <= numel; i += step) process<kOp, kPwl, T, N>(t, i, bias, p, sums);
@@ -307,7 +322,8 @@ struct Plan {
 Plan make_plan(int64_t outer, int64_t C, int64_t inner, int packed, bool reduces) {
   Plan plan{};
   const int64_t numel = outer * C * inner, sms = sm_count();
-  const int64_t want = sms * (reduces ? 8 : 16);  // blocks
+  // Blocks; rows are as many as run at once, so that the bias is loaded for several.
+  const int64_t want = sms * (reduces || inner == 1 ? 8 : 16);
   int threads = kThreads;
   while (threads > 64 && numel / packed < sms * threads) threads /= 2;
   plan.rows = inner == 1;
@@ -387,18 +403,13 @@ int run(int dtype, int bdtype, const void* in0, const void* in1, const void* in2
     const int n = packed && !wide_fold(C, inner, kPack) ? kPack : 1;
     const Plan plan = make_plan(outer, C, inner, n, db != nullptr);
     const double slope = act == kLinear ? 1.0 : act == kRelu ? 0.0 : alpha;
-    const ActArgs<A> p{act,
-                       A(slope),
-                       A(gain),
-                       gain == 0 ? A(0) : A(1 / gain),
-                       A(clamp),
-                       from_x};
+    const ActArgs<A> p{act, A(slope), A(gain), gain == 0 ? A(0) : A(1 / gain), A(clamp), from_x};
     A* partials = static_cast<A*>(workspace);
     int* tickets = reinterpret_cast<int*>(partials + plan.partials());
     const Reduce<A> r{db, partials, tickets, bdtype == kF32};
     if (db && (plan.grid.y > 1 || plan.columns > C)) {
-      const cudaError_t e = cudaMemsetAsync(tickets, 0, plan.grid.x * sizeof(int),
-                                            static_cast<cudaStream_t>(stream));
+      const cudaError_t e =
+          cudaMemsetAsync(tickets, 0, plan.grid.x * sizeof(int), static_cast<cudaStream_t>(stream));
       if (e != cudaSuccess) return static_cast<int>(e);
     }
     const Tensors<T> t{static_cast<const T*>(in0), static_cast<const T*>(in1),

@@ -191,6 +191,7 @@ def functions(disassembly: str) -> Iterator[tuple[str, list[str]]]:
         yield name, body.splitlines()
 
 
+WIDE = (16, 8, 4, 2)
 WIDTHS = {".128": 16, ".64": 8, ".U16": 2, ".S16": 2, ".U8": 1, ".S8": 1}
 
 
@@ -277,7 +278,7 @@ def compile_here(stems: list[str], archs: tuple[str, ...], folder: Path) -> list
     objects = []
     for stem in stems:
         objects.append(folder / f"{stem}.o")
-        flags = _toolchain.gencode_flags([arch.removeprefix("sm_") for arch in archs], []).split()
+        flags = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in archs]
         source = ROOT / "csrc/kernels" / f"{stem}.cu"
         flags += ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}"]
         run(nvcc.path, *flags, "-c", source, "-o", objects[-1])
@@ -361,13 +362,10 @@ def show(kernels: list[Kernel]) -> None:
     for k in kernels:
         code = k.code or Code()
         spills = sum(code.spills.values())
+        loads, stores = ("/".join(str(n[w]) for w in WIDE) for n in (code.loads, code.stores))
         row = f"{key(k):{wide}}  {k.arch:7} {k.registers:4} {k.stack:5} {spills:5} {k.shared:5} "
-        row += f"{k.threads:7} {k.occupancy:5.0%}  {widths(code.loads):15} {widths(code.stores):15}"
+        row += f"{k.threads:7} {k.occupancy:5.0%}  {loads:15} {stores:15}"
         print(f"{row} {code.divisions:3}  {code.loop_divisions:8}")
-
-
-def widths(counts: Counter) -> str:
-    return "/".join(str(counts[size]) for size in (16, 8, 4, 2))
 
 
 def summary(kernels: list[Kernel]) -> None:

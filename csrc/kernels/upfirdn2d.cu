@@ -189,7 +189,7 @@ __device__ __forceinline__ unsigned short narrow(float v, unsigned short, bool b
 template <int kDown, typename T>
 __device__ __forceinline__ void load_tile(const Args& p, float* tile, int64_t image, int ix0,
                                           int iy0) {
-  constexpr int N = 16 / sizeof(T), kBatch = N == 4 ? 4 : 2;
+  constexpr int N = 16 / sizeof(T), kBatch = N == 8 ? 2 : kDown == 2 ? 3 : 4;
   const T* x = static_cast<const T*>(p.x);
   const int phase = p.pitch / kDown, lane = threadIdx.x % 32;
   const int lo = max(0, -ix0), hi = max(lo, min(p.columns, p.w.in - ix0));

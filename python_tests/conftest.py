@@ -21,7 +21,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _impls(config: pytest.Config) -> list[str]:
     on = config.getoption("--device")
-    impls = ["reference", "cuda", "triton"] if on == "cuda" else ["reference", "cpu", "triton", "simt"]
+    impls = (
+        ["reference", "cuda", "triton"] if on == "cuda" else ["reference", "cpu", "triton", "simt"]
+    )
     only = config.getoption("--impl")
     return [i for i in impls if not only or i in only.split(",")]
 

@@ -27,7 +27,7 @@ def skip_float64_triton(impl: str, dtype: torch.dtype) -> None:
 
 
 def opchecks(impl: str, device: str) -> tuple[str, ...]:
-    """The parts of torch.library.opcheck that can run: Triton's interpreter refuses fake tensors."""
+    """The parts of opcheck that can run: Triton's interpreter refuses fake tensors."""
     if impl == "triton" and device == "cpu":
         return ("test_schema", "test_autograd_registration")
     return (

@@ -71,7 +71,9 @@ def test_second_gradients(impl, device, act):
     compare(f, reference, inputs(SHAPES["odd"], device), second_grads, act)
 
 
-@pytest.mark.parametrize("options", [{"alpha": -0.3}, {"gain": -1.2}, {"gain": 0.0}, {"clamp": 0.0}])
+@pytest.mark.parametrize(
+    "options", [{"alpha": -0.3}, {"gain": -1.2}, {"gain": 0.0}, {"clamp": 0.0}]
+)
 def test_unusual_arguments(impl, device, options):
     f, reference = ops(impl, act="lrelu", **options)
     compare(f, reference, inputs(SHAPES["odd"], device), what=str(options))

@@ -70,7 +70,9 @@ def test_impl_matches_reference(impl, device):
     x, w = randn(2, 8, 9, 12).float().to(device), randn(4, 8, 3, 3, seed=1).float().to(device)
     for up, down in ((1, 1), (2, 1), (1, 2)):
         y = conv2d_resample(x, w, F4.to(device), up, down, 1, impl=impl)
-        exact = conv2d_resample(x.double(), w.double(), F4.to(device), up, down, 1, impl="reference")
+        exact = conv2d_resample(
+            x.double(), w.double(), F4.to(device), up, down, 1, impl="reference"
+        )
         assert max_error(y, exact.cpu()) <= 1e-5 * exact.abs().max()
 
 

@@ -52,7 +52,12 @@ def test_against_reference(impl, device, up, last):
 @pytest.mark.parametrize("demodulate", [True, False])
 @pytest.mark.parametrize("fused", [False, True])
 def test_gradcheck(demodulate, fused):
-    leaves = [randn(2, 3, 4, 5), randn(2, 3, 3, 3, seed=1), randn(2, 3, seed=2), randn(4, 5, seed=3)]
+    leaves = [
+        randn(2, 3, 4, 5),
+        randn(2, 3, 3, 3, seed=1),
+        randn(2, 3, seed=2),
+        randn(4, 5, seed=3),
+    ]
     leaves = [t.requires_grad_() for t in leaves]
 
     def f(x, w, s, n):
@@ -77,10 +82,9 @@ def test_float16_stays_in_range(device):
     """Weights and styles that overflow a float16 sum give the float32 result all the same."""
     x, w, s = randn(2, 64, 8, 8), 300 * randn(8, 64, 3, 3, seed=1), 200 * randn(2, 64, seed=2)
     exact = modulated_conv2d(x, w, s, padding=1, impl="reference")
-    y = modulated_conv2d(
-        x.half().to(device), w.float().to(device), s.float().to(device), padding=1
-    )
-    assert y.dtype == torch.float16 and y.isfinite().all()
+    y = modulated_conv2d(x.half().to(device), w.float().to(device), s.float().to(device), padding=1)
+    assert y.dtype == torch.float16
+    assert y.isfinite().all()
     assert max_error(y, exact) <= 4e-3 * exact.abs().max()
 
 
@@ -92,7 +96,8 @@ def test_weight_gradients_off():
         dx, dw, ds = torch.autograd.grad(y.square().sum(), leaves, retain_graph=True,
                                          allow_unused=True)  # fmt: skip
     fx, fw, fs = torch.autograd.grad(y.square().sum(), leaves)
-    assert dw is None and fw is not None
+    assert dw is None
+    assert fw is not None
     torch.testing.assert_close((dx, ds), (fx, fs), rtol=0, atol=0)
 
 
@@ -101,7 +106,8 @@ def test_weight_gradients_off():
     [
         ({"styles": torch.zeros(2, 3)}, ValueError,
          "modulated_conv2d: styles must be (N, I) = (1, 2), got shape (2, 3)"),
-        ({"styles": 1}, TypeError, "modulated_conv2d: styles must be a floating-point tensor, got int"),
+        ({"styles": 1}, TypeError,
+         "modulated_conv2d: styles must be a floating-point tensor, got int"),
         ({"weight": torch.zeros(3, 2, 3)}, ValueError,
          "modulated_conv2d: weight must be (O, I / groups, kh, kw), got shape (3, 2, 3)"),
         ({"padding": "same"}, ValueError,

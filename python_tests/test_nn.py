@@ -1,4 +1,4 @@
-"""gankern.nn: layers against their formulas, in Sequential, autocast, compile, export, state dict."""
+"""gankern.nn: against their formulas, in Sequential, autocast, compile, export, state dict."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ class Generator(nn.Module):
 
 
 def test_equalized_linear():
-    layer, x = gn.EqualizedLinear(5, 7, act="lrelu", lr_multiplier=0.1, bias_init=2), torch.randn(3, 5)
+    layer, x = (
+        gn.EqualizedLinear(5, 7, act="lrelu", lr_multiplier=0.1, bias_init=2),
+        torch.randn(3, 5),
+    )
     w, b = layer.weight * 0.1 / math.sqrt(5), layer.bias * 0.1
     exact = nn.functional.leaky_relu(x @ w.t() + b, 0.2) * math.sqrt(2)
     torch.testing.assert_close(layer(x), exact)
@@ -93,7 +96,8 @@ def test_shapes_and_gradients(layer, shape):
     y = layer(x) if shape else layer(x, torch.randn(2, 3))
     assert y.shape == (shape or (2, 5, 16, 16))
     y.sum().backward()
-    assert x.grad is not None and x.grad.isfinite().all()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
     assert repr(layer).startswith(type(layer).__name__)
 
 
@@ -101,7 +105,9 @@ def test_adain():
     layer, x, w = gn.AdaIN(3, 8), torch.randn(2, 3, 9, 9) * 3 + 1, torch.randn(2, 8)
     y, (scale, shift) = layer(x, w), layer.affine(w).chunk(2, 1)
     torch.testing.assert_close(y.mean((2, 3)), shift, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(y.std((2, 3), unbiased=False), (1 + scale).abs(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        y.std((2, 3), unbiased=False), (1 + scale).abs(), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_training_step_reaches_every_parameter():
@@ -110,7 +116,8 @@ def test_training_step_reaches_every_parameter():
     img = g(torch.randn(4, 6, 8, 8), torch.randn(4, 8))
     d(img).sum().backward()
     for name, p in [*g.named_parameters(), *d.named_parameters()]:
-        assert p.grad is not None and p.grad.isfinite().all(), name
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
 
 
 def test_second_order_through_both():
@@ -121,7 +128,8 @@ def test_second_order_through_both():
     z = torch.randn(2, 8, requires_grad=True)
     (pl,) = torch.autograd.grad(g(torch.randn(2, 6, 8, 8), z).sum(), z, create_graph=True)
     pl.square().sum().backward()
-    assert g.conv0.weight.grad.isfinite().all() and d[1].weight.grad.isfinite().all()
+    assert g.conv0.weight.grad.isfinite().all()
+    assert d[1].weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -155,5 +163,5 @@ def test_compile_and_export():
 
 
 def test_unknown_activation():
-    with pytest.raises(ValueError, match="act must be one of linear, relu.*got 'mish'"):
+    with pytest.raises(ValueError, match=r"act must be one of linear, relu.*got 'mish'"):
         gn.EqualizedLinear(2, 3, act="mish")

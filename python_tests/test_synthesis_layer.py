@@ -62,7 +62,9 @@ def test_against_reference(impl, device, name, dtype, layout):
         assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("act", ["linear", "relu", "tanh", "sigmoid", "elu", "selu", "softplus", "swish"])
+@pytest.mark.parametrize(
+    "act", ["linear", "relu", "tanh", "sigmoid", "elu", "selu", "softplus", "swish"]
+)
 @pytest.mark.parametrize("name", ["up_layer", "no_filter"])
 def test_activations(impl, device, act, name):
     shape, f, padding = SHAPES[name]
@@ -76,7 +78,9 @@ def test_optional_operands(impl, device, present):
     shape, f, padding = SHAPES["up_layer"]
     operands = make_inputs(shape, f, padding, torch.float32)
     inputs = [operands[0].to(device)]
-    inputs += [t.to(device) if k in present else None for k, t in zip("dzsb", operands[1:], strict=True)]
+    inputs += [
+        t.to(device) if k in present else None for k, t in zip("dzsb", operands[1:], strict=True)
+    ]
     compare(runner(impl, f, padding), runner("reference", f, padding), inputs)
 
 
@@ -84,7 +88,7 @@ def test_optional_operands(impl, device, present):
 @pytest.mark.parametrize("name", ["up_layer", "no_filter"])
 def test_gradgradcheck(impl, name, act):
     skip_float64_triton(impl, torch.float64)
-    (n, c, _, _), f, padding = SHAPES[name]
+    (n, _c, _, _), f, padding = SHAPES[name]
     leaves = [t.requires_grad_() for t in make_inputs((n, 2, 3, 4), f, padding, torch.float64)]
     run = runner(impl, f, padding, act=act)
     assert torch.autograd.gradcheck(run, leaves)

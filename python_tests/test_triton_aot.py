@@ -29,6 +29,11 @@ TAPS = {"TAPS_X": 4, "TAPS_Y": 4, "SEPARABLE": False}
 TAPS12 = {"TAPS_X": 12, "TAPS_Y": 12, "SEPARABLE": True}
 UP2 = {"UP_X": 2, "UP_Y": 2, "DOWN_X": 1, "DOWN_Y": 1}
 DOWN2 = {"UP_X": 1, "UP_Y": 1, "DOWN_X": 2, "DOWN_Y": 2}
+OPERANDS = {"HAS_D": True, "HAS_NOISE": True, "HAS_STRENGTH": True, "HAS_B": True}
+FILTER = {"HAS_F": True, **TAPS, **OPERANDS, "ACT": 2, "CLAMPED": True}
+NO_FILTER = {**FILTER, "HAS_F": False, "TAPS_X": 1, "TAPS_Y": 1}
+PLANES = {"LAST": False, "BLOCK": 1024, "BLOCK_C": 1}
+PIXELS = {"LAST": True, "BLOCK": 32, "BLOCK_C": 32}
 
 # The compile-time arguments of each kernel at the models' shapes, by name. A size that is 1 is one
 # of them: Triton compiles for it.
@@ -60,6 +65,12 @@ KERNELS: dict[str, list[dict[str, Any]]] = {
             "SEPARABLE": True,
         },
     ],
+    "synthesis_epilogue_kernel": [
+        {**FILTER, **PLANES, "BACKWARD": False},
+        {**FILTER, **PIXELS, "BACKWARD": True},
+        {**NO_FILTER, **PLANES, "BACKWARD": True},
+        {**NO_FILTER, **PIXELS, "BACKWARD": False},
+    ],
     "adain_fwd_kernel": [
         {"BLOCK_P": 4096, "BLOCK_V": 1, "inner": 1},
         {"BLOCK_P": 128, "BLOCK_V": 32},
@@ -70,7 +81,7 @@ KERNELS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 
-FLOATS = {"alpha", "gain", "inv_gain", "clamp", "eps"}
+FLOATS = {"alpha", "gain", "inv_gain", "clamp", "eps", "filter_gain"}
 BOOLS = {"flip"}
 # Pointers to float32 whatever x is.
 FLOAT32 = {

@@ -39,15 +39,16 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, str], type[nn.Module], dict[s
 # Options of `gankern train` that differ from its defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {},
-    "digits-2min": {"kimg": 40.0},
+    "digits-2min": {"kimg": 24.0, "g_lr": 1e-3, "d_lr": 1e-3},
     "paper": {
+        "conditional": False,
         "z_dim": 100,
         "width": 128,
         "d_width": 128,
         "d_dropout": 0.0,
         "batch": 128,
     },
-    "vanilla": {"model": "vanilla", "z_dim": 100, "d_dropout": 0.3},
+    "vanilla": {"model": "vanilla", "conditional": False, "z_dim": 100, "d_dropout": 0.3},
 }
 
 
@@ -64,7 +65,11 @@ def build(config: Any) -> tuple[nn.Module, nn.Module]:
         ValueError: the model cannot make images of this size.
     """
     make_g, g_options, make_d, d_options = MODELS[config.model]
-    image = {"resolution": tuple(config.resolution), "channels": config.channels}
+    image = {
+        "resolution": tuple(config.resolution),
+        "channels": config.channels,
+        "c_dim": config.c_dim,
+    }
     G = make_g(**image, **{name: getattr(config, field) for name, field in g_options.items()})
     D = make_d(**image, **{name: getattr(config, field) for name, field in d_options.items()})
     return G, D

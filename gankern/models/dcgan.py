@@ -20,10 +20,11 @@ from gankern.ops import bias_act
 def grid_and_doublings(resolution: tuple[int, int]) -> tuple[int, int]:
     """First grid and number of doublings that make a square image: 64 -> (4, 4), 28 -> (7, 2)."""
     forms = {(28, 28): (7, 2)} | {(4 << k, 4 << k): (4, k) for k in range(2, 6)}
-    if tuple(resolution) not in forms:
+    height, width = resolution
+    if (height, width) not in forms:
         size = "x".join(map(str, resolution))
         raise ValueError(f"dcgan: resolution must be 28x28 or 16, 32, 64, 128 square, got {size}")
-    return forms[tuple(resolution)]
+    return forms[height, width]
 
 
 class Generator(nn.Module):
@@ -34,6 +35,7 @@ class Generator(nn.Module):
         resolution: (height, width) of the images, in pixels.
         channels: channels of the images.
         width: channels of the layer nearest to the image.
+        c_dim: length of the condition, which joins z; 0 for none.
     """
 
     def __init__(
@@ -42,12 +44,13 @@ class Generator(nn.Module):
         resolution: tuple[int, int] = (64, 64),
         channels: int = 3,
         width: int = 128,
+        c_dim: int = 0,
     ) -> None:
         super().__init__()
-        self.z_dim, self.c_dim = z_dim, 0
+        self.z_dim, self.c_dim = z_dim, c_dim
         self.grid, doublings = grid_and_doublings(resolution)
         widths = [width << k for k in reversed(range(doublings))]
-        self.project = nn.Linear(z_dim, widths[0] * self.grid**2, bias=False)
+        self.project = nn.Linear(z_dim + c_dim, widths[0] * self.grid**2, bias=False)
         self.norms = nn.ModuleList(BatchNorm(w) for w in widths)
         self.convs = nn.ModuleList(
             nn.ConvTranspose2d(i, o, 4, stride=2, padding=1, bias=False)
@@ -57,6 +60,8 @@ class Generator(nn.Module):
         self.apply(init_weights)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
+        if c is not None:
+            z = torch.cat([z, c], 1)
         x = self.project(z).unflatten(1, (-1, self.grid, self.grid))  # [N, C, grid, grid]
         for norm, conv in zip(self.norms, self.convs, strict=True):
             x = conv(bias_act(norm(x), act="relu", gain=1))  # [N, C/2, 2H, 2W]
@@ -72,6 +77,8 @@ class Discriminator(nn.Module):
         width: channels of the layer nearest to the image.
         batch_norm: normalise every layer but the first, as in the paper.
         dropout: probability of zeroing an activation after each layer.
+        c_dim: length of the condition, judged by projection (Miyato and Koyama 2018,
+            arXiv:1802.05637): logit += <features, embedding of c>; 0 for none.
     """
 
     def __init__(
@@ -81,9 +88,10 @@ class Discriminator(nn.Module):
         width: int = 128,
         batch_norm: bool = True,
         dropout: float = 0.0,
+        c_dim: int = 0,
     ) -> None:
         super().__init__()
-        self.c_dim = 0
+        self.c_dim = c_dim
         grid, doublings = grid_and_doublings(resolution)
         if grid == 7:  # one more layer, 7x7 -> 3x3: without it a feature sees 10 pixels of 28
             grid, doublings = 3, doublings + 1
@@ -95,10 +103,15 @@ class Discriminator(nn.Module):
             )
         )
         self.logit = nn.Linear(widths[-1] * grid**2, 1)
+        self.embed = nn.Linear(c_dim, widths[-1] * grid**2, bias=False) if c_dim else None
         self.apply(init_weights)
 
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
-        return self.logit(self.layers(img).flatten(1))  # [N, 1]
+        x = self.layers(img).flatten(1)  # [N, features]
+        logit = self.logit(x)  # [N, 1]
+        if self.embed is not None:
+            logit = logit + (x * self.embed(c)).sum(1, keepdim=True)
+        return logit
 
 
 class DownLayer(nn.Module):

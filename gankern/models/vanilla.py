@@ -34,19 +34,26 @@ class Generator(nn.Module):
         z_dim: length of the latent vector.
         resolution: (height, width) of the images, in pixels.
         channels: channels of the images.
+        c_dim: length of the condition, which joins z (Mirza and Osindero 2014); 0 for none.
     """
 
     def __init__(
-        self, z_dim: int = 100, resolution: tuple[int, int] = (28, 28), channels: int = 1
+        self,
+        z_dim: int = 100,
+        resolution: tuple[int, int] = (28, 28),
+        channels: int = 1,
+        c_dim: int = 0,
     ) -> None:
         super().__init__()
-        self.z_dim, self.c_dim = z_dim, 0
+        self.z_dim, self.c_dim = z_dim, c_dim
         self.image_shape = (channels, *resolution)
-        widths = [z_dim, 256, 512, 1024]
+        widths = [z_dim + c_dim, 256, 512, 1024]
         self.layers = nn.Sequential(*(DenseLayer(i, o, "lrelu") for i, o in pairwise(widths)))
         self.image = DenseLayer(widths[-1], math.prod(self.image_shape), "tanh")
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
+        if c is not None:
+            z = torch.cat([z, c], 1)
         return self.image(self.layers(z)).unflatten(1, self.image_shape)  # [N, C, H, W]
 
 
@@ -57,14 +64,19 @@ class Discriminator(nn.Module):
         resolution: (height, width) of the images, in pixels.
         channels: channels of the images.
         dropout: probability of zeroing an activation after each hidden layer.
+        c_dim: length of the condition, which joins the pixels; 0 for none.
     """
 
     def __init__(
-        self, resolution: tuple[int, int] = (28, 28), channels: int = 1, dropout: float = 0.3
+        self,
+        resolution: tuple[int, int] = (28, 28),
+        channels: int = 1,
+        dropout: float = 0.3,
+        c_dim: int = 0,
     ) -> None:
         super().__init__()
-        self.c_dim = 0
-        widths = [channels * math.prod(resolution), 512, 256]
+        self.c_dim = c_dim
+        widths = [channels * math.prod(resolution) + c_dim, 512, 256]
         layers: list[nn.Module] = []
         for i, o in pairwise(widths):
             layers += [DenseLayer(i, o, "lrelu"), nn.Dropout(dropout)]
@@ -72,4 +84,7 @@ class Discriminator(nn.Module):
         self.logit = DenseLayer(widths[-1], 1, "linear")
 
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
-        return self.logit(self.layers(img.flatten(1)))  # [N, 1]
+        x = img.flatten(1)
+        if c is not None:
+            x = torch.cat([x, c], 1)
+        return self.logit(self.layers(x))  # [N, 1]

@@ -1,4 +1,4 @@
-"""Fused operations for GANs. Each op is one module: public function, reference, kernels, autograd."""
+"""Fused operations for GANs, each in one module: public function, reference, kernels, autograd."""
 
 from gankern.ops.adain import adain
 from gankern.ops.bias_act import bias_act

@@ -155,7 +155,7 @@ def choose(op_name: str, impl: str | None, x: torch.Tensor) -> str:
 
 
 def set_cpu_isa(level: int) -> int:
-    """Limit the CPU kernels to 0 (base), 1 (AVX2) or 2 (AVX-512); -1 restores the best. For tests."""
+    """Limit the CPU kernels to 0 (base), 1 (AVX2) or 2 (AVX-512); -1: the best. For tests."""
     library = ctypes.CDLL(str(PACKAGE / "_cpu.so"))
     return int(library.gankern_set_cpu_isa(level))
 

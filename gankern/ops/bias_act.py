@@ -87,9 +87,7 @@ def _check(x, b, dim, act, alpha, gain, clamp) -> tuple[int, tuple[float, float,
     if b is not None:
         _impl.check_float("bias_act", "b", b)
         if b.dim() != 1 or b.shape[0] != x.shape[dim]:
-            raise ValueError(
-                f"bias_act: b must have shape ({x.shape[dim]},), got {tuple(b.shape)}"
-            )
+            raise ValueError(f"bias_act: b must have shape ({x.shape[dim]},), got {tuple(b.shape)}")
         if b.dtype not in (x.dtype, torch.float32):
             raise TypeError(f"bias_act: b must be {x.dtype} or torch.float32, got {b.dtype}")
         if b.device != x.device:
@@ -358,7 +356,7 @@ class _BiasAct(torch.autograd.Function):
         ctx.args = (dim, act, alpha, gain, clamp, from_x, impl)
 
     @staticmethod
-    def backward(ctx: Any, dy):  # type: ignore[override]
+    def backward(ctx: Any, dy):
         ref, b = ctx.saved_tensors
         needs_db = ctx.needs_input_grad[1]
         dx, db = _BiasActBwd.apply(dy, ref, b, needs_db, *ctx.args)
@@ -381,7 +379,7 @@ class _BiasActBwd(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, v, v_db):  # type: ignore[override]
+    def backward(ctx: Any, v, v_db):
         dy, ref, b = ctx.saved_tensors
         dim, act, from_x = ctx.args[0], ctx.args[1], ctx.args[5]
         if v_db is not None:
@@ -400,7 +398,7 @@ class _BiasActBwd(torch.autograd.Function):
 
 
 class _BiasActBwd2(torch.autograd.Function):
-    """dy * v * d(gain * act')/d(reference); its own gradient is composed of PyTorch's operations."""
+    """dy * v * d(gain * act')/d(reference); its own gradient is composed of PyTorch's."""
 
     @staticmethod
     def forward(dy, v, ref, b, dim, act, alpha, gain, clamp, from_x, impl):
@@ -414,7 +412,7 @@ class _BiasActBwd2(torch.autograd.Function):
         ctx.args = tuple(args)
 
     @staticmethod
-    def backward(ctx: Any, grad):  # type: ignore[override]
+    def backward(ctx: Any, grad):
         tensors = ctx.saved_tensors
         with torch.enable_grad():
             inputs = [t if t is None else t.view_as(t) for t in tensors]

@@ -78,7 +78,7 @@ def resampled_conv(
 ) -> Tensor:
     """`conv2d_resample` of checked arguments, the filter's own padding included in `pads`."""
     kh, kw = w.shape[2:]
-    resample = {"flip_filter": flip_filter, "impl": impl}
+    resample: dict[str, Any] = {"flip_filter": flip_filter, "impl": impl}
     if kh == kw == 1 and down > 1 and up == 1:
         x = upfirdn2d(x, f, down=down, padding=pads, **resample)
         return _conv2d(x, w, groups=groups, flip_weight=flip_weight)
@@ -146,7 +146,7 @@ class _Convolution(torch.autograd.Function):
         ctx.args = ([stride] * 2, list(padding), [1, 1], transposed, [0, 0], groups)
 
     @staticmethod
-    def backward(ctx: Any, dy):  # type: ignore[override]
+    def backward(ctx: Any, dy):
         wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and _weight_gradients, False]
         if not any(wanted):
             return (None,) * 6
@@ -167,7 +167,7 @@ class _WeightGate(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, dw):  # type: ignore[override]
+    def backward(ctx: Any, dw):
         return dw if _weight_gradients else None
 
 
@@ -254,9 +254,10 @@ def parse_padding(op: str, padding: int | Sequence[int]) -> list[int]:
     """[x0, x1, y0, y1] of an int, 2 or 4 ints."""
     values = [padding] if isinstance(padding, int) else padding
     if isinstance(values, (list, tuple)) and len(values) in (1, 2, 4):
-        if all(isinstance(p, int) and not isinstance(p, bool) for p in values):
-            if len(values) == 4:
-                return list(values)
+        whole = all(isinstance(p, int) and not isinstance(p, bool) for p in values)
+        if whole and len(values) == 4:
+            return list(values)
+        if whole:
             return [values[0], values[0], values[-1], values[-1]]
     came = f"{len(values)} values {tuple(values)}" if isinstance(values, (list, tuple)) else padding
     raise ValueError(f"{op}: padding must be an int, 2 or 4 ints, got {came}")

@@ -158,7 +158,7 @@ if _impl.triton is not None:
         total = tl.zeros([BLOCK], tl.float32)
         square = tl.zeros([BLOCK], tl.float32)
         size = (N - m + M - 1).to(tl.int32) // M
-        for k in range(0, size):
+        for k in range(size):
             n = m + k * M
             x = tl.load(x_at + n * x_sample, mask=inside, other=0.0)
             tl.store(y_at + n * y_sample, x, mask=inside)
@@ -191,7 +191,7 @@ if _impl.triton is not None:
         total = tl.zeros([BLOCK], tl.float32)
         square = tl.zeros([BLOCK], tl.float32)
         size = (N - m + M - 1).to(tl.int32) // M
-        for k in range(0, size):
+        for k in range(size):
             n = m + k * M
             x = tl.load(x_ptr + x_at + n * x_sample, mask=inside, other=0.0)
             d = x.to(tl.float32) - origin
@@ -200,7 +200,7 @@ if _impl.triton is not None:
         mean = total / size
         var = tl.maximum(square / size - mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
         factor = tl.load(slope_ptr + tl.program_id(0)) / tl.sqrt(var + 1e-8)
-        for k in range(0, size):
+        for k in range(size):
             n = m + k * M
             x = tl.load(x_ptr + x_at + n * x_sample, mask=inside, other=0.0)
             dy = tl.load(dy_ptr + y_at + n * y_sample, mask=inside, other=0.0)

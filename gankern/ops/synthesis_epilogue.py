@@ -73,7 +73,7 @@ def synthesis_epilogue(
     if chosen == "reference":
         return synthesis_epilogue_reference(x, f, d, noise, noise_strength, b, *args)
     if noise is not None and noise.requires_grad and torch.is_grad_enabled():
-        return _composed(x, f, d, noise, noise_strength, b, *args, chosen)
+        return _composed(x, f, d, noise, noise_strength, b, *args, chosen)  # type: ignore[call-arg]
     if f is not None and not _fits(f, pads, chosen):
         x = upfirdn2d(
             x, f, 1, 1, pads, flip_filter, filter_gain, impl=_usable("upfirdn2d", chosen, x)
@@ -335,8 +335,9 @@ if _impl.triton is not None:
         return du, sums[0], sums[1].sum(0), sums[2].sum(0)
 
 
-def _zeros_bwd(dy: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.zeros_like(t) for t in _fake_bwd(dy, x))
+def _zeros_bwd(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dd, db, ds = (torch.zeros_like(t) for t in _fake_bwd(dy, x))
+    return dx, dd, db, ds
 
 
 # --- Shape functions of the registered ops.
@@ -388,7 +389,7 @@ class _Epilogue(torch.autograd.Function):
         ctx.args = inputs[6]
 
     @staticmethod
-    def backward(ctx: Any, dy):  # type: ignore[override]
+    def backward(ctx: Any, dy):
         _, _, d, _, strength, b = ctx.saved_tensors
         dx, dd, db, ds = _EpilogueBwd.apply(dy, *ctx.saved_tensors, ctx.args)
         needs = ctx.needs_input_grad
@@ -419,9 +420,10 @@ class _EpilogueBwd(torch.autograd.Function):
         tensors = ctx.saved_tensors
         with torch.enable_grad():
             # Views, so that a gradient stops here where one input was made from another.
-            dy, x, f, d, noise, strength, b = (
+            views: list[Any] = [
                 t if t is None else t.view_as(t) if t.requires_grad else t.detach() for t in tensors
-            )
+            ]
+            dy, x, f, d, noise, strength, b = views
             c = x.shape[1]
             # The operands that the outputs belong to, present or not, in float32 and full shape.
             acc = torch.promote_types(x.dtype, torch.float32)

@@ -405,7 +405,7 @@ class _Upfirdn2d(torch.autograd.Function):
         ctx.args = args
 
     @staticmethod
-    def backward(ctx: Any, dy):  # type: ignore[override]
+    def backward(ctx: Any, dy):
         x, f = ctx.saved_tensors
         up, down, pads, flip_filter, gain, impl = ctx.args
         dx = df = None

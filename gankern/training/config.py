@@ -33,7 +33,7 @@ def option(
     at_most: float | None = None,
 ) -> Any:
     """A field that is also a command-line option."""
-    metadata = {"group": group, "help": help, "unit": unit, "choices": choices}
+    metadata: dict[str, Any] = {"group": group, "help": help, "unit": unit, "choices": choices}
     metadata |= {"at_least": at_least, "at_most": at_most}
     return field(default=default, metadata=metadata)
 
@@ -47,9 +47,12 @@ class TrainConfig:
     )
 
     model: str = option("dcgan", "Networks", "Architecture.", choices=tuple(MODELS))
+    conditional: bool = option(
+        True, "Networks", "Draw the classes of the data set on request, if it has labels."
+    )
     z_dim: int = option(32, "Networks", "Length of the latent vector.", at_least=1)
     width: int = option(64, "Networks", "Channels of G nearest to the image.", at_least=1)
-    d_width: int = option(48, "Networks", "Channels of D nearest to the image.", at_least=1)
+    d_width: int = option(32, "Networks", "Channels of D nearest to the image.", at_least=1)
     d_batch_norm: bool = option(True, "Networks", "Batch norm in D, as the DCGAN paper has it.")
     d_dropout: float = option(
         0.1, "Networks", "Share of D's activations set to zero.", at_least=0, at_most=0.99
@@ -106,6 +109,11 @@ class TrainConfig:
     resolution: tuple[int, int] = (0, 0)  # height, width
     channels: int = 0
     num_classes: int = 0
+
+    @property
+    def c_dim(self) -> int:
+        """Length of the condition: one-hot classes, or 0."""
+        return self.num_classes if self.conditional else 0
 
     @classmethod
     def options(cls) -> list[tuple[dataclasses.Field[Any], type]]:

@@ -7,6 +7,7 @@ import copy
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from gankern import models
 from gankern.data import BatchSampler, Dataset, open_dataset
@@ -15,7 +16,7 @@ from gankern.training.config import TrainConfig, TrainError
 from gankern.training.distributed import average_gradients, choose_device, process_group
 from gankern.training.ema import update_ema
 from gankern.training.losses import LOSSES
-from gankern.training.noise import derive_seed, latents
+from gankern.training.noise import derive_seed, latents, one_hot_classes
 from gankern.training.progress import Progress
 from gankern.training.run import RunLog, create_run
 from gankern.training.stats import TickStats
@@ -71,7 +72,13 @@ def _train(
     loss = LOSSES[config.loss]
 
     # Where an earlier process stopped.
-    parts = {"G": G, "D": D, "G_ema": G_ema, "optimizer_G": G_opt, "optimizer_D": D_opt}
+    parts: checkpoint.Parts = {
+        "G": G,
+        "D": D,
+        "G_ema": G_ema,
+        "optimizer_G": G_opt,
+        "optimizer_D": D_opt,
+    }
     saved = checkpoint.load_checkpoint(resume) if resume else None
     cur_nimg, step, seconds = 0, 0, 0.0
     if saved:
@@ -85,11 +92,15 @@ def _train(
         run = resume or create_run(config, dataset.name)
         log = stack.enter_context(RunLog(run, config, saved.state["sizes"] if saved else {}))
     total, tick_nimg = round(config.kimg * 1000), round(config.tick_kimg * 1000)
-    progress = stack.enter_context(Progress(total, cur_nimg, log and log.run))
+    progress = stack.enter_context(Progress(total, cur_nimg, log.run if log else None))
     for line in saved.damaged if saved else []:
         progress.say(f"warning: {line}; going on from {cur_nimg / 1000} kimg")
     stats = TickStats(world, seconds)
     grid_z = latents(config.z_dim, config.grid**2, derive_seed(config.seed, "grid")).to(device)
+    grid_c = None  # a column of the grid is a class
+    if config.c_dim:
+        classes = torch.arange(config.grid**2, device=device) % config.grid % config.c_dim
+        grid_c = F.one_hot(classes, config.c_dim).float()
 
     def crossed(ticks: int) -> bool:
         """Whether the last step has completed a multiple of so many ticks, or the run."""
@@ -97,23 +108,32 @@ def _train(
         return cur_nimg >= total or cur_nimg // nimg != (cur_nimg - config.batch) // nimg
 
     if log and not saved:
-        log.write_samples(G_ema(grid_z), cur_nimg)
+        log.write_samples(G_ema(grid_z, grid_c), cur_nimg)
     while cur_nimg < total:
         # The images and the noise of this step. Like dropout, they are functions of cur_nimg.
         torch.manual_seed(derive_seed(config.seed, "step", cur_nimg, rank))
-        real, _ = dataset.batch(next(sampler), device)  # [N, C, H, W]
+        real, labels = dataset.batch(next(sampler), device)  # [N, C, H, W]
+        real_c = None if labels is None else F.one_hot(labels, config.num_classes).float()
+        real_c = real_c if config.c_dim else None  # [N, c_dim]
         z_D, z_G = (
             latents(config.z_dim, config.batch, derive_seed(config.seed, stream, cur_nimg))
             .chunk(world)[rank]
             .to(device)
             for stream in ("noise_D", "noise_G")
         )  # [N, z_dim]
+        c_D, c_G = (
+            c if c is None else c.chunk(world)[rank].to(device)
+            for c in (
+                one_hot_classes(config.c_dim, config.batch, derive_seed(config.seed, s, cur_nimg))
+                for s in ("class_D", "class_G")
+            )
+        )  # [N, c_dim]
 
         # D: real images up, generated ones down.
         with torch.no_grad():
-            fake = G(z_D)  # [N, C, H, W]
+            fake = G(z_D, c_D)  # [N, C, H, W]
         D_opt.zero_grad()
-        real_logits, fake_logits = D(real), D(fake)  # [N, 1]
+        real_logits, fake_logits = D(real, real_c), D(fake, c_D)  # [N, 1]
         loss_D = loss.d(real_logits, fake_logits, config.label_smoothing)
         loss_D.backward()
         average_gradients(D, world)
@@ -122,8 +142,9 @@ def _train(
         # G: its images up.
         D.requires_grad_(False)
         G_opt.zero_grad()
-        fake_logits_G = D(G(z_G))
-        loss_G = loss.g(fake_logits_G, D(real)) if loss.pairs else loss.g(fake_logits_G)
+        fake_logits_G = D(G(z_G, c_G), c_G)
+        paired = (D(real, real_c),) if loss.pairs else ()
+        loss_G = loss.g(fake_logits_G, *paired)
         loss_G.backward()
         average_gradients(G, world)
         G_opt.step()
@@ -149,12 +170,12 @@ def _train(
 
         # Samples.
         if log and crossed(config.sample_ticks):
-            log.write_samples(G_ema(grid_z), cur_nimg)
+            log.write_samples(G_ema(grid_z, grid_c), cur_nimg)
 
         # Checkpoint.
         if log and crossed(config.checkpoint_ticks):
             counters = {"step": step, "seconds": stats.seconds, "sampler": sampler.state_dict()}
             checkpoint.save(log.run, cur_nimg, config, parts, counters | {"sizes": log.sizes()})
 
-    progress.say(f"done: {log and log.run}")
-    return log and log.run
+    progress.say(f"done: {log.run if log else None}")
+    return log.run if log else None

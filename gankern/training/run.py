@@ -89,7 +89,7 @@ class RunLog:
         write_config(run, config)
         (run / "samples").mkdir(exist_ok=True)
         self._stats = open(str(run / "stats.jsonl"), "ab", buffering=0)  # noqa: SIM115
-        self._events = SummaryWriter(run, flush_secs=10)  # type: ignore[no-untyped-call]
+        self._events = SummaryWriter(run, flush_secs=10)
 
     def __enter__(self) -> RunLog:
         return self
@@ -101,7 +101,7 @@ class RunLog:
         trace: TracebackType | None,
     ) -> None:
         self._stats.close()
-        self._events.close()  # type: ignore[no-untyped-call]
+        self._events.close()
 
     def write_stats(self, row: dict[str, Any], cur_nimg: int) -> None:
         """Appends one line of statistics, whole or not at all, and its numbers as events.
@@ -117,7 +117,7 @@ class RunLog:
             self._stats.truncate(size)
             raise OSError(error.errno, error.strerror, self._stats.name) from error
         for name, value in row.items():
-            self._events.add_scalar(name, value, cur_nimg)  # type: ignore[no-untyped-call]
+            self._events.add_scalar(name, value, cur_nimg)
 
     def write_samples(self, images: Tensor, cur_nimg: int) -> None:
         """Writes samples/<cur_nimg>.png, the same as samples.png and an event, and loss.png."""
@@ -125,12 +125,12 @@ class RunLog:
         for path in (self.run / "samples" / f"{cur_nimg:012d}.png", self.run / "samples.png"):
             save_png(grid, path)
         pixels = np.asarray(grid.convert("RGB"))
-        self._events.add_image("samples", pixels, cur_nimg, dataformats="HWC")  # type: ignore[no-untyped-call]
+        self._events.add_image("samples", pixels, cur_nimg, dataformats="HWC")
         plot_losses(self.run)
 
     def sizes(self) -> dict[str, int]:
         """Flushes statistics and events; the bytes of each file so far."""
-        self._events.flush()  # type: ignore[no-untyped-call]
+        self._events.flush()
         os.fsync(self._stats.fileno())
         files = [self.run / "stats.jsonl", *self.run.glob("events.out.tfevents.*")]
         return {path.name: path.stat().st_size for path in files}

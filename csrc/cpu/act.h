@@ -14,7 +14,7 @@ constexpr double kSeluAlpha = 1.6732632423543772848170429916717;
 // linear, relu and lrelu are one function here, kLrelu, with alpha 1, 0 and alpha.
 template <typename S>
 struct ActArgs {
-  bool relu;  // so that relu(-inf) is 0 although -inf * 0 is not
+  bool relu;                       // so that relu(-inf) is 0 although -inf * 0 is not
   S alpha, gain, inv_gain, clamp;  // clamp < 0: none
   bool from_x;
 };
@@ -29,8 +29,7 @@ GK_INLINE V act_value(V u, const ActArgs<S>& p) {
   if constexpr (kAct == kTanh) return tanh_(u);
   if constexpr (kAct == kSigmoid) return one / (one + exp_(-u));
   if constexpr (kAct == kElu) return u > zero ? u : expm1_(u);
-  if constexpr (kAct == kSelu)
-    return S(kSeluScale) * (u > zero ? u : S(kSeluAlpha) * expm1_(u));
+  if constexpr (kAct == kSelu) return S(kSeluScale) * (u > zero ? u : S(kSeluAlpha) * expm1_(u));
   if constexpr (kAct == kSoftplus)
     return (u > zero ? u : u != u ? u : zero) + log1p_(exp_(u > zero ? -u : u));
   if constexpr (kAct == kSwish) return u / (one + exp_(-u));
@@ -43,7 +42,8 @@ GK_INLINE V act_slope(V a, V u, const ActArgs<S>& p) {
   if constexpr (kAct == kTanh) return one - a * a;
   if constexpr (kAct == kSigmoid) return a * (one - a);
   if constexpr (kAct == kElu) return a > zero ? one : a + one;
-  if constexpr (kAct == kSelu) return a > zero ? splat<V>(kSeluScale) : a + S(kSeluScale * kSeluAlpha);
+  if constexpr (kAct == kSelu)
+    return a > zero ? splat<V>(kSeluScale) : a + S(kSeluScale * kSeluAlpha);
   if constexpr (kAct == kSoftplus) return -expm1_(-a);
   if constexpr (kAct == kSwish) {
     const V s = one / (one + exp_(-u));

@@ -142,8 +142,8 @@ GK_INLINE Vec<T> process(const Tensors<T>& t, int64_t i, Vec<T> bias, const ActA
 }
 
 template <int kOp, bool kPwl, typename T>
-__attribute__((noinline)) Vec<T> process_part(const Tensors<T>& t, int64_t i, int64_t n, Vec<T> bias,
-                              const ActArgs<Scalar<T>>& p) {
+__attribute__((noinline)) Vec<T> process_part(const Tensors<T>& t, int64_t i, int64_t n,
+                                              Vec<T> bias, const ActArgs<Scalar<T>>& p) {
   const Vec<T> a = load_part(t.in0 + i, n);
   Vec<T> ref = a, v = a;
   if constexpr (kOp != kFwd) ref = load_part(t.ref + i, n);
@@ -284,8 +284,8 @@ void layout(const Tensors<T>& t, const void* b, bool b_f32, void* db, Shape s,
 
 template <int kOp>
 int run(int dtype, int bdtype, const void* in0, const void* ref, const void* v, const void* b,
-        void* out, void* db, Shape s, int act, double alpha, double gain,
-        double clamp, bool from_x) {
+        void* out, void* db, Shape s, int act, double alpha, double gain, double clamp,
+        bool from_x) {
   if (s.outer * s.C * s.inner == 0) return 0;
   return by_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -1,5 +1,5 @@
-// synthesis_epilogue on the CPU: y = clamp(act(filter(x) * d + noise * strength + b) * gain) and its
-// gradient, which computes filter(x) again.
+// synthesis_epilogue on the CPU: y = clamp(act(filter(x) * d + noise * strength + b) * gain) and
+// its gradient, which computes filter(x) again.
 //
 // A unit of work is a plane (NCHW) or a plane of kBlock channels (channels-last); its rows are
 // `step` = 1 or kBlock wide columns, so that both layouts share the filters. Only the last taps_y
@@ -193,9 +193,9 @@ struct Unit {
       const int64_t k = c + (j < step ? j : 0);
       d[j] = o.d ? load_param<T>(o.d, o.d_f32(), n * g.C + k) : S(1);
       b[j] = o.b ? load_param<T>(o.b, o.b_f32(), k) : S(0);
-      strength[j] = !o.strength ? S(1)
-                                : load_param<T>(o.strength, o.strength_f32(),
-                                                o.strength_n == 1 ? 0 : k);
+      strength[j] = !o.strength
+                        ? S(1)
+                        : load_param<T>(o.strength, o.strength_f32(), o.strength_n == 1 ? 0 : k);
     }
   }
 
@@ -254,8 +254,12 @@ class Filtered {
  public:
   using S = Scalar<T>;
   Filtered(const T* x, const Geometry& g, const S* f, int64_t n, int64_t c, int64_t step)
-      : x_(x, g, g.H, g.W, n, c), g_(g), f_(f), step_(step),
-        ring_(g.taps_y, padded((g.out_w + g.taps_x) * step)), next_(0) {}
+      : x_(x, g, g.H, g.W, n, c),
+        g_(g),
+        f_(f),
+        step_(step),
+        ring_(g.taps_y, padded((g.out_w + g.taps_x) * step)),
+        next_(0) {}
 
   // Rows come in order.
   void row(S* out, int64_t i) {
@@ -290,19 +294,18 @@ void forward_unit(const T* x, T* y, const Geometry& g, const Operands& o,
   for (int64_t i = 0; i < g.out_h; i++) {
     filtered.row(&u[0], i);
     if (o.noise) unit.read_noise(&noise[0], i);
-    unit.each(o.noise ? &noise[0] : nullptr,
-              [&](int64_t k, V d, V b, V sn, V, int64_t m, int64_t) {
-                V v = value<kPwl>(load(&u[k]) * d + sn + b, p) * p.gain;
-                if (p.clamp >= 0) {
-                  const V limit = splat<V>(p.clamp);
-                  v = v > limit ? limit : v;
-                  v = v < -limit ? -limit : v;
-                }
-                if (m == kLanes)
-                  store(&u[k], v);
-                else
-                  store_part(&u[k], v, m);
-              });
+    unit.each(o.noise ? &noise[0] : nullptr, [&](int64_t k, V d, V b, V sn, V, int64_t m, int64_t) {
+      V v = value<kPwl>(load(&u[k]) * d + sn + b, p) * p.gain;
+      if (p.clamp >= 0) {
+        const V limit = splat<V>(p.clamp);
+        v = v > limit ? limit : v;
+        v = v < -limit ? -limit : v;
+      }
+      if (m == kLanes)
+        store(&u[k], v);
+      else
+        store_part(&u[k], v, m);
+    });
     write_row(out, i, &u[0], g.out_w, step);
   }
 }
@@ -327,9 +330,16 @@ class Backward {
   using V = Vec<T>;
   Backward(const T* dy, const T* x, const Geometry& g, const Operands& o, const Activation<S>& p,
            const S* f, int64_t n, int64_t c, int64_t step)
-      : g_(g), o_(o), p_(p), unit_(g, o, n, c, step), filtered_(x, g, f, n, c, step),
-        dy_(dy, g, g.out_h, g.out_w, n, c), step_(step), u_(padded(g.out_w * step)),
-        dv_(padded(g.out_w * step)), noise_(padded(g.out_w)) {
+      : g_(g),
+        o_(o),
+        p_(p),
+        unit_(g, o, n, c, step),
+        filtered_(x, g, f, n, c, step),
+        dy_(dy, g, g.out_h, g.out_w, n, c),
+        step_(step),
+        u_(padded(g.out_w * step)),
+        dv_(padded(g.out_w * step)),
+        noise_(padded(g.out_w)) {
     for (int64_t j = 0; j < kBlock; j++) sums.u[j] = sums.one[j] = sums.noise[j] = 0;
   }
 

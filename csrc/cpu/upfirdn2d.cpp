@@ -195,7 +195,9 @@ struct Worker {
     zero(apart, parts * part_stride);
     zero(ring, rows * slot_size);
   }
-  static void zero(Buffer<S>& b, int64_t n) { memset(&b[0], 0, static_cast<size_t>(n) * sizeof(S)); }
+  static void zero(Buffer<S>& b, int64_t n) {
+    memset(&b[0], 0, static_cast<size_t>(n) * sizeof(S));
+  }
 
   // Sample i of an input row, for sums that run over the following ones.
   GK_INLINE const S* sample(const S* row, int64_t i) const {
@@ -238,7 +240,8 @@ struct Worker {
     const int64_t begin = max_(span.lo, 0), end = min_(span.hi, ax.in);
     S* row = f.separable || parts > 1 ? &line[0] : slot;
     S* to = row + (begin - span.lo) * channels;
-    if (pitch == channels && end > begin) widen_row(to, x + begin * pitch, (end - begin) * channels);
+    if (pitch == channels && end > begin)
+      widen_row(to, x + begin * pitch, (end - begin) * channels);
     for (int64_t i = begin; i < end && pitch != channels; i++)
       widen_row(to + (i - begin) * channels, x + i * pitch, channels);
     if (parts > 1) {

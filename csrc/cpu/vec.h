@@ -82,8 +82,8 @@ GK_INLINE vf widen(vu16 h, f16) {
 #else
   const vu bits = __builtin_convertvector(h, vu);
   const vu magnitude = (bits & 0x7fffu) << 13, sign = (bits & 0x8000u) << 16;
-  const vf scaled = (vf)magnitude * 0x1p112f;                    // exponent bias 15 -> 127
-  const vi special = (vi)(bits & 0x7c00u) == 0x7c00;             // infinity or NaN
+  const vf scaled = (vf)magnitude * 0x1p112f;         // exponent bias 15 -> 127
+  const vi special = (vi)(bits & 0x7c00u) == 0x7c00;  // infinity or NaN
   return (vf)((special ? (vu)(magnitude | 0x7f800000u) : (vu)scaled) | sign);
 #endif
 }
@@ -253,10 +253,10 @@ GK_INLINE vf tanh_(vf x) {
   return x < 0.f ? -t : t;
 }
 
-#define GK_BY_LANE(name, f)                             \
-  __attribute__((noinline, unused)) vd name(vd x) {     \
-    for (int i = 0; i < kLanes; i++) x[i] = f(x[i]);    \
-    return x;                                           \
+#define GK_BY_LANE(name, f)                          \
+  __attribute__((noinline, unused)) vd name(vd x) {  \
+    for (int i = 0; i < kLanes; i++) x[i] = f(x[i]); \
+    return x;                                        \
   }
 GK_BY_LANE(exp_, std::exp)
 GK_BY_LANE(expm1_, std::expm1)
@@ -280,8 +280,8 @@ class Buffer {
   S* data_;
 };
 
-// Calls f with a value of the element type; the only place where dtypes become types. float64 is for
-// gradient checks: only the base build has it, and csrc/torch/common.h sends it there.
+// Calls f with a value of the element type; the only place where dtypes become types. float64 is
+// for gradient checks: only the base build has it, and csrc/torch/common.h sends it there.
 template <typename F>
 GK_INLINE int by_dtype(int dtype, const F& f) {
   switch (dtype) {

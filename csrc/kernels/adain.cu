@@ -17,7 +17,7 @@ struct Forward {
   using A = Acc<T>;
   static constexpr int kIn = 1, kOut = 1, kSums = 2, kFactors = 3, kHold = 8;
   static constexpr int kColumnHold = 8, kColumnBytes = 8;
-  static constexpr bool kPivot = true;
+  static constexpr bool kPivot = true, kShared = true;
   struct Params {
     A pivot;
   };
@@ -53,8 +53,8 @@ struct Backward {
   using Elem = T;
   using A = Acc<T>;
   static constexpr int kIn = 2, kOut = 1, kSums = 2, kFactors = 4, kHold = 4;
-  static constexpr int kColumnHold = sizeof(T) == 2 ? 4 : 8, kColumnBytes = 8;
-  static constexpr bool kPivot = false;
+  static constexpr int kColumnHold = sizeof(T) == 2 ? 4 : 7, kColumnBytes = 8;
+  static constexpr bool kPivot = false, kShared = true;
   struct Params {
     A mean, rstd;
   };

@@ -17,7 +17,7 @@
 // The kernel goes in parentheses, for the commas of its template arguments.
 #define GK_LAUNCH(kernel, grid, block, smem, stream, ...) \
   kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
-#define GK_DYNAMIC_SHARED(T, name)                          \
+#define GK_DYNAMIC_SHARED(T, name)                         \
   extern __shared__ __align__(16) unsigned char gk_smem[]; \
   T* name = reinterpret_cast<T*>(gk_smem)
 #define GK_EXPORT(launcher)

@@ -66,16 +66,16 @@ __device__ __forceinline__ void store_segment(T* p, Pack<T, N> v, int count, T* 
   __syncwarp();
   store_pack<T, N>(stage + lane * N, v);
   __syncwarp();
-  for (int e = lane - before; e < count; e += 32)
-    if (e >= 0) p[e] = stage[e];
+  if (lane >= before && lane - before < count) p[lane - before] = stage[lane - before];
+  for (int e = lane - before + 32; e < count; e += 32) p[e] = stage[e];
 }
 template <typename T, int N>
 __device__ __forceinline__ Pack<T, N> load_segment(const T* p, int count, T* stage) {
   const int lane = threadIdx.x % 32;
   const int before = (reinterpret_cast<uintptr_t>(p) / sizeof(T)) % (32 / sizeof(T));
   __syncwarp();
-  for (int e = lane - before; e < count; e += 32)
-    if (e >= 0) stage[e] = p[e];
+  if (lane >= before && lane - before < count) stage[lane - before] = p[lane - before];
+  for (int e = lane - before + 32; e < count; e += 32) stage[e] = p[e];
   __syncwarp();
   return load_pack<T, N>(stage + lane * N);
 }
@@ -139,10 +139,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 8)
     minibatch_stddev_fwd_kernel(const T* x, T* y, Layout a, Acc<T>* partials, int* tickets) {
   using A = Acc<T>;
   constexpr int kSegment = 32 * N;
-  __shared__ __align__(16) T stages[kStaged ? kMaxWarps * kSegment : 1];
+  __shared__ __align__(16) unsigned char stages[kStaged ? kMaxWarps * kSegment * sizeof(T) : 1];
   const Place at(a);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  T* stage = stages + (kStaged ? warp * kSegment : 0);
+  T* stage = reinterpret_cast<T*>(stages) + (kStaged ? warp * kSegment : 0);
   const A inv_size = A(1) / A(at.size);
   const T* x_group = x + at.m * a.x_sample + at.f * a.L + lane * N;
   T* y_group = y + at.m * a.y_sample + at.f * a.L + (kStaged ? 0 : lane * N);
@@ -222,10 +222,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 8)
     minibatch_stddev_bwd_kernel(const T* dy, const T* x, T* dx, Layout a) {
   using A = Acc<T>;
   constexpr int kSegment = 32 * N;
-  __shared__ __align__(16) T stages[kStaged ? kMaxWarps * kSegment : 1];
+  __shared__ __align__(16) unsigned char stages[kStaged ? kMaxWarps * kSegment * sizeof(T) : 1];
   const Place at(a);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  T* stage = stages + (kStaged ? warp * kSegment : 0);
+  T* stage = reinterpret_cast<T*>(stages) + (kStaged ? warp * kSegment : 0);
   const A inv_size = A(1) / A(at.size);
   const int64_t x_first = at.m * a.x_sample + at.f * a.L + lane * N;
   const T* dy_group = dy + at.m * a.y_sample + at.f * a.L + (kStaged ? 0 : lane * N);
@@ -311,7 +311,8 @@ struct Plan {
 };
 
 // rows == 1: NCHW, else channels-last with as many pixels.
-Plan make_plan(int packed, int64_t N, int64_t C, int64_t pixels, int64_t M, int64_t F, bool last) {
+Plan make_plan(int packed, int64_t N, int64_t C, int64_t pixels, int64_t M, int64_t F, bool last,
+               bool backward) {
   Plan plan{};
   Layout& a = plan.layout;
   a.N = static_cast<int>(N);
@@ -331,7 +332,10 @@ Plan make_plan(int packed, int64_t N, int64_t C, int64_t pixels, int64_t M, int6
   a.segments = static_cast<int>(ceil_div(a.L, 32 * plan.packs));
   const int64_t items = a.rows * a.segments, groups = M * F, sms = sm_count();
   plan.warps = kMaxWarps;
-  while (plan.warps > 1 && groups * ceil_div(items, plan.warps) < sms) plan.warps /= 2;
+  // Each block of the backward reads the statistic's dy, in channels-last memory a sector a number:
+  // large blocks do so less often.
+  const int least = backward && last ? kMaxWarps : 1;
+  while (plan.warps > least && groups * ceil_div(items, plan.warps) < sms) plan.warps /= 2;
   const int64_t most = max(int64_t(1), 16 * sms / groups);
   a.chunks = static_cast<int>(min(ceil_div(items, plan.warps), most));
   const int64_t step = static_cast<int64_t>(a.chunks) * plan.warps;
@@ -373,7 +377,7 @@ int64_t minibatch_stddev_workspace(int dtype, int64_t N, int64_t C, int64_t pixe
   int64_t bytes = 0;
   if (N * C * pixels == 0) return bytes;
   for (const int packed : {1, pack_of(dtype)}) {
-    const Plan plan = make_plan(packed, N, C, pixels, M, F, channels_last);
+    const Plan plan = make_plan(packed, N, C, pixels, M, F, channels_last, false);
     bytes = max(bytes, static_cast<int64_t>(plan.blocks()) * (dtype == kF64 ? 8 : 4) + M * F * 4);
   }
   return bytes;
@@ -386,7 +390,7 @@ int minibatch_stddev(int dtype, const void* x, void* y, void* workspace, int64_t
     using T = decltype(zero);
     using A = Acc<T>;
     const int packed = aligned16(x) && aligned16(y) ? pack_of(dtype) : 1;
-    const Plan plan = make_plan(packed, N, C, pixels, M, F, channels_last);
+    const Plan plan = make_plan(packed, N, C, pixels, M, F, channels_last, false);
     A* partials = static_cast<A*>(workspace);
     int* tickets = reinterpret_cast<int*>(partials + plan.blocks());
     if (plan.layout.chunks > 1) {
@@ -410,7 +414,7 @@ int minibatch_stddev_bwd(int dtype, const void* dy, const void* x, void* dx, int
   return by_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     const int packed = aligned16(x) && aligned16(dy) && aligned16(dx) ? pack_of(dtype) : 1;
-    const Plan plan = make_plan(packed, N, C, pixels, M, F, channels_last);
+    const Plan plan = make_plan(packed, N, C, pixels, M, F, channels_last, true);
     by_plan<T>(plan, [&](auto n, auto staged, auto small) {
       GK_LAUNCH((minibatch_stddev_bwd_kernel<T, decltype(n)::value, decltype(staged)::value,
                                              decltype(small)::value>),

@@ -5,8 +5,9 @@
 //   columns  inner > 1: a thread holds packs of neighbouring columns, `tx` threads stand side by
 //   side
 //            along inner (at least one 32-byte sector), the others share the length.
-// What was read stays in registers between the sums and the map, so that each byte is read once;
-// only what does not fit is read again, from L2. Sums are taken in a fixed order.
+// What was read stays in registers between the sums and the map, or if that is not enough in shared
+// memory (kShared), so that each byte is read once; what fits into neither is read again, from L2.
+// Sums are taken in a fixed order.
 //
 // An Op says what is computed:
 //   Elem, kIn, kOut, kSums, kFactors; in[kIn], out[kOut]
@@ -14,6 +15,7 @@
 //                    cancellation
 //   kHold            packs of 16 bytes that a thread of a row keeps of each input
 //   kColumnHold, kColumnBytes  the same for columns, and the bytes of their packs
+//   kShared          vectors may be so long that shared memory helps
 //   Params params(i) what add() needs to know of the i-th (outer, inner) vector
 //   add(v, p, s)     adds the kIn values v of one element to the kSums sums
 //   finish(i, s, p, inv_length, f, first)  turns sums into factors; `first` is true in one thread
@@ -80,6 +82,42 @@ __device__ __forceinline__ void store_outputs(const Op& op, int64_t i,
   for (int a = 0; a < Op::kOut; a++) store_pack<typename Op::Elem, N>(op.out[a] + i, x[a]);
 }
 
+// The k-th pack of input a that this thread keeps in shared memory.
+template <typename T, int N, int kIn>
+__device__ __forceinline__ T* kept_at(T* shared, int k, int a) {
+  return shared +
+         ((k * kIn + a) * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * N;
+}
+
+// Loads what registers do not hold, the k-th pack so; the first `kept` are kept in shared memory.
+template <typename Op, int N>
+__device__ __forceinline__ void load_far(const Op& op, int64_t i, int k, int kept,
+                                         Pack<typename Op::Elem, N> (&x)[Op::kIn]) {
+  load_inputs<Op, N>(op, i, x);
+  if constexpr (Op::kShared) {
+    if (k >= kept) return;
+    GK_DYNAMIC_SHARED(typename Op::Elem, shared);
+#pragma unroll
+    for (int a = 0; a < Op::kIn; a++)
+      store_pack<typename Op::Elem, N>(kept_at<typename Op::Elem, N, Op::kIn>(shared, k, a), x[a]);
+  }
+}
+template <typename Op, int N>
+__device__ __forceinline__ void load_far_again(const Op& op, int64_t i, int k, int kept,
+                                               Pack<typename Op::Elem, N> (&x)[Op::kIn]) {
+  if constexpr (Op::kShared) {
+    if (k < kept) {
+      GK_DYNAMIC_SHARED(typename Op::Elem, shared);
+#pragma unroll
+      for (int a = 0; a < Op::kIn; a++)
+        x[a] =
+            load_pack<typename Op::Elem, N>(kept_at<typename Op::Elem, N, Op::kIn>(shared, k, a));
+      return;
+    }
+  }
+  load_inputs<Op, N>(op, i, x);
+}
+
 // Sums over aligned groups of `group` threads, a power of two; every thread gets them.
 template <int kSums, typename A>
 __device__ __forceinline__ void group_sum(A (&s)[kSums], int group) {
@@ -100,7 +138,7 @@ __device__ __forceinline__ void group_sum(A (&s)[kSums], int group) {
 
 template <typename Op, int N, int K>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    rows_kernel(Op op, int64_t rows, int64_t length, int log_group) {
+    rows_kernel(Op op, int64_t rows, int64_t length, int log_group, int kept) {
   using T = typename Op::Elem;
   using A = Acc<T>;
   const int group = 1 << log_group, lane = threadIdx.x & (group - 1);
@@ -139,9 +177,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         Op::add(v, params, sums);
       }
 #pragma unroll 1
-  for (int64_t i = lane + (static_cast<int64_t>(K) << log_group); i < packs; i += group) {
+  for (int k = 0; lane + ((static_cast<int64_t>(K) + k) << log_group) < packs; k++) {
+    const int64_t i = lane + ((static_cast<int64_t>(K) + k) << log_group);
     Pack<T, N> far[Op::kIn];
-    load_inputs<Op, N>(op, base + i * N, far);
+    load_far<Op, N>(op, base + i * N, k, kept, far);
 #pragma unroll
     for (int j = 0; j < N; j++) {
       values_at<Op, N>(far, j, v);
@@ -166,9 +205,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     if (i < near) store_outputs<Op, N>(op, base + i * N, x[k]);
   }
 #pragma unroll 1
-  for (int64_t i = lane + (static_cast<int64_t>(K) << log_group); i < packs; i += group) {
+  for (int k = 0; lane + ((static_cast<int64_t>(K) + k) << log_group) < packs; k++) {
+    const int64_t i = lane + ((static_cast<int64_t>(K) + k) << log_group);
     Pack<T, N> far[Op::kIn];
-    load_inputs<Op, N>(op, base + i * N, far);
+    load_far_again<Op, N>(op, base + i * N, k, kept, far);
 #pragma unroll
     for (int j = 0; j < N; j++) map_element<Op, N>(far, j, factors);
     store_outputs<Op, N>(op, base + i * N, far);
@@ -223,10 +263,12 @@ __device__ __forceinline__ void column_sum(A (&s)[N][kSums], A (&f)[N][kFactors]
 
 template <typename Op, int N, int K>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    columns_kernel(Op op, int64_t outer, int64_t length, int64_t inner, int log_tx) {
+    columns_kernel(Op op, int64_t outer, int64_t length, int64_t inner, int log_tx, int kept) {
   using T = typename Op::Elem;
   using A = Acc<T>;
-  GK_DYNAMIC_SHARED(A, shared);
+  GK_DYNAMIC_SHARED(A, all_shared);
+  A* shared =
+      all_shared + kept * Op::kIn * static_cast<int>(blockDim.x * N * sizeof(T) / sizeof(A));
   const int64_t slice = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
   if (slice >= outer) return;
   const int tx = threadIdx.x & ((1 << log_tx) - 1), columns = N << log_tx;
@@ -276,9 +318,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         Op::add(v, params[j], sums[j]);
       }
 #pragma unroll 1
-  for (int64_t c = ty + K * ty_count; c < stop; c += ty_count) {
+  for (int k = K; ty + static_cast<int64_t>(k) * ty_count < stop; k++) {
     Pack<T, N> far[Op::kIn];
-    load_inputs<Op, N>(op, base + (c - ty) * inner, far);
+    load_far<Op, N>(op, base + k * step, k - K, kept, far);
 #pragma unroll
     for (int j = 0; j < N; j++) {
       values_at<Op, N>(far, j, v);
@@ -310,12 +352,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   for (int k = 0; k < K; k++)
     if (ty + k * ty_count < near) store_outputs<Op, N>(op, base + k * step, x[k]);
 #pragma unroll 1
-  for (int64_t c = ty + K * ty_count; c < stop; c += ty_count) {
+  for (int k = K; ty + static_cast<int64_t>(k) * ty_count < stop; k++) {
     Pack<T, N> far[Op::kIn];
-    load_inputs<Op, N>(op, base + (c - ty) * inner, far);
+    load_far_again<Op, N>(op, base + k * step, k - K, kept, far);
 #pragma unroll
     for (int j = 0; j < N; j++) map_element<Op, N>(far, j, factors[j]);
-    store_outputs<Op, N>(op, base + (c - ty) * inner, far);
+    store_outputs<Op, N>(op, base + k * step, far);
   }
 }
 
@@ -325,22 +367,46 @@ inline int log2_of(int power) {
   return log;
 }
 
+template <typename Kernel>
+int allow_shared(Kernel kernel, int bytes) {
+  if (bytes <= 48 * 1024) return 0;
+  return static_cast<int>(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
+// Packs of each input that a thread keeps in shared memory, when `left` of them, `step` apart, do
+// not fit into registers. `used` bytes are taken.
+template <typename Op, int N>
+int keep(int64_t left, int step, int threads, int used) {
+  if (!Op::kShared || left <= 0) return 0;
+  int device = 0, most = 48 * 1024;
+  if (cudaGetDevice(&device) == cudaSuccess)
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int bytes = Op::kIn * threads * N * static_cast<int>(sizeof(typename Op::Elem));
+  return static_cast<int>(
+      min(ceil_div(left, step), static_cast<int64_t>((most - used - 1024) / bytes)));
+}
+
 // Chooses kernel, packs and threads, and launches. Pointers that are not 16-byte aligned, and rows
 // or columns that are not whole packs, go element by element.
 template <typename Op, int N, int K>
-void launch_rows(const Op& op, int64_t rows, int64_t length, void* stream) {
+int launch_rows(const Op& op, int64_t rows, int64_t length, void* stream) {
   const int64_t packs = ceil_div(length, N);
   // At least 8 neighbouring threads a row, for whole cache lines.
   int group = pow2_between(ceil_div(packs, K), 1, kMaxThreads);
   group = max(group, pow2_between(packs, 1, 8));
   int threads = max(group, 256);
   while (threads > max(group, 32) && ceil_div(rows * group, threads) < sm_count()) threads /= 2;
-  GK_LAUNCH((rows_kernel<Op, N, K>), dim3(ceil_div(rows * group, threads)), dim3(threads), 0,
-            stream, op, rows, length, log2_of(group));
+  const int kept = keep<Op, N>(packs - static_cast<int64_t>(K) * group, group, threads, 0);
+  const int shared = kept * Op::kIn * threads * N * static_cast<int>(sizeof(typename Op::Elem));
+  if (const int error = allow_shared((rows_kernel<Op, N, K>), shared)) return error;
+  GK_LAUNCH((rows_kernel<Op, N, K>), dim3(ceil_div(rows * group, threads)), dim3(threads), shared,
+            stream, op, rows, length, log2_of(group), kept);
+  return static_cast<int>(cudaGetLastError());
 }
 
 template <typename Op, int N, int K>
-void launch_columns(const Op& op, int64_t outer, int64_t length, int64_t inner, void* stream) {
+int launch_columns(const Op& op, int64_t outer, int64_t length, int64_t inner, void* stream) {
   using A = Acc<typename Op::Elem>;
   const int64_t packs = ceil_div(inner, N);
   const int sector = max(1, 32 / static_cast<int>(N * sizeof(typename Op::Elem)));
@@ -353,9 +419,15 @@ void launch_columns(const Op& op, int64_t outer, int64_t length, int64_t inner, 
     tx *= 2;
   const int64_t slices = min(outer, int64_t(32768));
   const int columns = tx * N, lines = tx * ty / max(tx, 32);
-  const int kept = (Op::kPivot ? columns : 0) + (lines * Op::kSums + Op::kFactors) * columns;
+  const int sums = ((Op::kPivot ? columns : 0) + (lines * Op::kSums + Op::kFactors) * columns) *
+                   static_cast<int>(sizeof(A));
+  const int kept = keep<Op, N>(length - static_cast<int64_t>(K) * ty, ty, tx * ty, sums);
+  const int shared =
+      sums + kept * Op::kIn * tx * ty * N * static_cast<int>(sizeof(typename Op::Elem));
+  if (const int error = allow_shared((columns_kernel<Op, N, K>), shared)) return error;
   GK_LAUNCH((columns_kernel<Op, N, K>), dim3(ceil_div(packs, tx), slices, ceil_div(outer, slices)),
-            dim3(tx * ty), kept * sizeof(A), stream, op, outer, length, inner, log2_of(tx));
+            dim3(tx * ty), shared, stream, op, outer, length, inner, log2_of(tx), kept);
+  return static_cast<int>(cudaGetLastError());
 }
 
 template <typename Op>
@@ -365,35 +437,30 @@ int launch_norm(const Op& op, int64_t outer, int64_t length, int64_t inner, void
   bool packed = true;
   for (int a = 0; a < Op::kIn; a++) packed = packed && aligned16(op.in[a]);
   for (int a = 0; a < Op::kOut; a++) packed = packed && aligned16(op.out[a]);
+  // Little work goes to as many threads as there are packs, much to threads with some packs each.
   const int64_t busy = static_cast<int64_t>(sm_count()) * kMaxThreads;
   if (inner == 1) {
     constexpr int N = sizeof(T) == 8 ? 1 : 16 / sizeof(T);
+    constexpr int kOdd = Op::kHold < 4 ? Op::kHold : 4;
     if constexpr (N > 1) {
       if (packed && length % N == 0) {
-        if (outer * (length / N) >= busy * Op::kHold)
-          launch_rows<Op, N, Op::kHold>(op, outer, length, stream);
-        else
-          launch_rows<Op, N, 1>(op, outer, length, stream);
-        return static_cast<int>(cudaGetLastError());
+        if (outer * (length / N) < busy * Op::kHold && length / N <= kMaxThreads)
+          return launch_rows<Op, N, 1>(op, outer, length, stream);
+        return launch_rows<Op, N, Op::kHold>(op, outer, length, stream);
       }
     }
-    launch_rows<Op, 1, (Op::kHold < 4 ? Op::kHold : 4)>(op, outer, length, stream);
-    return static_cast<int>(cudaGetLastError());
+    return launch_rows<Op, 1, kOdd>(op, outer, length, stream);
   }
   constexpr int N = sizeof(T) == 8 ? 1 : Op::kColumnBytes / static_cast<int>(sizeof(T));
   constexpr int kOdd = Op::kColumnHold < 2 ? Op::kColumnHold : 2;
   if constexpr (N > 1) {
     if (packed && inner % N == 0) {
-      const bool small = outer * length * (inner / N) < busy * Op::kColumnHold;
-      if (small && length <= kMaxThreads / 2)
-        launch_columns<Op, N, 1>(op, outer, length, inner, stream);
-      else
-        launch_columns<Op, N, Op::kColumnHold>(op, outer, length, inner, stream);
-      return static_cast<int>(cudaGetLastError());
+      if (outer * length * (inner / N) < busy * Op::kColumnHold && length <= kMaxThreads / 4)
+        return launch_columns<Op, N, 1>(op, outer, length, inner, stream);
+      return launch_columns<Op, N, Op::kColumnHold>(op, outer, length, inner, stream);
     }
   }
-  launch_columns<Op, 1, kOdd>(op, outer, length, inner, stream);
-  return static_cast<int>(cudaGetLastError());
+  return launch_columns<Op, 1, kOdd>(op, outer, length, inner, stream);
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ template <typename T, int kInputs, int kOutputs>
 struct PixelNorm {
   using Elem = T;
   static constexpr int kIn = kInputs, kOut = kOutputs;
-  static constexpr bool kPivot = false;
+  static constexpr bool kPivot = false, kShared = false;
   struct Params {};
   __device__ Params params(int64_t) const { return {}; }
   const T* in[kIn];

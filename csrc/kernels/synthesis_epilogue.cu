@@ -79,13 +79,15 @@ __device__ __forceinline__ void load_tile_planes(A* s, const Src* plane, const S
     const int row = static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(magic) >> 20);
     const int r = row0 + row;
     const Src* start = plane + (static_cast<int64_t>(r) * W + col0);
-    const int shift =
-        static_cast<int>(reinterpret_cast<uintptr_t>(start) / sizeof(Src)) & (L - 1);
-    const int j = (i - row * pieces) * L - shift;  // column in the tile of the piece's first element
+    const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(start) / sizeof(Src)) & (L - 1);
+    const int j =
+        (i - row * pieces) * L - shift;  // column in the tile of the piece's first element
     const bool inside = r >= 0 && r < H && col0 + j < W && col0 + j + L > 0;
-    Pack<Src, L> v{};
     const bool whole = start + j + L <= end;
-    if (inside && whole) v = load_pack<Src, L>(start + j);
+    uint4 raw = make_uint4(0, 0, 0, 0);
+    if (inside && whole) raw = *reinterpret_cast<const uint4*>(start + j);
+    Pack<Src, L> v;
+    *reinterpret_cast<uint4*>(&v) = raw;
 #pragma unroll
     for (int e = 0; e < L; e++) {
       const int k = j + e;
@@ -100,9 +102,9 @@ __device__ __forceinline__ void load_tile_planes(A* s, const Src* plane, const S
 
 // The same of 2 * V channels of channels-last memory; pieces = cols.
 template <typename T>
-__device__ __forceinline__ void load_tile_last(Acc<T>* s, const T* sample, int C, int c,
-                                               bool vec, int H, int W, int row0, int col0,
-                                               int rows, int cols, int magic, int pitch) {
+__device__ __forceinline__ void load_tile_last(Acc<T>* s, const T* sample, int C, int c, bool vec,
+                                               int H, int W, int row0, int col0, int rows, int cols,
+                                               int magic, int pitch) {
   constexpr int V = kVec<T>;
   const int half = threadIdx.x & 1;
   c += half * V;
@@ -170,7 +172,8 @@ __device__ __forceinline__ void filter(Acc<T> (&out)[kRows][V], const Acc<T>* s,
 template <typename T>
 __device__ __forceinline__ Acc<T> param(const Args<T>& a, int which, int n, int c) {
   c = min(c, a.C - 1);
-  if (which == 0) return a.d ? load_param<T>(a.d, a.f32 & 1, static_cast<int64_t>(n) * a.C + c) : Acc<T>(1);
+  if (which == 0)
+    return a.d ? load_param<T>(a.d, a.f32 & 1, static_cast<int64_t>(n) * a.C + c) : Acc<T>(1);
   if (which == 1) return a.b ? load_param<T>(a.b, a.f32 & 8, c) : Acc<T>(0);
   return !a.strength ? Acc<T>(1) : load_param<T>(a.strength, a.f32 & 4, a.one_strength ? 0 : c);
 }
@@ -186,26 +189,23 @@ __device__ __forceinline__ void share_params(Acc<T>* params, const Args<T>& a, i
 template <typename T, bool kLast>
 struct Params {
   const Acc<T>* shared;  // of this thread's half of a sector
-  Acc<T> one[3];
-  __device__ __forceinline__ Params(const Acc<T>* params, const Args<T>& a, int n, int c,
-                                    int half)
+  Acc<T> d0 = 0, b0 = 0, s0 = 0;
+  __device__ __forceinline__ Params(const Acc<T>* params, const Args<T>& a, int n, int c, int half)
       : shared(params + half * kVec<T>) {
-#pragma unroll
-    for (int k = 0; k < 3; k++) one[k] = kLast ? Acc<T>(0) : param(a, k, n, c);
+    if (!kLast) d0 = param(a, 0, n, c), b0 = param(a, 1, n, c), s0 = param(a, 2, n, c);
   }
-  __device__ __forceinline__ Acc<T> d(int e) const { return get(0, e); }
-  __device__ __forceinline__ Acc<T> b(int e) const { return get(1, e); }
-  __device__ __forceinline__ Acc<T> s(int e) const { return get(2, e); }
+  __device__ __forceinline__ Acc<T> d(int e) const { return kLast ? get(0, e) : d0; }
+  __device__ __forceinline__ Acc<T> b(int e) const { return kLast ? get(1, e) : b0; }
+  __device__ __forceinline__ Acc<T> s(int e) const { return kLast ? get(2, e) : s0; }
   // volatile: fetched when needed, since the registers do not hold all.
   __device__ __forceinline__ Acc<T> get(int k, int e) const {
-    return kLast ? const_cast<const volatile Acc<T>*>(shared)[k * kChannels<T, true> + e] : one[k];
+    return const_cast<const volatile Acc<T>*>(shared)[k * kChannels<T, true> + e];
   }
 };
 
 // Offset of pixel (row, col) of a plane (NCHW), or of channel c of that pixel.
 template <bool kLast>
-__device__ __forceinline__ int64_t offset(int C, int n, int c, int h, int w, int row,
-                                          int col) {
+__device__ __forceinline__ int64_t offset(int C, int n, int c, int h, int w, int row, int col) {
   const int64_t pixel = static_cast<int64_t>(row) * w + col;
   const int64_t area = static_cast<int64_t>(h) * w;
   return kLast ? (n * area + pixel) * C + c : (static_cast<int64_t>(n) * C + c) * area + pixel;
@@ -224,8 +224,7 @@ __device__ __forceinline__ Pack<T, kVec<T>> load_packed(const T* p, bool vec, in
 }
 
 template <typename T>
-__device__ __forceinline__ void store_packed(T* p, const Pack<T, kVec<T>>& v, bool vec,
-                                             int count) {
+__device__ __forceinline__ void store_packed(T* p, const Pack<T, kVec<T>>& v, bool vec, int count) {
   constexpr int V = kVec<T>;
   if (vec && count >= V) return store_pack<T, V>(p, v);
 #pragma unroll
@@ -250,8 +249,8 @@ __device__ __forceinline__ void store_some(T* p, const Acc<T>* in, bool vec, int
 
 // The noise of a thread's pixels: V of a row (NCHW), or one.
 template <typename T, bool kLast>
-__device__ __forceinline__ void load_noise(Acc<T>* out, const Args<T>& a, int n, int row,
-                                           int col, int count) {
+__device__ __forceinline__ void load_noise(Acc<T>* out, const Args<T>& a, int n, int row, int col,
+                                           int count) {
   constexpr int V = kVec<T>;
   const int64_t i = offset<false>(1, a.one_noise ? 0 : n, 0, a.out_h, a.out_w, row, col);
   const bool is_f32 = a.f32 & 2;
@@ -291,8 +290,7 @@ __global__ void __launch_bounds__(kThreads<T>, 2)
     A noise[kNoise] = {};
     if (a.noise) load_noise<T, kLast>(noise, a, n, 0, col, a.out_w - col);
     for (int g = 0; g < a.groups; g++) {
-      const int c0 =
-          ((static_cast<int>(blockIdx.y) * a.groups + g) * a.tile_h + at.gy) * kStep;
+      const int c0 = ((static_cast<int>(blockIdx.y) * a.groups + g) * a.tile_h + at.gy) * kStep;
       const int c = c0 + (kLast ? at.half * V : 0);
       if (c >= a.C) break;
       const int count = kLast ? min(a.C - c, V) : a.out_w - col;
@@ -352,12 +350,11 @@ __global__ void __launch_bounds__(kThreads<T>, 2)
                                   a.pitch);
       }
       __syncthreads();
-      const int count =
-          col >= a.out_w ? 0 : kLast ? min(a.C - c, V) : a.out_w - col;
+      const int count = col >= a.out_w ? 0 : kLast ? min(a.C - c, V) : a.out_w - col;
       if (count <= 0) continue;
       A u[kRows][V];
       filter<T, kLast>(u, tile + at.gy * kRows * a.pitch * kPlanes, a.pitch, at.lx,
-                              kLast ? at.half * V : 0, taps);
+                       kLast ? at.half * V : 0, taps);
       const Params<T, kLast> k(params, a, n, c, at.half);
       T* out = a.out + offset<kLast>(a.C, n, c, a.out_h, a.out_w, row, col);
 #pragma unroll
@@ -396,8 +393,7 @@ struct Sums {
       for (int e = 0; e < K; e++) {
         Acc<T> v = of[k][e];
 #pragma unroll
-        for (int step = 16; step >= kLanes; step /= 2)
-          v += __shfl_xor_sync(0xffffffffu, v, step);
+        for (int step = 16; step >= kLanes; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
         if (lane < kLanes) scratch[(warp * 3 + k) * kStep + lane * kVec<T> + part + e] = v;
       }
   }
@@ -431,25 +427,28 @@ __device__ __forceinline__ void finish(const Args<T>& a) {
   __syncthreads();
   if (!last) return;
   __threadfence();
-  const int64_t span = static_cast<int64_t>(a.groups) * kChannels<T, kLast>;
-  const int64_t first = blockIdx.y * span, channels = min(span, static_cast<int64_t>(a.C) - first);
+  // A warp adds the tiles of one sum of one plane; then a thread the samples of a channel.
+  const int span = a.groups * kChannels<T, kLast>, first = static_cast<int>(blockIdx.y) * span;
+  const unsigned channels = min(span, a.C - first), items = channels * a.N;
   const int64_t planes = static_cast<int64_t>(a.N) * a.C;
-  for (int64_t i = threadIdx.x; i < channels * a.N * 3; i += blockDim.x) {
-    const int64_t k = i / (channels * a.N), rest = i - k * channels * a.N, n = rest / channels;
-    const int64_t plane = n * a.C + first + rest - n * channels;
+  for (unsigned i = threadIdx.x / 32; i < 3 * items; i += blockDim.x / 32) {
+    const unsigned k = i / items, n = (i - k * items) / channels;
+    const int64_t plane = static_cast<int64_t>(n) * a.C + first + (i - k * items - n * channels);
     A* part = a.partials + (k * planes + plane) * a.tiles;
     A sum = 0;
-    for (int t = 0; t < a.tiles; t++) sum += part[t];
-    if (k == 0)
-      a.dd[plane] = sum;
-    else
-      part[0] = sum;
+#pragma unroll 2
+    for (int t = threadIdx.x % 32; t < a.tiles; t += 32) sum += part[t];
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) *(k ? part : a.dd + plane) = sum;
   }
   __syncthreads();
-  for (int64_t i = threadIdx.x; i < channels * 2; i += blockDim.x) {
-    const int64_t k = i < channels ? 1 : 2, c = first + (i < channels ? i : i - channels);
+  for (unsigned i = threadIdx.x; i < 2 * channels; i += blockDim.x) {
+    const int k = i < channels ? 1 : 2,
+              c = first + static_cast<int>(i < channels ? i : i - channels);
     A sum = 0;
-    for (int64_t n = 0; n < a.N; n++) sum += a.partials[(k * planes + n * a.C + c) * a.tiles];
+#pragma unroll 4
+    for (int n = 0; n < a.N; n++)
+      sum += a.partials[(k * planes + static_cast<int64_t>(n) * a.C + c) * a.tiles];
     (k == 1 ? a.db : a.ds)[c] = sum;
   }
 }
@@ -471,7 +470,7 @@ __global__ void __launch_bounds__(kThreads<T>, 2)
   __shared__ A scratch[kThreads<T> / 32 * 3 * kStep], params[3 * kChannels<T, true>];
   const Place at = place<kLast>(a.lanes_log2);
   const int first = blockIdx.x * a.tile_w + (kLast ? at.lx : at.lx * V);
-  const int step = (kLast ? 1 : V) << a.lanes_log2, 
+  const int step = (kLast ? 1 : V) << a.lanes_log2,
             stop = min(a.out_w, (static_cast<int>(blockIdx.x) + 1) * a.tile_w);
   for (int n = blockIdx.z; n < a.N; n += gridDim.z)
     for (int g = 0; g < a.groups; g++) {
@@ -526,15 +525,10 @@ __global__ void __launch_bounds__(kThreads<T>, 2)
   A* noises = dys + o_rows * kPlanes * a.pitch2;  // NCHW
   const Place at = place<kLast>(a.lanes_log2);
   const int pieces = (x_cols + 2 * V - 2) / V, pieces2 = (o_cols + 2 * V - 2) / V;
-  // First and last row, first and last column of dv whose sums are this block's. In shared memory,
-  // and fetched when needed, since the registers do not hold all.
-  __shared__ volatile int own[4];
-  if (threadIdx.x == 0) {
-    own[0] = tile_y ? row0 : 0;
-    own[1] = tile_y + 1 < tiles_y ? row0 + a.tile_h - 1 : a.out_h - 1;
-    own[2] = tile_x ? col0 : 0;
-    own[3] = tile_x + 1 < a.tiles_x ? col0 + a.tile_w - 1 : a.out_w - 1;
-  }
+  // Rows and columns of dv whose sums are this block's.
+  const int own_r0 = tile_y ? row0 : 0, own_c0 = tile_x ? col0 : 0;
+  const int own_r1 = tile_y + 1 < tiles_y ? row0 + a.tile_h : a.out_h;
+  const int own_c1 = tile_x + 1 < a.tiles_x ? col0 + a.tile_w : a.out_w;
   load_taps(taps, a);
   for (int n = blockIdx.z; n < a.N; n += gridDim.z) {
     if (!kLast && a.noise) {
@@ -562,57 +556,54 @@ __global__ void __launch_bounds__(kThreads<T>, 2)
                           a.vec_x, a.out_h, a.out_w, orow0, ocol0, o_rows, o_cols, a.magic2,
                           a.pitch2);
       } else {
-        load_tile_planes<A, T, V>(xs, a.x + offset<false>(a.C, n, c0, a.H, a.W, 0, 0), a.x_end,
-                                  a.H, a.W, row0 - kHalo, col0 - kHalo, x_rows, x_cols, pieces,
-                                  a.magic, a.pitch);
+        load_tile_planes<A, T, V>(xs, a.x + offset<false>(a.C, n, c0, a.H, a.W, 0, 0), a.x_end, a.H,
+                                  a.W, row0 - kHalo, col0 - kHalo, x_rows, x_cols, pieces, a.magic,
+                                  a.pitch);
         load_tile_planes<A, T, V>(dys, a.dy + offset<false>(a.C, n, c0, a.out_h, a.out_w, 0, 0),
                                   a.dy_end, a.out_h, a.out_w, orow0, ocol0, o_rows, o_cols, pieces2,
                                   a.magic2, a.pitch2);
       }
       __syncthreads();
       const Params<T, kLast> k(params, a, n, c, at.half);
-      // dv and then du, in place of dy; channels-last in parts, each with a pass of its own.
+      // dv and then du, in place of dy; each part of a thread's elements in a pass of its own.
       const int across = kLast ? o_cols : pieces2;
+      Sums<T, kLast, kLast ? kPart : 1> sums;
 #pragma unroll
-      for (int part0 = 0; part0 < (kLast ? V : 1); part0 += kPart) {
-        Sums<T, kLast, kLast ? kPart : 1> sums;
+      for (int part = 0; part < V; part += kPart) {
         for (int i = threadIdx.x >> (kLast ? 1 : 0); i < o_rows * across;
              i += blockDim.x >> (kLast ? 1 : 0)) {
           const int row =
               static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(a.magic2) >> 20);
           const int lx = i - row * across, r = orow0 + row;
-          const bool row_own = r >= own[0] && r <= own[1];
+          const bool row_own = r >= own_r0 && r < own_r1;
           A pixel_noise = 0;
           if (kLast && a.noise && r >= 0 && r < a.out_h && ocol0 + lx >= 0 && ocol0 + lx < a.out_w)
             load_noise<T, true>(&pixel_noise, a, n, r, ocol0 + lx, 1);
+          A u[1][kPart];
+          const int plane = kLast ? at.half * V + part : part;
+          filter<T, kLast>(u, xs + row * kPlanes * a.pitch, a.pitch, lx, plane, taps);
 #pragma unroll
-          for (int part = part0; part < (kLast ? part0 + kPart : V); part += kPart) {
-            A u[1][kPart];
-            const int plane = kLast ? at.half * V + part : part;
-            filter<T, kLast>(u, xs + row * kPlanes * a.pitch, a.pitch, lx, plane, taps);
-#pragma unroll
-            for (int e = 0; e < kPart; e++) {
-              const int j = kLast ? lx : lx * V + part + e, col = ocol0 + j;
-              if (!kLast && j >= o_cols) continue;
-              const int cell = (row * kPlanes + plane + e) * a.pitch2 + lx, q = part + e;
-              const A z = kLast ? pixel_noise : a.noise ? noises[cell] : A(0);
-              // Outside of the image dy is zero, and so is dv.
-              const A dv = grad<kPwl>(dys[cell], u[0][e] * k.d(q) + (z * k.s(q) + k.b(q)), p);
-              if (row_own && col >= own[2] && col <= own[3]) sums.add(kLast ? e : 0, dv, u[0][e], z);
-              dys[cell] = dv * k.d(q);
-            }
+          for (int e = 0; e < kPart; e++) {
+            const int j = kLast ? lx : lx * V + part + e, col = ocol0 + j;
+            if (!kLast && j >= o_cols) continue;
+            const int cell = (row * kPlanes + plane + e) * a.pitch2 + lx, q = part + e;
+            const A z = kLast ? pixel_noise : a.noise ? noises[cell] : A(0);
+            // Outside of the image dy is zero, and so is dv.
+            const A dv = grad<kPwl>(dys[cell], u[0][e] * k.d(q) + (z * k.s(q) + k.b(q)), p);
+            if (row_own && col >= own_c0 && col < own_c1) sums.add(kLast ? e : 0, dv, u[0][e], z);
+            dys[cell] = dv * k.d(q);
           }
         }
-        sums.reduce(scratch, part0);
+        if (kLast || part + kPart == V) sums.reduce(scratch, kLast ? part : 0);
+        if (kLast) sums = {};
       }
       write_partials<T, kLast>(scratch, a, n, c0);  // its barriers also make du visible
       const int row = at.gy * kRows, col = col0 + (kLast ? at.lx : at.lx * V);
-      const int count =
-          col >= a.W ? 0 : kLast ? min(a.C - c, V) : a.W - col;
+      const int count = col >= a.W ? 0 : kLast ? min(a.C - c, V) : a.W - col;
       if (row < a.tile_h && count > 0) {
         A dx[kRows][V];
         filter<T, kLast>(dx, dys + row * kPlanes * a.pitch2, a.pitch2, at.lx,
-                               kLast ? at.half * V : 0, taps + kTaps * kTaps);
+                         kLast ? at.half * V : 0, taps + kTaps * kTaps);
 #pragma unroll
         for (int r = 0; r < kRows; r++)
           if (row0 + row + r < a.H)
@@ -825,7 +816,12 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
   a.filter_gain = static_cast<A>(filter_gain);
   a.separable = separable, a.flip = flip;
   a.one_noise = noise_n == 1, a.one_strength = strength_n == 1;
-  const int64_t in_row = last ? C : l.filtered ? 0 : a.W, out_row = last ? C : backward ? a.W : a.out_w;
+  const int64_t in_row = last         ? C
+                         : l.filtered ? 0
+                                      : a.W,
+                out_row = last       ? C
+                          : backward ? a.W
+                                     : a.out_w;
   a.vec_x = aligned16(x) && in_row % V == 0;
   a.vec_out = aligned16(out) && out_row % V == 0;
   a.vec_noise = noise && aligned16(noise) && a.out_w % V == 0;
@@ -886,8 +882,8 @@ int synthesis_epilogue_bwd(int dtype, int f32, const void* dy, const void* x, co
     a.ds = static_cast<Acc<T>*>(ds);
     a.partials = static_cast<Acc<T>*>(workspace);
     a.tickets = reinterpret_cast<int*>(a.partials + 3 * N * C * l.plan.tiles());
-    const cudaError_t e = cudaMemsetAsync(a.tickets, 0, l.grid().y * sizeof(int),
-                                          static_cast<cudaStream_t>(stream));
+    const cudaError_t e =
+        cudaMemsetAsync(a.tickets, 0, l.grid().y * sizeof(int), static_cast<cudaStream_t>(stream));
     if (e != cudaSuccess) return static_cast<int>(e);
     return l.template run<true>();
   });

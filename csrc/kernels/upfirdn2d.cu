@@ -1,8 +1,10 @@
-// upfirdn2d: one kernel reads a tile of the input into shared memory as float32 and filters it there.
+// upfirdn2d: one kernel reads a tile of the input into shared memory as float32 and filters it
+// there.
 //
 // Polyphase: output o starts at sample first + (o / up) * down and meets every up-th tap, so no
 // inserted zero is loaded or multiplied. The kernels, from the most special:
-//   planes: NCHW, factors 1, 2, 4 and 2 to 12 taps compiled in. A thread makes 4 columns; input rows
+//   planes: NCHW, factors 1, 2, 4 and 2 to 12 taps compiled in. A thread makes 4 columns; input
+//   rows
 //     are kept split into their `down` phases, so that its window is a few aligned 16-byte reads.
 //     Separable filters of 8 and 12 taps take two passes through shared memory.
 //   pixels: channels-last, 16 bytes of channels a thread, the usual 2-D filters compiled in.
@@ -24,14 +26,14 @@ struct Args {
   const void* f;
   void* y;
   Axis h, w;
-  int64_t images;    // N * C in NCHW, N in channels-last
-  int channels;      // 1 in NCHW
-  int tiles_w;       // tiles in a row of tiles
+  int64_t images;                      // N * C in NCHW, N in channels-last
+  int channels;                        // 1 in NCHW
+  int tiles_w;                         // tiles in a row of tiles
   int tile_w, tile_h, log2_x, log2_c;  // outputs of a tile; its threads along x or channels
-  int chunks;        // parts of the channels
-  int columns;       // samples of a row of the tile that are needed
-  int pitch;         // elements of such a row in shared memory
-  int in_rows;       // rows of it
+  int chunks;                          // parts of the channels
+  int columns;                         // samples of a row of the tile that are needed
+  int pitch;                           // elements of such a row in shared memory
+  int in_rows;                         // rows of it
   int dtype;
   bool separable, flip;
   double gain;
@@ -107,7 +109,8 @@ __global__ void __launch_bounds__(256) upfirdn2d_any_kernel(Args p) {
       for (int e = lane; e < p.pitch; e += 32) {
         const int ix = ix0 + (e >> p.log2_c), c = c0 + (e & (ch - 1));
         const bool inside = iy >= 0 && iy < p.h.in && ix >= 0 && ix < p.w.in && c < p.channels;
-        tile[r * p.pitch + e] = inside ? to_acc(row[static_cast<int64_t>(ix) * p.channels + c]) : S(0);
+        tile[r * p.pitch + e] =
+            inside ? to_acc(row[static_cast<int64_t>(ix) * p.channels + c]) : S(0);
       }
     }
     __syncthreads();
@@ -147,7 +150,7 @@ __global__ void __launch_bounds__(256) upfirdn2d_any_kernel(Args p) {
 // ---- planes.
 template <int kUp, int kDown, int kTaps, bool kSeparable>
 struct Planes {
-  static constexpr int kMeet = kTaps / kUp;                       // taps that meet an output
+  static constexpr int kMeet = kTaps / kUp;  // taps that meet an output
   // Output rows of a thread: one where the tile is large, for more threads to share it.
   static constexpr int kRows = kUp == 4 ? 4 : kDown == 4 || (kDown == 2 && kSeparable) ? 1 : 2;
   static constexpr int kFilter = (kSeparable ? 2 * kTaps : kTaps * kTaps + 3) / 4 * 4;
@@ -330,7 +333,7 @@ __device__ __forceinline__ void store_rows(const Args& p, const float (*acc)[4],
   const int columns = min(p.tile_w, p.w.out - ox0);
   for (int r = threadIdx.x / 32; r < p.tile_h && oy0 + r < p.h.out; r += blockDim.x / 32)
     for (int c = threadIdx.x % 32; c < columns; c += 32)
-      y[static_cast<int64_t>(oy0 + r) * p.w.out + ox0 + c] = 
+      y[static_cast<int64_t>(oy0 + r) * p.w.out + ox0 + c] =
           narrow(stage[r * p.tile_w + c], T{}, p.dtype == kBF16);
 }
 
@@ -347,9 +350,7 @@ __global__ void __launch_bounds__(256, 4) upfirdn2d_planes_kernel(Args p) {
   const int ix0 = first_sample(p.w, ox0), iy0 = first_sample(p.h, oy0);
   // Phases: output j has its first tap at (q - j) mod up, and starts late where j mod up > q.
   const int qx = (p.w.pad % kUp + kUp) % kUp, qy = (p.h.pad % kUp + kUp) % kUp;
-  const auto tap = [&](int q, int i) {
-    return (q - i / kMeet + kUp) % kUp + i % kMeet * kUp;
-  };
+  const auto tap = [&](int q, int i) { return (q - i / kMeet + kUp) % kUp + i % kMeet * kUp; };
   const float gain = static_cast<float>(p.gain);
   for (int i = threadIdx.x; i < (kSeparable ? kTaps : kTaps * kTaps); i += blockDim.x) {
     if constexpr (kSeparable) {
@@ -438,7 +439,8 @@ __global__ void __launch_bounds__(256, 4) upfirdn2d_planes_kernel(Args p) {
 }
 
 // ---- pixels: channels-last. A thread makes 2 rows of one column for 16 bytes of channels; a
-// tile has 32 bytes of channels (a sector) where the image does. kTaps 0: factors and taps as given.
+// tile has 32 bytes of channels (a sector) where the image does. kTaps 0: factors and taps as
+// given.
 constexpr int kLog2Granules = 1;
 
 constexpr int kPixelRows = 2, kPixelThreads = 512;
@@ -490,7 +492,8 @@ __global__ void __launch_bounds__(kPixelThreads, 2) upfirdn2d_pixels_kernel(Args
         const int iy = iy0 + r, ix = ix0 + (v >> kLog2Granules);
         const int c = (v & ((1 << kLog2Granules) - 1)) * N;
         batch[b] = Granule{};
-        if (r < p.in_rows && iy >= 0 && iy < p.h.in && ix >= 0 && ix < p.w.in && c0 + c < p.channels)
+        if (r < p.in_rows && iy >= 0 && iy < p.h.in && ix >= 0 && ix < p.w.in &&
+            c0 + c < p.channels)
           batch[b] = load_pack<T, N>(x + (static_cast<int64_t>(iy) * p.w.in + ix) * p.channels + c);
         advance(r, v);
       }
@@ -761,7 +764,8 @@ int upfirdn2d(int dtype, const void* x, const void* f, void* y, bool last, int64
               int64_t down_y, int64_t pad_x, int64_t pad_y, bool flip, double gain, void* stream) {
   if (N * C * out_h * out_w == 0) return 0;
   int64_t largest = 0;
-  for (const int64_t v : {in_h, in_w, out_h, out_w, up_x, up_y, down_x, down_y, C}) largest = max(largest, v);
+  for (const int64_t v : {in_h, in_w, out_h, out_w, up_x, up_y, down_x, down_y, C})
+    largest = max(largest, v);
   if (taps_x > kMaxTaps || taps_y > kMaxTaps || largest > int64_t(1) << 29)
     return static_cast<int>(cudaErrorInvalidValue);
   const auto axis = [](int64_t in, int64_t out, int64_t up, int64_t down, int64_t pad,
@@ -769,8 +773,9 @@ int upfirdn2d(int dtype, const void* x, const void* f, void* y, bool last, int64
     return Axis{static_cast<int>(in),   static_cast<int>(out), static_cast<int>(up),
                 static_cast<int>(down), static_cast<int>(pad), static_cast<int>(taps)};
   };
-  const Args p = make_args(dtype, x, f, y, last, N, C, axis(in_h, out_h, up_y, down_y, pad_y, taps_y),
-                           axis(in_w, out_w, up_x, down_x, pad_x, taps_x), separable, flip, gain);
+  const Args p =
+      make_args(dtype, x, f, y, last, N, C, axis(in_h, out_h, up_y, down_y, pad_y, taps_y),
+                axis(in_w, out_w, up_x, down_x, pad_x, taps_x), separable, flip, gain);
   const int error = try_special(p, last, stream);
   if (error >= 0) return error;
   return by_dtype(dtype, [&](auto zero) { return launch_any<decltype(zero)>(p, stream); });

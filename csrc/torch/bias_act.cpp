@@ -35,10 +35,10 @@ Tensor forward(const Tensor& x_in, const MaybeTensor& b_in, int64_t dim, int64_t
   Tensor y = torch::stable::empty_like(x);
   const Around a = around(x, dim);
   const Launch launch(x);
-  launch.check(kOp, kernels::bias_act(code, b_code, x.const_data_ptr(),
-                                      b ? b->const_data_ptr() : nullptr, y.mutable_data_ptr(),
-                                      a.outer, a.C, a.inner, static_cast<int>(act), alpha, gain,
-                                      clamp, launch.stream));
+  launch.check(
+      kOp, kernels::bias_act(code, b_code, x.const_data_ptr(), b ? b->const_data_ptr() : nullptr,
+                             y.mutable_data_ptr(), a.outer, a.C, a.inner, static_cast<int>(act),
+                             alpha, gain, clamp, launch.stream));
   return y;
 }
 
@@ -53,8 +53,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& ref_in,
   Tensor dx = torch::stable::empty_like(ref);
   const Around a = around(ref, dim);
   const auto b_type = b ? b->scalar_type() : ref.scalar_type();
-  const int64_t bytes =
-      needs_db ? kernels::bias_act_bwd_workspace(code, a.outer, a.C, a.inner) : 0;
+  const int64_t bytes = needs_db ? kernels::bias_act_bwd_workspace(code, a.outer, a.C, a.inner) : 0;
   WithWorkspace db = empty_with_workspace(ref, needs_db ? a.C : 0, b_type, bytes);
   if (ref.numel() == 0 && needs_db) torch::stable::zero_(db.out);
   const Launch launch(ref);
@@ -78,11 +77,10 @@ Tensor backward2(const Tensor& dy_in, const Tensor& v_in, const Tensor& ref_in,
   Tensor dref = torch::stable::empty_like(ref);
   const Around a = around(ref, dim);
   const Launch launch(ref);
-  launch.check(kOp, kernels::bias_act_bwd2(code, b_code, dy.const_data_ptr(), v.const_data_ptr(),
-                                           ref.const_data_ptr(), b ? b->const_data_ptr() : nullptr,
-                                           dref.mutable_data_ptr(), a.outer, a.C, a.inner,
-                                           static_cast<int>(act), alpha, gain, clamp, from_x,
-                                           launch.stream));
+  launch.check(kOp, kernels::bias_act_bwd2(
+                        code, b_code, dy.const_data_ptr(), v.const_data_ptr(), ref.const_data_ptr(),
+                        b ? b->const_data_ptr() : nullptr, dref.mutable_data_ptr(), a.outer, a.C,
+                        a.inner, static_cast<int>(act), alpha, gain, clamp, from_x, launch.stream));
   return dref;
 }
 

@@ -28,7 +28,8 @@
 // GANKERN_SCHEMAS(m) { m.def(...); } and GANKERN_IMPLS(m) { m.impl(...); } register an op. The CPU
 // library owns the schemas; the CUDA library adds kernels to them.
 #if GK_BACKEND_ID == 2
-#define GANKERN_SCHEMAS(m) [[maybe_unused]] static void gk_unused_schemas(torch::stable::detail::StableLibrary& m)
+#define GANKERN_SCHEMAS(m) \
+  [[maybe_unused]] static void gk_unused_schemas(torch::stable::detail::StableLibrary& m)
 #define GANKERN_IMPLS(m) STABLE_TORCH_LIBRARY_IMPL(GANKERN_NS, CUDA, m)
 #else
 #define GANKERN_SCHEMAS(m) STABLE_TORCH_LIBRARY_FRAGMENT(GANKERN_NS, m)
@@ -40,23 +41,22 @@
 // the base build alone.
 #if GK_BACKEND_ID == 1
 #ifdef __x86_64__
-#define GANKERN_KERNEL(ret, name, ...)                                       \
-  namespace gankern::cpu {                                                   \
-  namespace base {                                                           \
-  ret name(__VA_ARGS__);                                                     \
-  }                                                                          \
-  namespace avx2 {                                                           \
-  ret name(__VA_ARGS__);                                                     \
-  }                                                                          \
-  namespace avx512 {                                                         \
-  ret name(__VA_ARGS__);                                                     \
-  }                                                                          \
-  template <typename... Args>                                                \
-  ret name(int dtype, Args... rest) {                                        \
-    const int isa = dtype == kF64 ? 0 : gankern_cpu_isa();                   \
-    return (isa == 2 ? avx512::name : isa == 1 ? avx2::name : base::name)(   \
-        dtype, rest...);                                                     \
-  }                                                                          \
+#define GANKERN_KERNEL(ret, name, ...)                                                     \
+  namespace gankern::cpu {                                                                 \
+  namespace base {                                                                         \
+  ret name(__VA_ARGS__);                                                                   \
+  }                                                                                        \
+  namespace avx2 {                                                                         \
+  ret name(__VA_ARGS__);                                                                   \
+  }                                                                                        \
+  namespace avx512 {                                                                       \
+  ret name(__VA_ARGS__);                                                                   \
+  }                                                                                        \
+  template <typename... Args>                                                              \
+  ret name(int dtype, Args... rest) {                                                      \
+    const int isa = dtype == kF64 ? 0 : gankern_cpu_isa();                                 \
+    return (isa == 2 ? avx512::name : isa == 1 ? avx2::name : base::name)(dtype, rest...); \
+  }                                                                                        \
   }
 #else
 #define GANKERN_KERNEL(ret, name, ...) \
@@ -67,9 +67,9 @@
   }
 #endif
 #else
-#define GANKERN_KERNEL(ret, name, ...)  \
-  namespace gankern::GANKERN_BACKEND {  \
-  ret name(__VA_ARGS__);                \
+#define GANKERN_KERNEL(ret, name, ...) \
+  namespace gankern::GANKERN_BACKEND { \
+  ret name(__VA_ARGS__);               \
   }
 #endif
 // The instruction set in use: 0 base, 1 AVX2, 2 AVX-512 (csrc/torch/library.cpp).

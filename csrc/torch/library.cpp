@@ -7,8 +7,8 @@ using Body = void (*)(void*, int64_t, int64_t);
 
 // What csrc/cpu/vec.h calls; torch's headers stay out of files built for AVX.
 void parallel_for(int64_t n, int64_t grain, Body body, void* context) {
-  torch::stable::parallel_for(
-      0, n, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+  torch::stable::parallel_for(0, n, grain,
+                              [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 }  // namespace gankern::cpu
 

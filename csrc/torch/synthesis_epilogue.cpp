@@ -11,11 +11,11 @@ GANKERN_KERNEL(int, synthesis_epilogue, int dtype, int f32, const void* x, const
 GANKERN_KERNEL(int64_t, synthesis_epilogue_bwd_workspace, int dtype, int64_t N, int64_t C,
                int64_t H, int64_t W, bool filtered, bool noise, bool channels_last)
 GANKERN_KERNEL(int, synthesis_epilogue_bwd, int dtype, int f32, const void* dy, const void* x,
-               const void* f, const void* d, const void* noise, const void* strength,
-               const void* b, void* dx, void* dd, void* db, void* ds, void* workspace, int64_t N,
-               int64_t C, int64_t H, int64_t W, int64_t out_h, int64_t out_w, int64_t taps_y,
-               int64_t taps_x, bool separable, int64_t noise_n, int64_t strength_n, int64_t x0,
-               int64_t y0, bool flip, double filter_gain, bool channels_last, int act, double alpha,
+               const void* f, const void* d, const void* noise, const void* strength, const void* b,
+               void* dx, void* dd, void* db, void* ds, void* workspace, int64_t N, int64_t C,
+               int64_t H, int64_t W, int64_t out_h, int64_t out_w, int64_t taps_y, int64_t taps_x,
+               bool separable, int64_t noise_n, int64_t strength_n, int64_t x0, int64_t y0,
+               bool flip, double filter_gain, bool channels_last, int act, double alpha,
                double gain, double clamp, void* stream)
 
 namespace gankern {
@@ -41,8 +41,12 @@ struct Operands {
            const MaybeTensor& noise_in, const MaybeTensor& strength_in, const MaybeTensor& b_in,
            int64_t x0, int64_t x1, int64_t y0, int64_t y1)
       : x(is_channels_last(x_in) ? x_in : torch::stable::contiguous(x_in)),
-        f(contiguous(f_in)), d(contiguous(d_in)), noise(contiguous(noise_in)),
-        strength(contiguous(strength_in)), b(contiguous(b_in)), code(dtype_code(kOp, "x", x_in)) {
+        f(contiguous(f_in)),
+        d(contiguous(d_in)),
+        noise(contiguous(noise_in)),
+        strength(contiguous(strength_in)),
+        b(contiguous(b_in)),
+        code(dtype_code(kOp, "x", x_in)) {
     STD_TORCH_CHECK(x.dim() == 4, kOp, ": x must be [N, C, H, W], got ", x.dim(), " dimensions");
     last = is_channels_last(x);
     N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
@@ -53,8 +57,8 @@ struct Operands {
                       ": f must be [taps_y, taps_x] or [taps], got ", f->dim(), " dimensions");
       separable = f->dim() == 1;
       taps_y = f->size(0), taps_x = f->size(f->dim() - 1);
-      STD_TORCH_CHECK(taps_y <= 64 && taps_x <= 64, kOp, ": f must have at most 64 taps a side, got ",
-                      taps_y, "x", taps_x);
+      STD_TORCH_CHECK(taps_y <= 64 && taps_x <= 64, kOp,
+                      ": f must have at most 64 taps a side, got ", taps_y, "x", taps_x);
     }
     out_h = H + y0 + y1 - taps_y + 1, out_w = W + x0 + x1 - taps_x + 1;
     STD_TORCH_CHECK(out_h >= 0 && out_w >= 0, kOp, ": padding must leave an output, got ", out_h,
@@ -91,12 +95,12 @@ Tensor forward(const Tensor& x, const MaybeTensor& f, const MaybeTensor& d,
   const Operands o(x, f, d, noise, strength, b, x0, x1, y0, y1);
   Tensor y = empty_images(o, o.out_h, o.out_w);
   const Launch launch(o.x);
-  launch.check(kOp, kernels::synthesis_epilogue(
-                        o.code, o.f32, o.x.const_data_ptr(), data(o.f), data(o.d), data(o.noise),
-                        data(o.strength), data(o.b), y.mutable_data_ptr(), o.N, o.C, o.H, o.W,
-                        o.out_h, o.out_w, o.taps_y, o.taps_x, o.separable, o.noise_n, o.strength_n,
-                        x0, y0, flip, filter_gain, o.last, static_cast<int>(act), alpha, gain,
-                        clamp, launch.stream));
+  launch.check(kOp,
+               kernels::synthesis_epilogue(
+                   o.code, o.f32, o.x.const_data_ptr(), data(o.f), data(o.d), data(o.noise),
+                   data(o.strength), data(o.b), y.mutable_data_ptr(), o.N, o.C, o.H, o.W, o.out_h,
+                   o.out_w, o.taps_y, o.taps_x, o.separable, o.noise_n, o.strength_n, x0, y0, flip,
+                   filter_gain, o.last, static_cast<int>(act), alpha, gain, clamp, launch.stream));
   return y;
 }
 
@@ -125,14 +129,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     for (Tensor* t : {&dx, &dd.out, &db, &ds}) torch::stable::zero_(*t);
   else {
     const Launch launch(o.x);
-    launch.check(
-        kOp, kernels::synthesis_epilogue_bwd(
-                 o.code, o.f32, dy.const_data_ptr(), o.x.const_data_ptr(), data(o.f), data(o.d),
-                 data(o.noise), data(o.strength), data(o.b), dx.mutable_data_ptr(),
-                 dd.out.mutable_data_ptr(), db.mutable_data_ptr(), ds.mutable_data_ptr(),
-                 dd.workspace, o.N, o.C, o.H, o.W, o.out_h, o.out_w, o.taps_y, o.taps_x,
-                 o.separable, o.noise_n, o.strength_n, x0, y0, flip, filter_gain, o.last,
-                 static_cast<int>(act), alpha, gain, clamp, launch.stream));
+    launch.check(kOp,
+                 kernels::synthesis_epilogue_bwd(
+                     o.code, o.f32, dy.const_data_ptr(), o.x.const_data_ptr(), data(o.f), data(o.d),
+                     data(o.noise), data(o.strength), data(o.b), dx.mutable_data_ptr(),
+                     dd.out.mutable_data_ptr(), db.mutable_data_ptr(), ds.mutable_data_ptr(),
+                     dd.workspace, o.N, o.C, o.H, o.W, o.out_h, o.out_w, o.taps_y, o.taps_x,
+                     o.separable, o.noise_n, o.strength_n, x0, y0, flip, filter_gain, o.last,
+                     static_cast<int>(act), alpha, gain, clamp, launch.stream));
   }
   return {dx, torch::stable::view(dd.out, {o.N, o.C}), db, ds};
 }

@@ -292,7 +292,9 @@ def broken_rules(kernel: Kernel) -> list[str]:
     found = []
     if kernel.stack:
         found.append(f"stack frame of {kernel.stack} bytes")
-    if kernel.arch in ("sm_80", "sm_90") and kernel.occupancy < 0.5:
+    # float64 is for gradient checks.
+    fast = kernel.arch in ("sm_80", "sm_90") and "double" not in kernel.name
+    if fast and kernel.occupancy < 0.5:
         found.append(f"occupancy {kernel.occupancy:.0%}, wanted at least 50%")
     if code := kernel.code:
         if code.spills:

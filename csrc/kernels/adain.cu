@@ -53,7 +53,7 @@ struct Backward {
   using Elem = T;
   using A = Acc<T>;
   static constexpr int kIn = 2, kOut = 1, kSums = 2, kFactors = 4, kHold = 4;
-  static constexpr int kColumnHold = sizeof(T) == 2 ? 4 : 7, kColumnBytes = 8;
+  static constexpr int kColumnHold = sizeof(T) == 2 ? 4 : 6, kColumnBytes = 8;
   static constexpr bool kPivot = false, kShared = true;
   struct Params {
     A mean, rstd;

@@ -77,7 +77,7 @@ __device__ __forceinline__ Pack<T, N> load_segment(const T* p, int count, T* sta
   if (lane >= before && lane - before < count) stage[lane - before] = p[lane - before];
   for (int e = lane - before + 32; e < count; e += 32) stage[e] = p[e];
   __syncwarp();
-  return load_pack<T, N>(stage + lane * N);
+  return lane * N < count ? load_pack<T, N>(stage + lane * N) : Pack<T, N>{};
 }
 
 template <typename A>

@@ -72,13 +72,9 @@ def synthesis_epilogue(
     chosen = _impl.choose(OP, impl, x)
     if chosen == "reference":
         return synthesis_epilogue_reference(x, f, d, noise, noise_strength, b, *args)
-    if noise is not None and noise.requires_grad and torch.is_grad_enabled():
-        return _composed(x, f, d, noise, noise_strength, b, *args, chosen)  # type: ignore[call-arg]
-    if f is not None and not _fits(f, pads, chosen):
-        x = upfirdn2d(
-            x, f, 1, 1, pads, flip_filter, filter_gain, impl=_usable("upfirdn2d", chosen, x)
-        )
-        f, args = None, (0, 0, 0, 0, False, 1.0, *args[_ACT:])
+    noise_grad = noise is not None and noise.requires_grad and torch.is_grad_enabled()
+    if noise_grad or (f is not None and not _fits(f, pads, chosen)):
+        return _composed(x, f, d, noise, noise_strength, b, *args, chosen)
     noise = None if noise is None else noise.reshape(-1, *noise.shape[-2:])  # [N or 1, H, W]
     strength = None if noise is None or noise_strength is None else noise_strength.reshape(-1)
     return _Epilogue.apply(x, f, d, noise, strength, b, (*args, chosen))
@@ -180,7 +176,7 @@ def _composed(
     impl,
 ) -> Tensor:  # fmt: skip
     """The same of gankern's other ops, in float32: differentiable to any order, several passes."""
-    dtype = x.dtype
+    dtype, form = x.dtype, _memory_format(x)
     x = x.to(torch.promote_types(dtype, torch.float32))
     if f is not None:
         pads, usable = [x0, x1, y0, y1], _usable("upfirdn2d", impl, x)
@@ -188,7 +184,8 @@ def _composed(
     x = _modulate(x, d, noise, strength)
     b = None if b is None else b.to(x.dtype)
     clamp = None if clamp < 0 else clamp
-    return bias_act(x, b, 1, act, alpha, gain, clamp, impl=_usable("bias_act", impl, x)).to(dtype)
+    y = bias_act(x, b, 1, act, alpha, gain, clamp, impl=_usable("bias_act", impl, x))
+    return y.to(dtype).contiguous(memory_format=form)
 
 
 # --- Triton.

@@ -37,7 +37,8 @@ struct Args {
   int N, C, H, W, out_h, out_w;
   int taps_y, taps_x, x0, y0;
   int tiles, tiles_x, tile_h, tile_w, groups, lanes_log2;
-  int pitch, magic, pitch2, magic2, items_magic;  // of the tiles of x and of dy
+  int pitch, magic, pitch2, magic2;  // of the tiles of x and of dy
+  int across, across_magic, noise_magic;  // a thread's pieces in a row of the tile of dy
   int f32;
   Acc<T> filter_gain;
   bool separable, flip, one_noise, one_strength, vec_x, vec_out, vec_noise;
@@ -277,32 +278,35 @@ __device__ __forceinline__ A value(A u, A d, A noise, A s, A b, const ActArgs<A>
   return clamped(act_value<kPwl>(u * d + (noise * s + b), p) * p.gain, p.clamp);
 }
 
-// Without a filter: a plane is one row, and rows of threads have channels of their own.
+// Without a filter: a plane is one row; NCHW: rows of threads have channels of their own.
 template <typename T, bool kLast, bool kPwl>
 __global__ void __launch_bounds__(kThreads<T>, 2)
     synthesis_epilogue_fwd_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
   constexpr int V = kVec<T>, kStep = kChannels<T, kLast>, kNoise = kLast ? 1 : V;
+  __shared__ A params[3 * kChannels<T, true>];
   const Place at = place<kLast>(a.lanes_log2);
   const int col = blockIdx.x * a.tile_w + (kLast ? at.lx : at.lx * V);
-  if (col >= a.out_w) return;
   for (int n = blockIdx.z; n < a.N; n += gridDim.z) {
     A noise[kNoise] = {};
     if (a.noise) load_noise<T, kLast>(noise, a, n, 0, col, a.out_w - col);
     for (int g = 0; g < a.groups; g++) {
       const int c0 = ((static_cast<int>(blockIdx.y) * a.groups + g) * a.tile_h + at.gy) * kStep;
-      const int c = c0 + (kLast ? at.half * V : 0);
-      if (c >= a.C) break;
-      const int count = kLast ? min(a.C - c, V) : a.out_w - col;
-      const int64_t i = offset<kLast>(a.C, n, c, 1, a.out_w, 0, col);
-      A u[V], d = 0, b = 0, s = 0;
-      load_some<T>(u, a.x + i, a.vec_x, count);
-#pragma unroll
-      for (int e = 0; e < V; e++) {
-        if (kLast || e == 0)
-          d = param(a, 0, n, c + e), b = param(a, 1, n, c + e), s = param(a, 2, n, c + e);
-        u[e] = value<kPwl>(u[e], d, noise[kLast ? 0 : e], s, b, p);
+      if (kLast) {
+        __syncthreads();
+        share_params(params, a, n, c0);
+        __syncthreads();
       }
+      const int c = c0 + (kLast ? at.half * V : 0);
+      if (c >= a.C || col >= a.out_w) continue;
+      const int count = kLast ? a.C - c : a.out_w - col;
+      const int64_t i = offset<kLast>(a.C, n, c, 1, a.out_w, 0, col);
+      A u[V];
+      load_some<T>(u, a.x + i, a.vec_x, count);
+      const Params<T, kLast> k(params, a, n, c, at.half);
+#pragma unroll
+      for (int e = 0; e < V; e++)
+        u[e] = value<kPwl>(u[e], k.d(e), noise[kLast ? 0 : e], k.s(e), k.b(e), p);
       store_some<T>(a.out + i, u, a.vec_out, count);
     }
   }
@@ -518,7 +522,7 @@ __global__ void __launch_bounds__(kThreads<T>, 2)
   const int tiles_y = a.tiles / a.tiles_x;
   const int row0 = tile_y * a.tile_h, col0 = tile_x * a.tile_w;
   const int orow0 = row0 + a.y0 - kHalo, ocol0 = col0 + a.x0 - kHalo;  // of the tile of dv
-  const int x_rows = a.tile_h + 2 * kHalo, x_cols = a.tile_w + 2 * kHalo;
+  const int x_rows = a.tile_h + 2 * kHalo, x_cols = a.across * (kLast ? 1 : V) + kHalo;
   const int o_rows = a.tile_h + kHalo, o_cols = a.tile_w + kHalo;
   A* xs = shared;
   A* dys = xs + x_rows * kPlanes * a.pitch;
@@ -537,7 +541,7 @@ __global__ void __launch_bounds__(kThreads<T>, 2)
       if (a.f32 & 2) {
         const float* z = static_cast<const float*>(a.noise);
         load_tile_planes<A, float, V>(noises, z + plane, z + all, a.out_h, a.out_w, orow0, ocol0,
-                                      o_rows, o_cols, (o_cols + 6) / 4, a.items_magic, a.pitch2);
+                                      o_rows, o_cols, (o_cols + 6) / 4, a.noise_magic, a.pitch2);
       } else {
         const T* z = static_cast<const T*>(a.noise);
         load_tile_planes<A, T, V>(noises, z + plane, z + all, a.out_h, a.out_w, orow0, ocol0,
@@ -566,15 +570,14 @@ __global__ void __launch_bounds__(kThreads<T>, 2)
       __syncthreads();
       const Params<T, kLast> k(params, a, n, c, at.half);
       // dv and then du, in place of dy; each part of a thread's elements in a pass of its own.
-      const int across = kLast ? o_cols : pieces2;
       Sums<T, kLast, kLast ? kPart : 1> sums;
 #pragma unroll
       for (int part = 0; part < V; part += kPart) {
-        for (int i = threadIdx.x >> (kLast ? 1 : 0); i < o_rows * across;
+        for (int i = threadIdx.x >> (kLast ? 1 : 0); i < o_rows * a.across;
              i += blockDim.x >> (kLast ? 1 : 0)) {
           const int row =
-              static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(a.magic2) >> 20);
-          const int lx = i - row * across, r = orow0 + row;
+              static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(a.across_magic) >> 20);
+          const int lx = i - row * a.across, r = orow0 + row;
           const bool row_own = r >= own_r0 && r < own_r1;
           A pixel_noise = 0;
           if (kLast && a.noise && r >= 0 && r < a.out_h && ocol0 + lx >= 0 && ocol0 + lx < a.out_w)
@@ -649,13 +652,15 @@ Plan plan_filter(int V, bool last, bool backward, bool noise, int64_t planes, in
   const int sms = sm_count(), lanes = last ? 32 : backward ? 128 / V : 256 / V;
   const int most = backward ? (V == 4 ? 2 : 1) : 16 / V > 4 ? 1 : 16 / V;
   Plan t{};
-  for (int threads = V == 2 ? 256 : kMaxThreads; threads >= 64; threads /= 2) {
-    t = tiled(V, last, width, height, lanes, threads > 128 ? most : 1, threads);
-    if (t.tiles() * planes >= sms) break;
-  }
+  const auto enough = [&](const Plan& plan) { return plan.tiles() * planes >= 3 * sms / 4; };
+  for (const int per_thread : {most, 1})
+    for (int threads = V == 2 ? 256 : kMaxThreads; threads >= 64; threads /= 2) {
+      if (t.threads && enough(t)) break;
+      t = tiled(V, last, width, height, lanes, per_thread, threads);
+    }
   t.groups = 1;
   while (noise && t.groups < 8 && t.groups < channels &&
-         t.tiles() * planes / (2 * t.groups) >= 2 * sms)
+         t.tiles() * planes / (2 * t.groups) >= sms)
     t.groups *= 2;
   return t;
 }
@@ -666,8 +671,8 @@ Plan plan_flat(int V, bool last, bool backward, bool noise, int64_t planes, int 
   const int sms = sm_count(), across = last ? 1 : V;
   Plan t{};
   t.per_thread = 1;
-  t.lanes = pow2_between(ceil_div(area, across), backward ? (last ? 16 : 32) : 1, last ? 64 : 128);
-  t.rows = backward ? 1 : max(1, (last ? 64 : 128) / t.lanes);
+  t.lanes = pow2_between(ceil_div(area, across), last ? 16 : backward ? 32 : 1, last ? 64 : 128);
+  t.rows = backward || last ? 1 : 128 / t.lanes;
   t.threads = t.lanes * t.rows * (last ? 2 : 1);
   t.tile_h = t.rows;
   t.tile_w = t.lanes * across;
@@ -679,7 +684,7 @@ Plan plan_flat(int V, bool last, bool backward, bool noise, int64_t planes, int 
   t.tiles_y = 1;
   t.groups = 1;
   while (noise && t.groups < 8 && t.groups * t.rows < channels &&
-         t.tiles() * planes / (t.rows * 2 * t.groups) >= 4 * sms)
+         t.tiles() * planes / (t.rows * 2 * t.groups) >= 2 * sms)
     t.groups *= 2;
   return t;
 }
@@ -804,10 +809,13 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
   a.tiles = static_cast<int>(t.tiles()), a.tiles_x = t.tiles_x;
   a.tile_h = t.tile_h, a.tile_w = t.tile_w, a.groups = t.groups;
   while ((1 << a.lanes_log2) < t.lanes) a.lanes_log2++;
-  const int halo = backward ? 2 * kHalo : kHalo, cols = t.tile_w + halo, cols2 = t.tile_w + kHalo;
+  const int cols2 = t.tile_w + kHalo;
+  a.across = last ? cols2 : static_cast<int>(ceil_div(cols2, V));
+  a.across_magic = magic_of(a.across);
+  const int cols = backward ? a.across * (last ? 1 : V) + kHalo : cols2;
   const auto pieces = [&](int n, int vec) { return last ? n : (n + 2 * vec - 2) / vec; };
   a.magic = magic_of(pieces(cols, V)), a.magic2 = magic_of(pieces(cols2, V));
-  a.items_magic = magic_of(pieces(cols2, 4));
+  a.noise_magic = magic_of(pieces(cols2, 4));
   // A column group more than the columns fill: the last thread of a row reads a whole one.
   const auto words = [&](int n) { return last ? n : static_cast<int>(ceil_div(n, V)) + 1; };
   a.pitch = pitch_of(words(cols), V, last, t.lanes, t.per_thread);

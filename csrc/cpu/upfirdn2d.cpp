@@ -1,15 +1,16 @@
 // upfirdn2d on the CPU: polyphase, so that no inserted zero is multiplied.
 //
 // A task is a run of output rows of one image plane (NCHW) or of some channels of one image
-// (channels-last). Input rows are widened once into a ring of rows; a filter of rank 1, 1-D or
-// found to be an outer product, is applied along x on the way in and along y on the way out; any
-// other takes all its taps on the way out. Everything is a weighted sum of contiguous runs.
+// (channels-last). A filter of rank 1, 1-D or found to be an outer product, sums input rows into a
+// line, zero-padded, and sums along the line into the output row; any other sums along all the
+// lines that it meets at once. Everything is a weighted sum of contiguous runs.
 #include "vec.h"
 
 namespace gankern::cpu::GANKERN_ISA {
 namespace {
 
 constexpr int64_t kTaskOutputs = 16384;  // output elements of a task, about
+constexpr int64_t kLine = 12288;         // elements of a line in channels-last
 
 struct Axis {
   int64_t in, out, up, down, pad, taps;
@@ -48,20 +49,77 @@ Span span_of(const Axis& a) {
 int64_t most_taps(const Axis& a) { return (a.taps + a.up - 1) / a.up; }
 int64_t padded(int64_t n) { return (n + 2 * kLanes - 1) / kLanes * kLanes; }
 
-template <typename T, typename S>
-GK_INLINE void widen_row(S* out, const T* src, int64_t n) {
+typedef int64_t Indices64 __attribute__((vector_size(kLanes * 8)));
+
+// out[i] = sum over t of w[t] * in[off[t] + i]. kPadded: sources can be read up to a whole vector.
+template <bool kPadded, typename O, typename I, typename S>
+GK_INLINE void weighted_sum(O* out, int64_t n, const I* in, const int64_t* off, const S* w,
+                            int64_t count) {
+  using V = Vec<S>;
+  const auto one = [&](int64_t i) {
+    V a{};
+    for (int64_t t = 0; t < count; t++) a += load(in + off[t] + i) * w[t];
+    return a;
+  };
+  if (n <= 0) return;
+  if (n < kLanes) {
+    V a{};
+    if (kPadded)
+      a = one(0);
+    else
+      for (int64_t t = 0; t < count; t++) a += load_part(in + off[t], n) * w[t];
+    store_part(out, a, n);
+    return;
+  }
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(out + i, load(src + i));
-  if (i < n) store_part(out + i, load_part(src + i, n - i), n - i);
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    V a0{}, a1{}, a2{}, a3{};
+    for (int64_t t = 0; t < count; t++) {
+      const I* s = in + off[t] + i;
+      a0 += load(s) * w[t];
+      a1 += load(s + kLanes) * w[t];
+      a2 += load(s + 2 * kLanes) * w[t];
+      a3 += load(s + 3 * kLanes) * w[t];
+    }
+    store(out + i, a0);
+    store(out + i + kLanes, a1);
+    store(out + i + 2 * kLanes, a2);
+    store(out + i + 3 * kLanes, a3);
+  }
+  for (; i + kLanes <= n; i += kLanes) store(out + i, one(i));
+  if (i < n) store(out + n - kLanes, one(n - kLanes));  // over a part of what is there already
 }
 
-// out[p][i] = in[i * factor + p], the parts `stride` apart.
+// Even and odd elements of the 2 * kLanes in a and b, and back.
+template <typename V>
+GK_INLINE void unzip(V a, V b, V& even, V& odd) {
+  using I = std::conditional_t<sizeof(V) == sizeof(vf), vi, Indices64>;
+  I e, o;
+  for (int i = 0; i < kLanes; i++) e[i] = 2 * i, o[i] = 2 * i + 1;
+  even = __builtin_shuffle(a, b, e);
+  odd = __builtin_shuffle(a, b, o);
+}
+template <typename V>
+GK_INLINE void zip(V even, V odd, V& a, V& b) {
+  using I = std::conditional_t<sizeof(V) == sizeof(vf), vi, Indices64>;
+  I lo, hi;
+  for (int i = 0; i < kLanes; i++) {
+    lo[i] = i / 2 + i % 2 * kLanes;
+    hi[i] = lo[i] + kLanes / 2;
+  }
+  a = __builtin_shuffle(even, odd, lo);
+  b = __builtin_shuffle(even, odd, hi);
+}
+
+// out[p][i] = in[i * factor + p], the parts `stride` apart; whole vectors may be read and written.
 template <typename S>
 GK_INLINE void split(S* out, int64_t stride, const S* in, int64_t n, int64_t factor) {
   if (factor == 2) {
-    for (int64_t i = 0; i < n; i++) {
-      out[i] = in[2 * i];
-      out[stride + i] = in[2 * i + 1];
+    for (int64_t i = 0; i < n; i += kLanes) {
+      Vec<S> even, odd;
+      unzip(load(in + 2 * i), load(in + 2 * i + kLanes), even, odd);
+      store(out + i, even);
+      store(out + stride + i, odd);
     }
     return;
   }
@@ -69,13 +127,15 @@ GK_INLINE void split(S* out, int64_t stride, const S* in, int64_t n, int64_t fac
     for (int64_t i = 0; i < n; i++) out[p * stride + i] = in[i * factor + p];
 }
 
-// out[i * factor + p] = in[p][i].
+// out[i * factor + p] = in[p][i], likewise.
 template <typename S>
 GK_INLINE void merge(S* out, const S* in, int64_t stride, int64_t n, int64_t factor) {
   if (factor == 2) {
-    for (int64_t i = 0; i < n; i++) {
-      out[2 * i] = in[i];
-      out[2 * i + 1] = in[stride + i];
+    for (int64_t i = 0; i < n; i += kLanes) {
+      Vec<S> a, b;
+      zip(load(in + i), load(in + stride + i), a, b);
+      store(out + 2 * i, a);
+      store(out + 2 * i + kLanes, b);
     }
     return;
   }
@@ -116,51 +176,20 @@ struct Filter {
   }
 };
 
-// out[i] = sum of weight * source[i] over the terms. Sources are readable up to a whole vector, and
-// `out` is writable up to one where it is a buffer (kExact false).
+// For each phase of the output columns, where in a line its samples lie and their weights.
 template <typename S>
-struct Terms {
-  Buffer<const S*> src;
+struct Table {
+  int64_t most;
+  Buffer<int64_t> off;
   Buffer<S> w;
-  int64_t count = 0;
-
-  explicit Terms(int64_t n) : src(n), w(n) {}
-  GK_INLINE void add(const S* s, S weight) {
-    src[count] = s;
-    w[count++] = weight;
-  }
-
-  template <bool kExact, typename T>
-  GK_INLINE void sum(T* out, int64_t n, int64_t offset = 0) {
-    using V = Vec<S>;
-    int64_t i = 0;
-    for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-      V a0{}, a1{}, a2{}, a3{};
-      for (int64_t t = 0; t < count; t++) {
-        const S* s = src[t] + offset + i;
-        a0 += load(s) * w[t];
-        a1 += load(s + kLanes) * w[t];
-        a2 += load(s + 2 * kLanes) * w[t];
-        a3 += load(s + 3 * kLanes) * w[t];
-      }
-      store(out + i, a0);
-      store(out + i + kLanes, a1);
-      store(out + i + 2 * kLanes, a2);
-      store(out + i + 3 * kLanes, a3);
-    }
-    for (; i < n; i += kLanes) {
-      V a{};
-      for (int64_t t = 0; t < count; t++) a += load(src[t] + offset + i) * w[t];
-      if (kExact && i + kLanes > n)
-        store_part(out + i, a, n - i);
-      else
-        store(out + i, a);
-    }
-  }
+  Buffer<int64_t> count;
+  Table(int64_t phases, int64_t most_)
+      : most(most_), off(phases * most), w(phases * most), count(phases) {}
 };
 
-// The scratch of a task and the passes over it. A row is `width` samples of `channels` elements; in
-// NCHW channels is 1 and, to keep runs contiguous, an input row is split into its `down` phases.
+// The scratch of a task and the passes over it. A line is the samples that outputs meet, `channels`
+// elements each; in NCHW channels is 1 and a line is split into its `down` phases, so that runs are
+// contiguous.
 template <typename T>
 struct Worker {
   using S = Scalar<T>;
@@ -169,9 +198,13 @@ struct Worker {
   const Filter<S>& f;
   const bool planar;
   const Span span;
-  const int64_t channels, parts, part_stride, slot_size, rows, pieces;
-  Buffer<S> line, apart, ring, piece, staged;
-  Terms<S> terms;
+  const int64_t channels, phases, parts, part_stride, line_stride, rows, batch, begin, end;
+  Buffer<S> lines, linear, pieces, merged, wide, flat;
+  const int64_t piece_stride, wide_stride;
+  Table<S> table;
+  Buffer<int64_t> y_off;
+  Buffer<S> y_w;
+  Buffer<Phase> y_phases;
 
   Worker(const Axis& x, const Axis& y, const Filter<S>& filter, int64_t channels_, bool last)
       : ax(x),
@@ -180,103 +213,141 @@ struct Worker {
         planar(!last),
         span(span_of(x)),
         channels(channels_),
+        phases(min_(x.up, x.out)),
         parts(last ? 1 : x.down),
         part_stride(padded((span.hi - span.lo + parts - 1) / parts * channels)),
-        slot_size(filter.separable ? padded(x.out * channels) + x.up : parts * part_stride),
+        line_stride(parts * part_stride),
         rows(most_taps(y)),
-        pieces(padded((x.out + x.up - 1) / x.up)),
-        line(parts * part_stride),
-        apart(parts * part_stride),
-        ring(rows * slot_size),
-        piece(x.up * pieces),
-        staged(padded(x.out * channels) + x.up),
-        terms(most_taps(x) * most_taps(y)) {
-    zero(line, parts * part_stride);
-    zero(apart, parts * part_stride);
-    zero(ring, rows * slot_size);
+        batch(last ? 1 : 8),  // lines made before they are read: by then their stores have settled
+        begin(max_(span.lo, 0)),
+        end(max_(begin, min_(span.hi, x.in))),
+        lines(max_(batch, rows) * line_stride),
+        linear(line_stride + parts * kLanes * 2),
+        pieces(x.up * padded((x.out + x.up - 1) / x.up)),
+        merged(2 * padded(x.out * channels + x.up)),
+        wide(planar && x.in < kLanes ? y.in * padded(x.in) : 1),
+        flat(planar && x.in < kLanes ? padded(y.in * x.in) : 1),
+        piece_stride(padded((x.out + x.up - 1) / x.up)),
+        wide_stride(padded(x.in)),
+        table(phases, most_taps(x) * (filter.separable ? 1 : rows)),
+        y_off(rows),
+        y_w(rows),
+        y_phases(y.up) {
+    zero(lines, max_(batch, rows) * line_stride);
+    zero(linear, line_stride + parts * kLanes * 2);
+    for (int64_t r = 0; r < y.up; r++) y_phases[r] = phase_of(y, r);
+    for (int64_t r = 0; r < phases; r++) table.count[r] = 0;
+    if (f.separable) add_line(0, &f.x[0]);
   }
-  static void zero(Buffer<S>& b, int64_t n) {
+  static void zero(const Buffer<S>& b, int64_t n) {
     memset(&b[0], 0, static_cast<size_t>(n) * sizeof(S));
   }
 
-  // Sample i of an input row, for sums that run over the following ones.
-  GK_INLINE const S* sample(const S* row, int64_t i) const {
-    const int64_t k = i - span.lo;
-    return parts == 1 ? row + k * channels : row + k % parts * part_stride + k / parts;
-  }
-
-  // Adds the taps of outputs b * up + r, r having phase p: the samples of `row` times w[tap].
-  GK_INLINE void add_taps(const S* row, const Phase& p, int64_t b, const S* w) {
-    for (int64_t m = 0; m < p.count; m++)
-      terms.add(sample(row, b * ax.down + p.first + m), w[p.tap + m * ax.up]);
-  }
-
-  // An output row into the buffer `out`; gather(p, b) adds the terms of outputs b * up + r.
-  template <typename G>
-  GK_INLINE void along_x(S* out, const G& gather) {
-    if (ax.up == 1 && (planar || ax.down == 1)) {
-      terms.count = 0;
-      gather(phase_of(ax, 0), 0);
-      terms.template sum<false>(out, ax.out * channels);
-    } else if (planar) {
-      for (int64_t r = 0; r < ax.up; r++) {
-        terms.count = 0;
-        gather(phase_of(ax, r), 0);
-        terms.template sum<false>(&piece[r * pieces], (ax.out + ax.up - 1) / ax.up);
+  // Adds a line's samples to the table: w holds the taps along x.
+  void add_line(int64_t line, const S* w) {
+    for (int64_t r = 0; r < phases; r++) {
+      const Phase p = phase_of(ax, r);
+      for (int64_t m = 0; m < p.count; m++) {
+        const int64_t k = p.first + m - span.lo, t = r * table.most + table.count[r]++;
+        table.off[t] =
+            line * line_stride + (planar ? k % parts * part_stride + k / parts : k * channels);
+        table.w[t] = w[p.tap + m * ax.up];
       }
-      merge(out, &piece[0], pieces, (ax.out + ax.up - 1) / ax.up, ax.up);
+    }
+  }
+
+  // A line from `count` input rows at x + y_off, weighted by y_w; pitch: elements between samples.
+  template <bool kPadded, typename I>
+  GK_INLINE void make_line(S* line, const I* x, int64_t count, int64_t pitch) {
+    S* to = (parts > 1 ? &linear[0] : line) + (begin - span.lo) * channels;
+    const I* from = x + begin * pitch;
+    if (pitch == channels)
+      weighted_sum<kPadded>(to, (end - begin) * channels, from, &y_off[0], &y_w[0], count);
+    else
+      for (int64_t i = 0; i < end - begin; i++)
+        weighted_sum<false>(to + i * channels, channels, from + i * pitch, &y_off[0], &y_w[0],
+                            count);
+    if (parts > 1)
+      split(line, part_stride, &linear[0], (span.hi - span.lo + parts - 1) / parts, parts);
+  }
+
+  template <typename O>
+  GK_INLINE void sum_phase(O* out, int64_t n, const S* line, int64_t r) {
+    weighted_sum<true>(out, n, line, &table.off[r * table.most], &table.w[r * table.most],
+                       table.count[r]);
+  }
+
+  // An output row from a line, or from all of them; pitch: elements between output samples.
+  GK_INLINE void emit(T* out, const S* line, int64_t pitch) {
+    if (ax.up == 1 && (planar || (ax.down == 1 && pitch == channels))) {
+      sum_phase(out, ax.out * channels, line, 0);
+    } else if (planar) {
+      const int64_t n = (ax.out + ax.up - 1) / ax.up, zero_off = 0;
+      const S one = 1;
+      for (int64_t r = 0; r < phases; r++) sum_phase(&pieces[r * piece_stride], n, line, r);
+      merge(&merged[0], &pieces[0], piece_stride, n, ax.up);
+      weighted_sum<true>(out, ax.out, &merged[0], &zero_off, &one, 1);
     } else {
       for (int64_t b = 0, o = 0; o < ax.out; b++)
-        for (int64_t r = 0; r < ax.up && o < ax.out; r++, o++) {
-          terms.count = 0;
-          gather(phase_of(ax, r), b);
-          terms.template sum<false>(out + o * channels, channels);
-        }
+        for (int64_t r = 0; r < phases && o < ax.out; r++, o++)
+          sum_phase(out + o * pitch, channels, line + b * ax.down * channels, r);
     }
   }
 
-  // Puts an input row, `pitch` elements between samples, into the ring.
-  GK_INLINE void take_row(S* slot, const T* x, int64_t pitch) {
-    const int64_t begin = max_(span.lo, 0), end = min_(span.hi, ax.in);
-    S* row = f.separable || parts > 1 ? &line[0] : slot;
-    S* to = row + (begin - span.lo) * channels;
-    if (pitch == channels && end > begin)
-      widen_row(to, x + begin * pitch, (end - begin) * channels);
-    for (int64_t i = begin; i < end && pitch != channels; i++)
-      widen_row(to + (i - begin) * channels, x + i * pitch, channels);
-    if (parts > 1) {
-      S* phases = f.separable ? &apart[0] : slot;
-      split(phases, part_stride, row, (span.hi - span.lo + parts - 1) / parts, parts);
-      row = phases;
-    }
-    if (f.separable)
-      along_x(slot, [&](const Phase& p, int64_t b) { add_taps(row, p, b, &f.x[0]); });
+  // The input rows [from, to) that output row o meets, and the tap of the first.
+  struct Rows {
+    int64_t from, to, tap;
+  };
+  GK_INLINE Rows rows_of(int64_t o) const {
+    const Phase& p = y_phases[o % ay.up];
+    const int64_t first = o / ay.up * ay.down + p.first;
+    const int64_t from = max_(first, 0), to = max_(from, min_(first + p.count, ay.in));
+    return {from, to, p.tap + (from - first) * ay.up};
   }
 
-  // Output rows [begin, end) of the image at x into the one at y.
-  void run(const T* x, T* y, int64_t pitch, int64_t begin, int64_t end) {
-    int64_t next = 0;
-    for (int64_t o = begin; o < end; o++) {
-      Phase p = phase_of(ay, o % ay.up);
-      p.first += o / ay.up * ay.down;
-      const int64_t from = max_(p.first, 0), to = min_(p.first + p.count, ay.in);
-      for (next = max_(next, from); next < to; next++)
-        take_row(&ring[next % rows * slot_size], x + next * ax.in * pitch, pitch);
-      const auto slot = [&](int64_t i) { return &ring[i % rows * slot_size]; };
-      const auto tap = [&](int64_t i) { return p.tap + (i - p.first) * ay.up; };
-      if (!f.separable)
-        along_x(&staged[0], [&](const Phase& q, int64_t b) {
-          for (int64_t i = from; i < to; i++) add_taps(slot(i), q, b, &f.full[tap(i) * ax.taps]);
-        });
-      terms.count = 0;
-      if (!f.separable) terms.add(&staged[0], S(1));
-      for (int64_t i = from; i < to && f.separable; i++) terms.add(slot(i), f.y[tap(i)]);
-      T* out = y + o * ax.out * pitch;
-      if (pitch == channels)
-        terms.template sum<true>(out, ax.out * channels);
+  // Output rows [first, stop) of the image at x into the one at y.
+  void run(const T* x, T* y, int64_t pitch, int64_t first, int64_t stop) {
+    const bool narrow = planar && ax.in < kLanes;  // rows shorter than a vector: padded once
+    const int64_t wide_from = rows_of(first).from, wide_to = min_(rows_of(stop - 1).to, ay.in);
+    if (narrow && wide_to > wide_from) {
+      const int64_t none = 0;
+      const S one = 1;
+      weighted_sum<false>(&flat[0], (wide_to - wide_from) * ax.in, x + wide_from * ax.in, &none,
+                          &one, 1);
+      for (int64_t i = wide_from; i < wide_to; i++)
+        for (int64_t j = 0; j < ax.in; j++)
+          wide[i * wide_stride + j] = flat[(i - wide_from) * ax.in + j];
+    }
+    const int64_t row_size = narrow ? wide_stride : ax.in * pitch;
+    const auto line_of = [&](S* line, int64_t count) {
+      if (narrow)
+        make_line<true>(line, &wide[0], count, 1);
       else
-        for (int64_t i = 0; i < ax.out; i++)
-          terms.template sum<true>(out + i * pitch, channels, i * channels);
+        make_line<false>(line, x, count, pitch);
+    };
+    for (int64_t o = first; o < stop;) {
+      const int64_t until = f.separable ? min_(o + batch, stop) : o + 1;
+      for (int64_t k = o; k < until && f.separable; k++) {
+        const Rows r = rows_of(k);
+        for (int64_t i = r.from; i < r.to; i++) {
+          y_off[i - r.from] = i * row_size;
+          y_w[i - r.from] = f.y[r.tap + (i - r.from) * ay.up];
+        }
+        line_of(&lines[(k - o) * line_stride], r.to - r.from);
+      }
+      if (!f.separable) {
+        const Rows r = rows_of(o);
+        for (int64_t p = 0; p < phases; p++) table.count[p] = 0;
+        y_w[0] = 1;
+        for (int64_t i = r.from; i < r.to; i++) {
+          y_off[0] = i * row_size;
+          line_of(&lines[(i - r.from) * line_stride], 1);
+          add_line(i - r.from, &f.full[(r.tap + (i - r.from) * ay.up) * ax.taps]);
+        }
+      }
+      for (int64_t k = o; k < until; k++)
+        emit(y + k * ax.out * pitch, &lines[f.separable ? (k - o) * line_stride : 0], pitch);
+      o = until;
     }
   }
 };
@@ -285,9 +356,8 @@ template <typename T>
 int run(const T* x, const Scalar<T>* f, T* y, bool last, int64_t N, int64_t C, const Axis& ax,
         const Axis& ay, bool separable, bool flip, double gain) {
   const Filter<Scalar<T>> filter(f, separable, ay.taps, ax.taps, flip, gain);
-  // Channels-last: as many channels as keep a few rows in the first-level cache.
   const int64_t row = max_(ax.in, ax.out);
-  int64_t chunk = last ? max_(kLanes, 4096 / row / kLanes * kLanes) : 1;
+  int64_t chunk = last ? max_(kLanes, kLine / row / kLanes * kLanes) : 1;
   if (chunk > C) chunk = C;
   const int64_t chunks = last ? (C + chunk - 1) / chunk : C, images = N * chunks;
   const int64_t strip = min_(ay.out, max_(4 * ay.taps, kTaskOutputs / (ax.out * chunk)));

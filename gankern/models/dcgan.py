@@ -110,7 +110,8 @@ class Discriminator(nn.Module):
         x = self.layers(img).flatten(1)  # [N, features]
         logit = self.logit(x)  # [N, 1]
         if self.embed is not None:
-            logit = logit + (x * self.embed(c)).sum(1, keepdim=True)
+            # Scaled down, so that the class does not drown the image at the start.
+            logit = logit + (x * self.embed(c)).sum(1, keepdim=True) * (4 / x.shape[1] ** 0.5)
         return logit
 
 

@@ -37,7 +37,7 @@ struct Args {
   int N, C, H, W, out_h, out_w;
   int taps_y, taps_x, x0, y0;
   int tiles, tiles_x, tile_h, tile_w, groups, lanes_log2;
-  int pitch, magic, pitch2, magic2;  // of the tiles of x and of dy
+  int pitch, magic, pitch2, magic2;       // of the tiles of x and of dy
   int across, across_magic, noise_magic;  // a thread's pieces in a row of the tile of dy
   int f32;
   Acc<T> filter_gain;
@@ -575,8 +575,8 @@ __global__ void __launch_bounds__(kThreads<T>, 2)
       for (int part = 0; part < V; part += kPart) {
         for (int i = threadIdx.x >> (kLast ? 1 : 0); i < o_rows * a.across;
              i += blockDim.x >> (kLast ? 1 : 0)) {
-          const int row =
-              static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(a.across_magic) >> 20);
+          const int row = static_cast<int>(
+              static_cast<unsigned>(i) * static_cast<unsigned>(a.across_magic) >> 20);
           const int lx = i - row * a.across, r = orow0 + row;
           const bool row_own = r >= own_r0 && r < own_r1;
           A pixel_noise = 0;
@@ -659,8 +659,7 @@ Plan plan_filter(int V, bool last, bool backward, bool noise, int64_t planes, in
       t = tiled(V, last, width, height, lanes, per_thread, threads);
     }
   t.groups = 1;
-  while (noise && t.groups < 8 && t.groups < channels &&
-         t.tiles() * planes / (2 * t.groups) >= sms)
+  while (noise && t.groups < 8 && t.groups < channels && t.tiles() * planes / (2 * t.groups) >= sms)
     t.groups *= 2;
   return t;
 }

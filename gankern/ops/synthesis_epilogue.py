@@ -74,7 +74,7 @@ def synthesis_epilogue(
         return synthesis_epilogue_reference(x, f, d, noise, noise_strength, b, *args)
     noise_grad = noise is not None and noise.requires_grad and torch.is_grad_enabled()
     if noise_grad or (f is not None and not _fits(f, pads, chosen)):
-        return _composed(x, f, d, noise, noise_strength, b, *args, chosen)
+        return _composed(x, f, d, noise, noise_strength, b, *args, chosen)  # type: ignore[call-arg]
     noise = None if noise is None else noise.reshape(-1, *noise.shape[-2:])  # [N or 1, H, W]
     strength = None if noise is None or noise_strength is None else noise_strength.reshape(-1)
     return _Epilogue.apply(x, f, d, noise, strength, b, (*args, chosen))

@@ -58,18 +58,19 @@ std::string block_name(uint64_t linear);
 std::string where(const void* pc);
 std::string function_name(const void* function);
 
-#define SIMT_COUNTERS(X)                                                                           \
-  X(launches)                                                                                      \
-  X(blocks)                                                                                        \
-  X(threads)                                                                                       \
-  X(barriers)                                                                                      \
-  X(warp_collectives)                                                                              \
-  X(global_load_bytes) X(global_load_requests) X(global_load_sectors) X(global_load_used_bytes)    \
-      X(global_store_bytes) X(global_store_requests) X(global_store_sectors)                       \
-          X(global_store_used_bytes) X(global_atomics) X(unique_load_bytes) X(unique_load_sectors) \
-              X(unique_store_bytes) X(unique_store_sectors) X(shared_load_bytes)                   \
-                  X(shared_load_requests) X(shared_load_wavefronts) X(shared_load_conflicts)       \
-                      X(shared_store_bytes) X(shared_store_requests) X(shared_store_wavefronts)    \
+#define SIMT_COUNTERS(X)                                                                         \
+  X(launches)                                                                                    \
+  X(blocks)                                                                                      \
+  X(threads)                                                                                     \
+  X(barriers)                                                                                    \
+  X(warp_collectives)                                                                            \
+  X(global_load_bytes)                                                                           \
+  X(global_load_requests) X(global_load_sectors) X(global_load_used_bytes) X(global_store_bytes) \
+      X(global_store_requests) X(global_store_sectors) X(global_store_used_bytes)                \
+          X(global_atomics) X(unique_load_bytes) X(unique_load_sectors) X(unique_store_bytes)    \
+              X(unique_store_sectors) X(shared_load_bytes) X(shared_load_requests)               \
+                  X(shared_load_wavefronts) X(shared_load_conflicts) X(shared_store_bytes)       \
+                      X(shared_store_requests) X(shared_store_wavefronts)                        \
                           X(shared_store_conflicts) X(shared_atomics)
 struct Counters {
 #define X(name) uint64_t name = 0;

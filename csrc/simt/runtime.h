@@ -58,6 +58,7 @@ std::string block_name(uint64_t linear);
 std::string where(const void* pc);
 std::string function_name(const void* function);
 
+// clang-format off
 #define SIMT_COUNTERS(X)                                                                         \
   X(launches)                                                                                    \
   X(blocks)                                                                                      \
@@ -72,6 +73,7 @@ std::string function_name(const void* function);
                   X(shared_load_wavefronts) X(shared_load_conflicts) X(shared_store_bytes)       \
                       X(shared_store_requests) X(shared_store_wavefronts)                        \
                           X(shared_store_conflicts) X(shared_atomics)
+// clang-format on
 struct Counters {
 #define X(name) uint64_t name = 0;
   SIMT_COUNTERS(X)

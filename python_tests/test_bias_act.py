@@ -59,7 +59,7 @@ def test_layouts(impl, device, dtype, shape, layout):
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_acts(impl, device, act, dtype):
-    for clamp in (None, 0.85):
+    for clamp in (None, 0.8515625):  # exact in every dtype: Triton's interpreter truncates
         f, reference = ops(impl, act=act, alpha=0.3 if act == "lrelu" else None, clamp=clamp)
         x, b = inputs(SHAPES["odd"], device, DTYPES[dtype])
         compare(f, reference, [x, b], what=f"{act} {clamp}")
@@ -183,6 +183,8 @@ def test_random_arguments(impl, device):
     @settings(max_examples=100 if impl == "triton" else 500, deadline=None, derandomize=True)
     @given(cases())
     def run(c):
+        if impl == "triton" and device == "cpu" and c["dtype"] == "bf16":
+            c["dtype"] = "f16"  # the interpreter truncates to bfloat16 instead of rounding
         # In 16 bits a y may round onto the clamp: the kernel then sees it clamped.
         clamp = c["clamp"] if c["dtype"] == "f32" else None
         f, reference = ops(impl, dim=c["dim"], act=c["act"], gain=c["gain"], clamp=clamp)

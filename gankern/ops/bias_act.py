@@ -73,7 +73,7 @@ def bias_act(
     chosen = _impl.choose("bias_act", impl, x)
     if chosen == "reference":
         return bias_act_reference(x, b, dim, act, *args)
-    return _BiasAct.apply(x, b, dim, act, *args, chosen)
+    return _fwd(x, b, dim, act, *args, chosen)
 
 
 def _check(x, b, dim, act, alpha, gain, clamp) -> tuple[int, tuple[float, float, float]]:
@@ -338,28 +338,40 @@ _impl.register_fake("bias_act_bwd", _fake_bwd)
 _impl.register_fake("bias_act_bwd2", _fake_bwd2)
 
 
-# --- Autograd, once for all implementations.
+# --- Autograd, once for all implementations. A Function costs more than a small kernel: it is
+# entered only where a gradient is recorded.
+
+
+def _fwd(x: Tensor, b: Tensor | None, dim: int, act: str, *args) -> Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or (b is not None and b.requires_grad)):
+        return _BiasAct.apply(x, b, dim, act, *args)
+    return _impl.op(args[-1], "bias_act")(x, b, dim, ACTS[act].code, *args[:-1])
+
+
+def _bwd(dy: Tensor, ref: Tensor, b: Tensor | None, needs_db: bool, dim: int, act: str, *args):
+    """(dx, db); db is empty unless it is needed."""
+    if torch.is_grad_enabled():
+        return _BiasActBwd.apply(dy, ref, b, needs_db, dim, act, *args)
+    bwd = _impl.op(args[-1], "bias_act_bwd")
+    return bwd(dy, ref, b, dim, ACTS[act].code, *args[:-1], needs_db)
 
 
 class _BiasAct(torch.autograd.Function):
     """y from x and b. The gradient's reference is y wherever y determines act'(x + b)."""
 
     @staticmethod
-    def forward(x, b, dim, act, alpha, gain, clamp, impl):
-        return _impl.op(impl, "bias_act")(x, b, dim, ACTS[act].code, alpha, gain, clamp)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs, output) -> None:
-        x, b, dim, act, alpha, gain, clamp, impl = inputs
+    def forward(ctx: Any, x, b, dim, act, alpha, gain, clamp, impl):
+        y = _impl.op(impl, "bias_act")(x, b, dim, ACTS[act].code, alpha, gain, clamp)
         from_x = act == "swish" or (act == "lrelu" and alpha < 0)
-        ctx.save_for_backward(x if from_x else output, b)
+        ctx.save_for_backward(x if from_x else y, b)
         ctx.args = (dim, act, alpha, gain, clamp, from_x, impl)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy):
         ref, b = ctx.saved_tensors
         needs_db = ctx.needs_input_grad[1]
-        dx, db = _BiasActBwd.apply(dy, ref, b, needs_db, *ctx.args)
+        dx, db = _bwd(dy, ref, b, needs_db, *ctx.args)
         return dx, db if needs_db else None, None, None, None, None, None, None
 
 
@@ -367,16 +379,12 @@ class _BiasActBwd(torch.autograd.Function):
     """dx = dy * gain * act'(reference) and db = sum(dx): linear in dy."""
 
     @staticmethod
-    def forward(dy, ref, b, needs_db, dim, act, alpha, gain, clamp, from_x, impl):
+    def forward(ctx: Any, dy, ref, b, needs_db, dim, act, alpha, gain, clamp, from_x, impl):
+        ctx.save_for_backward(dy, ref, b)
+        ctx.args = (dim, act, alpha, gain, clamp, from_x, impl)
+        ctx.set_materialize_grads(False)
         bwd = _impl.op(impl, "bias_act_bwd")
         return bwd(dy, ref, b, dim, ACTS[act].code, alpha, gain, clamp, from_x, needs_db)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs, output) -> None:
-        dy, ref, b, _, *args = inputs
-        ctx.save_for_backward(dy, ref, b)
-        ctx.args = tuple(args)
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, v, v_db):
@@ -389,7 +397,7 @@ class _BiasActBwd(torch.autograd.Function):
             return (None,) * 11
         d_dy = d_ref = d_b = None
         if ctx.needs_input_grad[0]:
-            d_dy, _ = _BiasActBwd.apply(v, ref, b, False, *ctx.args)
+            d_dy, _ = _bwd(v, ref, b, False, *ctx.args)
         if ACTS[act].smooth and ctx.needs_input_grad[1]:
             d_ref = _BiasActBwd2.apply(dy, v, ref, b, *ctx.args)
             if from_x and b is not None and ctx.needs_input_grad[2]:
@@ -401,22 +409,18 @@ class _BiasActBwd2(torch.autograd.Function):
     """dy * v * d(gain * act')/d(reference); its own gradient is composed of PyTorch's."""
 
     @staticmethod
-    def forward(dy, v, ref, b, dim, act, alpha, gain, clamp, from_x, impl):
+    def forward(ctx: Any, dy, v, ref, b, dim, act, alpha, gain, clamp, from_x, impl):
+        ctx.save_for_backward(dy, v, ref, b)
+        ctx.args = (dim, act, alpha, gain, clamp, from_x)
         bwd2 = _impl.op(impl, "bias_act_bwd2")
         return bwd2(dy, v, ref, b, dim, ACTS[act].code, alpha, gain, clamp, from_x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs, output) -> None:
-        dy, v, ref, b, *args = inputs
-        ctx.save_for_backward(dy, v, ref, b)
-        ctx.args = tuple(args)
 
     @staticmethod
     def backward(ctx: Any, grad):
         tensors = ctx.saved_tensors
         with torch.enable_grad():
             inputs = [t if t is None else t.view_as(t) for t in tensors]
-            out = _curve_reference(*inputs, *ctx.args[:6])
+            out = _curve_reference(*inputs, *ctx.args)
             wanted = [t for t in inputs if t is not None and t.requires_grad]
             grads = iter(
                 torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True)

@@ -135,15 +135,10 @@ class _Convolution(torch.autograd.Function):
     """torch's convolution, whose weight gradient `no_weight_gradients` switches off."""
 
     @staticmethod
-    def forward(x, w, stride, padding, transposed, groups):
-        args = (None, [stride] * 2, list(padding), [1, 1], transposed, [0, 0], groups)
-        return torch.convolution(x, w, *args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs, output) -> None:
-        x, w, stride, padding, transposed, groups = inputs
+    def forward(ctx: Any, x, w, stride, padding, transposed, groups):
         ctx.save_for_backward(x, w)
         ctx.args = ([stride] * 2, list(padding), [1, 1], transposed, [0, 0], groups)
+        return torch.convolution(x, w, None, *ctx.args)
 
     @staticmethod
     def backward(ctx: Any, dy):
@@ -159,12 +154,8 @@ class _WeightGate(torch.autograd.Function):
     """The identity, through which no gradient passes within `no_weight_gradients`."""
 
     @staticmethod
-    def forward(w):
+    def forward(ctx: Any, w):
         return w.view_as(w)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs, output) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: Any, dw):

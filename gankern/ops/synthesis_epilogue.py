@@ -77,7 +77,7 @@ def synthesis_epilogue(
         return _composed(x, f, d, noise, noise_strength, b, *args, chosen)  # type: ignore[call-arg]
     noise = None if noise is None else noise.reshape(-1, *noise.shape[-2:])  # [N or 1, H, W]
     strength = None if noise is None or noise_strength is None else noise_strength.reshape(-1)
-    return _Epilogue.apply(x, f, d, noise, strength, b, (*args, chosen))
+    return _fwd(x, f, d, noise, strength, b, (*args, chosen))
 
 
 def _fits(f: Tensor, pads: list[int], impl: str) -> bool:
@@ -363,7 +363,8 @@ _impl.register_fake(OP, _fake_fwd)
 _impl.register_fake(OP + "_bwd", _fake_bwd)
 
 
-# --- Autograd, once for all implementations.
+# --- Autograd, once for all implementations. A Function costs more than a small kernel: it is
+# entered only where a gradient is recorded.
 
 _ACT = 6  # the place of act in the arguments behind the tensors
 
@@ -372,23 +373,26 @@ def _codes(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*args[:_ACT], ACTS[args[_ACT]].code, *args[_ACT + 1 :])
 
 
+def _fwd(x: Tensor, f, d, noise, strength, b, args: tuple[Any, ...]) -> Tensor:
+    tensors = (x, f, d, noise, strength, b)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _Epilogue.apply(*tensors, args)
+    return _impl.op(args[-1], OP)(*tensors, *_codes(args[:-1]))
+
+
 class _Epilogue(torch.autograd.Function):
     """y from x, f, d, noise, strength and b."""
 
     @staticmethod
-    def forward(x, f, d, noise, strength, b, args):  # one tuple: torch.compile counts parameters
-        *args, impl = args
-        return _impl.op(impl, OP)(x, f, d, noise, strength, b, *_codes(args))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs, output) -> None:
-        ctx.save_for_backward(*inputs[:6])
-        ctx.args = inputs[6]
+    def forward(ctx: Any, x, f, d, noise, strength, b, args):  # torch.compile counts parameters
+        ctx.save_for_backward(x, f, d, noise, strength, b)
+        ctx.args = args
+        return _impl.op(args[-1], OP)(x, f, d, noise, strength, b, *_codes(args[:-1]))
 
     @staticmethod
     def backward(ctx: Any, dy):
         _, _, d, _, strength, b = ctx.saved_tensors
-        dx, dd, db, ds = _EpilogueBwd.apply(dy, *ctx.saved_tensors, ctx.args)
+        dx, dd, db, ds = _bwd(dy, *ctx.saved_tensors, ctx.args)
         needs = ctx.needs_input_grad
         dd = dd.to(d.dtype) if needs[2] else None
         db = db.to(b.dtype) if needs[5] else None
@@ -397,19 +401,22 @@ class _Epilogue(torch.autograd.Function):
         return (dx, None, dd, None, ds if needs[4] else None, db, None)
 
 
+def _bwd(*tensors_args):
+    if torch.is_grad_enabled():
+        return _EpilogueBwd.apply(*tensors_args)
+    *tensors, args = tensors_args
+    return _impl.op(args[-1], OP + "_bwd")(*tensors, *_codes(args[:-1]))
+
+
 class _EpilogueBwd(torch.autograd.Function):
     """dx, dd [N, C], db [C] and dstrength [C] from dy; its own gradient is composed."""
 
     @staticmethod
-    def forward(dy, x, f, d, noise, strength, b, args):
-        *args, impl = args
-        return _impl.op(impl, OP + "_bwd")(dy, x, f, d, noise, strength, b, *_codes(args))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs, output) -> None:
-        ctx.save_for_backward(*inputs[:7])
-        ctx.args = inputs[7]
+    def forward(ctx: Any, dy, x, f, d, noise, strength, b, args):
+        ctx.save_for_backward(dy, x, f, d, noise, strength, b)
+        ctx.args = args
         ctx.set_materialize_grads(False)
+        return _impl.op(args[-1], OP + "_bwd")(dy, x, f, d, noise, strength, b, *_codes(args[:-1]))
 
     @staticmethod
     def backward(ctx: Any, *cotangents):

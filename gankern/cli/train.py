@@ -42,6 +42,7 @@ def config_options() -> list[click.Option]:
     for f, kind in TrainConfig.options():
         unit = f.metadata["unit"]
         default = str(f.default).lower() if kind is bool else f.default
+        default = "none" if default == "" else default
         choices = f.metadata["choices"]
         options.append(
             click.Option(

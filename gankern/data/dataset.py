@@ -1,8 +1,8 @@
 """Packed data sets: one safetensors file of images and labels, memory-mapped.
 
-The file holds `images` uint8 [N, C, H, W], optionally `labels` int64 [N], and `names` (the source
-files, UTF-8, newline-separated); its metadata holds the class names and a checksum. Any
-safetensors reader can open it, and nothing in it can execute code.
+The file holds `images` uint8 [N, C, H, W], optionally `labels` (classes int64 [N], or vectors
+float32 [N, K]), and `names` (the source files, UTF-8, newline-separated); its metadata holds the
+class names and a checksum. Any safetensors reader can open it, and nothing in it can execute code.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Dataset:
 
     Attributes:
         images: [N, C, H, W], uint8 (0 to 255) or float32 (-1 to 1).
-        labels: int64 [N], or None.
+        labels: classes int64 [N], vectors float32 [N, K], or None.
         name: for messages and file names.
         class_names: one a class; empty if there are no labels.
         metadata: what the file says about itself.
@@ -69,6 +69,11 @@ class Dataset:
         return len(self.class_names)
 
     @property
+    def label_dim(self) -> int:
+        """Length of labels that are vectors; 0 for classes or no labels."""
+        return 0 if self.labels is None or self.labels.ndim < 2 else int(self.labels.shape[1])
+
+    @property
     def file_names(self) -> list[str]:
         """The source file of each image, relative to the packed folder; empty if unknown."""
         if self._names is None or not len(self._names):
@@ -85,7 +90,8 @@ class Dataset:
             device: where the batch shall lie.
 
         Returns:
-            images float32 [B, C, H, W] in [-1, 1] and labels int64 [B] (None without labels).
+            images float32 [B, C, H, W] in [-1, 1] and labels int64 [B] or float32 [B, K]
+            (None without labels).
         """
         index = np.asarray(indices, dtype=np.int64)
         device = torch.device(device)
@@ -222,7 +228,10 @@ def _check(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str])
         class_names = json.loads(metadata.get("class_names", "[]"))
     except json.JSONDecodeError:
         raise DataError(f"{path}: is damaged: its class names cannot be read") from None
-    if labels is not None:
+    if labels is not None and labels.dtype == np.float32:
+        if labels.ndim != 2 or len(labels) != len(images) or not np.isfinite(labels).all():
+            raise DataError(f"{path}: is damaged: its labels do not fit its images")
+    elif labels is not None:
         bad = labels.dtype != np.int64 or labels.shape != images.shape[:1]
         if bad or labels.min() < 0 or labels.max() >= len(class_names):
             raise DataError(f"{path}: is damaged: its labels do not fit its images and classes")

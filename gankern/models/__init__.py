@@ -2,54 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from gankern.models import dcgan, stylegan2, vanilla
+from gankern.models import dcgan, pggan, stylegan, stylegan2, vanilla, wgan
+from gankern.models.presets import PRESETS
+
+__all__ = ["GROWING", "MODELS", "PRESETS", "STYLE_BASED", "build"]
+
+Maker = Callable[..., nn.Module]
+
+_CONV_G = {
+    "z_dim": "z_dim",
+    "width": "width",
+    "upsample": "upsample",
+    "spectral": "spectral_norm",
+    "attention": "attention",
+}
+_CONV_D = {
+    "width": "d_width",
+    "norm": "d_norm",
+    "dropout": "d_dropout",
+    "condition": "d_condition",
+    "spectral": "spectral_norm",
+    "attention": "attention",
+    "minibatch_kernels": "minibatch_kernels",
+}
+_LEVELS = {"channel_base": "channel_base", "channel_max": "channel_max"}
+_STYLES = {"z_dim": "z_dim", "w_dim": "w_dim", "mapping_layers": "mapping_layers"}
+_LOW = {"num_fp16_res": "num_fp16_res", "low_dtype": "low_dtype"}
 
 # What the generator and the discriminator of each model take from the configuration.
-MODELS: dict[str, tuple[type[nn.Module], dict[str, str], type[nn.Module], dict[str, str]]] = {
-    "dcgan": (
-        dcgan.Generator,
-        {"z_dim": "z_dim", "width": "width"},
-        dcgan.Discriminator,
-        {"width": "d_width", "batch_norm": "d_batch_norm", "dropout": "d_dropout"},
+MODELS: dict[str, tuple[Maker, dict[str, str], Maker, dict[str, str]]] = {
+    "dcgan": (dcgan.Generator, _CONV_G, dcgan.Discriminator, _CONV_D),
+    "pggan": (
+        pggan.Generator,
+        {"z_dim": "z_dim"} | _LEVELS,
+        pggan.Discriminator,
+        {"mbstd_group": "mbstd_group"} | _LEVELS,
+    ),
+    "stylegan": (
+        stylegan.Generator,
+        _STYLES | _LEVELS,
+        stylegan.make_discriminator,
+        {"mbstd_group": "mbstd_group"} | _LEVELS,
     ),
     "stylegan2": (
         stylegan2.Generator,
-        {
-            "z_dim": "z_dim",
-            "w_dim": "w_dim",
-            "mapping_layers": "mapping_layers",
-            "channel_base": "channel_base",
-            "channel_max": "channel_max",
-        },
+        _STYLES | _LEVELS | _LOW,
         stylegan2.Discriminator,
-        {"channel_base": "channel_base", "channel_max": "channel_max"},
+        {"mbstd_group_size": "mbstd_group"} | _LEVELS | _LOW,
     ),
     "vanilla": (
         vanilla.Generator,
         {"z_dim": "z_dim"},
         vanilla.Discriminator,
-        {"dropout": "d_dropout"},
+        {"dropout": "d_dropout", "condition": "d_condition"},
+    ),
+    "wgan": (
+        wgan.make_generator,
+        {"form": "form"} | _CONV_G,
+        wgan.make_critic,
+        {"form": "form"} | _CONV_D,
     ),
 }
 
-# Options of `gankern train` that differ from its defaults.
-PRESETS: dict[str, dict[str, Any]] = {
-    "digits": {},
-    "digits-2min": {"kimg": 24.0, "g_lr": 1e-3, "d_lr": 1e-3},
-    "paper": {
-        "conditional": False,
-        "z_dim": 100,
-        "width": 128,
-        "d_width": 128,
-        "d_dropout": 0.0,
-        "batch": 128,
-    },
-    "vanilla": {"model": "vanilla", "conditional": False, "z_dim": 100, "d_dropout": 0.3},
-}
+# Models with a mapping network from z to styles w, and models whose levels can grow.
+STYLE_BASED = ("stylegan", "stylegan2")
+GROWING = ("pggan", "stylegan")
 
 
 def build(config: Any) -> tuple[nn.Module, nn.Module]:

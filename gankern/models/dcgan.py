@@ -2,7 +2,8 @@
 
 One pair of networks covers the paper's form at any 2^k from 16 to 128 (first grid 4x4) and the
 28x28 form (first grid 7x7: with width 64, 7x7x128 -> 14x14x64 -> 28x28x1). Channels double with
-every halving of the grid; `width` is the count nearest to the image.
+every halving of the grid; `width` is the count nearest to the image. What later papers added to
+convolutional nets are options: see `Generator` and `Discriminator`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
+from gankern.nn.attention import MinibatchDiscrimination, SelfAttention
 from gankern.nn.batch_norm import BatchNorm
+from gankern.nn.layers import Upsample
 from gankern.ops import bias_act
 
 
@@ -28,7 +32,7 @@ def grid_and_doublings(resolution: tuple[int, int]) -> tuple[int, int]:
 
 
 class Generator(nn.Module):
-    """z -> dense -> [transposed conv, batch norm, ReLU] ... -> transposed conv, tanh.
+    """z -> dense -> [batch norm, ReLU, transposed conv] ..., tanh.
 
     Args:
         z_dim: length of the latent vector.
@@ -36,6 +40,10 @@ class Generator(nn.Module):
         channels: channels of the images.
         width: channels of the layer nearest to the image.
         c_dim: length of the condition, which joins z; 0 for none.
+        upsample: "transposed" (4x4, stride 2), or "bilinear": upsampling, then a 3x3 convolution,
+            which leaves no checkerboards (Odena et al. 2016, doi:10.23915/distill.00003).
+        spectral: weights divided by their spectral norm (Miyato et al. 2018, arXiv:1802.05957).
+        attention: side of the grid that has self-attention; 0 for none.
     """
 
     def __init__(
@@ -45,40 +53,53 @@ class Generator(nn.Module):
         channels: int = 3,
         width: int = 128,
         c_dim: int = 0,
+        upsample: str = "transposed",
+        spectral: str = "none",
+        attention: int = 0,
     ) -> None:
         super().__init__()
         self.z_dim, self.c_dim = z_dim, c_dim
         self.grid, doublings = grid_and_doublings(resolution)
         widths = [width << k for k in reversed(range(doublings))]
+        grids = [self.grid << k for k in range(doublings)]
         self.project = nn.Linear(z_dim + c_dim, widths[0] * self.grid**2, bias=False)
         self.norms = nn.ModuleList(BatchNorm(w) for w in widths)
         self.convs = nn.ModuleList(
-            nn.ConvTranspose2d(i, o, 4, stride=2, padding=1, bias=False)
-            for i, o in zip(widths, [*widths[1:], channels], strict=True)
+            up_convolution(i, o, upsample) for i, o in pairwise([*widths, channels])
         )
         self.bias = nn.Parameter(torch.zeros(channels))
+        self.attention = nn.ModuleDict(attention_at(attention, grids, widths, "G"))
         self.apply(init_weights)
+        if spectral == "both":
+            self.apply(limit)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         if c is not None:
             z = torch.cat([z, c], 1)
         x = self.project(z).unflatten(1, (-1, self.grid, self.grid))  # [N, C, grid, grid]
         for norm, conv in zip(self.norms, self.convs, strict=True):
-            x = conv(bias_act(norm(x), act="relu", gain=1))  # [N, C/2, 2H, 2W]
+            x = bias_act(norm(x), act="relu", gain=1)
+            if str(x.shape[2]) in self.attention:
+                x = self.attention[str(x.shape[2])](x)
+            x = conv(x)  # [N, C/2, 2H, 2W]
         return bias_act(x, self.bias, act="tanh")
 
 
 class Discriminator(nn.Module):
-    """[strided conv, (batch norm), LeakyReLU 0.2, (dropout)] ... -> dense -> logits.
+    """[strided conv, (norm), LeakyReLU 0.2, (dropout)] ... -> dense -> logits.
 
     Args:
         resolution: (height, width) of the images, in pixels.
         channels: channels of the images.
         width: channels of the layer nearest to the image.
-        batch_norm: normalise every layer but the first, as in the paper.
+        norm: "batch" as in the paper, "layer" (Ba et al. 2016, arXiv:1607.06450) or "none"; every
+            layer but the first is normalised.
         dropout: probability of zeroing an activation after each layer.
-        c_dim: length of the condition, judged by projection (Miyato and Koyama 2018,
-            arXiv:1802.05637): logit += <features, embedding of c>; 0 for none.
+        c_dim: length of the condition; 0 for none.
+        condition: "projection" (Miyato and Koyama 2018, arXiv:1802.05637): logit += <features,
+            embedding of c>; or "concat": c joins the image as constant channels.
+        spectral, attention: as `Generator`; spectral also "d", D alone.
+        minibatch_kernels: kernels of minibatch discrimination before the logit; 0 for none.
     """
 
     def __init__(
@@ -86,29 +107,46 @@ class Discriminator(nn.Module):
         resolution: tuple[int, int] = (64, 64),
         channels: int = 3,
         width: int = 128,
-        batch_norm: bool = True,
+        norm: str = "batch",
         dropout: float = 0.0,
         c_dim: int = 0,
+        condition: str = "projection",
+        spectral: str = "none",
+        attention: int = 0,
+        minibatch_kernels: int = 0,
     ) -> None:
         super().__init__()
         self.c_dim = c_dim
+        self.concat = c_dim > 0 and condition == "concat"
         grid, doublings = grid_and_doublings(resolution)
         if grid == 7:  # one more layer, 7x7 -> 3x3: without it a feature sees 10 pixels of 28
             grid, doublings = 3, doublings + 1
         widths = [width << k for k in range(doublings)]
-        self.layers = nn.Sequential(
-            *(
-                DownLayer(i, o, batch_norm and k > 0, dropout)
-                for k, (i, o) in enumerate(pairwise([channels, *widths]))
-            )
-        )
-        self.logit = nn.Linear(widths[-1] * grid**2, 1)
-        self.embed = nn.Linear(c_dim, widths[-1] * grid**2, bias=False) if c_dim else None
+        self.layers = nn.Sequential()
+        grids = [resolution[0] >> (k + 1) for k in range(doublings)]
+        here = attention_at(attention, grids, widths, "D")
+        pairs = pairwise([channels + c_dim * self.concat, *widths])
+        for k, (i, o) in enumerate(pairs):
+            self.layers.append(DownLayer(i, o, norm if k else "none", dropout))
+            if str(grids[k]) in here:
+                self.layers.append(here[str(grids[k])])
+        features = widths[-1] * grid**2
+        self.others = None
+        if minibatch_kernels:
+            self.others = MinibatchDiscrimination(features, minibatch_kernels)
+        self.logit = nn.Linear(features + minibatch_kernels, 1)
+        projected = c_dim > 0 and not self.concat
+        self.embed = nn.Linear(c_dim, features, bias=False) if projected else None
         self.apply(init_weights)
+        if spectral in ("d", "both"):
+            self.apply(limit)
 
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
+        if self.concat and c is not None:
+            planes = c.to(img.dtype)[:, :, None, None].expand(-1, -1, *img.shape[2:])
+            img = torch.cat([img, planes], 1)
         x = self.layers(img).flatten(1)  # [N, features]
-        logit = self.logit(x)  # [N, 1]
+        logit = self.logit(x if self.others is None else self.others(x))  # [N, 1]
         if self.embed is not None:
             # Scaled down, so that the class does not drown the image at the start.
             logit = logit + (x * self.embed(c)).sum(1, keepdim=True) * (4 / x.shape[1] ** 0.5)
@@ -116,13 +154,16 @@ class Discriminator(nn.Module):
 
 
 class DownLayer(nn.Module):
-    """4x4 convolution of stride 2, batch norm or bias, LeakyReLU 0.2, dropout."""
+    """4x4 convolution of stride 2, norm or bias, LeakyReLU 0.2, dropout."""
 
-    def __init__(self, channels_in: int, channels_out: int, norm: bool, dropout: float) -> None:
+    def __init__(self, channels_in: int, channels_out: int, norm: str, dropout: float) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels_in, channels_out, 4, stride=2, padding=1, bias=False)
-        self.norm = BatchNorm(channels_out) if norm else None
-        self.bias = None if norm else nn.Parameter(torch.zeros(channels_out))
+        self.norm: nn.Module | None = None
+        if norm != "none":
+            batch = norm == "batch"
+            self.norm = BatchNorm(channels_out) if batch else nn.GroupNorm(1, channels_out)
+        self.bias = None if self.norm is not None else nn.Parameter(torch.zeros(channels_out))
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,6 +172,34 @@ class DownLayer(nn.Module):
             x = self.norm(x)
         x = bias_act(x, self.bias, act="lrelu", alpha=0.2, gain=1)
         return F.dropout(x, self.dropout, self.training)
+
+
+def up_convolution(channels_in: int, channels_out: int, upsample: str) -> nn.Module:
+    """Doubles the grid: transposed 4x4, or bilinear upsampling and 3x3."""
+    if upsample == "transposed":
+        return nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1, bias=False)
+    conv = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+    return nn.Sequential(Upsample(), conv)
+
+
+def attention_at(
+    side: int, grids: list[int], widths: list[int], net: str
+) -> dict[str, SelfAttention]:
+    """The attention layer by its grid; {} for side 0.
+
+    Raises:
+        ValueError: the network has no such grid.
+    """
+    if side and side not in grids:
+        known = ", ".join(map(str, sorted(grids)))
+        raise ValueError(f"dcgan: attention must be at one of {net}'s grids {known}, got {side}")
+    return {str(side): SelfAttention(widths[grids.index(side)])} if side else {}
+
+
+def limit(module: nn.Module) -> None:
+    """Divides a layer's weight by its spectral norm, estimated by one power iteration a step."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+        spectral_norm(module)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gankern.models.levels import Level, make_levels
 from gankern.nn import (
     EqualizedConv2d,
     EqualizedLinear,
@@ -26,6 +27,7 @@ from gankern.nn import (
     ToRGB,
 )
 from gankern.nn.layers import FILTER
+from gankern.nn.mapping import mix_styles
 from gankern.ops import setup_filter, upsample2d
 
 # channel_base of the paper's configurations: F has twice E's channels in the levels over b64.
@@ -33,43 +35,6 @@ CONFIGS = {"E": 16384, "F": 32768}
 
 # StyleGAN2-ADA, appendix: activations of 16-bit levels stay within +-2^8.
 CONV_CLAMP = 256.0
-
-
-class Level(NamedTuple):
-    """Where a block stands: its name, its grid, its channels, its dtype (None: the parameters')."""
-
-    name: str
-    size: tuple[int, int]
-    channels: int
-    dtype: torch.dtype | None
-
-
-def make_levels(
-    resolution: tuple[int, int],
-    channel_base: int,
-    channel_max: int,
-    num_fp16_res: int = 0,
-    low_dtype: torch.dtype = torch.float16,
-) -> list[Level]:
-    """The levels from b4 to the image; the first grid is the smallest with both sides at least 4.
-
-    256x256 starts from 4x4, 96x64 from 6x4. Arguments as `Generator`.
-    """
-    sizes = [(int(resolution[0]), int(resolution[1]))]
-    while all(side % 2 == 0 and side >= 8 for side in sizes[0]):
-        sizes.insert(0, (sizes[0][0] // 2, sizes[0][1] // 2))
-    if len(sizes) == 1 or math.prod(sizes[0]) > 1024:
-        raise ValueError(
-            "stylegan2: resolution must be (h * 2^k) x (w * 2^k) with h, w >= 4, h * w <= 1024 "
-            f"and k >= 1, got {resolution[0]}x{resolution[1]}"
-        )
-    levels = []
-    for i, size in enumerate(sizes):
-        side = 4 << i
-        dtype = low_dtype if i >= len(sizes) - num_fp16_res else None
-        width = max(1, min(channel_base // side, channel_max))
-        levels.append(Level(f"b{side}", size, width, dtype))
-    return levels
 
 
 class SynthesisBlock(nn.Module):
@@ -186,7 +151,7 @@ class Generator(nn.Module):
         self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
         levels = make_levels(resolution, channel_base, channel_max, num_fp16_res, low_dtype)
         self.synthesis = SynthesisNetwork(w_dim, levels, channels, conv_clamp)
-        self.num_ws = self.synthesis.num_ws
+        self.num_ws = self.used_ws = self.synthesis.num_ws
         self.mapping = MappingNetwork(z_dim, c_dim, w_dim, self.num_ws, mapping_layers)
 
     def forward(
@@ -196,13 +161,20 @@ class Generator(nn.Module):
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
         noise_mode: str | None = None,
+        z_mix: Tensor | None = None,
+        crossover: Tensor | None = None,
     ) -> Tensor:
         """z [N, z_dim], c [N, c_dim] -> images [N, channels, H, W], about -1 to 1.
 
         noise_mode: "random" draws the noise anew, "const" takes a fixed one, "none" leaves it out;
-        None: random in training, else const, so that a z gives one image.
+        None: random in training, else const, so that a z gives one image. z_mix [N, z_dim] and
+        crossover int [N]: the layers from `crossover` on take the styles of z_mix (style mixing,
+        StyleGAN, section 3.1).
         """
         ws = self.mapping(z, c, truncation_psi, truncation_cutoff)
+        if z_mix is not None and crossover is not None:
+            other = self.mapping(z_mix, c, truncation_psi, truncation_cutoff)
+            ws = mix_styles(ws, other, crossover)
         return self.synthesis(ws, noise_mode)
 
 

@@ -34,7 +34,8 @@ class Generator(nn.Module):
         z_dim: length of the latent vector.
         resolution: (height, width) of the images, in pixels.
         channels: channels of the images.
-        c_dim: length of the condition, which joins z (Mirza and Osindero 2014); 0 for none.
+        c_dim: length of the condition, which joins z (Mirza and Osindero 2014,
+            arXiv:1411.1784); 0 for none.
     """
 
     def __init__(
@@ -64,7 +65,9 @@ class Discriminator(nn.Module):
         resolution: (height, width) of the images, in pixels.
         channels: channels of the images.
         dropout: probability of zeroing an activation after each hidden layer.
-        c_dim: length of the condition, which joins the pixels; 0 for none.
+        c_dim: length of the condition; 0 for none.
+        condition: "concat": c joins the pixels (Mirza and Osindero 2014); "projection": logit +=
+            <features, embedding of c> (Miyato and Koyama 2018, arXiv:1802.05637).
     """
 
     def __init__(
@@ -73,18 +76,26 @@ class Discriminator(nn.Module):
         channels: int = 1,
         dropout: float = 0.3,
         c_dim: int = 0,
+        condition: str = "concat",
     ) -> None:
         super().__init__()
         self.c_dim = c_dim
-        widths = [channels * math.prod(resolution) + c_dim, 512, 256]
+        self.concat = condition == "concat"
+        widths = [channels * math.prod(resolution) + c_dim * self.concat, 512, 256]
         layers: list[nn.Module] = []
         for i, o in pairwise(widths):
             layers += [DenseLayer(i, o, "lrelu"), nn.Dropout(dropout)]
         self.layers = nn.Sequential(*layers)
         self.logit = DenseLayer(widths[-1], 1, "linear")
+        projected = c_dim > 0 and not self.concat
+        self.embed = DenseLayer(c_dim, widths[-1], "linear") if projected else None
 
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
         x = img.flatten(1)
-        if c is not None:
+        if self.concat and c is not None:
             x = torch.cat([x, c], 1)
-        return self.logit(self.layers(x))  # [N, 1]
+        x = self.layers(x)  # [N, 256]
+        logit = self.logit(x)  # [N, 1]
+        if self.embed is not None and c is not None:
+            logit = logit + (x * self.embed(c)).sum(1, keepdim=True) / x.shape[1] ** 0.5
+        return logit

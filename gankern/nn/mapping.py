@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gankern.nn.layers import EqualizedLinear
@@ -76,13 +77,32 @@ class MappingNetwork(nn.Module):
         if self.num_ws is None:
             return w
         if self.training:
-            self.w_avg.lerp_(w.detach().mean(0).to(self.w_avg), 1 - self.w_avg_beta)
+            mean = w.detach().mean(0).to(self.w_avg)
+            if dist.is_initialized() and dist.get_world_size() > 1:  # of all processes' latents
+                dist.all_reduce(mean)
+                mean /= dist.get_world_size()
+            self.w_avg.lerp_(mean, 1 - self.w_avg_beta)
         ws = w[:, None].expand(-1, self.num_ws, -1)  # [N, num_ws, w_dim]
         if truncation_psi == 1:
             return ws
         cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
         truncated = torch.lerp(self.w_avg.to(w), ws[:, :cutoff], truncation_psi)
         return torch.cat([truncated, ws[:, cutoff:]], 1)
+
+
+def mix_styles(ws: Tensor, other: Tensor, crossover: Tensor) -> Tensor:
+    """The styles of two latents in one image: those of `other` from layer `crossover` on.
+
+    Args:
+        ws, other: [N, num_ws, w_dim].
+        crossover: int [N], from 0 (all of other) to num_ws (none).
+
+    Returns:
+        [N, num_ws, w_dim].
+    """
+    layers = torch.arange(ws.shape[1], device=ws.device)
+    own = layers < crossover.to(ws.device)[:, None]  # [N, num_ws]
+    return torch.where(own[:, :, None], ws, other)
 
 
 def _latent(name: str, t: Tensor | None, size: int) -> Tensor:

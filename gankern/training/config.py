@@ -1,119 +1,75 @@
 """The configuration of a run: one flat dataclass.
 
 It is the options of `gankern train`, the file config.json, and what every other file of this
-package reads. An option is a field here and nothing else.
+package reads. An option is a field in `gankern.training.options` and nothing else.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from gankern.models import MODELS, PRESETS
-from gankern.training.losses import LOSSES
+import torch
 
-FORMAT = 1
+from gankern.models import GROWING, PRESETS, STYLE_BASED
+from gankern.training.losses import LOSSES
+from gankern.training.options import (
+    AugmentOptions,
+    GrowthOptions,
+    NetworkOptions,
+    PenaltyOptions,
+    RunOptions,
+    SpeedOptions,
+    TrainingOptions,
+    option,
+)
+
+FORMAT = 2
 
 
 class TrainError(ValueError):
     """Input that training cannot use; the message is one line meant for the user."""
 
 
-def option(
-    default: Any,
-    group: str,
-    help: str,
-    *,
-    unit: str = "",
-    choices: tuple[str, ...] = (),
-    at_least: float | None = None,
-    at_most: float | None = None,
-) -> Any:
-    """A field that is also a command-line option."""
-    metadata: dict[str, Any] = {"group": group, "help": help, "unit": unit, "choices": choices}
-    metadata |= {"at_least": at_least, "at_most": at_most}
-    return field(default=default, metadata=metadata)
-
-
 @dataclass
-class TrainConfig:
-    """Everything that decides what a run does; see each field's help, or `gankern train --help`."""
+class DataOptions:
+    """The data set."""
 
     data: str = option(
         "digits", "Data", "'digits', 'digits:R' at R x R pixels, or a file of `gankern data pack`."
     )
 
-    model: str = option("dcgan", "Networks", "Architecture.", choices=tuple(MODELS))
-    conditional: bool = option(
-        True, "Networks", "Draw the classes of the data set on request, if it has labels."
-    )
-    z_dim: int = option(32, "Networks", "Length of the latent vector.", at_least=1)
-    width: int = option(64, "Networks", "Channels of G nearest to the image.", at_least=1)
-    d_width: int = option(32, "Networks", "Channels of D nearest to the image.", at_least=1)
-    d_batch_norm: bool = option(True, "Networks", "Batch norm in D, as the DCGAN paper has it.")
-    d_dropout: float = option(
-        0.1, "Networks", "Share of D's activations set to zero.", at_least=0, at_most=0.99
-    )
-    w_dim: int = option(512, "Networks", "StyleGAN2: length of the style vector.", at_least=1)
-    mapping_layers: int = option(8, "Networks", "StyleGAN2: layers from z to w.", at_least=1)
-    channel_base: int = option(
-        16384, "Networks", "StyleGAN2: channels of a level times its side.", at_least=1
-    )
-    channel_max: int = option(512, "Networks", "StyleGAN2: most channels of a level.", at_least=1)
 
-    kimg: float = option(
-        100.0, "Training", "Length: real images shown to D.", unit="thousand images", at_least=0.001
-    )
-    batch: int = option(
-        16, "Training", "Images a step, over all processes together.", unit="images", at_least=1
-    )
-    loss: str = option("nonsaturating", "Training", "Loss of both networks.", choices=tuple(LOSSES))
-    label_smoothing: float = option(
-        0.0, "Training", "D aims at 1 minus this on real images.", at_least=0, at_most=0.5
-    )
-    g_lr: float = option(2e-4, "Training", "Learning rate of G.", at_least=0)
-    d_lr: float = option(2e-4, "Training", "Learning rate of D.", at_least=0)
-    beta1: float = option(0.5, "Training", "Adam: decay of the mean.", at_least=0, at_most=0.9999)
-    beta2: float = option(
-        0.999, "Training", "Adam: decay of the mean square.", at_least=0, at_most=0.99999
-    )
-    ema_kimg: float = option(
-        5.0, "Training", "Half-life of G's moving average.", unit="thousand images", at_least=0
-    )
-    ema_rampup: float = option(
-        0.05, "Training", "That half-life is at most this share of the images so far.", at_least=0
-    )
-    seed: int = option(0, "Training", "Seed of weights, noise and the order of images.", at_least=0)
-    device: str = option(
-        "auto", "Training", "'cpu', 'cuda', 'cuda:1', or 'auto': CUDA if there is."
-    )
-
-    out: str = option("runs", "Run folder", "Folder in which the run gets its own numbered folder.")
-    tick_kimg: float = option(
-        1.0, "Run folder", "A line of statistics every so often.", unit="thousand images",
-        at_least=0.001,
-    )  # fmt: skip
-    sample_ticks: int = option(
-        10, "Run folder", "A grid of samples every so often.", unit="ticks", at_least=1
-    )
-    checkpoint_ticks: int = option(
-        10, "Run folder", "A checkpoint every so often; the last two are kept.", unit="ticks",
-        at_least=1,
-    )  # fmt: skip
-    grid: int = option(10, "Run folder", "Samples a row and a column.", unit="images", at_least=1)
+@dataclass
+class TrainConfig(
+    RunOptions, SpeedOptions, AugmentOptions, GrowthOptions, PenaltyOptions, TrainingOptions,
+    NetworkOptions, DataOptions,
+):  # fmt: skip
+    """Everything that decides what a run does; see each field's help, or `gankern train --help`."""
 
     # Set from the data set, not options.
     resolution: tuple[int, int] = (0, 0)  # height, width
     channels: int = 0
     num_classes: int = 0
+    label_dim: int = 0  # of labels that are vectors
 
     @property
     def c_dim(self) -> int:
-        """Length of the condition: one-hot classes, or 0."""
-        return self.num_classes if self.conditional else 0
+        """Length of the condition: one-hot classes, vectors, or 0."""
+        return (self.num_classes or self.label_dim) if self.conditional else 0
+
+    @property
+    def low_dtype(self) -> torch.dtype:
+        """The 16-bit type of levels and of autocast."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float16
+
+    @property
+    def grows(self) -> bool:
+        """Whether the networks start small and grow."""
+        return self.model in GROWING and self.fade_kimg + self.stable_kimg > 0
 
     @classmethod
     def options(cls) -> list[tuple[dataclasses.Field[Any], type]]:
@@ -135,11 +91,34 @@ class TrainConfig:
                 raise TrainError(f"{flag(f.name)} must be at least {low}, got {value}")
             if high is not None and not value <= high:
                 raise TrainError(f"{flag(f.name)} must be at most {high}, got {value}")
-        if self.label_smoothing and not LOSSES[self.loss].smooths:
-            raise TrainError(
-                f"--label-smoothing must be 0 with --loss {self.loss}, got {self.label_smoothing}"
-            )
+        self._check_together()
         return self
+
+    def _check_together(self) -> None:
+        """Options that exclude each other."""
+        style, grows = self.model in STYLE_BASED, self.model in GROWING
+        needs = [
+            ("label_smoothing", LOSSES[self.loss].smooths, f"0 with --loss {self.loss}"),
+            ("pl_weight", style, f"0 with --model {self.model}, which has no styles"),
+            ("style_mixing", style, f"0 with --model {self.model}, which has no styles"),
+            ("fade_kimg", grows, f"0 with --model {self.model}, which does not grow"),
+            ("stable_kimg", grows, f"0 with --model {self.model}, which does not grow"),
+            ("level_batch", self.grows, "empty without --fade-kimg or --stable-kimg"),
+            ("level_lr", self.grows, "empty without --fade-kimg or --stable-kimg"),
+            ("num_fp16_res", self.model == "stylegan2", f"0 with --model {self.model}"),
+            ("compile", not self.grows, "off while networks grow"),
+            ("cuda_graphs", not self.grows, "off while networks grow"),
+        ]  # fmt: skip
+        for name, allowed, wanted in needs:
+            value = getattr(self, name)
+            if value and not allowed:
+                raise TrainError(f"{flag(name)} must be {wanted}, got {str(value).lower()}")
+        from gankern.training.augment import check_transforms
+        from gankern.training.schedule import parse_schedule
+
+        for name in ("batch_schedule", "level_batch", "level_lr"):
+            parse_schedule(name, getattr(self, name))
+        check_transforms(self)
 
     def to_json(self) -> str:
         """The whole configuration as text; `from_json` reads it back."""

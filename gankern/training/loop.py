@@ -5,20 +5,28 @@ from __future__ import annotations
 import contextlib
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from gankern import models
-from gankern.data import BatchSampler, Dataset, open_dataset
+from gankern.data import Dataset, open_dataset
 from gankern.training import checkpoint
-from gankern.training.config import TrainConfig, TrainError
-from gankern.training.distributed import average_gradients, choose_device, process_group
+from gankern.training.ada import Ada
+from gankern.training.augment import make_augment
+from gankern.training.config import TrainConfig
+from gankern.training.distributed import choose_device, process_group
 from gankern.training.ema import update_ema
-from gankern.training.losses import LOSSES
-from gankern.training.noise import derive_seed, latents, one_hot_classes
+from gankern.training.graphs import GraphedPass, check_graphs
+from gankern.training.inputs import Inputs
+from gankern.training.noise import derive_seed
+from gankern.training.optim import Updater, clip_weights
+from gankern.training.phases import Phases
 from gankern.training.progress import Progress
 from gankern.training.run import RunLog, create_run
+from gankern.training.schedule import Schedule
 from gankern.training.stats import TickStats
 
 
@@ -28,6 +36,7 @@ def open_data(config: TrainConfig) -> Dataset:
     config.resolution = dataset.resolution
     config.channels = dataset.channels
     config.num_classes = dataset.num_classes
+    config.label_dim = dataset.label_dim
     return dataset
 
 
@@ -56,35 +65,46 @@ def _train(
     config: TrainConfig, resume: Path | None, device: torch.device, rank: int, world: int,
     stack: contextlib.ExitStack,
 ) -> Path | None:  # fmt: skip
-    # Data.
-    if config.batch % world:
-        raise TrainError(f"--batch must be a multiple of {world} processes, got {config.batch}")
+    # Data and networks, the same networks in every process.
     dataset = open_data(config)
-    sampler = BatchSampler(len(dataset), config.batch, config.seed, rank, world)
-
-    # Networks, the same in every process.
     torch.manual_seed(derive_seed(config.seed, "weights"))
+    G: Any
+    D: Any
     G, D = (net.train().to(device) for net in models.build(config))
+    if config.channels_last:
+        G, D = (net.to(memory_format=torch.channels_last) for net in (G, D))
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
-    betas = (config.beta1, config.beta2)
-    G_opt = torch.optim.Adam(G.parameters(), config.g_lr, betas, fused=True)
-    D_opt = torch.optim.Adam(D.parameters(), config.d_lr, betas, fused=True)
-    loss = LOSSES[config.loss]
+    inputs = Inputs(config, dataset, G, D, device, rank, world)
+    schedule = Schedule(config, [min(size) for size in getattr(D, "sizes", [])], world)
+
+    # Losses, penalties, augmentation, optimizers.
+    ada = Ada(config, device, world) if config.augment == "ada" else None
+    phases = Phases(config, G, D, make_augment(config, ada), device, world)
+    penalised = bool(config.r1_gamma or config.r2_gamma or config.gp_weight)
+    lazy_D = config.d_reg_interval if penalised and config.d_reg_interval > 1 else 0
+    lazy_G = config.g_reg_interval if config.pl_weight and config.g_reg_interval > 1 else 0
+    G_up = Updater(G, config.g_optimizer, config, lazy_G, world)
+    D_up = Updater(D, config.d_optimizer, config, lazy_D, world)
+    main_D, main_G = phases.main_D, phases.main_G
+    if config.cuda_graphs:
+        check_graphs(config, device, world)
+        main_D, main_G = GraphedPass(main_D, D), GraphedPass(main_G, G)
 
     # Where an earlier process stopped.
     parts: checkpoint.Parts = {
         "G": G,
         "D": D,
         "G_ema": G_ema,
-        "optimizer_G": G_opt,
-        "optimizer_D": D_opt,
+        "optimizer_G": G_up.optimizer,
+        "optimizer_D": D_up.optimizer,
     }
     saved = checkpoint.load_checkpoint(resume) if resume else None
     cur_nimg, step, seconds = 0, 0, 0.0
     if saved:
         checkpoint.restore(saved, parts)
-        sampler.load_state_dict(saved.state["sampler"])
+        inputs.sampler.load_state_dict(saved.state["sampler"])
         cur_nimg, step, seconds = (saved.state[name] for name in ("cur_nimg", "step", "seconds"))
+        restore_engine(saved.state["engine"], phases, ada, G_up, D_up)
 
     # The run folder and what is shown: the first process's work.
     log = None
@@ -96,86 +116,118 @@ def _train(
     for line in saved.damaged if saved else []:
         progress.say(f"warning: {line}; going on from {cur_nimg / 1000} kimg")
     stats = TickStats(world, seconds)
-    grid_z = latents(config.z_dim, config.grid**2, derive_seed(config.seed, "grid")).to(device)
-    grid_c = None  # a column of the grid is a class
-    if config.c_dim:
-        classes = torch.arange(config.grid**2, device=device) % config.grid % config.c_dim
-        grid_c = F.one_hot(classes, config.c_dim).float()
+    grid_z, grid_c = inputs.grid(config.grid)
+    shown = 0  # images of the last step
 
     def crossed(ticks: int) -> bool:
         """Whether the last step has completed a multiple of so many ticks, or the run."""
         nimg = ticks * tick_nimg
-        return cur_nimg >= total or cur_nimg // nimg != (cur_nimg - config.batch) // nimg
+        return cur_nimg >= total or cur_nimg // nimg != (cur_nimg - shown) // nimg
 
+    set_growth(schedule.growth(cur_nimg), config, G, D, G_ema)
     if log and not saved:
-        log.write_samples(G_ema(grid_z, grid_c), cur_nimg)
+        log.write_samples(sample(G_ema, grid_z, grid_c, config), cur_nimg)
     while cur_nimg < total:
-        # The images and the noise of this step. Like dropout, they are functions of cur_nimg.
-        torch.manual_seed(derive_seed(config.seed, "step", cur_nimg, rank))
-        real, labels = dataset.batch(next(sampler), device)  # [N, C, H, W]
-        real_c = None if labels is None else F.one_hot(labels, config.num_classes).float()
-        real_c = real_c if config.c_dim else None  # [N, c_dim]
-        z_D, z_G = (
-            latents(config.z_dim, config.batch, derive_seed(config.seed, stream, cur_nimg))
-            .chunk(world)[rank]
-            .to(device)
-            for stream in ("noise_D", "noise_G")
-        )  # [N, z_dim]
-        c_D, c_G = (
-            c if c is None else c.chunk(world)[rank].to(device)
-            for c in (
-                one_hot_classes(config.c_dim, config.batch, derive_seed(config.seed, s, cur_nimg))
-                for s in ("class_D", "class_G")
-            )
-        )  # [N, c_dim]
+        # Growth, batch and learning rates of this step.
+        set_growth(schedule.growth(cur_nimg), config, G, D, G_ema)
+        batch = schedule.batch(cur_nimg)
+        g_lr, d_lr = schedule.lr(config.g_lr, cur_nimg), schedule.lr(config.d_lr, cur_nimg)
+        passes = max(batch // world // (config.batch_gpu or batch), 1)
+        before = cur_nimg
 
-        # D: real images up, generated ones down.
-        with torch.no_grad():
-            fake = G(z_D, c_D)  # [N, C, H, W]
-        D_opt.zero_grad()
-        real_logits, fake_logits = D(real, real_c), D(fake, c_D)  # [N, 1]
-        loss_D = loss.d(real_logits, fake_logits, config.label_smoothing)
-        loss_D.backward()
-        average_gradients(D, world)
-        D_opt.step()
+        # D, n_critic times: the plain pass, and penalties with it or as a step of their own.
+        for _ in range(config.n_critic):
+            part_D = inputs.draw_D(cur_nimg, batch)
+            values = D_up.backward(main_D, part_D.split(passes))
+            if penalised and not lazy_D:
+                values |= D_up.backward(phases.regularise_D, part_D.split(passes), fresh=False)
+            values |= {f"{name}_D": value for name, value in D_up.step(d_lr).items()}
+            d_step = step * config.n_critic + (cur_nimg - before) // batch
+            if lazy_D and d_step % lazy_D == 0:
+                values |= D_up.backward(phases.regularise_D, part_D.split(passes))
+                D_up.step(d_lr)
+            if config.clip_weights:
+                clip_weights(D, config.clip_weights)
+            if ada:
+                ada.update(values["logit_real"], batch)
+                values["ada_p"] = ada.p
+            stats.add(batch, **values)
+            cur_nimg += batch
 
-        # G: its images up.
+        # G: the plain pass, and path length.
         D.requires_grad_(False)
-        G_opt.zero_grad()
-        fake_logits_G = D(G(z_G, c_G), c_G)
-        paired = (D(real, real_c),) if loss.pairs else ()
-        loss_G = loss.g(fake_logits_G, *paired)
-        loss_G.backward()
-        average_gradients(G, world)
-        G_opt.step()
+        part_G = inputs.draw_G(before, batch, part_D)
+        values = G_up.backward(main_G, part_G.split(passes))
+        if config.pl_weight and not lazy_G:
+            values |= G_up.backward(phases.regularise_G, part_G.split(passes), fresh=False)
+        values |= {f"{name}_G": value for name, value in G_up.step(g_lr).items()}
+        if lazy_G and step % lazy_G == 0:
+            values |= G_up.backward(phases.regularise_G, part_G.split(passes))
+            G_up.step(g_lr)
         D.requires_grad_(True)
 
         # Moving average of G.
-        update_ema(G_ema, G, config.batch, cur_nimg, config.ema_kimg * 1000, config.ema_rampup)
+        shown = cur_nimg - before
+        update_ema(G_ema, G, shown, before, config.ema_kimg * 1000, config.ema_rampup)
 
         # Counters and status.
-        cur_nimg += config.batch
         step += 1
-        stats.add(
-            config.batch, loss_D=loss_D, loss_G=loss_G, logit_real=real_logits,
-            logit_fake=fake_logits,
-        )  # fmt: skip
+        stats.add(0, **values)
         progress.step(cur_nimg)
         if crossed(ticks=1):
             row = {"kimg": cur_nimg / 1000, "step": step, "epoch": cur_nimg / len(dataset)}
             row |= stats.take(row["kimg"])
+            row |= {"growth": schedule.growth(before)} if config.grows else {}
             progress.tick(cur_nimg, row)
             if log:
                 log.write_stats(row, cur_nimg)
 
         # Samples.
         if log and crossed(config.sample_ticks):
-            log.write_samples(G_ema(grid_z, grid_c), cur_nimg)
+            log.write_samples(sample(G_ema, grid_z, grid_c, config), cur_nimg)
 
         # Checkpoint.
         if log and crossed(config.checkpoint_ticks):
-            counters = {"step": step, "seconds": stats.seconds, "sampler": sampler.state_dict()}
-            checkpoint.save(log.run, cur_nimg, config, parts, counters | {"sizes": log.sizes()})
+            counters = {"step": step, "seconds": stats.seconds, "sizes": log.sizes()}
+            counters["sampler"] = inputs.sampler.state_dict()
+            counters["engine"] = engine_state(phases, ada, G_up, D_up)
+            checkpoint.save(log.run, cur_nimg, config, parts, counters)
 
     progress.say(f"done: {log.run if log else None}")
     return log.run if log else None
+
+
+def set_growth(growth: float, config: TrainConfig, *nets: Any) -> None:
+    """Grows networks that grow."""
+    if config.grows:
+        for net in nets:
+            net.set_growth(growth)
+
+
+@torch.no_grad()
+def sample(G: Any, z: Tensor, c: Tensor | None, config: TrainConfig) -> Tensor:
+    """Images [N, C, H, W] of the full size, in pieces of a batch; small ones are enlarged."""
+    conditions = [None] * len(z) if c is None else c.split(config.batch)
+    images = [G(a, b) for a, b in zip(z.split(config.batch), conditions, strict=False)]
+    return F.interpolate(torch.cat(images).float(), config.resolution)
+
+
+def engine_state(phases: Phases, ada: Ada | None, G_up: Updater, D_up: Updater) -> dict[str, Any]:
+    """What a checkpoint holds beside networks, optimizers and counters: plain numbers."""
+    return {
+        "pl_mean": phases.pl_mean.item(),
+        "ada": ada.state_dict() if ada else None,
+        "scaler_G": G_up.scaler.state_dict(),
+        "scaler_D": D_up.scaler.state_dict(),
+    }
+
+
+def restore_engine(
+    state: dict[str, Any], phases: Phases, ada: Ada | None, G_up: Updater, D_up: Updater
+) -> None:
+    """Goes on from what `engine_state` gave."""
+    phases.pl_mean.fill_(state["pl_mean"])
+    if ada:
+        ada.load_state_dict(state["ada"])
+    G_up.scaler.load_state_dict(state["scaler_G"])
+    D_up.scaler.load_state_dict(state["scaler_D"])

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gankern.data import Dataset
+
 STREAMS = {
     "weights": 0,
     "step": 1,
@@ -19,6 +21,10 @@ STREAMS = {
     "grid": 4,
     "class_D": 5,
     "class_G": 6,
+    "mix_D": 7,
+    "mix_G": 8,
+    "cross_D": 9,
+    "cross_G": 10,
 }
 
 
@@ -33,9 +39,25 @@ def latents(z_dim: int, n: int, seed: int) -> Tensor:
     return torch.randn(n, z_dim, generator=torch.Generator().manual_seed(seed))
 
 
-def one_hot_classes(c_dim: int, n: int, seed: int) -> Tensor | None:
-    """Uniform classes as one-hot rows [n, c_dim], drawn on the CPU; None if c_dim is 0."""
+def draw_conditions(dataset: Dataset, c_dim: int, n: int, seed: int) -> Tensor | None:
+    """Conditions [n, c_dim] of generated images, drawn on the CPU; None if c_dim is 0.
+
+    Classes are uniform, as one-hot rows; vectors are those of real images picked at random.
+    """
     if not c_dim:
         return None
-    classes = torch.randint(c_dim, (n,), generator=torch.Generator().manual_seed(seed))
-    return torch.nn.functional.one_hot(classes, c_dim).float()
+    generator = torch.Generator().manual_seed(seed)
+    if dataset.num_classes:
+        classes = torch.randint(c_dim, (n,), generator=generator)
+        return torch.nn.functional.one_hot(classes, c_dim).float()
+    assert dataset.labels is not None
+    index = torch.randint(len(dataset), (n,), generator=generator)
+    return torch.from_numpy(np.array(dataset.labels[index.numpy()], dtype=np.float32))
+
+
+def crossovers(n: int, num_ws: int, probability: float, seed: int) -> Tensor:
+    """Layers from which a second latent counts, int64 [n]: 1..num_ws-1, or num_ws for none."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = torch.randint(1, max(num_ws, 2), (n,), generator=generator)
+    mixed = torch.rand(n, generator=generator) < probability
+    return torch.where(mixed, layer, num_ws)

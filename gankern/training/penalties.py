@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gankern.ops.conv2d_resample import no_weight_gradients
+
 
 def r1(real: Tensor, real_logits: Tensor, gamma: float = 10.0) -> Tensor:
     """gamma / 2 · E[|∇D(x)|²] over real images x; Mescheder et al. 2018, eq. 9, arXiv:1801.04406.
@@ -67,6 +69,7 @@ def path_length(
     weight: float = 2.0,
     decay: float = 0.01,
     noise: Tensor | None = None,
+    reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """weight · E[(|J' y| - a)²], and the new moving mean a; StyleGAN2, eq. 4, arXiv:1912.04958.
 
@@ -80,14 +83,17 @@ def path_length(
         weight: of the penalty.
         decay: share of this batch in the mean.
         noise: [N, C, H, W] of unit variance; None: drawn.
+        reduce: makes of this batch's mean length that of all processes; None: it is.
 
     Returns:
         The penalty, and the mean with this batch in it (without gradient).
     """
     y = torch.randn_like(img) if noise is None else noise
-    g = _gradient((img * (y / math.sqrt(img.shape[2] * img.shape[3]))).sum(), ws)
+    with no_weight_gradients():
+        g = _gradient((img * (y / math.sqrt(img.shape[2] * img.shape[3]))).sum(), ws)
     lengths = _norms(g) / math.sqrt(ws.shape[1])  # [N]
-    mean = torch.lerp(mean, lengths.detach().mean().to(mean), decay)
+    length = lengths.detach().mean().to(mean)
+    mean = torch.lerp(mean, length if reduce is None else reduce(length), decay)
     return weight * (lengths - mean).square().mean(), mean
 
 

@@ -26,24 +26,31 @@ class TickStats:
     def __init__(self, world: int, seconds: float) -> None:
         self.world, self.seconds = world, seconds
         self.sums: dict[str, Tensor] = {}
-        self.images = self.steps = 0
+        self.counts: dict[str, Tensor] = {}
+        self.images = 0
         self.start = time.monotonic()
 
     def add(self, images: int, **values: Tensor) -> None:
-        """Adds the means of one step over `images` images."""
+        """Adds the means of one step over `images` images; a mean that is not finite is left out.
+
+        A step may lack values that others have.
+        """
         for name, value in values.items():
             value = value.detach().float().mean()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            finite = value.isfinite()
+            value = torch.where(finite, value, torch.zeros_like(value))
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0.0) + finite.float()
         self.images += images
-        self.steps += 1
 
     def take(self, kimg: float) -> dict[str, float]:
         """The means since the last call, and the time.
 
         Raises:
-            TrainError: a mean is infinite or NaN.
+            TrainError: a value was infinite or NaN in every step.
         """
-        means = average(torch.stack(list(self.sums.values())) / self.steps, self.world).tolist()
+        sums, counts = (torch.stack([*t.values()]) for t in (self.sums, self.counts))
+        means = average(sums / counts, self.world).tolist()
         row = dict(zip(self.sums, means, strict=True))
         for name, value in row.items():
             if not math.isfinite(value):
@@ -55,5 +62,5 @@ class TickStats:
         elapsed, self.start = now - self.start, now
         self.seconds += elapsed
         row |= {"img_per_s": round(self.images / elapsed, 1), "time_s": round(self.seconds, 3)}
-        self.sums, self.images, self.steps = {}, 0, 0
+        self.sums, self.counts, self.images = {}, {}, 0
         return row

@@ -66,7 +66,7 @@ def config_options() -> list[click.Option]:
     metavar="RUN",
     help="Go on in this run folder; only --kimg and --device may be given beside it.",
 )
-@click.option("--dry-run", is_flag=True, help="Print configuration and networks; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print configuration, networks, memory; write nothing.")
 def command(preset: str, resume: Path | None, dry_run: bool, **options: Any) -> None:
     """Train a GAN; without arguments a DCGAN on 5,000 MNIST digits, in a folder below runs/.
 
@@ -105,17 +105,24 @@ def resumed_config(run: Path, preset: str, given: dict[str, Any]) -> TrainConfig
 
 
 def describe(config: TrainConfig) -> str:
-    """The resolved configuration and the parameters of both networks, as text."""
+    """The resolved configuration, the parameters of both networks, and the memory, as text."""
+    import torch
+
     from gankern import models
     from gankern.training.loop import open_data
+    from gankern.training.memory import memory_table
 
     open_data(config)
     lines = [config.to_json()]
-    for name, net in zip("GD", models.build(config), strict=True):
+    with torch.device("meta"):
+        nets = models.build(config)
+    for name, net in zip("GD", nets, strict=True):
         total = sum(p.numel() for p in net.parameters())
         lines.append(f"{name}: {total:,} parameters ({4 * total / 2**20:.1f} MiB)")
         lines += [
-            f"  {key:<28} {'x'.join(map(str, p.shape)):<20} {p.numel():>12,}"
+            f"  {key:<40} {'x'.join(map(str, p.shape)):<20} {p.numel():>12,}"
             for key, p in net.named_parameters()
         ]
+    lines.append("Memory of one process, about:")
+    lines += [f"  {what:<61} {size / 2**20:>8,.1f} MiB" for what, size in memory_table(config)]
     return "\n".join(lines)

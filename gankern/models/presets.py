@@ -55,8 +55,8 @@ PRESETS: dict[str, Options] = {
         "batch": 64,
         "g_lr": 4e-4,
         "d_lr": 4e-4,
-        "kimg": 300.0,
-        "tick_kimg": 3.0,
+        "kimg": 200.0,
+        "tick_kimg": 2.0,
     },
     "cgan": {
         "model": "vanilla",
@@ -67,10 +67,10 @@ PRESETS: dict[str, Options] = {
         "batch": 64,
         "g_lr": 4e-4,
         "d_lr": 4e-4,
-        "kimg": 300.0,
-        "tick_kimg": 3.0,
+        "kimg": 200.0,
+        "tick_kimg": 2.0,
     },
-    "dcgan": {"kimg": 24.0, "g_lr": 1e-3, "d_lr": 1e-3},
+    "dcgan": {"kimg": 16.0, "g_lr": 1e-3, "d_lr": 1e-3},
     "wgan": {
         "model": "wgan",
         "form": "fc",
@@ -84,8 +84,8 @@ PRESETS: dict[str, Options] = {
         "d_lr": 2e-4,
         "z_dim": 64,
         "batch": 64,
-        "kimg": 600.0,
-        "tick_kimg": 6.4,
+        "kimg": 320.0,
+        "tick_kimg": 3.2,
     },
     "wgan-gp": _CRITIC
     | {
@@ -96,7 +96,7 @@ PRESETS: dict[str, Options] = {
         "batch": 32,
         "g_lr": 5e-4,
         "d_lr": 5e-4,
-        "kimg": 45.0,
+        "kimg": 24.0,
     },
     "sagan": {
         "width": 32,
@@ -111,7 +111,7 @@ PRESETS: dict[str, Options] = {
         "g_lr": 2e-4,
         "d_lr": 8e-4,
         "batch": 32,
-        "kimg": 24.0,
+        "kimg": 12.0,
     },
     "pggan": _CRITIC
     | _SMALL
@@ -135,9 +135,9 @@ PRESETS: dict[str, Options] = {
         "r1_gamma": 0.1,
         "g_lr": 2.5e-3,
         "d_lr": 2.5e-3,
-        "fade_kimg": 1.5,
-        "stable_kimg": 1.5,
-        "kimg": 14.0,
+        "fade_kimg": 1.0,
+        "stable_kimg": 1.0,
+        "kimg": 9.0,
     },
     "stylegan2": _STYLE
     | _SMALL

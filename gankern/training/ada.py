@@ -201,7 +201,8 @@ def resample(x: Tensor, inverse: Tensor) -> Tensor:
     size = torch.tensor([w, h], device=x.device, dtype=x.dtype)
     source = source + size / 2  # from the corner
     mirrored = size - (source % (2 * size) - size).abs()
-    inside = (source > -MARGIN) & (source < size + MARGIN)
+    near = MARGIN / 2  # as far as `wide` has seen whole filters
+    inside = (source > -near) & (source < size + near)
     index = 2 * (torch.where(inside, source, mirrored) + MARGIN) - SHIFT
     grid = (index + 0.5) / (size + 2 * MARGIN) - 1
     y = F.grid_sample(wide, grid, "bilinear", "border", align_corners=False)

@@ -112,7 +112,9 @@ def test_stylegan_up_convolution_is_double_convolve_blur():
     x = torch.randn(2, 8, 4, 4)
     plain = F.conv2d(levels.double(x), conv.weight.flip([2, 3]) * conv.weight_gain, padding=1)
     blur = torch.outer(torch.tensor([1.0, 2, 1]), torch.tensor([1.0, 2, 1])) / 16
-    blurred = F.conv2d(plain, blur.expand(len(conv.weight), 1, 3, 3), padding=1, groups=len(conv.weight))
+    blurred = F.conv2d(
+        plain, blur.expand(len(conv.weight), 1, 3, 3), padding=1, groups=len(conv.weight)
+    )
     # Doubling has four taps once joined with the blur; the image's rim sees other zeros.
     torch.testing.assert_close(conv(x)[:, :, 2:-2, 2:-2], blurred[:, :, 2:-2, 2:-2])
 
@@ -145,7 +147,9 @@ def test_style_mixing_takes_the_layers_from_the_crossover_on():
 
 def test_dense_critic_is_784_512_256_1():
     assert count(wgan.DenseCritic()) == 784 * 512 + 512 + 512 * 256 + 256 + 256 + 1
-    assert isinstance(wgan.make_critic(form="fc", resolution=(28, 28), channels=1), wgan.DenseCritic)
+    assert isinstance(
+        wgan.make_critic(form="fc", resolution=(28, 28), channels=1), wgan.DenseCritic
+    )
     G = wgan.make_generator(7, (28, 28), 1, form="fc")
     assert wgan.DenseCritic()(G(torch.randn(2, 7))).shape == (2, 1)
 

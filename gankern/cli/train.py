@@ -66,7 +66,9 @@ def config_options() -> list[click.Option]:
     metavar="RUN",
     help="Go on in this run folder; only --kimg and --device may be given beside it.",
 )
-@click.option("--dry-run", is_flag=True, help="Print configuration, networks, memory; write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print configuration, networks, memory; write nothing."
+)
 def command(preset: str, resume: Path | None, dry_run: bool, **options: Any) -> None:
     """Train a GAN; without arguments a DCGAN on 5,000 MNIST digits, in a folder below runs/.
 

@@ -174,7 +174,9 @@ class EfficientNetLite0(nn.Module):
         self.net.load_state_dict(torch.load(self.path, map_location="cpu", weights_only=True))
         self.eval().requires_grad_(False)
         self._fold()
-        self.net.to(memory_format=torch.channels_last)  # with the folding 2.6 times as fast on a CPU
+        self.net.to(
+            memory_format=torch.channels_last
+        )  # with the folding 2.6 times as fast on a CPU
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [N, 3, H, W], 0 to 255 -> features [N, 1280], logits [N, 1000]."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gankern.ops import _impl
 from gankern.ops.bias_act import ACTS, bias_act, bias_act_reference
+from gankern.ops.bias_act import _bwd as bias_act_bwd
 from gankern.ops.conv2d_resample import parse_padding
 from gankern.ops.upfirdn2d import upfirdn2d
 
@@ -64,7 +65,8 @@ def synthesis_epilogue(
         TypeError, ValueError: an argument is not as above. RuntimeError: impl cannot run here.
 
     Gradients: of any order in x, d, noise, noise_strength and b. The first is a kernel that reads
-    x and dy once and recomputes the rest; orders above are composed of upfirdn2d and bias_act.
+    x and dy once and recomputes the rest; the orders above are calls of the same two kernels for
+    linear, relu and lrelu, and composed of upfirdn2d and bias_act for other activations.
     Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", figure 2.
     """
     pads, f, args = _check(x, f, d, noise, noise_strength, b, padding, act, alpha, gain, clamp)
@@ -409,7 +411,7 @@ def _bwd(*tensors_args):
 
 
 class _EpilogueBwd(torch.autograd.Function):
-    """dx, dd [N, C], db [C] and dstrength [C] from dy; its own gradient is composed."""
+    """dx, dd [N, C], db [C] and dstrength [C] from dy."""
 
     @staticmethod
     def forward(ctx: Any, dy, x, f, d, noise, strength, b, args):
@@ -420,39 +422,82 @@ class _EpilogueBwd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents):
-        graph = torch.is_grad_enabled()
-        tensors = ctx.saved_tensors
-        with torch.enable_grad():
-            # Views, so that a gradient stops here where one input was made from another.
-            views: list[Any] = [
-                t if t is None else t.view_as(t) if t.requires_grad else t.detach() for t in tensors
-            ]
-            dy, x, f, d, noise, strength, b = views
-            c = x.shape[1]
-            # The operands that the outputs belong to, present or not, in float32 and full shape.
-            acc = torch.promote_types(x.dtype, torch.float32)
-            full_d = x.new_ones(x.shape[:2], dtype=acc) if d is None else d.to(acc)
-            full_b = x.new_zeros(c, dtype=acc) if b is None else b.to(acc)
-            full_s = x.new_ones(c, dtype=acc) if strength is None else strength.to(acc).expand(c)
-            wanted = [x, full_d, full_b, full_s]
-            wanted = [t if t.requires_grad else t.detach().requires_grad_() for t in wanted]
-            y = _composed(wanted[0], f, wanted[1], noise, wanted[3], wanted[2], *ctx.args)
-            first = torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True)
-            pairs = [
-                (g, v) for g, v in zip(first, cotangents, strict=True)
-                if g is not None and v is not None and g.requires_grad
-            ]  # fmt: skip
-            into = [t for t in (dy, x, d, strength, b) if t is not None and t.requires_grad]
-            if not pairs or not into:
-                return (None,) * 8
-            found = iter(
-                torch.autograd.grad(
-                    [g for g, _ in pairs], into, [v.to(g.dtype) for g, v in pairs],
-                    create_graph=graph, allow_unused=True,
-                )
-            )  # fmt: skip
-        grads = [
-            next(found) if t is not None and t.requires_grad else None
-            for t in (dy, x, None, d, None, strength, b)
+        act, alpha, gain = ctx.args[_ACT : _ACT + 3]
+        straight = act in ("linear", "relu") or (act == "lrelu" and alpha >= 0)
+        second = _bwd2_straight if straight and gain else _bwd2_composed
+        return (*second(ctx.saved_tensors, cotangents, ctx.args, ctx.needs_input_grad), None)
+
+
+def _bwd2_straight(tensors, cotangents, args, needs) -> tuple[Tensor | None, ...]:
+    """Gradients of <vx, dx> + <vd, dd> + <vb, db> + <vs, dstrength> where the activation is made of
+    straight pieces, whose slope m the output shows: with t = m dy and the filter F they are
+    d_dy = m (F(vx) d + F(x) vd + noise vs + vb), d_x = F'(t vd), d_d = sum(t F(vx)).
+    """
+    dy, x, f, d, noise, strength, b = tensors
+    vx, vd, vb, vs = cotangents
+    *act, impl = args[_ACT:]
+    linear = (*args[:_ACT], "linear", 0.0, 1.0, -1.0, impl)
+    with torch.no_grad():
+        y = _fwd(x, f, d, noise, strength, b, args)
+
+    def slope_times(t: Tensor) -> Tensor:
+        t = t.contiguous(memory_format=_memory_format(x))
+        return bias_act_bwd(t, y, None, False, 1, *act, False, impl)[0]
+
+    if vx is not None:
+        vx = vx.contiguous(memory_format=_memory_format(x))
+    d_dy = d_x = d_d = None
+    if needs[0]:
+        row = (None if vs is None else noise, vs, vb)
+        if vx is not None:
+            q = _fwd(vx, f, d, *row, linear)
+            q = q if vd is None else q + _fwd(x, f, vd, None, None, None, linear)
+        else:
+            q = _fwd(x, f, x.new_zeros(x.shape[:2]) if vd is None else vd, *row, linear)
+        d_dy = slope_times(q)
+    needs_x, needs_d = needs[1] and vd is not None, needs[3] and vx is not None
+    if needs_x or needs_d:
+        at, by = x if vx is None else vx, d if vd is None else vd
+        found = _bwd(slope_times(dy), at, f, by, None, None, None, linear)
+        d_x = found[0] if needs_x else None
+        d_d = found[1].to(d.dtype) if needs_d else None
+    return d_dy, d_x, None, d_d, None, None, None
+
+
+def _bwd2_composed(tensors, cotangents, args, needs) -> tuple[Tensor | None, ...]:
+    """The same for any activation, of gankern's other ops: several passes."""
+    graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that a gradient stops here where one input was made from another.
+        views: list[Any] = [
+            t if t is None else t.view_as(t) if t.requires_grad else t.detach() for t in tensors
         ]
-        return (*grads, None)
+        dy, x, f, d, noise, strength, b = views
+        c = x.shape[1]
+        # The operands that the outputs belong to, present or not, in float32 and full shape.
+        acc = torch.promote_types(x.dtype, torch.float32)
+        full_d = x.new_ones(x.shape[:2], dtype=acc) if d is None else d.to(acc)
+        full_b = x.new_zeros(c, dtype=acc) if b is None else b.to(acc)
+        full_s = x.new_ones(c, dtype=acc) if strength is None else strength.to(acc).expand(c)
+        wanted = [x, full_d, full_b, full_s]
+        wanted = [t if t.requires_grad else t.detach().requires_grad_() for t in wanted]
+        y = _composed(wanted[0], f, wanted[1], noise, wanted[3], wanted[2], *args)
+        first = torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True)
+        pairs = [
+            (g, v) for g, v in zip(first, cotangents, strict=True)
+            if g is not None and v is not None and g.requires_grad
+        ]  # fmt: skip
+        into = [t for t in (dy, x, d, strength, b) if t is not None and t.requires_grad]
+        if not pairs or not into:
+            return (None,) * 7
+        found = iter(
+            torch.autograd.grad(
+                [g for g, _ in pairs], into, [v.to(g.dtype) for g, v in pairs],
+                create_graph=graph, allow_unused=True,
+            )
+        )  # fmt: skip
+    grads = [
+        next(found) if t is not None and t.requires_grad else None
+        for t in (dy, x, None, d, None, strength, b)
+    ]
+    return tuple(grads)

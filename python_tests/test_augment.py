@@ -23,7 +23,10 @@ def blob(x, y, size=32):
     return torch.exp(-((at[None] - x) ** 2 + (at[:, None] - y) ** 2) / 20)[None, None]
 
 
-def make(p=1.0, transforms=",".join(ada.GROUPS), **values):
+ALL = ",".join(ada.GROUPS)
+
+
+def make(p=1.0, transforms=ALL, **values):
     torch.manual_seed(0)
     return ada.Ada(make_config(ada_p=p, ada_transforms=transforms, **values), CPU)
 
@@ -86,9 +89,9 @@ def test_mirror_flips_half_of_the_images():
 
 
 def test_unknown_transforms_are_told():
-    with pytest.raises(TrainError, match="--diffaugment must be of color, .*, got 'colour'"):
+    with pytest.raises(TrainError, match=r"--diffaugment must be of color, .*, got 'colour'"):
         make_config(diffaugment="colour")
-    with pytest.raises(TrainError, match="--ada-transforms must be of blit, .*, got 'blit,x'"):
+    with pytest.raises(TrainError, match=r"--ada-transforms must be of blit, .*, got 'blit,x'"):
         make_config(ada_transforms="blit,x")
 
 

@@ -172,7 +172,7 @@ def test_statistics_leave_out_what_is_not_finite():
     row = stats.take(1.0)
     assert (row["a"], row["b"]) == (3.0, 1.0)
     stats.add(8, a=torch.tensor(float("nan")))
-    with pytest.raises(TrainError, match="a is nan at 2.0 kimg: training has diverged"):
+    with pytest.raises(TrainError, match=r"a is nan at 2\.0 kimg: training has diverged"):
         stats.take(2.0)
 
 

@@ -39,6 +39,30 @@ class Seeds(click.ParamType):
         return seeds
 
 
+class SeedPair(click.ParamType):
+    """Two lists of seeds, as in 0-4:10-15."""
+
+    name = "ROWS:COLS"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[list[int], list[int]]:
+        rows, colon, cols = str(value).partition(":")
+        if not colon:
+            self.fail(f"must be two lists of seeds as 0-4:10-15, got {value!r}", param, ctx)
+        return Seeds().convert(rows, param, ctx), Seeds().convert(cols, param, ctx)
+
+
+class Terms(click.ParamType):
+    """Signed seeds, as in 3-1+2: (seed, sign)."""
+
+    name = "A-B+C"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[tuple[int, int]]:
+        if not re.fullmatch(r"\+?\d{1,18}([+-]\d{1,18})+", str(value)):
+            self.fail(f"must be signed seeds as 3-1+2, got {value!r}", param, ctx)
+        terms = re.findall(r"([+-]?)(\d+)", str(value))
+        return [(int(seed), -1 if sign == "-" else 1) for sign, seed in terms]
+
+
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--seeds", type=Seeds(), default="0-63", show_default=True, help="One image each.")
@@ -47,9 +71,7 @@ class Seeds(click.ParamType):
 @click.option("--cols", type=click.IntRange(1), help="Images a row of the grid; default square.")
 @click.option("--images/--no-images", default=True, show_default=True, help="A PNG each.")
 @click.option("--class", "wanted", help="Class by number or name; default one drawn by the seed.")
-@click.option(
-    "--interpolate", is_flag=True, help="Strips from seed to seed (slerp in z), in a PNG."
-)
+@click.option("--interpolate", is_flag=True, help="Strips from seed to seed, in a PNG.")
 @click.option("--walk", is_flag=True, help="An animated walk through the seeds and back.")
 @click.option(
     "--steps",
@@ -66,6 +88,22 @@ class Seeds(click.ParamType):
     show_default=True,
     help="Of the walk; auto: mp4 if there is an ffmpeg, else gif.",
 )
+@click.option(
+    "--space",
+    type=click.Choice(["z", "w"]),
+    default="z",
+    show_default=True,
+    help="Interpolate and add on the sphere of z (slerp), or straight between styles w (lerp).",
+)
+@click.option(
+    "--psi", type=float, default=1.0, show_default=True, help="Truncation: 0 mean, 1 all."
+)
+@click.option("--cutoff", type=click.IntRange(0), help="Styles that are truncated; default all.")
+@click.option("--mix", type=SeedPair(), help="Style mixing grid of ROWS:COLS, as 0-4:10-15.")
+@click.option(
+    "--mix-styles", type=Seeds(), help="Styles of the columns' seeds; default finer half."
+)
+@click.option("--arithmetic", type=Terms(), help="Signed sum of seeds, as 3-1+2, and its terms.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1.")
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True)
 def command(
@@ -82,6 +120,12 @@ def command(
     fps: int,
     tiles: int | None,
     form: str,
+    space: str,
+    psi: float,
+    cutoff: int | None,
+    mix: tuple[list[int], list[int]] | None,
+    mix_styles: list[int] | None,
+    arithmetic: list[tuple[int, int]] | None,
     device: str,
     batch: int,
 ) -> None:
@@ -90,7 +134,7 @@ def command(
     The same seed gives the same image, whatever is generated beside it.
     """
     from gankern.data.grid import save_grid
-    from gankern.data.latents import interpolation, render, seed_latents
+    from gankern.data.latents import interpolation, lerp, render, seed_latents, slerp, styles
     from gankern.training import load_generator
 
     if interpolate and len(seeds) < 2:
@@ -100,8 +144,16 @@ def command(
     G: Any
     G, config = load_generator(run)
     G = G.to(_device(device))
+    styled = hasattr(G, "mapping")
+    if not styled and (space == "w" or mix or psi != 1 or cutoff is not None):
+        raise click.UsageError(
+            f"--space w, --mix, --psi and --cutoff need styles, which {config.model} has not"
+        )
     classes = _classes(G, config, seeds, wanted)
     z = seed_latents(seeds, G.z_dim)
+    if styled and (psi != 1 or space == "w"):
+        z = styles(G, z, classes, psi, cutoff)  # [N, num_ws, w_dim]
+    curve = lerp if z.ndim == 3 else slerp
     out = out or (run if run.is_dir() else run.parent) / "generated"
 
     if grid or images:
@@ -115,7 +167,7 @@ def command(
 
     if interpolate:
         pairs = z[: min(len(z) // 2, _STRIPS) * 2]
-        path = interpolation(pairs, steps or 10)  # [P, steps, z_dim]
+        path = interpolation(pairs, steps or 10, curve)  # [P, steps, ...]
         c = None if classes is None else classes[: len(pairs) : 2].repeat_interleave(path.shape[1])
         with progress_bar("strips") as bar:
             x = render(G, path.flatten(0, 1), c, batch, bar)
@@ -126,6 +178,12 @@ def command(
 
     if walk:
         _walk(G, z, classes, out, tiles, steps or 24, fps, form, batch)
+
+    if mix:
+        _mixing(G, config, mix, mix_styles, wanted, psi, cutoff, out, batch)
+
+    if arithmetic:
+        _arithmetic(G, config, arithmetic, wanted, space, psi, cutoff, out, batch)
 
 
 def _device(name: str) -> str:
@@ -196,12 +254,13 @@ def _walk(
     from PIL import Image
 
     from gankern.data.grid import make_grid
-    from gankern.data.latents import closed_walk, render
+    from gankern.data.latents import closed_walk, lerp, render, slerp
     from gankern.data.video import ffmpeg_path, save_animation
 
     tiles = tiles or max(1, min(4, math.isqrt(len(z) // 2)))
-    keys = z[: len(z) // tiles**2 * tiles**2].unflatten(0, (tiles**2, -1))  # [tiles², K, z_dim]
-    path = torch.stack([closed_walk(key, steps) for key in keys], 1)  # [frames, tiles², z_dim]
+    keys = z[: len(z) // tiles**2 * tiles**2].unflatten(0, (tiles**2, -1))  # [tiles², K, ...]
+    curve = lerp if z.ndim == 3 else slerp
+    path = torch.stack([closed_walk(key, steps, curve) for key in keys], 1)  # [frames, tiles², ...]
     c = None
     if classes is not None:  # a walk keeps the class of its first seed
         c = classes[: keys.shape[0] * keys.shape[1] : keys.shape[1]].repeat(len(path))
@@ -216,6 +275,70 @@ def _walk(
     target = out / f"walk.{form}"
     save_animation(frames, target, fps)
     click.echo(f"{target}: {len(frames)} frames, {tiles * tiles} walks of {keys.shape[1]} seeds")
+
+
+def _mixing(
+    G: Any,
+    config: Any,
+    seeds: tuple[list[int], list[int]],
+    layers: list[int] | None,
+    wanted: str | None,
+    psi: float,
+    cutoff: int | None,
+    out: Path,
+    batch: int,
+) -> None:
+    """mixing.png: the sources along the edges, row r and column c mixed at (r, c)."""
+    import torch
+
+    from gankern.data.grid import save_grid
+    from gankern.data.latents import mix_layers, render, seed_latents, styles
+
+    layers = list(range(G.num_ws // 2, G.num_ws)) if layers is None else layers
+    if max(layers) >= G.num_ws:
+        raise click.UsageError(f"--mix-styles must be in 0..{G.num_ws - 1}, got {max(layers)}")
+    rows, cols = (
+        styles(G, seed_latents(s, G.z_dim), _classes(G, config, s, wanted), psi, cutoff)
+        for s in seeds
+    )
+    mixed = mix_layers(rows, cols, layers)  # [R, C, num_ws, w_dim]
+    with progress_bar("mixing") as bar:
+        x = render(G, torch.cat([cols, rows, mixed.flatten(0, 1)]), None, batch, bar)
+    top, left, inner = x.split([len(cols), len(rows), len(rows) * len(cols)])
+    grid = [torch.cat([torch.ones_like(top[:1]), top])]
+    grid += [torch.cat([a[None], b]) for a, b in zip(left, inner.split(len(cols)), strict=True)]
+    save_grid(torch.cat(grid), out / "mixing.png", len(cols) + 1)
+    click.echo(f"{out / 'mixing.png'}: rows {_range(seeds[0])}, columns {_range(seeds[1])}")
+
+
+def _arithmetic(
+    G: Any,
+    config: Any,
+    terms: list[tuple[int, int]],
+    wanted: str | None,
+    space: str,
+    psi: float,
+    cutoff: int | None,
+    out: Path,
+    batch: int,
+) -> None:
+    """arithmetic.png: the images of the terms, and of their signed sum."""
+    import torch
+
+    from gankern.data.grid import save_grid
+    from gankern.data.latents import arithmetic, render, seed_latents, styles
+
+    seeds, signs = [seed for seed, _ in terms], [sign for _, sign in terms]
+    classes = _classes(G, config, seeds, wanted)
+    z = seed_latents(seeds, G.z_dim)
+    if hasattr(G, "mapping") and (space == "w" or psi != 1):
+        z = styles(G, z, classes, psi, cutoff)
+    z = torch.cat([z, arithmetic(z, signs)[None]])
+    c = None if classes is None else torch.cat([classes, classes[:1]])
+    x = render(G, z, c, batch)
+    captions = [f"{'-' if sign < 0 else '+'}{seed}" for seed, sign in terms]
+    save_grid(x, out / "arithmetic.png", len(x), [*captions, "sum"])
+    click.echo(f"{out / 'arithmetic.png'}: {' '.join(captions)} in {'w' if z.ndim == 3 else 'z'}")
 
 
 def _opaque(frame: Any) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Curve = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 
 def seed_latents(seeds: Sequence[int], z_dim: int) -> Tensor:
     """z [N, z_dim], float32 standard normal, each row drawn on the CPU from its own seed."""
@@ -45,16 +47,67 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     return torch.where(sine > 1e-4, curved, (1 - t) * a + t * b)
 
 
-def interpolation(z: Tensor, steps: int) -> Tensor:
-    """From each latent of a pair to the other: z [2 P, z_dim] to [P, steps, z_dim]."""
+def lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """Straight interpolation, for styles w; arguments as `slerp`, but a and b have any shape."""
+    return torch.lerp(a, b, t.reshape(t.shape + (1,) * (a.ndim - t.ndim)).to(a.dtype))
+
+
+def interpolation(z: Tensor, steps: int, curve: Curve = slerp) -> Tensor:
+    """From each latent of a pair to the other: z [2 P, ...] to [P, steps, ...]."""
     t = torch.linspace(0, 1, steps)
-    return slerp(z[0::2, None], z[1::2, None], t[None])
+    return curve(z[0::2, None], z[1::2, None], t[None])
 
 
-def closed_walk(z: Tensor, steps: int) -> Tensor:
-    """A walk through all latents and back to the first: z [K, z_dim] to [K steps, z_dim]."""
+def closed_walk(z: Tensor, steps: int, curve: Curve = slerp) -> Tensor:
+    """A walk through all latents and back to the first: z [K, ...] to [K steps, ...]."""
     t = torch.arange(steps) / steps
-    return slerp(z[:, None], z.roll(-1, 0)[:, None], t[None]).flatten(0, 1)
+    return curve(z[:, None], z.roll(-1, 0)[:, None], t[None]).flatten(0, 1)
+
+
+def arithmetic(latents: Tensor, signs: Sequence[int]) -> Tensor:
+    """The signed sum of latents [K, ...]; of z it is brought to the length of the first.
+
+    A sum of K normal latents is sqrt(K) times as long as G has seen; styles have no such length.
+    """
+    total = sum(sign * latent for sign, latent in zip(signs, latents, strict=True))
+    assert isinstance(total, Tensor)
+    return total * (latents[0].norm() / total.norm().clamp_min(1e-12)) if total.ndim == 1 else total
+
+
+def mix_layers(rows: Tensor, cols: Tensor, layers: Sequence[int]) -> Tensor:
+    """Styles of a mixing grid: the columns' in `layers`, the rows' in the others.
+
+    Args:
+        rows: [R, num_ws, w_dim].
+        cols: [C, num_ws, w_dim].
+        layers: numbers of styles, from 0 (coarse) to num_ws - 1 (fine).
+
+    Returns:
+        [R, C, num_ws, w_dim] (StyleGAN, arXiv:1812.04948, figure 3).
+    """
+    mixed = rows[:, None].repeat(1, len(cols), 1, 1)
+    mixed[:, :, list(layers)] = cols[None][:, :, list(layers)]
+    return mixed
+
+
+@torch.no_grad()
+def styles(
+    G: Any,
+    z: Tensor,
+    classes: Tensor | None = None,
+    psi: float = 1.0,
+    cutoff: int | None = None,
+) -> Tensor:
+    """Styles ws [N, num_ws, w_dim] of latents z [N, z_dim], on the CPU; truncated by psi, cutoff.
+
+    Args: G with a mapping network; classes as `render`; psi and cutoff as `MappingNetwork`.
+    """
+    device = next(iter(G.parameters())).device
+    c = None
+    if classes is not None:
+        c = torch.nn.functional.one_hot(classes, G.c_dim).float().to(device)
+    ws: Tensor = G.mapping(z.to(device), c, psi, cutoff)
+    return ws.cpu()
 
 
 @torch.no_grad()
@@ -64,6 +117,7 @@ def render(
     classes: Tensor | None = None,
     batch: int = 16,
     progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> Tensor:
     """Images of latents.
 
@@ -72,10 +126,11 @@ def render(
 
     Args:
         G: a generator in evaluation mode, with `z_dim` and `c_dim`.
-        z: [N, z_dim].
+        z: [N, z_dim]; or styles [N, num_ws, w_dim], for its synthesis network.
         classes: int64 [N], for a conditional generator; otherwise None.
         batch: images at a time.
         progress: called with (images done, images in all).
+        options: of G's call, such as truncation_psi.
 
     Returns:
         float32 [N, C, H, W] in [-1, 1], on the CPU.
@@ -88,7 +143,11 @@ def render(
         c = None
         if classes is not None:
             c = torch.nn.functional.one_hot(classes[index], G.c_dim).float().to(device)
-        images.append(G(z[index].to(device), c)[:count].float().cpu())
+        if z.ndim == 3:
+            x = G.synthesis(z[index].to(device))
+        else:
+            x = G(z[index].to(device), c, **options)
+        images.append(x[:count].float().cpu())
         if progress is not None:
             progress(start + count, len(z))
     return torch.cat(images)

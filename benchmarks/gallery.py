@@ -1,0 +1,186 @@
+"""Does every model train? Nine runs on real digits, their pictures and scores, in docs/gallery.md.
+
+    python benchmarks/gallery.py [--runs runs/gallery] [--out docs] [NAME ...]
+
+A run that is finished in --runs is not repeated. The score is the share of 1,000 generated digits
+that a classifier of real ones recognises (probability of the best class at least 0.9), times the
+evenness of the classes it finds (the exponential of their entropy, over 10). Each model must beat
+its own untrained generator by 0.2. Exit code 0 if all do, 1 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gankern import models
+from gankern.data.grid import save_grid
+from gankern.data.latents import mix_layers, render, seed_classes, seed_latents, styles
+from gankern.metrics.digits_classifier import DigitsClassifier, digit_quality, train_classifier
+from gankern.training import load_generator, make_config, train
+from gankern.training.checkpoint import list_checkpoints
+from gankern.training.noise import derive_seed
+from gankern.training.run import read_config, read_stats
+
+# Presets, and what their pictures show.
+MODELS = {
+    "vanilla": "Vanilla GAN: fully connected, non-saturating loss.",
+    "cgan": "Conditional GAN: fully connected, labels by concatenation; a column is a class.",
+    "dcgan": "DCGAN, labels by projection; a column is a class.",
+    "wgan": "WGAN: fully connected critic 784-512-256-1, clipped weights, RMSprop.",
+    "wgan-gp": "WGAN-GP: convolutional, gradient penalty, no norm in the critic.",
+    "sagan": "The conv nets' options: spectral norm, self-attention, minibatch discrimination, hinge.",
+    "pggan": "Progressive GAN: 7x7 to 28x28, gradient penalty with drift.",
+    "stylegan": "StyleGAN: AdaIN, noise, style mixing, growth, R1.",
+    "stylegan2": "StyleGAN2: modulated convolutions, lazy R1 and path length, style mixing.",
+}
+MARGIN = 0.2
+COUNT = 1000
+
+
+def finished_run(folder: Path) -> Path | None:
+    """A run in a folder that has reached its length."""
+    for run in sorted(folder.glob("[0-9]*")):
+        saved = list_checkpoints(run)
+        if saved and int(saved[-1].name) >= read_config(run).kimg * 1000:
+            return run
+    return None
+
+
+def score(classifier: DigitsClassifier, G: Any) -> dict[str, float]:
+    """The figures of a generator."""
+    seeds = range(COUNT)
+    classes = seed_classes(seeds, G.c_dim) if G.c_dim else None
+    images = render(G, seed_latents(seeds, G.z_dim), classes, batch=100)
+    quality = digit_quality(classifier, images)
+    shares = [share for share in quality["shares"] if share > 0]
+    evenness = math.exp(-sum(share * math.log(share) for share in shares)) / 10
+    row = {"recognised": quality["confident"], "evenness": evenness}
+    row["score"] = row["recognised"] * evenness
+    if classes is not None:
+        found = classifier.probabilities(images).argmax(1)
+        row["labels followed"] = (found == classes).float().mean().item()
+    return row
+
+
+def untrained(config: Any) -> Any:
+    """The generator that a run started with."""
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    return models.build(config)[0].eval().requires_grad_(False)
+
+
+def extras(name: str, run: Path, G: Any, folder: Path) -> list[str]:
+    """What is particular to a model: pictures beside the grid, as lines of Markdown."""
+    rows = read_stats(run)
+    if name == "wgan":
+        estimate = [-row["loss_D"] for row in rows]
+        top = max(estimate[: len(estimate) // 4])
+        return [
+            f"The critic's estimate of the distance falls from {top:.4f} to {estimate[-1]:.4f}."
+        ]
+    if name in models.GROWING:
+        return growth_pictures(name, run, rows, folder)
+    if name != "stylegan2":
+        return []
+    c = torch.arange(8) % 10
+    sweep = []
+    for psi in (0.0, 0.25, 0.5, 0.75, 1.0):
+        ws = styles(G, seed_latents(range(8), G.z_dim), c, psi)
+        sweep.append(render(G, ws))
+    save_grid(torch.cat(sweep), folder / f"{name}-truncation.png", 8)
+    rows_w = styles(G, seed_latents(range(5), G.z_dim), torch.arange(5))
+    cols_w = styles(G, seed_latents(range(10, 18), G.z_dim), torch.arange(2, 10))
+    mixed = mix_layers(rows_w, cols_w, range(G.num_ws // 2, G.num_ws))
+    top, left, inner = render(G, torch.cat([cols_w, rows_w, mixed.flatten(0, 1)])).split([8, 5, 40])
+    lines = [torch.cat([torch.ones_like(top[:1]), top])]
+    lines += [torch.cat([a[None], b]) for a, b in zip(left, inner.split(8), strict=True)]
+    save_grid(torch.cat(lines), folder / f"{name}-mixing.png", 9)
+    return [
+        f"Truncation, psi 0 to 1 from top to bottom: ![truncation](gallery/{name}-truncation.png)",
+        "",
+        f"Style mixing, coarse styles of the row, fine ones of the column: "
+        f"![mixing](gallery/{name}-mixing.png)",
+    ]
+
+
+def growth_pictures(name: str, run: Path, rows: list[dict[str, Any]], folder: Path) -> list[str]:
+    """The sample grid at the end of each level."""
+    lines = []
+    for level in sorted({math.floor(row["growth"]) for row in rows}):
+        at = [row["kimg"] for row in rows if row["growth"] == level]
+        taken = {int(p.stem) / 1000: p for p in (run / "samples").iterdir()}
+        shown = [kimg for kimg in at if kimg in taken]
+        if shown:
+            target = f"{name}-level{level}.png"
+            shutil.copyfile(taken[shown[-1]], folder / target)
+            lines.append(f"![level {level}](gallery/{target})")
+    return ["After each growth: " + " ".join(lines)] if lines else []
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains what is missing, writes the page; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="models (default all)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/gallery"), help="run folders")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of the page")
+    options = parser.parse_args(arguments)
+    unknown = set(options.names) - set(MODELS)
+    if unknown:
+        parser.error(f"models must be of {', '.join(MODELS)}, got {', '.join(sorted(unknown))}")
+    folder = options.out / "gallery"
+    folder.mkdir(parents=True, exist_ok=True)
+    classifier = train_classifier()
+    table, sections, failed = [], [], []
+    for name in options.names or MODELS:
+        run = finished_run(options.runs / name)
+        if run is None:
+            run = train(make_config(name, out=str(options.runs / name)))
+        assert run is not None
+        G: Any
+        G, config = load_generator(run)
+        after, before = score(classifier, G), score(classifier, untrained(config))
+        if after["score"] < before["score"] + MARGIN:
+            failed.append(name)
+        seconds = read_stats(run)[-1]["time_s"]
+        followed = f"{after['labels followed']:.0%}" if "labels followed" in after else "-"
+        table.append(
+            f"| {name} | {config.kimg:g} | {seconds:.0f} | {before['score']:.2f} |"
+            f" {after['score']:.2f} | {after['recognised']:.0%} | {after['evenness']:.2f} |"
+            f" {followed} |"
+        )
+        print(table[-1], flush=True)
+        shutil.copyfile(run / "samples.png", folder / f"{name}.png")
+        shutil.copyfile(run / "loss.png", folder / f"{name}-loss.png")
+        sections += [
+            f"\n## {name}\n",
+            f"{MODELS[name]} `gankern train --preset {name}`\n",
+            f"![samples](gallery/{name}.png) ![losses](gallery/{name}-loss.png)\n",
+            *extras(name, run, G, folder),
+        ]
+    page = [
+        "# Every model, trained on two CPU cores",
+        "",
+        "Made by `python benchmarks/gallery.py` from 5,000 real MNIST digits; seeds are fixed. The",
+        f"score is the share of {COUNT} generated digits that a classifier of real ones recognises",
+        "(probability at least 0.9), times the evenness of their classes; each model must beat its",
+        f"own untrained generator by {MARGIN}. Seconds are the run's own, on a shared machine.",
+        "",
+        "| model | kimg | seconds | untrained | score | recognised | evenness | labels followed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *table,
+        *sections,
+    ]
+    if not options.names:
+        (options.out / "gallery.md").write_text("\n".join(page).rstrip() + "\n", encoding="utf-8")
+    print(f"not better than untrained by {MARGIN}: {', '.join(failed)}" if failed else "all passed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

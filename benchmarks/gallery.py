@@ -35,7 +35,7 @@ MODELS = {
     "dcgan": "DCGAN, labels by projection; a column is a class.",
     "wgan": "WGAN: fully connected critic 784-512-256-1, clipped weights, RMSprop.",
     "wgan-gp": "WGAN-GP: convolutional, gradient penalty, no norm in the critic.",
-    "sagan": "The conv nets' options: spectral norm, self-attention, minibatch discrimination, hinge.",
+    "sagan": "Options of the conv nets: spectral norm, attention, minibatch discrimination, hinge.",
     "pggan": "Progressive GAN: 7x7 to 28x28, gradient penalty with drift.",
     "stylegan": "StyleGAN: AdaIN, noise, style mixing, growth, R1.",
     "stylegan2": "StyleGAN2: modulated convolutions, lazy R1 and path length, style mixing.",

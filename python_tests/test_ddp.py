@@ -1,7 +1,11 @@
-"""Two processes under torchrun compute what one does with the same batch."""
+"""Processes under torchrun compute what one does with the same batch; lost ones are told."""
 
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -32,23 +36,43 @@ def newest(run, name):
     return load_file(checkpoint.list_checkpoints(run)[-1] / f"{name}.safetensors")
 
 
-# Dropout is off: each process draws its own. Batch norm in G and D spans the processes.
-@pytest.mark.parametrize("model", ["vanilla", "dcgan"])
-def test_two_processes_compute_the_step_of_one(model, tmp_path):
-    options = OPTIONS | {"model": model, "kimg": 0.032, "tick_kimg": 0.032}
-    one = start(1, tmp_path / "one", **options)
-    two = start(2, tmp_path / "two", **options)
+# Dropout is off: each process draws its own. Batch norm in G and D spans the processes, minibatch
+# standard deviation does not: groups of one image make it a constant.
+LEVELS = {
+    "data": "digits:16", "channel_base": 64, "channel_max": 8, "mbstd_group": 1, "r1_gamma": 1.0,
+    "z_dim": 8,
+}  # fmt: skip
+STYLES = LEVELS | {"w_dim": 8, "mapping_layers": 2, "style_mixing": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("model", "world", "own"),
+    [
+        ("vanilla", 2, {}),
+        ("dcgan", 4, {"batch_gpu": 8}),
+        ("pggan", 2, LEVELS | {"stable_kimg": 0.016, "grow_from": 8}),
+        ("stylegan2", 2, STYLES),
+    ],
+    ids=["vanilla", "dcgan", "pggan", "stylegan2"],
+)
+def test_processes_compute_the_step_of_one(model, world, own, tmp_path):
+    options = OPTIONS | {"model": model, "kimg": 0.032, "tick_kimg": 0.032} | own
+    one = start(1, tmp_path / "one", **options | {"batch_gpu": 0})
+    two = start(world, tmp_path / "two", **options)
     for name in ("D", "G"):
         # After one step Adam's mean is (1 - beta1) times the gradient.
         a, b = newest(one, f"optimizer_{name}"), newest(two, f"optimizer_{name}")
-        for key in a:
-            if key.endswith("exp_avg"):
-                assert a[key].abs().max() > 0
-                torch.testing.assert_close(
-                    b[key], a[key], rtol=1e-4, atol=1e-6, msg=f"{name} {key}"
-                )
+        assert a.keys() == b.keys()
+        scalars = 0
+        for key in (key for key in a if key.endswith("exp_avg")):
+            if not a[key].ndim:  # a noise strength: each process draws its own noise
+                scalars += 1
+                continue
+            torch.testing.assert_close(b[key], a[key], rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
+        assert sum(a[key].abs().sum() for key in a if key.endswith("exp_avg")) > 0
+        assert scalars == (5 if (model, name) == ("stylegan2", "G") else 0)
     for key, value in newest(one, "G").items():
-        if "running" in key:
+        if "running" in key or "w_avg" in key:
             torch.testing.assert_close(newest(two, "G")[key], value, rtol=1e-5, atol=1e-6)
     for key in ("loss_D", "loss_G", "logit_real", "logit_fake"):
         assert read_stats(two)[0][key] == pytest.approx(read_stats(one)[0][key], abs=1e-5)
@@ -77,3 +101,56 @@ def test_one_process_tells_the_error(tmp_path):
     assert result.returncode
     assert result.stderr.count("gankern: --batch must be a multiple of 2 processes, got 33") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_two_nodes_at_two_addresses(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = OPTIONS | {"model": "vanilla", "kimg": 0.032, "tick_kimg": 0.032, "out": tmp_path}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    nodes = []
+    for node in range(2):
+        launch = [
+            "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}",
+            "--master-addr=127.0.0.1", f"--master-port={port}", f"--local-addr=127.0.0.{node + 1}",
+        ]  # fmt: skip
+        command = [sys.executable, "-m", *launch, "-m", "gankern", "train", *flags]
+        environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+        nodes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    for node in nodes:
+        _, err = node.communicate(timeout=300)
+        assert node.returncode == 0, err
+    (run,) = tmp_path.iterdir()
+    assert read_stats(run)[0]["step"] == 1
+
+
+def test_a_process_that_dies_stops_the_run_which_then_resumes(tmp_path):
+    options = OPTIONS | {
+        "model": "vanilla",
+        "kimg": 5000,
+        "tick_kimg": 0.032,
+        "checkpoint_ticks": 2,
+    }
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = [sys.executable, "-m", *launch, "gankern", "train", *flags, f"--out={tmp_path}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("0*/checkpoints/0*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    listing = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
+    )
+    os.kill(int(listing.stdout.split()[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "has lost another of the 2: go on with --resume" in err or "SIGKILL" in err
+    (run,) = tmp_path.iterdir()
+    reached = int(checkpoint.list_checkpoints(run)[-1].name)
+    again = [*command[: command.index("train") + 1], "--resume", str(run)]
+    result = subprocess.run(
+        [*again, f"--kimg={(reached + 64) / 1000}"], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(checkpoint.list_checkpoints(run)[-1].name) == reached + 64

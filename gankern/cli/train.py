@@ -83,8 +83,11 @@ def command(preset: str, resume: Path | None, dry_run: bool, **options: Any) -> 
         from gankern.training.loop import train
 
         train(config, resume)
-    except (ValueError, OSError):
-        if int(os.environ.get("RANK", "0")):  # the first process says it
+    except (ValueError, OSError) as error:
+        from gankern.training.distributed import LostProcessError
+
+        lost = isinstance(error, LostProcessError)
+        if int(os.environ.get("RANK", "0")) and not lost:  # the first process says it
             raise SystemExit(2) from None
         raise
 

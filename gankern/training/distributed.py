@@ -1,13 +1,17 @@
 """Data-parallel training under torchrun: what every process needs, in a few functions.
 
-Gradients are averaged by one all-reduce after each backward pass instead of by a wrapper around the
-networks: D runs twice before its backward pass and penalties differentiate twice, both of which the
-wrapper's hooks forbid or restrict.
+Gradients are averaged by one all-reduce of one flat bucket, once a step after all passes of it,
+instead of by DistributedDataParallel around the networks. Its hooks fire in the backward of one
+forward through the wrapper, and so exclude what a GAN does: D runs on real and on generated images
+before one backward, G's gradient passes through D without being wanted there, penalties
+differentiate a gradient, path length enters G by its mapping and synthesis networks, and the levels
+of a growing network have no gradient until they run. Parts of an accumulated batch are reduced once.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -44,6 +48,10 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+class LostProcessError(TrainError):
+    """Another process of the run is gone."""
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
     """Joins the processes that torchrun started (gloo on CPU, nccl on CUDA); yields rank, world."""
@@ -54,6 +62,13 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield rank, world
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if isinstance(error, dist.DistError) or re.search("peer|[Tt]imed out|store", reason):
+            raise LostProcessError(
+                f"process {rank} has lost another of the {world}: go on with --resume ({reason})"
+            ) from error
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from gankern import models
-from gankern.training import checkpoint, make_config, train
+from gankern.data import DataError
+from gankern.training import checkpoint, load_generator, make_config, train
 from gankern.training.run import read_config, read_stats
 from gankern.training.stats import WALL_CLOCK
 
@@ -113,3 +116,46 @@ def test_growing_run_shows_its_levels(tmp_path):
     from PIL import Image
 
     assert Image.open(run / "samples.png").size == (32, 32)  # two by two, full size
+
+
+def test_compiled_passes_train_as_plain_ones_do(tmp_path, monkeypatch):
+    calls = []
+    real = torch.compile
+
+    def compile_eagerly(net):
+        calls.append(net)
+        return real(net, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    values = {"d_dropout": 0.0, "r1_gamma": 1.0, "d_norm": "none", "d_reg_interval": 2}
+    plain = run_of(values, tmp_path / "plain", kimg=0.032)
+    compiled = run_of(values | {"compile": True}, tmp_path / "compiled", kimg=0.032)
+    assert len(calls) == 2
+    for a, b in zip(read_stats(plain), read_stats(compiled), strict=True):
+        for name in ("loss_D", "loss_G", "r1"):
+            assert b[name] == pytest.approx(a[name], abs=1e-4)
+
+
+def vectors_file(path, n=40, value=0.5):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "images": rng.integers(0, 256, (n, 3, 16, 16), dtype=np.uint8),
+        "labels": np.full((n, 3), value, np.float32),
+    }
+    save_file(arrays, path, {"format": "gankern-dataset-1"})
+    return str(path)
+
+
+@pytest.mark.parametrize("model", ["dcgan", "vanilla", "stylegan2"])
+def test_conditions_that_are_vectors(model, tmp_path):
+    data = vectors_file(tmp_path / "vectors.safetensors")
+    run = run_of({"model": model, "data": data}, tmp_path / "runs", kimg=0.032)
+    config = read_config(run)
+    assert (config.c_dim, config.label_dim, config.num_classes) == (3, 3, 0)
+    assert load_generator(run)[0](torch.zeros(2, 6), torch.zeros(2, 3)).shape == (2, 3, 16, 16)
+
+
+def test_vectors_must_be_finite(tmp_path):
+    data = vectors_file(tmp_path / "vectors.safetensors", value=np.nan)
+    with pytest.raises(DataError, match="its labels do not fit its images"):
+        run_of({"data": data}, tmp_path / "runs")

@@ -211,6 +211,8 @@ def _classes(G: Any, config: Any, seeds: list[int], wanted: str | None) -> Tenso
     from gankern.data import DataError, open_dataset
     from gankern.data.latents import seed_classes
 
+    if config.c_dim and config.label_dim:
+        raise click.UsageError("this generator draws vectors, not classes: call it from Python")
     count: int = G.c_dim
     if wanted is None:
         return seed_classes(seeds, count) if count else None

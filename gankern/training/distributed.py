@@ -4,8 +4,8 @@ Gradients are averaged by one all-reduce of one flat bucket, once a step after a
 instead of by DistributedDataParallel around the networks. Its hooks fire in the backward of one
 forward through the wrapper, and so exclude what a GAN does: D runs on real and on generated images
 before one backward, G's gradient passes through D without being wanted there, penalties
-differentiate a gradient, path length enters G by its mapping and synthesis networks, and the levels
-of a growing network have no gradient until they run. Parts of an accumulated batch are reduced once.
+differentiate a gradient, path length enters G by its mapping and synthesis networks, and levels of
+a growing network have no gradient until they run. Parts of an accumulated batch are reduced once.
 """
 
 from __future__ import annotations

@@ -15,6 +15,12 @@ from gankern import _toolchain
 
 PACKAGE = Path(gankern.__file__).parent
 DEVICES = ("cpu", "cuda")
+# Ops without kernels of their own, and the one whose kernels they run around PyTorch's convolution.
+COMPOSED = {
+    "conv2d_resample": "upfirdn2d",
+    "modulated_conv2d": "upfirdn2d",
+    "synthesis_layer": "synthesis_epilogue",
+}
 NOT_BUILT = "reinstall gankern, or in a clone: python setup.py build_ext --inplace"
 
 
@@ -88,16 +94,17 @@ def cures(build: dict[str, Any]) -> list[str]:
     """One line for each implementation that cannot run, with the ops that it concerns."""
     from gankern.ops import _impl
 
+    kernels = [name for name in op_names() if name not in COMPOSED]
     ops_by_reason: dict[tuple[str, str], list[str]] = {}
     for impl, device in (("cpu", "cpu"), ("cuda", "cuda"), ("triton", "cuda")):
-        for name in op_names():
+        for name in kernels:
             if reason := _impl.why_not(impl, device, name):
                 if _impl.LIBRARIES.get(impl):
                     reason = library_state(impl, build)
                 reason = reason.replace(f"{name} has no", "no")
                 ops_by_reason.setdefault((impl, reason), []).append(name)
     return [
-        f"{impl} ({'all' if len(names) == len(op_names()) else ', '.join(names)}): {reason}"
+        f"{impl} ({'all' if len(names) == len(kernels) else ', '.join(names)}): {reason}"
         for (impl, reason), names in ops_by_reason.items()
     ]
 
@@ -117,7 +124,10 @@ def command() -> None:
     click.echo("Versions\n" + table(versions()))
     libraries = [(f"_{name}.so", library_state(name, build)) for name in DEVICES]
     click.echo("\nLibraries\n" + table(libraries))
-    chosen = [(name, *(_impl.default_impl(name, d) for d in DEVICES)) for name in op_names()]
+    chosen = [
+        (name, *(_impl.default_impl(COMPOSED.get(name, name), d) for d in DEVICES))
+        for name in op_names()
+    ]
     click.echo("\nImplementation that impl=None takes\n" + table([("", *DEVICES), *chosen]))
     if lines := cures(build):
         click.echo("\nWhat cannot run, and what to do\n" + "\n".join(f"  {line}" for line in lines))

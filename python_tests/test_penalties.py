@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
-from gankern.models import stylegan2
+from gankern.models import pggan, stylegan, stylegan2
 from gankern.training import penalties
 
 
@@ -190,3 +190,44 @@ def test_stylegan2_path_length():
         return penalties.path_length(synthesis(ws, "const"), ws, mean, 2.0, 0.0, noise)[0]
 
     check_in_a_direction(penalty, synthesis)
+
+
+GROWING = {"resolution": (8, 8), "channel_base": 32, "channel_max": 4}
+
+
+@pytest.mark.parametrize("growth", [0.5, 1.0])
+@pytest.mark.parametrize("make", [pggan.Discriminator, stylegan.make_discriminator])
+def test_discriminators_that_grow(make, growth):
+    torch.manual_seed(0)
+    D = make(**GROWING).double()
+    D.set_growth(growth)
+    x, y = randn(4, 3, 8, 8).requires_grad_(), randn(4, 3, 8, 8, seed=1)
+    alpha = torch.full((4,), 0.3)
+    check_in_a_direction(lambda D: penalties.r1(x, D(x)), D)
+    check_in_a_direction(lambda D: penalties.gradient_penalty(D, x, y, alpha=alpha), D)
+
+
+def test_stylegan_path_length():
+    torch.manual_seed(0)
+    synthesis = stylegan.Generator(4, 0, 4, mapping_layers=1, **GROWING).synthesis.double()
+    with torch.no_grad():  # constant planes lie next to a kink of the instance norm
+        synthesis.blocks[0].const.normal_()
+    ws = randn(2, synthesis.num_ws, 4).requires_grad_()
+    noise, mean = randn(2, 3, 8, 8, seed=1), torch.zeros((), dtype=torch.float64)
+
+    def penalty(synthesis):
+        return penalties.path_length(synthesis(ws, "const"), ws, mean, 2.0, 0.0, noise)[0]
+
+    check_in_a_direction(penalty, synthesis)
+
+
+def test_path_length_over_processes_moves_to_their_common_mean():
+    ws = torch.ones(2, 1, 4, requires_grad=True)
+    img = ws.sum(2)[:, :, None, None] * torch.tensor(3.0)  # gradients of 3: lengths 6
+    mean = torch.tensor(0.0)
+    ones = torch.ones(2, 1, 1, 1)
+    penalty, moved = penalties.path_length(
+        img, ws, mean, 1.0, 0.5, ones, reduce=lambda length: (length + 10) / 2
+    )
+    assert moved.item() == pytest.approx(4)
+    assert penalty.item() == pytest.approx(4)

@@ -53,7 +53,7 @@ MODELS: dict[str, tuple[Maker, dict[str, str], Maker, dict[str, str]]] = {
         stylegan2.Generator,
         _STYLES | _LEVELS | _LOW,
         stylegan2.Discriminator,
-        {"mbstd_group_size": "mbstd_group"} | _LEVELS | _LOW,
+        {"mbstd_group_size": "mbstd_group", "mapping_layers": "mapping_layers"} | _LEVELS | _LOW,
     ),
     "vanilla": (
         vanilla.Generator,

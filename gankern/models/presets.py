@@ -146,16 +146,19 @@ PRESETS: dict[str, Options] = {
     | _SMALL
     | {
         "model": "stylegan2",
+        "channel_base": 256,
+        "channel_max": 32,
+        "batch": 8,
         "style_mixing": 0.5,
         "w_dim": 64,
         "mapping_layers": 2,
-        "r1_gamma": 5.0,
-        "d_reg_interval": 8,
+        "r1_gamma": 2.0,
+        "d_reg_interval": 16,
         "pl_weight": 2.0,
         "g_reg_interval": 8,
         "g_lr": 2e-3,
         "d_lr": 2e-3,
-        "kimg": 14.0,
+        "kimg": 16.0,
     },
     # The papers' own, for GPUs.
     "pggan-1024": _CRITIC

@@ -7,6 +7,7 @@ Geometry is one resampling, between an upsampling and a downsampling by the wave
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -124,7 +125,7 @@ class Ada:
 
     def _geometry(self, x: Tensor) -> Tensor:
         """From places in the result to places in x, pixels from the centre: [N, 3, 3]."""
-        size = torch.tensor([x.shape[3], x.shape[2]], device=x.device)
+        size = _constant((float(x.shape[3]), float(x.shape[2])), x.device)
         p_rotate = 1 - (1 - self.p).sqrt()  # of two turns, so that p is that of any
         s = self._pick(torch.exp2(_normal(x) * 0.2), 1)
         inverse = _scale(1 / s, 1 / s)
@@ -157,7 +158,7 @@ class Ada:
 
     def _bands(self, x: Tensor) -> Tensor:
         """Gains of the four octaves, each change balanced so that the power stays: [N, 4]."""
-        power = torch.tensor(BAND_POWER, device=x.device)
+        power = _constant(BAND_POWER, x.device)
         gains = torch.ones(len(x), 4, device=x.device)
         for band in range(4):
             t = torch.ones_like(gains)
@@ -187,7 +188,7 @@ def resample(x: Tensor, inverse: Tensor) -> Tensor:
         round: the identity gives x back to rounding (appendix B.2).
     """
     h, w = x.shape[2:]
-    f = torch.tensor(SYM6, device=x.device) / math.sqrt(2)
+    f = _constant(SYM6, x.device) / math.sqrt(2)
     wide = x[:, :, _mirrored(h, MARGIN, x.device)][:, :, :, _mirrored(w, MARGIN, x.device)]
     wide = upsample2d(wide, f)  # [N, C, 2 (H + 12), 2 (W + 12)]
     # A sample of `wide` lies where the filter's centre of gravity falls.
@@ -198,7 +199,7 @@ def resample(x: Tensor, inverse: Tensor) -> Tensor:
     at_y, at_x = torch.meshgrid(place[1], place[0], indexing="ij")
     target = torch.stack([at_x, at_y, torch.ones_like(at_x)], -1)  # [2H', 2W', 3]
     source = torch.einsum("nij,hwj->nhwi", inverse[:, :2], target)
-    size = torch.tensor([w, h], device=x.device, dtype=x.dtype)
+    size = _constant((float(w), float(h)), x.device)
     source = source + size / 2  # from the corner
     mirrored = size - (source % (2 * size) - size).abs()
     near = MARGIN / 2  # as far as `wide` has seen whole filters
@@ -223,7 +224,8 @@ def transform_colors(x: Tensor, matrix: Tensor) -> Tensor:
 def filter_bands(x: Tensor, gains: Tensor) -> Tensor:
     """Octaves of the image times gains [N, 4], along both axes, mirrored at the edges."""
     n, c, h, w = x.shape
-    taps = gains @ octave_filters().to(x)  # [N, 43]
+    bands = _constant(tuple(octave_filters().flatten().tolist()), x.device)
+    taps = gains @ bands.reshape(4, -1)  # [N, 43]
     pad = taps.shape[1] // 2
     x = x[:, :, _mirrored(h, pad, x.device)][:, :, :, _mirrored(w, pad, x.device)]
     taps = taps.repeat_interleave(c, 0)[:, None]  # [N C, 1, 43]
@@ -232,6 +234,7 @@ def filter_bands(x: Tensor, gains: Tensor) -> Tensor:
     return x.reshape(n, c, h, w)
 
 
+@functools.cache
 def octave_filters() -> Tensor:
     """Four zero-phase filters, [4, 43] from the lowest octave, whose sum is the unit impulse.
 
@@ -253,6 +256,12 @@ def octave_filters() -> Tensor:
         high[middle] += 1
         bands = [*spread, high]
     return torch.stack(bands)
+
+
+@functools.cache
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A float32 vector, copied to its device once."""
+    return torch.tensor(values, device=device)
 
 
 def _mirrored(size: int, pad: int, device: torch.device) -> Tensor:

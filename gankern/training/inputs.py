@@ -99,6 +99,13 @@ class Inputs:
             z_mix = latents(config.z_dim, batch, seed("mix"))
             crossover = crossovers(batch, self.G.used_ws, config.style_mixing, seed("cross"))
         return tuple(
-            None if t is None else t.chunk(self.world)[self.rank].to(self.device)
+            None if t is None else place(t.chunk(self.world)[self.rank], self.device)
             for t in (z, c, z_mix, crossover)
         )
+
+
+def place(t: Tensor, device: torch.device) -> Tensor:
+    """A tensor on its device; copies to a GPU do not wait."""
+    if device.type == "cuda":
+        return t.pin_memory().to(device, non_blocking=True)
+    return t.to(device)

@@ -100,7 +100,9 @@ class NetworkOptions:
         0.1, "Share of D's activations set to zero.", at_least=0, at_most=0.99
     )
     w_dim: int = network(512, "StyleGANs: length of the style vector.", at_least=1)
-    mapping_layers: int = network(8, "StyleGANs: layers from z to w.", at_least=1)
+    mapping_layers: int = network(
+        8, "StyleGANs: layers from z to w; StyleGAN2: of D for labels, too.", at_least=1
+    )
     channel_base: int = network(
         16384, "pggan, StyleGANs: channels of a level times its side.", at_least=1
     )

@@ -85,14 +85,13 @@ def read_image(path: Path, channels: int, resolution: tuple[int, int]) -> Any:
     from PIL import Image, ImageOps
 
     try:
-        picture = Image.open(path)
-        picture = picture.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
+        picture = Image.open(path).convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
     except OSError as error:
         reason = error.strerror or "not an image that can be read"
         raise click.UsageError(f"{path}: {reason}") from None
     height, width = resolution
-    picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
-    pixels = np.asarray(picture, dtype=np.float32).reshape(height, width, channels)
+    fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    pixels = np.asarray(fitted, dtype=np.float32).reshape(height, width, channels)
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None] / 127.5 - 1
 
 

@@ -82,7 +82,8 @@ class GraphedPass:
             return self.graphs.warm_up(lambda: self.run(part, scale))
         if self.replay is None:
             values: list[Any] = [getattr(part, f.name) for f in fields(part)]
-            self.part = Part(*(v if v is None else v.clone() for v in values))
+            fixed: list[Any] = [v if v is None else v.clone() for v in values]
+            self.part = Part(*fixed)
             self.outputs, self.replay = self.graphs.capture(lambda: self.run(self.part, scale))
             self.grads = [(p, p.grad) for p in self.net.parameters() if p.grad is not None]
         for f in fields(part):

@@ -11,58 +11,82 @@ enum Act : int { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kElu, kSelu, kSoftplus
 constexpr double kSeluScale = 1.0507009873554804934193349852946;
 constexpr double kSeluAlpha = 1.6732632423543772848170429916717;
 
-// linear, relu and lrelu are one function here, kLrelu, with alpha 1, 0 and alpha.
+// kPwl: linear, relu and lrelu are one function, with alpha 1, 0 and alpha.
 template <typename S>
 struct ActArgs {
-  bool relu;                       // so that relu(-inf) is 0 although -inf * 0 is not
+  int act;
   S alpha, gain, inv_gain, clamp;  // clamp < 0: none
-  bool from_x;
+  bool from_x;                     // the gradient's reference is x (and b), not y
 };
 
-template <int kAct, typename V, typename S>
+// act(u).
+template <bool kPwl, typename V, typename S>
 GK_INLINE V act_value(V u, const ActArgs<S>& p) {
   const V one = splat<V>(1), zero = V{};
-  if constexpr (kAct == kLrelu) {
-    const V scaled = u * p.alpha;
-    return u > zero ? u : p.relu ? (u == u ? zero : u) : scaled;
+  if constexpr (kPwl) {
+    const V scaled = u * p.alpha;  // relu(-inf) is 0 although -inf * 0 is not
+    return u > zero ? u : p.act == kRelu ? (u == u ? zero : u) : scaled;
   }
-  if constexpr (kAct == kTanh) return tanh_(u);
-  if constexpr (kAct == kSigmoid) return one / (one + exp_(-u));
-  if constexpr (kAct == kElu) return u > zero ? u : expm1_(u);
-  if constexpr (kAct == kSelu) return S(kSeluScale) * (u > zero ? u : S(kSeluAlpha) * expm1_(u));
-  if constexpr (kAct == kSoftplus)
-    return (u > zero ? u : u != u ? u : zero) + log1p_(exp_(u > zero ? -u : u));
-  if constexpr (kAct == kSwish) return u / (one + exp_(-u));
+  switch (p.act) {
+    case kTanh:
+      return tanh_(u);
+    case kSigmoid:
+      return one / (one + exp_(-u));
+    case kElu:
+      return u > zero ? u : expm1_(u);
+    case kSelu:
+      return S(kSeluScale) * (u > zero ? u : S(kSeluAlpha) * expm1_(u));
+    case kSoftplus:
+      return (u > zero ? u : u != u ? u : zero) + log1p_(exp_(u > zero ? -u : u));
+    default:
+      return u / (one + exp_(-u));
+  }
 }
 
-template <int kAct, typename V, typename S>
+// act'(u), from a = act(u) where that suffices, else from u.
+template <bool kPwl, typename V, typename S>
 GK_INLINE V act_slope(V a, V u, const ActArgs<S>& p) {
   const V one = splat<V>(1), zero = V{};
-  if constexpr (kAct == kLrelu) return (p.from_x ? u : a) > zero ? one : splat<V>(p.alpha);
-  if constexpr (kAct == kTanh) return one - a * a;
-  if constexpr (kAct == kSigmoid) return a * (one - a);
-  if constexpr (kAct == kElu) return a > zero ? one : a + one;
-  if constexpr (kAct == kSelu)
-    return a > zero ? splat<V>(kSeluScale) : a + S(kSeluScale * kSeluAlpha);
-  if constexpr (kAct == kSoftplus) return -expm1_(-a);
-  if constexpr (kAct == kSwish) {
-    const V s = one / (one + exp_(-u));
-    return s * (one + u * (one - s));
+  if constexpr (kPwl) return (p.from_x ? u : a) > zero ? one : splat<V>(p.alpha);
+  switch (p.act) {
+    case kTanh:
+      return one - a * a;
+    case kSigmoid:
+      return a * (one - a);
+    case kElu:
+      return a > zero ? one : a + one;
+    case kSelu:
+      return a > zero ? splat<V>(kSeluScale) : a + S(kSeluScale * kSeluAlpha);
+    case kSoftplus:
+      return -expm1_(-a);
+    default: {
+      const V s = one / (one + exp_(-u));
+      return s * (one + u * (one - s));
+    }
   }
 }
 
-template <int kAct, typename V, typename S>
+// d(gain * act'(u)) / d(reference): by y, or for swish by x.
+template <typename V, typename S>
 GK_INLINE V act_curve(V a, V u, const ActArgs<S>& p) {
   const V one = splat<V>(1), zero = V{};
-  if constexpr (kAct == kTanh) return S(-2) * a;
-  if constexpr (kAct == kSigmoid) return one - S(2) * a;
-  if constexpr (kAct == kElu || kAct == kSelu) return a > zero ? zero : one;
-  if constexpr (kAct == kSoftplus) return exp_(-a);
-  if constexpr (kAct == kSwish) {
-    const V s = one / (one + exp_(-u));
-    return p.gain * s * (one - s) * (S(2) + u * (one - S(2) * s));
+  switch (p.act) {
+    case kTanh:
+      return S(-2) * a;
+    case kSigmoid:
+      return one - S(2) * a;
+    case kElu:
+    case kSelu:
+      return a > zero ? zero : one;
+    case kSoftplus:
+      return exp_(-a);
+    case kSwish: {
+      const V s = one / (one + exp_(-u));
+      return p.gain * s * (one - s) * (S(2) + u * (one - S(2) * s));
+    }
+    default:
+      return zero;
   }
-  return zero;
 }
 
 }  // namespace

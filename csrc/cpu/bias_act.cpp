@@ -2,94 +2,15 @@
 //
 // x is dense, seen as [outer, C, inner] in memory order. "Planes" (inner > 1) have one bias each;
 // "rows" (inner == 1) run along C. The bias gradient is summed per thread share, then in order.
-#include "vec.h"
+#include "act.h"
 
 namespace gankern::cpu::GANKERN_ISA {
 namespace {
 
-enum Act : int { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kElu, kSelu, kSoftplus, kSwish };
 enum Op : int { kFwd, kBwd, kBwd2 };
 
-constexpr double kSeluScale = 1.0507009873554804934193349852946;
-constexpr double kSeluAlpha = 1.6732632423543772848170429916717;
 constexpr int64_t kGrain = 16384;  // elements a thread takes at least
 constexpr int64_t kShares = 64;    // parts of outer whose bias gradients are summed apart
-
-// kPwl: linear, relu and lrelu are one function, with alpha 1, 0 and alpha.
-template <typename S>
-struct ActArgs {
-  int act;
-  S alpha, gain, inv_gain, clamp;  // clamp < 0: none
-  bool from_x;
-};
-
-template <bool kPwl, typename V, typename S>
-GK_INLINE V act_value(V u, const ActArgs<S>& p) {
-  const V one = splat<V>(1), zero = V{};
-  if constexpr (kPwl) {
-    const V scaled = u * p.alpha;  // relu(-inf) is 0 although -inf * 0 is not
-    return u > zero ? u : p.act == kRelu ? (u == u ? zero : u) : scaled;
-  }
-  switch (p.act) {
-    case kTanh:
-      return tanh_(u);
-    case kSigmoid:
-      return one / (one + exp_(-u));
-    case kElu:
-      return u > zero ? u : expm1_(u);
-    case kSelu:
-      return S(kSeluScale) * (u > zero ? u : S(kSeluAlpha) * expm1_(u));
-    case kSoftplus:
-      return (u > zero ? u : u != u ? u : zero) + log1p_(exp_(u > zero ? -u : u));
-    default:
-      return u / (one + exp_(-u));
-  }
-}
-
-template <bool kPwl, typename V, typename S>
-GK_INLINE V act_slope(V a, V u, const ActArgs<S>& p) {
-  const V one = splat<V>(1), zero = V{};
-  if constexpr (kPwl) return (p.from_x ? u : a) > zero ? one : splat<V>(p.alpha);
-  switch (p.act) {
-    case kTanh:
-      return one - a * a;
-    case kSigmoid:
-      return a * (one - a);
-    case kElu:
-      return a > zero ? one : a + one;
-    case kSelu:
-      return a > zero ? splat<V>(kSeluScale) : a + S(kSeluScale * kSeluAlpha);
-    case kSoftplus:
-      return -expm1_(-a);
-    default: {
-      const V s = one / (one + exp_(-u));
-      return s * (one + u * (one - s));
-    }
-  }
-}
-
-// d(gain * act'(u)) / d(reference): by y, or for swish by x.
-template <typename V, typename S>
-GK_INLINE V act_curve(V a, V u, const ActArgs<S>& p) {
-  const V one = splat<V>(1), zero = V{};
-  switch (p.act) {
-    case kTanh:
-      return S(-2) * a;
-    case kSigmoid:
-      return one - S(2) * a;
-    case kElu:
-    case kSelu:
-      return a > zero ? zero : one;
-    case kSoftplus:
-      return exp_(-a);
-    case kSwish: {
-      const V s = one / (one + exp_(-u));
-      return p.gain * s * (one - s) * (S(2) + u * (one - S(2) * s));
-    }
-    default:
-      return zero;
-  }
-}
 
 // in0 is x (kFwd) or dy; ref the reference; v the gradient of dx.
 template <int kOp, bool kPwl, typename V, typename S>

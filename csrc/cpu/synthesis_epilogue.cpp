@@ -29,57 +29,26 @@ struct Operands {
   bool b_f32() const { return f32 & 8; }
 };
 
-template <typename S>
-struct Activation : ActArgs<S> {
-  int act;
-};
-
-// Not worth an instance of the whole kernel each.
+// The rare activations are not worth an instance of the whole kernel each.
 template <typename V, typename S>
-__attribute__((noinline)) V value_of(V u, const Activation<S>& p) {
-  switch (p.act) {
-    case kTanh:
-      return act_value<kTanh>(u, p);
-    case kSigmoid:
-      return act_value<kSigmoid>(u, p);
-    case kElu:
-      return act_value<kElu>(u, p);
-    case kSelu:
-      return act_value<kSelu>(u, p);
-    case kSoftplus:
-      return act_value<kSoftplus>(u, p);
-    default:
-      return act_value<kSwish>(u, p);
-  }
+__attribute__((noinline)) V value_of(V u, const ActArgs<S>& p) {
+  return act_value<false>(u, p);
 }
 
 template <typename V, typename S>
-__attribute__((noinline)) V slope_of(V a, V u, const Activation<S>& p) {
-  switch (p.act) {
-    case kTanh:
-      return act_slope<kTanh>(a, u, p);
-    case kSigmoid:
-      return act_slope<kSigmoid>(a, u, p);
-    case kElu:
-      return act_slope<kElu>(a, u, p);
-    case kSelu:
-      return act_slope<kSelu>(a, u, p);
-    case kSoftplus:
-      return act_slope<kSoftplus>(a, u, p);
-    default:
-      return act_slope<kSwish>(a, u, p);
-  }
+__attribute__((noinline)) V slope_of(V a, V u, const ActArgs<S>& p) {
+  return act_slope<false>(a, u, p);
 }
 
 template <bool kPwl, typename V, typename S>
-GK_INLINE V value(V u, const Activation<S>& p) {
-  if constexpr (kPwl) return act_value<kLrelu>(u, p);
+GK_INLINE V value(V u, const ActArgs<S>& p) {
+  if constexpr (kPwl) return act_value<true>(u, p);
   return value_of(u, p);
 }
 
 template <bool kPwl, typename V, typename S>
-GK_INLINE V slope(V a, V u, const Activation<S>& p) {
-  if constexpr (kPwl) return act_slope<kLrelu>(a, u, p);
+GK_INLINE V slope(V a, V u, const ActArgs<S>& p) {
+  if constexpr (kPwl) return act_slope<true>(a, u, p);
   return slope_of(a, u, p);
 }
 
@@ -283,7 +252,7 @@ class Filtered {
 
 template <bool kPwl, typename T>
 void forward_unit(const T* x, T* y, const Geometry& g, const Operands& o,
-                  const Activation<Scalar<T>>& p, const Scalar<T>* f, int64_t n, int64_t c,
+                  const ActArgs<Scalar<T>>& p, const Scalar<T>* f, int64_t n, int64_t c,
                   int64_t step) {
   using S = Scalar<T>;
   using V = Vec<T>;
@@ -328,7 +297,7 @@ class Backward {
  public:
   using S = Scalar<T>;
   using V = Vec<T>;
-  Backward(const T* dy, const T* x, const Geometry& g, const Operands& o, const Activation<S>& p,
+  Backward(const T* dy, const T* x, const Geometry& g, const Operands& o, const ActArgs<S>& p,
            const S* f, int64_t n, int64_t c, int64_t step)
       : g_(g),
         o_(o),
@@ -386,7 +355,7 @@ class Backward {
  private:
   const Geometry& g_;
   const Operands& o_;
-  const Activation<S>& p_;
+  const ActArgs<S>& p_;
   Unit<T> unit_;
   Filtered<T> filtered_;
   Plane<const T> dy_;
@@ -396,7 +365,7 @@ class Backward {
 
 template <bool kPwl, typename T>
 Sums<Scalar<T>> backward_unit(const T* dy, const T* x, T* dx, const Geometry& g, const Operands& o,
-                              const Activation<Scalar<T>>& p, const Scalar<T>* f,
+                              const ActArgs<Scalar<T>>& p, const Scalar<T>* f,
                               const Scalar<T>* f_adjoint, int64_t n, int64_t c, int64_t step) {
   using S = Scalar<T>;
   Backward<kPwl, T> back(dy, x, g, o, p, f, n, c, step);
@@ -458,9 +427,9 @@ void by_act(int act, const F& f) {
 }
 
 template <typename S>
-Activation<S> act_args(int act, double alpha, double gain, double clamp) {
+ActArgs<S> act_args(int act, double alpha, double gain, double clamp) {
   const double alpha_of = act == kLinear ? 1 : act == kRelu ? 0 : alpha;
-  return {{act == kRelu, S(alpha_of), S(gain), S(0), S(clamp), true}, act};
+  return {act, S(alpha_of), S(gain), S(0), S(clamp), true};
 }
 
 }  // namespace
@@ -480,7 +449,7 @@ int synthesis_epilogue(int dtype, int f32, const void* x, const void* f, const v
     using S = Scalar<T>;
     Buffer<S> taps(taps_y * taps_x);
     if (f) read_filter(&taps[0], o.f, separable, taps_y, taps_x, flip, filter_gain);
-    const Activation<S> p = act_args<S>(act, alpha, gain, clamp);
+    const ActArgs<S> p = act_args<S>(act, alpha, gain, clamp);
     by_act(act, [&](auto tag) {
       each_unit(g, [&](int64_t n, int64_t c, int64_t step) {
         forward_unit<decltype(tag)::value>(static_cast<const T*>(x), static_cast<T*>(y), g, o, p,
@@ -514,7 +483,7 @@ int synthesis_epilogue_bwd(int dtype, int f32, const void* dy, const void* x, co
     Buffer<S> taps(taps_n), adjoint(taps_n), sum_b(N * C), sum_s(N * C);
     if (f) read_filter(&taps[0], o.f, separable, taps_y, taps_x, flip, filter_gain);
     for (int64_t i = 0; f && i < taps_n; i++) adjoint[i] = taps[taps_n - 1 - i];
-    const Activation<S> p = act_args<S>(act, alpha, gain, clamp);
+    const ActArgs<S> p = act_args<S>(act, alpha, gain, clamp);
     by_act(act, [&](auto tag) {
       each_unit(g, [&](int64_t n, int64_t c, int64_t step) {
         const auto sums = backward_unit<decltype(tag)::value>(

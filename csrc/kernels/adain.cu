@@ -3,7 +3,7 @@
 //   dshift = Σ dy,   dscale = Σ dy h,   dx = scale rstd (dy - Σ dy / P - h Σ dy h / P).
 // The sums over a plane are the only coupling between elements: csrc/kernels/norm.cuh. mean and
 // rstd go from the forward to the backward, so that it takes its sums in one pass.
-#include "norm.cuh"
+#include "norm_launch.cuh"
 
 namespace gankern {
 namespace {
@@ -15,8 +15,8 @@ template <typename T>
 struct Forward {
   using Elem = T;
   using A = Acc<T>;
-  static constexpr int kIn = 1, kOut = 1, kSums = 2, kFactors = 3, kHold = 8;
-  static constexpr int kColumnHold = 8, kColumnBytes = 8;
+  static constexpr int kIn = 1, kOut = 1, kSums = 2, kFactors = 3, kHold = sizeof(T) == 2 ? 4 : 8;
+  static constexpr int kColumnHold = sizeof(T) == 2 ? 4 : 8, kColumnBytes = 8;
   static constexpr bool kPivot = true, kShared = true;
   struct Params {
     A pivot;
@@ -53,7 +53,7 @@ struct Backward {
   using Elem = T;
   using A = Acc<T>;
   static constexpr int kIn = 2, kOut = 1, kSums = 2, kFactors = 4, kHold = 4;
-  static constexpr int kColumnHold = sizeof(T) == 2 ? 4 : 6, kColumnBytes = 8;
+  static constexpr int kColumnHold = 4, kColumnBytes = 8;
   static constexpr bool kPivot = false, kShared = true;
   struct Params {
     A mean, rstd;

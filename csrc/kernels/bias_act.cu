@@ -3,107 +3,14 @@
 // x is any dense tensor seen as [outer, C, inner] in memory order. Each thread keeps one channel
 // (inner > 1, "planes") or one 16-byte group of channels (inner == 1, "rows"), so that the bias is
 // loaded once, the bias gradient is summed in registers, and no element needs a division.
-#include "common.cuh"
+#include "act.cuh"
 
 namespace gankern {
 namespace {
 
-enum Act : int { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kElu, kSelu, kSoftplus, kSwish };
 enum Op : int { kFwd, kBwd, kBwd2 };
 
 constexpr int kThreads = 256;
-constexpr double kSeluScale = 1.0507009873554804934193349852946;
-constexpr double kSeluAlpha = 1.6732632423543772848170429916717;
-
-template <typename A>
-struct ActArgs {
-  int act;
-  A alpha, gain, inv_gain, clamp;  // clamp < 0: none
-  bool from_x;                     // the gradient's reference is x (and b), not y
-};
-
-__device__ __forceinline__ float exp_(float v) { return expf(v); }
-__device__ __forceinline__ double exp_(double v) { return exp(v); }
-__device__ __forceinline__ float expm1_(float v) { return expm1f(v); }
-__device__ __forceinline__ double expm1_(double v) { return expm1(v); }
-__device__ __forceinline__ float log1p_(float v) { return log1pf(v); }
-__device__ __forceinline__ double log1p_(double v) { return log1p(v); }
-__device__ __forceinline__ float tanh_(float v) { return tanhf(v); }
-__device__ __forceinline__ double tanh_(double v) { return tanh(v); }
-
-// act(u). kPwl: linear, relu and lrelu are one function, with alpha 1, 0 and alpha.
-template <bool kPwl, typename A>
-__device__ __forceinline__ A act_value(A u, const ActArgs<A>& p) {
-  if (kPwl || p.act <= kLrelu) {
-    const A negative = p.act == kRelu ? (u != u ? u : A(0)) : u * p.alpha;
-    return u > A(0) ? u : negative;
-  }
-  switch (p.act) {
-    case kTanh:
-      return tanh_(u);
-    case kSigmoid:
-      return A(1) / (A(1) + exp_(-u));
-    case kElu:
-      return u > A(0) ? u : expm1_(u);
-    case kSelu:
-      return A(kSeluScale) * (u > A(0) ? u : A(kSeluAlpha) * expm1_(u));
-    case kSoftplus:
-      return u > A(20) ? u : log1p_(exp_(u));
-    default:
-      return u / (A(1) + exp_(-u));
-  }
-}
-
-// act'(u), from a = act(u) where that suffices, else from u.
-template <bool kPwl, typename A>
-__device__ __forceinline__ A act_slope(A a, A u, const ActArgs<A>& p) {
-  if (kPwl || p.act <= kLrelu) return (p.from_x ? u : a) > A(0) ? A(1) : p.alpha;
-  switch (p.act) {
-    case kTanh:
-      return A(1) - a * a;
-    case kSigmoid:
-      return a * (A(1) - a);
-    case kElu:
-      return a > A(0) ? A(1) : a + A(1);
-    case kSelu:
-      return a > A(0) ? A(kSeluScale) : a + A(kSeluScale * kSeluAlpha);
-    case kSoftplus:
-      return -expm1_(-a);
-    default: {
-      const A s = A(1) / (A(1) + exp_(-u));
-      return s * (A(1) + u * (A(1) - s));
-    }
-  }
-}
-
-// d(gain * act'(u)) / d(reference): by y, or for swish by x.
-template <typename A>
-__device__ __forceinline__ A act_curve(A a, A u, const ActArgs<A>& p) {
-  switch (p.act) {
-    case kTanh:
-      return A(-2) * a;
-    case kSigmoid:
-      return A(1) - A(2) * a;
-    case kElu:
-    case kSelu:
-      return a > A(0) ? A(0) : A(1);
-    case kSoftplus:
-      return exp_(-a);
-    case kSwish: {
-      const A s = A(1) / (A(1) + exp_(-u));
-      return p.gain * s * (A(1) - s) * (A(2) + u * (A(1) - A(2) * s));
-    }
-    default:
-      return A(0);
-  }
-}
-
-template <typename A>
-__device__ __forceinline__ A clamped(A v, A clamp) {
-  if (clamp < A(0)) return v;
-  v = v > clamp ? clamp : v;  // comparisons, so that NaN stays NaN
-  return v < -clamp ? -clamp : v;
-}
 
 // One element: in0 is x (kFwd) or dy; in1 is the reference; in2 is v, the gradient of dx.
 template <int kOp, bool kPwl, typename A>

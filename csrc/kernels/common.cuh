@@ -99,6 +99,18 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, N>& value) {
   *reinterpret_cast<Raw*>(p) = *reinterpret_cast<const Raw*>(&value);
 }
 
+// Makes the compiler forget what it derived from v, so that widened values and addresses are
+// computed again after the sums instead of being kept in registers, which would spill.
+template <typename W>
+__device__ __forceinline__ void forget(W& v) {
+#ifndef GANKERN_SIMT
+  if constexpr (sizeof(W) == 8)
+    asm volatile("" : "+l"(v));
+  else
+    asm volatile("" : "+r"(v));
+#endif
+}
+
 // Element i of a small operand (bias, styles, noise) that is float32 or has x's own type.
 template <typename T>
 __device__ __forceinline__ Acc<T> load_param(const void* p, bool is_f32, int64_t i) {
@@ -154,6 +166,12 @@ inline int pow2_between(int64_t n, int lo, int hi) {
   int p = lo;
   while (p < n && p < hi) p *= 2;
   return p;
+}
+
+inline int log2_of(int power) {
+  int log = 0;
+  while (1 << log < power) log++;
+  return log;
 }
 
 }  // namespace

@@ -20,9 +20,12 @@ constexpr double kEps = 1e-8;
 
 __device__ __forceinline__ float sqrt_(float v) { return sqrtf(v); }
 __device__ __forceinline__ double sqrt_(double v) { return sqrt(v); }
+__device__ __forceinline__ float rsqrt_(float v) { return rsqrtf(v); }
+__device__ __forceinline__ double rsqrt_(double v) { return rsqrt(v); }
 
 struct Layout {
   int64_t x_sample, y_sample;  // elements from one sample to the next
+  int64_t x_step, y_step;      // from one sample to the next of its group
   int64_t x_row, y_row;        // from one row to the next
   int64_t L, rows, pixels;
   int64_t plane_f, plane_p;  // from one statistic or pixel of it to the next in y
@@ -82,12 +85,13 @@ __device__ __forceinline__ Pack<T, N> load_segment(const T* p, int count, T* sta
 
 template <typename A>
 struct Deviation {
-  A origin, mean, std;  // the mean is that of x - origin, which loses nothing to rounding
+  A origin, mean;  // the mean is that of x - origin, which loses nothing to rounding
+  A var;           // with epsilon
 };
 
 template <typename A>
-__device__ __forceinline__ A std_of(A var) {
-  return sqrt_((var < A(0) ? A(0) : var) + A(kEps));
+__device__ __forceinline__ A with_eps(A var) {
+  return (var < A(0) ? A(0) : var) + A(kEps);
 }
 
 // Over element j of the first `size` held packs.
@@ -105,7 +109,7 @@ __device__ __forceinline__ Deviation<Acc<T>> deviation(const Pack<T, N> (&held)[
     const A d = k < size ? (to_acc(held[k].v[j]) - origin) - mean : A(0);
     var += d * d;
   }
-  return {origin, mean, std_of(var * inv_size)};
+  return {origin, mean, with_eps(var * inv_size)};
 }
 
 // Sums of d and d² of one pack, d = x - the first sample: no cancellation, whatever the mean.
@@ -130,7 +134,7 @@ struct Moments {
   }
   __device__ Deviation<A> deviation(int j, A inv_size) const {
     const A d = sum[j] * inv_size;
-    return {origin[j], d, std_of(square[j] * inv_size - d * d)};
+    return {origin[j], d, with_eps(square[j] * inv_size - d * d)};
   }
 };
 
@@ -146,7 +150,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 8)
   const A inv_size = A(1) / A(at.size);
   const T* x_group = x + at.m * a.x_sample + at.f * a.L + lane * N;
   T* y_group = y + at.m * a.y_sample + at.f * a.L + (kStaged ? 0 : lane * N);
-  const int64_t x_step = a.M * a.x_sample, y_step = a.M * a.y_sample;
 
   A total = A(0);
   const int first = at.chunk * warps + warp;
@@ -157,35 +160,36 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 8)
     const int count = static_cast<int>(min(a.L - begin, static_cast<int64_t>(kSegment)));
     const bool inside = lane * N < count;
     const T* from = x_group + row * a.x_row + begin;
-    T* to = y_group + row * a.y_row + begin;
+    int64_t to = row * a.y_row + begin;
     const auto copy = [&](int k, const Pack<T, N>& v) {
       if constexpr (kStaged)
-        store_segment<T, N>(to + k * y_step, v, count, stage);
+        store_segment<T, N>(y_group + to + k * a.y_step, v, count, stage);
       else if (inside)
-        store_pack<T, N>(to + k * y_step, v);
+        store_pack<T, N>(y_group + to + k * a.y_step, v);
     };
     if constexpr (kSmall) {
       Pack<T, N> held[kHold] = {};
 #pragma unroll
       for (int k = 0; k < kHold; k++)
-        if (inside && k < at.size) held[k] = load_pack<T, N>(from + k * x_step);
+        if (inside && k < at.size) held[k] = load_pack<T, N>(from + k * a.x_step);
+      forget(to);
 #pragma unroll
       for (int k = 0; k < kHold; k++)
         if (k < at.size) copy(k, held[k]);
       if (inside)
 #pragma unroll
-        for (int j = 0; j < N; j++) total += deviation<T, N>(held, j, at.size, inv_size).std;
+        for (int j = 0; j < N; j++) total += sqrt_(deviation<T, N>(held, j, at.size, inv_size).var);
     } else {
       Moments<T, N> moments(inside ? load_pack<T, N>(from) : Pack<T, N>{});
 #pragma unroll 2
       for (int k = 0; k < at.size; k++) {
-        const Pack<T, N> v = inside ? load_pack<T, N>(from + k * x_step) : Pack<T, N>{};
+        const Pack<T, N> v = inside ? load_pack<T, N>(from + k * a.x_step) : Pack<T, N>{};
         moments.add(v);
         copy(k, v);
       }
       if (inside)
 #pragma unroll
-        for (int j = 0; j < N; j++) total += moments.deviation(j, inv_size).std;
+        for (int j = 0; j < N; j++) total += sqrt_(moments.deviation(j, inv_size).var);
     }
     row += a.step_rows;
     segment += a.step_segments;
@@ -214,7 +218,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 8)
   const T value = from_acc<T>(total / (A(a.L) * A(a.rows)));
   T* plane = y + at.m * a.y_sample + a.F * a.L + at.f * a.plane_f;
   for (int k = warp; k < at.size; k += warps)
-    for (int64_t p = lane; p < a.pixels; p += 32) plane[k * y_step + p * a.plane_p] = value;
+    for (int64_t p = lane; p < a.pixels; p += 32) plane[k * a.y_step + p * a.plane_p] = value;
 }
 
 template <typename T, int N, bool kStaged, bool kSmall>
@@ -229,13 +233,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 8)
   const A inv_size = A(1) / A(at.size);
   const int64_t x_first = at.m * a.x_sample + at.f * a.L + lane * N;
   const T* dy_group = dy + at.m * a.y_sample + at.f * a.L + (kStaged ? 0 : lane * N);
-  const int64_t x_step = a.M * a.x_sample, y_step = a.M * a.y_sample;
 
   A slope = A(0);  // Σ dy over the group's statistic
   const T* plane = dy + at.m * a.y_sample + a.F * a.L + at.f * a.plane_f;
   for (int k = warp; k < at.size; k += warps)
     for (int64_t p = lane; p < a.pixels; p += 32)
-      slope += to_acc(plane[k * y_step + p * a.plane_p]);
+      slope += to_acc(plane[k * a.y_step + p * a.plane_p]);
   slope = block_sum(slope) * inv_size / (A(a.L) * A(a.rows));
 
   const int first = at.chunk * warps + warp;
@@ -245,53 +248,55 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 8)
     const int64_t begin = static_cast<int64_t>(segment) * kSegment;
     const int count = static_cast<int>(min(a.L - begin, static_cast<int64_t>(kSegment)));
     const bool inside = lane * N < count;
-    const int64_t from = x_first + row * a.x_row + begin;
+    int64_t from = x_first + row * a.x_row + begin;
     const T* dy_from = dy_group + row * a.y_row + begin;
     const auto gradient = [&](int k) {
-      if constexpr (kStaged) return load_segment<T, N>(dy_from + k * y_step, count, stage);
-      return inside ? load_pack<T, N>(dy_from + k * y_step) : Pack<T, N>{};
+      if constexpr (kStaged) return load_segment<T, N>(dy_from + k * a.y_step, count, stage);
+      return inside ? load_pack<T, N>(dy_from + k * a.y_step) : Pack<T, N>{};
     };
     if constexpr (kSmall) {
       Pack<T, N> held[kHold] = {}, grad[kHold] = {};
 #pragma unroll
       for (int k = 0; k < kHold; k++)
-        if (inside && k < at.size) held[k] = load_pack<T, N>(x + from + k * x_step);
+        if (inside && k < at.size) held[k] = load_pack<T, N>(x + from + k * a.x_step);
 #pragma unroll
       for (int k = 0; k < kHold; k++)
         if (k < at.size) grad[k] = gradient(k);
 #pragma unroll
       for (int j = 0; j < N; j++) {
         const Deviation<A> d = deviation<T, N>(held, j, at.size, inv_size);
-        const A factor = slope / d.std;
+        const A factor = slope * rsqrt_(d.var);
 #pragma unroll
         for (int k = 0; k < kHold; k++)
           grad[k].v[j] = from_acc<T>(to_acc(grad[k].v[j]) +
                                      factor * ((to_acc(held[k].v[j]) - d.origin) - d.mean));
       }
+      forget(from);
 #pragma unroll
       for (int k = 0; k < kHold; k++)
-        if (inside && k < at.size) store_pack<T, N>(dx + from + k * x_step, grad[k]);
+        if (inside && k < at.size) store_pack<T, N>(dx + from + k * a.x_step, grad[k]);
     } else {
       // More samples than registers hold: x is read again, from cache.
       Moments<T, N> moments(inside ? load_pack<T, N>(x + from) : Pack<T, N>{});
+#pragma unroll 2
       for (int k = 0; k < at.size; k++)
-        if (inside) moments.add(load_pack<T, N>(x + from + k * x_step));
+        if (inside) moments.add(load_pack<T, N>(x + from + k * a.x_step));
       Deviation<A> d[N];
 #pragma unroll
       for (int j = 0; j < N; j++) {
         d[j] = moments.deviation(j, inv_size);
-        d[j].std = slope / d[j].std;
+        d[j].var = slope * rsqrt_(d[j].var);
       }
 #pragma unroll 2
       for (int k = 0; k < at.size; k++) {
         Pack<T, N> grad = gradient(k);
         if (!inside) continue;
-        const Pack<T, N> v = load_pack<T, N>(x + from + k * x_step);
+        const Pack<T, N> v = load_pack<T, N>(x + from + k * a.x_step);
 #pragma unroll
         for (int j = 0; j < N; j++)
           grad.v[j] = from_acc<T>(to_acc(grad.v[j]) +
-                                  d[j].std * ((to_acc(v.v[j]) - d[j].origin) - d[j].mean));
-        store_pack<T, N>(dx + from + k * x_step, grad);
+                                  d[j].var * ((to_acc(v.v[j]) - d[j].origin) - d[j].mean));
+        store_pack<T, N>(dx + from + k * a.x_step, grad);
       }
     }
     row += a.step_rows;
@@ -325,6 +330,8 @@ Plan make_plan(int packed, int64_t N, int64_t C, int64_t pixels, int64_t M, int6
   a.y_row = last ? a.x_row + F : 0;
   a.x_sample = C * pixels;
   a.y_sample = (C + F) * pixels;
+  a.x_step = M * a.x_sample;
+  a.y_step = M * a.y_sample;
   a.plane_f = last ? 1 : pixels;
   a.plane_p = last ? a.y_row : 1;
   plan.packs = a.L % packed == 0 ? packed : 1;

@@ -29,18 +29,6 @@ namespace {
 
 constexpr int kMaxThreads = 1024;  // at most 64 registers each: never under half occupancy
 
-// Makes the compiler forget what it derived from v, so that widened values and addresses are
-// computed again after the sums instead of being kept in registers, which would spill.
-template <typename W>
-__device__ __forceinline__ void forget(W& v) {
-#ifndef GANKERN_SIMT
-  if constexpr (sizeof(W) == 8)
-    asm volatile("" : "+l"(v));
-  else
-    asm volatile("" : "+r"(v));
-#endif
-}
-
 template <typename T, int N>
 __device__ __forceinline__ void forget_values(Pack<T, N>& x) {
   if constexpr (sizeof(T) == 2 && N > 1) {
@@ -359,108 +347,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     for (int j = 0; j < N; j++) map_element<Op, N>(far, j, factors[j]);
     store_outputs<Op, N>(op, base + k * step, far);
   }
-}
-
-inline int log2_of(int power) {
-  int log = 0;
-  while (1 << log < power) log++;
-  return log;
-}
-
-template <typename Kernel>
-int allow_shared(Kernel kernel, int bytes) {
-  if (bytes <= 48 * 1024) return 0;
-  return static_cast<int>(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-}
-
-// Packs of each input that a thread keeps in shared memory, when `left` of them, `step` apart, do
-// not fit into registers. `used` bytes are taken.
-template <typename Op, int N>
-int keep(int64_t left, int step, int threads, int used) {
-  if (!Op::kShared || left <= 0) return 0;
-  int device = 0, most = 48 * 1024;
-  if (cudaGetDevice(&device) == cudaSuccess)
-    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const int bytes = Op::kIn * threads * N * static_cast<int>(sizeof(typename Op::Elem));
-  return static_cast<int>(
-      min(ceil_div(left, step), static_cast<int64_t>((most - used - 1024) / bytes)));
-}
-
-// Chooses kernel, packs and threads, and launches. Pointers that are not 16-byte aligned, and rows
-// or columns that are not whole packs, go element by element.
-template <typename Op, int N, int K>
-int launch_rows(const Op& op, int64_t rows, int64_t length, void* stream) {
-  const int64_t packs = ceil_div(length, N);
-  // At least 8 neighbouring threads a row, for whole cache lines.
-  int group = pow2_between(ceil_div(packs, K), 1, kMaxThreads);
-  group = max(group, pow2_between(packs, 1, 8));
-  int threads = max(group, 256);
-  while (threads > max(group, 32) && ceil_div(rows * group, threads) < sm_count()) threads /= 2;
-  const int kept = keep<Op, N>(packs - static_cast<int64_t>(K) * group, group, threads, 0);
-  const int shared = kept * Op::kIn * threads * N * static_cast<int>(sizeof(typename Op::Elem));
-  if (const int error = allow_shared((rows_kernel<Op, N, K>), shared)) return error;
-  GK_LAUNCH((rows_kernel<Op, N, K>), dim3(ceil_div(rows * group, threads)), dim3(threads), shared,
-            stream, op, rows, length, log2_of(group), kept);
-  return static_cast<int>(cudaGetLastError());
-}
-
-template <typename Op, int N, int K>
-int launch_columns(const Op& op, int64_t outer, int64_t length, int64_t inner, void* stream) {
-  using A = Acc<typename Op::Elem>;
-  const int64_t packs = ceil_div(inner, N);
-  const int sector = max(1, 32 / static_cast<int>(N * sizeof(typename Op::Elem)));
-  int tx = pow2_between(packs, 1, sector);
-  int ty = pow2_between(ceil_div(length, K), 1, kMaxThreads / tx);
-  while (tx * ty < 32) ty *= 2;
-  // Wider blocks, for whole cache lines and fewer sums, while they still fill the machine.
-  while (tx < packs && tx * ty < (tx < 4 * sector ? 512 : 256) &&
-         outer * ceil_div(packs, 2 * tx) >= 2 * sm_count())
-    tx *= 2;
-  const int64_t slices = min(outer, int64_t(32768));
-  const int columns = tx * N, lines = tx * ty / max(tx, 32);
-  const int sums = ((Op::kPivot ? columns : 0) + (lines * Op::kSums + Op::kFactors) * columns) *
-                   static_cast<int>(sizeof(A));
-  const int kept = keep<Op, N>(length - static_cast<int64_t>(K) * ty, ty, tx * ty, sums);
-  const int shared =
-      sums + kept * Op::kIn * tx * ty * N * static_cast<int>(sizeof(typename Op::Elem));
-  if (const int error = allow_shared((columns_kernel<Op, N, K>), shared)) return error;
-  GK_LAUNCH((columns_kernel<Op, N, K>), dim3(ceil_div(packs, tx), slices, ceil_div(outer, slices)),
-            dim3(tx * ty), shared, stream, op, outer, length, inner, log2_of(tx), kept);
-  return static_cast<int>(cudaGetLastError());
-}
-
-template <typename Op>
-int launch_norm(const Op& op, int64_t outer, int64_t length, int64_t inner, void* stream) {
-  using T = typename Op::Elem;
-  if (outer * length * inner == 0) return 0;
-  bool packed = true;
-  for (int a = 0; a < Op::kIn; a++) packed = packed && aligned16(op.in[a]);
-  for (int a = 0; a < Op::kOut; a++) packed = packed && aligned16(op.out[a]);
-  // Little work goes to as many threads as there are packs, much to threads with some packs each.
-  const int64_t busy = static_cast<int64_t>(sm_count()) * kMaxThreads;
-  if (inner == 1) {
-    constexpr int N = sizeof(T) == 8 ? 1 : 16 / sizeof(T);
-    constexpr int kOdd = Op::kHold < 4 ? Op::kHold : 4;
-    if constexpr (N > 1) {
-      if (packed && length % N == 0) {
-        if (outer * (length / N) < busy * Op::kHold && length / N <= kMaxThreads)
-          return launch_rows<Op, N, 1>(op, outer, length, stream);
-        return launch_rows<Op, N, Op::kHold>(op, outer, length, stream);
-      }
-    }
-    return launch_rows<Op, 1, kOdd>(op, outer, length, stream);
-  }
-  constexpr int N = sizeof(T) == 8 ? 1 : Op::kColumnBytes / static_cast<int>(sizeof(T));
-  constexpr int kOdd = Op::kColumnHold < 2 ? Op::kColumnHold : 2;
-  if constexpr (N > 1) {
-    if (packed && inner % N == 0) {
-      if (outer * length * (inner / N) < busy * Op::kColumnHold && length <= kMaxThreads / 4)
-        return launch_columns<Op, N, 1>(op, outer, length, inner, stream);
-      return launch_columns<Op, N, Op::kColumnHold>(op, outer, length, inner, stream);
-    }
-  }
-  return launch_columns<Op, 1, kOdd>(op, outer, length, inner, stream);
 }
 
 }  // namespace

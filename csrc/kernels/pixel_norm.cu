@@ -5,7 +5,7 @@
 //   d(dy) = r g - r³/L p x
 //   d(x)  = (3 r⁵/L² p s - r³/L a) x - r³/L (s g + p dy).
 // The sums over L are the only coupling between elements: csrc/kernels/norm.cuh.
-#include "norm.cuh"
+#include "norm_launch.cuh"
 
 namespace gankern {
 namespace {
@@ -29,8 +29,8 @@ template <typename T>
 struct Forward : PixelNorm<T, 1, 1> {
   using A = Acc<T>;
   using Params = typename PixelNorm<T, 1, 1>::Params;
-  static constexpr int kSums = 1, kFactors = 1, kHold = 8;
-  static constexpr int kColumnHold = sizeof(T) == 2 ? 4 : 8, kColumnBytes = 16;
+  static constexpr int kSums = 1, kFactors = 1, kHold = 4;
+  static constexpr int kColumnHold = 4, kColumnBytes = 16;
   __device__ static void add(const A* v, const Params&, A* s) { s[0] += v[0] * v[0]; }
   __device__ void finish(int64_t, const A* s, const Params&, A inv_length, A* f, bool) const {
     f[0] = rsqrt_(s[0] * inv_length + this->eps);
@@ -43,7 +43,8 @@ struct Backward : PixelNorm<T, 2, 1> {
   using A = Acc<T>;
   using Params = typename PixelNorm<T, 2, 1>::Params;
   static constexpr int kSums = 2, kFactors = 2, kHold = 4;
-  static constexpr int kColumnHold = sizeof(T) == 2 ? 2 : 4, kColumnBytes = 16;
+  // 16-bit types take 8 bytes, for the registers of the float32 sums of their columns.
+  static constexpr int kColumnHold = sizeof(T) == 2 ? 4 : 2, kColumnBytes = sizeof(T) == 2 ? 8 : 16;
   __device__ static void add(const A* v, const Params&, A* s) {
     s[0] += v[1] * v[1];
     s[1] += v[0] * v[1];

@@ -1,0 +1,278 @@
+// What forward and backward of synthesis_epilogue share: arguments, tiles, the filter, operands.
+#pragma once
+
+#include "act.cuh"
+
+namespace gankern {
+namespace {
+
+constexpr int kTaps = 4, kHalo = kTaps - 1;
+constexpr int kMaxThreads = 512;
+
+// float64 is for checks: fewer threads, with registers enough.
+template <typename T>
+constexpr int kThreads = sizeof(T) == 8 ? 256 : kMaxThreads;
+
+// Blocks of as many threads on a multiprocessor: Turing's holds 1024 threads, others twice that.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kBlocks = 1;
+#else
+constexpr int kBlocks = 2;
+#endif
+
+template <typename T>
+constexpr int kVec = 16 / static_cast<int>(sizeof(T));
+
+// Channels that a block has in work at once.
+template <typename T, bool kLast>
+constexpr int kChannels = kLast ? 2 * kVec<T> : 1;
+
+template <typename T>
+struct Args {
+  const T *x, *dy;
+  const float* f;
+  const void *d, *noise, *strength, *b;
+  T* out;  // y or dx
+  Acc<T>*dd, *db, *ds, *partials;
+  int* tickets;
+  const T *x_end, *dy_end;
+  int N, C, H, W, out_h, out_w;
+  int taps_y, taps_x, x0, y0;
+  int tiles, tiles_x, tile_h, tile_w, groups, lanes_log2;
+  int pitch, magic, pitch2, magic2;       // of the tiles of x and of dy
+  int across, across_magic, noise_magic;  // a thread's pieces in a row of the tile of dy
+  int f32;
+  Acc<T> filter_gain;
+  bool separable, flip, one_noise, one_strength, vec_x, vec_out, vec_noise;
+};
+
+// Where a thread stands: column and row of its pixels in the tile, half of a channels-last sector.
+struct Place {
+  int lx, gy, half;
+};
+template <bool kLast>
+__device__ __forceinline__ Place place(int lanes_log2) {
+  const int t = static_cast<int>(threadIdx.x) >> (kLast ? 1 : 0);
+  return {t & ((1 << lanes_log2) - 1), t >> lanes_log2, static_cast<int>(threadIdx.x) & 1};
+}
+
+// The taps in the order of a correlation, times the gain, padded with zeros to 4x4; then reversed,
+// for the adjoint.
+template <typename T>
+__device__ __forceinline__ void load_taps(Acc<T>* taps, const Args<T>& a) {
+  const int t = threadIdx.x, ky = t / kTaps, kx = t % kTaps;
+  if (t >= kTaps * kTaps) return;
+  Acc<T> tap = 0;
+  if (ky < a.taps_y && kx < a.taps_x) {
+    const int fy = a.flip ? ky : a.taps_y - 1 - ky, fx = a.flip ? kx : a.taps_x - 1 - kx;
+    tap = a.separable ? Acc<T>(a.f[fy]) * a.f[fx] : Acc<T>(a.f[fy * a.taps_x + fx]);
+  }
+  taps[t] = taps[2 * kTaps * kTaps - 1 - t] = tap * a.filter_gain;
+}
+
+// Rows [row0, row0 + rows) and columns [col0, col0 + cols) of a plane into shared memory, zeros
+// outside of it. magic = 2^20 / pieces of a row, rounded up: i * magic >> 20 = i / pieces.
+template <typename A, typename Src, int V>
+__device__ __forceinline__ void load_tile_planes(A* s, const Src* plane, const Src* end, int H,
+                                                 int W, int row0, int col0, int rows, int cols,
+                                                 int pieces, int magic, int pitch) {
+  constexpr int L = 16 / static_cast<int>(sizeof(Src));
+#pragma unroll 2
+  for (int i = threadIdx.x; i < rows * pieces; i += blockDim.x) {
+    const int row = static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(magic) >> 20);
+    const int r = row0 + row;
+    const Src* start = plane + (static_cast<int64_t>(r) * W + col0);
+    const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(start) / sizeof(Src)) & (L - 1);
+    const int j =
+        (i - row * pieces) * L - shift;  // column in the tile of the piece's first element
+    const bool inside = r >= 0 && r < H && col0 + j < W && col0 + j + L > 0;
+    const bool whole = start + j + L <= end;
+    uint4 raw = make_uint4(0, 0, 0, 0);
+    if (inside && whole) raw = *reinterpret_cast<const uint4*>(start + j);
+    Pack<Src, L> v;
+    *reinterpret_cast<uint4*>(&v) = raw;
+#pragma unroll
+    for (int e = 0; e < L; e++) {
+      const int k = j + e;
+      if (k < 0 || k >= cols) continue;
+      A value = A(0);
+      if (inside && col0 + k >= 0 && col0 + k < W)
+        value = static_cast<A>(to_acc(whole ? v.v[e] : start[k]));
+      s[row * pitch * V + (k & (V - 1)) * pitch + k / V] = value;
+    }
+  }
+}
+
+// The same of 2 * V channels of channels-last memory; pieces = cols.
+template <typename T>
+__device__ __forceinline__ void load_tile_last(Acc<T>* s, const T* sample, int C, int c, bool vec,
+                                               int H, int W, int row0, int col0, int rows, int cols,
+                                               int magic, int pitch) {
+  constexpr int V = kVec<T>;
+  const int half = threadIdx.x & 1;
+  c += half * V;
+#pragma unroll 2
+  for (int i = threadIdx.x / 2; i < rows * cols; i += blockDim.x / 2) {
+    const int row = static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(magic) >> 20);
+    const int j = i - row * cols, r = row0 + row, col = col0 + j;
+    Pack<T, V> v{};
+    if (r >= 0 && r < H && col >= 0 && col < W && c < C) {
+      const T* p = sample + (static_cast<int64_t>(r) * W + col) * C + c;
+      if (vec)
+        v = load_pack<T, V>(p);
+      else
+        for (int e = 0; e < V && c + e < C; e++) v.v[e] = p[e];
+    }
+#pragma unroll
+    for (int e = 0; e < V; e++)
+      s[row * pitch * 2 * V + (half * V + e) * pitch + j] = to_acc(v.v[e]);
+  }
+}
+
+// out[row][e] = the filter in kRows rows from row 0 of s on, at V pixels of a thread's from its
+// `first` on; channels-last: at V of a sector's channels, of one pixel.
+template <typename T, bool kLast, int kRows, int V>
+__device__ __forceinline__ void filter(Acc<T> (&out)[kRows][V], const Acc<T>* s, int pitch, int lx,
+                                       int first, const Acc<T>* taps) {
+  using A = Acc<T>;
+  constexpr int kWide = kLast ? V : V + kHalo, kPlanes = kVec<T> * (kLast ? 2 : 1);
+#pragma unroll
+  for (int row = 0; row < kRows; row++)
+#pragma unroll
+    for (int e = 0; e < V; e++) out[row][e] = A(0);
+#pragma unroll
+  for (int q = 0; q < kRows + kHalo; q++) {
+    const A* line = s + q * pitch * kPlanes;
+    A v[kWide];
+    if (!kLast) {
+#pragma unroll
+      for (int i = 0; i < kWide; i++)
+        v[i] = line[(first + i) % kVec<T> * pitch + lx + (first + i) / kVec<T>];
+    }
+    Pack<A, kTaps> tap[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; row++)
+      if (q >= row && q - row < kTaps)
+        tap[row] = *reinterpret_cast<const Pack<A, kTaps>*>(taps + (q - row) * kTaps);
+#pragma unroll
+    for (int kx = 0; kx < kTaps; kx++) {
+      if (kLast) {
+#pragma unroll
+        for (int e = 0; e < V; e++) v[e] = line[(first + e) * pitch + lx + kx];
+      }
+#pragma unroll
+      for (int row = 0; row < kRows; row++) {
+        if (q < row || q - row >= kTaps) continue;
+#pragma unroll
+        for (int e = 0; e < V; e++) out[row][e] += tap[row].v[kx] * v[kLast ? e : e + kx];
+      }
+    }
+  }
+}
+
+// d, b and strength of a thread's channels. Those of a block's channels-last sectors lie in shared
+// memory; channels beyond C get those of the last.
+template <typename T>
+__device__ __forceinline__ Acc<T> param(const Args<T>& a, int which, int n, int c) {
+  c = min(c, a.C - 1);
+  if (which == 0)
+    return a.d ? load_param<T>(a.d, a.f32 & 1, static_cast<int64_t>(n) * a.C + c) : Acc<T>(1);
+  if (which == 1) return a.b ? load_param<T>(a.b, a.f32 & 8, c) : Acc<T>(0);
+  return !a.strength ? Acc<T>(1) : load_param<T>(a.strength, a.f32 & 4, a.one_strength ? 0 : c);
+}
+
+template <typename T>
+__device__ __forceinline__ void share_params(Acc<T>* params, const Args<T>& a, int64_t n,
+                                             int64_t c0) {
+  constexpr int kStep = kChannels<T, true>;
+  const int t = threadIdx.x, which = t / kStep;
+  if (which < 3) params[t] = param(a, which, n, c0 + t % kStep);
+}
+
+template <typename T, bool kLast>
+struct Params {
+  const Acc<T>* shared;  // of this thread's half of a sector
+  Acc<T> d0 = 0, b0 = 0, s0 = 0;
+  __device__ __forceinline__ Params(const Acc<T>* params, const Args<T>& a, int n, int c, int half)
+      : shared(params + half * kVec<T>) {
+    if (!kLast) d0 = param(a, 0, n, c), b0 = param(a, 1, n, c), s0 = param(a, 2, n, c);
+  }
+  __device__ __forceinline__ Acc<T> d(int e) const { return kLast ? get(0, e) : d0; }
+  __device__ __forceinline__ Acc<T> b(int e) const { return kLast ? get(1, e) : b0; }
+  __device__ __forceinline__ Acc<T> s(int e) const { return kLast ? get(2, e) : s0; }
+  // volatile: fetched when needed, since the registers do not hold all.
+  __device__ __forceinline__ Acc<T> get(int k, int e) const {
+    return const_cast<const volatile Acc<T>*>(shared)[k * kChannels<T, true> + e];
+  }
+};
+
+// Offset of pixel (row, col) of a plane (NCHW), or of channel c of that pixel.
+template <bool kLast>
+__device__ __forceinline__ int64_t offset(int C, int n, int c, int h, int w, int row, int col) {
+  const int64_t pixel = static_cast<int64_t>(row) * w + col;
+  const int64_t area = static_cast<int64_t>(h) * w;
+  return kLast ? (n * area + pixel) * C + c : (static_cast<int64_t>(n) * C + c) * area + pixel;
+}
+
+// A thread's V elements, of which `count` exist.
+template <typename T>
+__device__ __forceinline__ Pack<T, kVec<T>> load_packed(const T* p, bool vec, int count) {
+  constexpr int V = kVec<T>;
+  if (vec && count >= V) return load_pack<T, V>(p);
+  Pack<T, V> v{};
+#pragma unroll
+  for (int e = 0; e < V; e++)
+    if (e < count) v.v[e] = p[e];
+  return v;
+}
+
+template <typename T, int V>
+__device__ __forceinline__ void store_packed(T* p, const Pack<T, V>& v, bool vec, int count) {
+  if (vec && count >= V) return store_pack<T, V>(p, v);
+#pragma unroll
+  for (int e = 0; e < V; e++)
+    if (e < count) p[e] = v.v[e];
+}
+
+template <typename T>
+__device__ __forceinline__ void load_some(Acc<T>* out, const T* p, bool vec, int count) {
+  const Pack<T, kVec<T>> v = load_packed<T>(p, vec, count);
+#pragma unroll
+  for (int e = 0; e < kVec<T>; e++) out[e] = to_acc(v.v[e]);
+}
+
+template <typename T>
+__device__ __forceinline__ void store_some(T* p, const Acc<T>* in, bool vec, int count) {
+  Pack<T, kVec<T>> v;
+#pragma unroll
+  for (int e = 0; e < kVec<T>; e++) v.v[e] = from_acc<T>(in[e]);
+  store_packed<T, kVec<T>>(p, v, vec, count);
+}
+
+// The noise of a thread's pixels: V of a row (NCHW), or one.
+template <typename T, bool kLast>
+__device__ __forceinline__ void load_noise(Acc<T>* out, const Args<T>& a, int n, int row, int col,
+                                           int count) {
+  constexpr int V = kVec<T>;
+  const int64_t i = offset<false>(1, a.one_noise ? 0 : n, 0, a.out_h, a.out_w, row, col);
+  const bool is_f32 = a.f32 & 2;
+  if (kLast) {
+    out[0] = count > 0 ? load_param<T>(a.noise, is_f32, i) : Acc<T>(0);
+  } else if (!is_f32) {
+    load_some<T>(out, static_cast<const T*>(a.noise) + i, a.vec_noise, count);
+  } else if (a.vec_noise && count >= V && V >= 4) {
+#pragma unroll
+    for (int e = 0; e < V; e += 4) {
+      const Pack<float, 4> v = load_pack<float, 4>(static_cast<const float*>(a.noise) + i + e);
+#pragma unroll
+      for (int k = 0; k < 4; k++) out[min(e + k, V - 1)] = v.v[k];
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < V; e++)
+      out[e] = e < count ? Acc<T>(static_cast<const float*>(a.noise)[i + e]) : Acc<T>(0);
+  }
+}
+
+}  // namespace
+}  // namespace gankern

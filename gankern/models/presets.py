@@ -111,7 +111,7 @@ PRESETS: dict[str, Options] = {
         "g_lr": 2e-4,
         "d_lr": 8e-4,
         "batch": 32,
-        "kimg": 12.0,
+        "kimg": 24.0,
     },
     "pggan": _CRITIC
     | _SMALL
@@ -122,25 +122,28 @@ PRESETS: dict[str, Options] = {
         "drift": 1e-3,
         "g_lr": 2e-3,
         "d_lr": 2e-3,
-        "fade_kimg": 2.0,
+        "fade_kimg": 1.0,
         "stable_kimg": 2.0,
         "sample_ticks": 2,
-        "kimg": 16.0,
+        "kimg": 14.0,
     },
     "stylegan": _STYLE
     | _SMALL
     | {
         "model": "stylegan",
+        "channel_base": 256,
+        "channel_max": 32,
+        "batch": 8,
         "style_mixing": 0.5,
         "w_dim": 64,
-        "mapping_layers": 4,
-        "r1_gamma": 5.0,
-        "g_lr": 2e-3,
-        "d_lr": 2e-3,
+        "mapping_layers": 2,
+        "r1_gamma": 2.0,
+        "g_lr": 2.5e-3,
+        "d_lr": 2.5e-3,
         "fade_kimg": 1.0,
         "stable_kimg": 1.0,
         "sample_ticks": 1,
-        "kimg": 9.0,
+        "kimg": 12.0,
     },
     "stylegan2": _STYLE
     | _SMALL
@@ -156,8 +159,8 @@ PRESETS: dict[str, Options] = {
         "d_reg_interval": 16,
         "pl_weight": 2.0,
         "g_reg_interval": 8,
-        "g_lr": 2e-3,
-        "d_lr": 2e-3,
+        "g_lr": 2.5e-3,
+        "d_lr": 2.5e-3,
         "kimg": 16.0,
     },
     # The papers' own, for GPUs.

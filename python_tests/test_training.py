@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gankern import models
 from gankern.cli import main
 from gankern.data import DataError
 from gankern.models import dcgan
 from gankern.training import TrainConfig, TrainError, checkpoint, load_generator, make_config, train
 from gankern.training.ema import update_ema
 from gankern.training.losses import LOSSES
+from gankern.training.memory import memory_table
 from gankern.training.noise import derive_seed, latents
 from gankern.training.run import read_config, read_stats
 
@@ -145,7 +147,21 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     text = capsys.readouterr().out
     assert '"z_dim": 50' in text
     assert re.search(r"project.weight +6272x60 +376,320", text)
+    assert re.search(r"activations of 16 images, the larger pass +\d+\.\d MiB", text)
     assert not (tmp_path / "runs").exists()
+
+
+def test_memory_table_counts_weights_and_what_is_saved():
+    config = make_config(model="vanilla", conditional=False, batch=8, g_optimizer="rmsprop")
+    config.resolution, config.channels = (4, 4), 1
+    rows = dict(memory_table(config))
+    g, d = (sum(p.numel() for p in net.parameters()) for net in models.build(config))
+    assert rows["weights of G, D and the average of G"] == 4 * (2 * g + d)
+    assert rows["gradients"] == 4 * (g + d)
+    assert rows["optimizers"] == 4 * (g + 2 * d)
+    activations = rows["activations of 8 images, the larger pass"]
+    assert 8 * 4 * (256 + 512 + 1024) <= activations <= 8 * 4 * 20_000
+    assert rows["together"] == sum(rows.values()) / 2
 
 
 # What a run leaves behind.

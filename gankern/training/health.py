@@ -1,0 +1,370 @@
+"""Watches over a run: numbers of each tick in, alarms out. Nothing here touches the networks.
+
+A watch looks at the rows of the last ticks and tells the figures of a symptom, or None. A symptom
+that lasts the watch's number of ticks is an alarm; it is told once, and again only after it has
+been gone for as long. A number that a row lacks is not watched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any, NamedTuple
+
+Row = dict[str, float]
+Figures = dict[str, float]
+
+WINDOW = 40  # ticks that are remembered
+WATCHED = (
+    "kimg", "loss_D", "loss_G", "logit_real", "logit_fake", "logit_held", "acc_D", "r_t",
+    "grad_norm_D", "grad_norm_G", "skipped_D", "skipped_G", "weight_norm_D", "weight_norm_G",
+    "diversity", "spread", "modes_seen", "data_share", "img_per_s", "tick_s",
+)  # fmt: skip
+WARM_UP = 8  # ticks in which nothing is expected of G
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something that is likely wrong.
+
+    Attributes:
+        kind: the watch's name.
+        kimg: when it was raised, thousand images.
+        since: when the symptom began.
+        seen: what, with the figures.
+        figures: the numbers in it.
+        cure: what is usually done.
+        severe: whether `--on-alarm stop` and `rollback` act on it.
+    """
+
+    kind: str
+    kimg: float
+    since: float
+    seen: str
+    figures: Figures
+    cure: str
+    severe: bool
+
+    def __str__(self) -> str:
+        return f"{self.kind} since {self.since:g} kimg: {self.seen}; {self.cure}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; numbers that are not finite become text."""
+        out = asdict(self)
+        out["figures"] = {k: v if math.isfinite(v) else str(v) for k, v in self.figures.items()}
+        return out
+
+
+class Past(NamedTuple):
+    """What a watch may look at.
+
+    Attributes:
+        rows: of the last ticks, the newest last.
+        first: numbers from before the first step, and of the first tick.
+        best: the largest diversity, modes and spread so far.
+        ticks: number of ticks so far.
+        logistic: whether D's loss takes logits for probabilities.
+    """
+
+    rows: list[Row]
+    first: Row
+    best: Row
+    ticks: int
+    logistic: bool
+
+    def now(self, name: str) -> float:
+        """The newest value; NaN if the row lacks it."""
+        return self.rows[-1].get(name, math.nan)
+
+    def earlier(self, name: str) -> list[float]:
+        """Finite values of the ticks before the newest."""
+        values = (row.get(name, math.nan) for row in self.rows[:-1])
+        return [value for value in values if math.isfinite(value)]
+
+
+class Watch(NamedTuple):
+    """A symptom and what it means.
+
+    Attributes:
+        kind: name of the alarm.
+        symptom: the figures, or None while all is well.
+        ticks: how long it has to last.
+        seen: text, formatted with the figures.
+        cure: what is usually done.
+        severe: whether stopping or rolling back is an answer.
+    """
+
+    kind: str
+    symptom: Callable[[Past], Figures | None]
+    ticks: int
+    seen: str
+    cure: str
+    severe: bool = True
+
+
+def not_finite(past: Past) -> Figures | None:
+    """A NaN or an infinity; or gradients that had one, so that their steps were left out."""
+    figures = {
+        name: value
+        for name, value in past.rows[-1].items()
+        if name != "logit_held" and not math.isfinite(value)
+    }
+    for name in ("skipped_D", "skipped_G"):
+        if past.now(name) > 0:
+            figures[name] = past.now(name)
+    return figures or None
+
+
+def loss_spike(past: Past) -> Figures | None:
+    """Robust z-score: distance from the median over 1.4826 times the median deviation."""
+    for name in ("loss_D", "loss_G"):
+        before, now = past.earlier(name), past.now(name)
+        if len(before) < WARM_UP or not math.isfinite(now):
+            continue
+        middle = median(before)
+        scale = 1.4826 * median(abs(value - middle) for value in before)
+        z = (now - middle) / max(scale, 0.02 * abs(middle), 1e-3)
+        if z > 15 and now - middle > max(2.0, abs(middle)):
+            return {name: now, "median": middle, "z": z}
+    return None
+
+
+def d_ahead(past: Past) -> Figures | None:
+    """D tells all images apart with a wide gap, or G's gradient has vanished beside it."""
+    gap, accuracy = past.now("logit_real") - past.now("logit_fake"), past.now("acc_D")
+    before = past.earlier("grad_norm_G")
+    gradient = past.now("grad_norm_G")
+    wide = past.logistic and gap > 10
+    faded = len(before) >= WARM_UP and gradient < 0.01 * max(before)
+    if accuracy > 0.99 and (wide or faded):
+        return {"gap": gap, "acc_D": accuracy, "r_t": past.now("r_t"), "grad_norm_G": gradient}
+    return None
+
+
+def d_inverted(past: Past) -> Figures | None:
+    """D rates generated images above real ones."""
+    real, fake = past.now("logit_real"), past.now("logit_fake")
+    if fake - real > 0.5 and past.now("acc_D") < 0.4:
+        return {"logit_real": real, "logit_fake": fake, "acc_D": past.now("acc_D")}
+    return None
+
+
+def d_overfits(past: Past) -> Figures | None:
+    """r_v = (train - held out) / (train - generated): 0 at best, 1 where D knows by heart.
+
+    Karras et al. 2020, eq. 1, arXiv:2006.06676.
+    """
+    real, fake, held = (past.now(f"logit_{name}") for name in ("real", "fake", "held"))
+    gap = real - fake
+    if gap > 1 and (r_v := (real - held) / gap) > 0.5:
+        return {"r_v": r_v, "logit_real": real, "logit_held": held, "logit_fake": fake}
+    return None
+
+
+def collapse(past: Past) -> Figures | None:
+    """Samples of different latents look alike, measured against real images."""
+    if past.ticks < WARM_UP:
+        return None
+    now, best = past.now("diversity"), past.best.get("diversity", 0.0)
+    if now < 0.05 or now < 0.35 * best:
+        return {
+            "diversity": now,
+            "best": best,
+            "modes_seen": past.now("modes_seen"),
+            "spread": past.now("spread"),
+        }
+    return None
+
+
+def oscillation(past: Past) -> Figures | None:
+    """D's mean logit swings between above 2 and below -2, at least six times."""
+    side, swings, largest = 0, 0, 0.0
+    for row in past.rows:
+        middle = (row.get("logit_real", math.nan) + row.get("logit_fake", math.nan)) / 2
+        new = 1 if middle > 2 else -1 if middle < -2 else 0
+        if new:
+            swings += int(side != 0 and new != side)
+            side, largest = new, max(largest, abs(middle))
+    return {"swings": swings, "largest": largest} if swings >= 6 else None
+
+
+def weights_grow(past: Past) -> Figures | None:
+    """A network's weights are ten times as long as at the start, and still grow."""
+    for name in ("weight_norm_G", "weight_norm_D"):
+        start, now, before = past.first.get(name, 0.0), past.now(name), past.earlier(name)
+        if start > 0 and now > 10 * start and (not before or now > 1.005 * before[-1]):
+            return {name: now, "at the start": start}
+    return None
+
+
+def data_stalls(past: Past) -> Figures | None:
+    """Most of the time is spent waiting for images."""
+    share = past.now("data_share")
+    return {"data_share": share} if share > 0.5 else None
+
+
+def slower(past: Past) -> Figures | None:
+    """Images a second fell below 40 % of their median; ticks of less than 2 s say nothing."""
+    before, now = past.earlier("img_per_s"), past.now("img_per_s")
+    if len(before) >= WARM_UP and past.now("tick_s") > 2 and now < 0.4 * median(before):
+        return {"img_per_s": now, "median": median(before)}
+    return None
+
+
+WATCHES = (
+    Watch(
+        "not finite",
+        not_finite,
+        1,
+        "NaN or infinity in {names}",
+        "look for broken images in the data (gankern data info --verify), lower the learning"
+        " rate, or use fp32",
+    ),
+    Watch(
+        "loss spike",
+        loss_spike,
+        1,
+        "{names}",
+        "go back to the last checkpoint; lower the learning rate if it comes again",
+    ),
+    Watch(
+        "D far ahead",
+        d_ahead,
+        3,
+        "D tells real from generated images with logits {gap:.1f} apart and is right on"
+        " {acc_D:.1%} (r_t {r_t:.2f}); G's gradient is {grad_norm_G:.2g} long",
+        "lower D's learning rate or width, train it less often, or raise R1's gamma or dropout",
+    ),
+    Watch(
+        "D inverted",
+        d_inverted,
+        3,
+        "D rates generated images ({logit_fake:.2f}) above real ones ({logit_real:.2f})",
+        "look for swapped labels, and at the sign of the loss",
+    ),
+    Watch(
+        "D overfits",
+        d_overfits,
+        3,
+        "r_v is {r_v:.2f}: D's logits are {logit_real:.2f} on training images, {logit_held:.2f} on"
+        " held-out ones, {logit_fake:.2f} on generated ones",
+        "augment (ADA), get more images, or raise R1's gamma",
+    ),
+    Watch(
+        "G collapsed",
+        collapse,
+        4,
+        "samples are {diversity:.1%} as far apart as real images (best so far {best:.1%}),"
+        " find {modes_seen:.0%} of their modes, and vary by {spread:.0%} a pixel",
+        "go back to a checkpoint; lower the learning rates, use minibatch statistics or R1",
+    ),
+    Watch(
+        "oscillation",
+        oscillation,
+        1,
+        "D's mean logit swung {swings:.0f} times, up to {largest:.1f}",
+        "lower both learning rates or the momentum (beta1 0), or add R1",
+    ),
+    Watch(
+        "weights grow",
+        weights_grow,
+        2,
+        "{names}",
+        "lower the learning rate, or add weight penalties or equalised layers",
+    ),
+    Watch(
+        "data stalls",
+        data_stalls,
+        5,
+        "{data_share:.0%} of the time is spent waiting for images",
+        "put the data on a faster disk, or pack it smaller",
+        severe=False,
+    ),
+    Watch(
+        "slower",
+        slower,
+        5,
+        "{img_per_s:.0f} images/s, {median:.0f} before",
+        "look for other processes, heat, or memory that is swapped",
+        severe=False,
+    ),
+)
+
+
+class Health:
+    """Takes each tick's row, returns new alarms.
+
+    Args:
+        logistic: whether D's loss takes logits for probabilities (their gap then has a scale).
+        skips: whether left-out steps are normal, as with fp16's loss scale.
+    """
+
+    def __init__(self, logistic: bool = True, skips: bool = False) -> None:
+        self.logistic, self.skips = logistic, skips
+        self.rows: list[Row] = []
+        self.first: Row = {}
+        self.best: Row = {}
+        self.ticks = 0
+        self.since: dict[str, float] = {}  # symptoms that last
+        self.lasted: dict[str, int] = {}  # ticks with (positive) or, once told, without (negative)
+        self.told: list[str] = []
+
+    def start(self, row: dict[str, Any]) -> None:
+        """Takes numbers from before the first step, with which later ones are compared."""
+        self.first = self._numbers(row)
+
+    def tick(self, row: dict[str, Any]) -> list[Alarm]:
+        """Alarms that this tick raises.
+
+        Args:
+            row: of stats.jsonl; WATCHED says which numbers count.
+        """
+        numbers = self._numbers(row)
+        self.rows = [*self.rows, numbers][-WINDOW:]
+        self.ticks += 1
+        for name, value in numbers.items():
+            self.first.setdefault(name, value)
+            if name in ("diversity", "spread", "modes_seen") and value == value:
+                self.best[name] = max(value, self.best.get(name, 0.0))
+        past = Past(self.rows, self.first, self.best, self.ticks, self.logistic)
+        return [alarm for watch in WATCHES if (alarm := self._look(watch, past))]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        names = ("rows", "first", "best", "ticks", "since", "lasted", "told")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def _numbers(self, row: dict[str, Any]) -> Row:
+        numbers = {name: float(row[name]) for name in WATCHED if row.get(name) is not None}
+        if self.skips:
+            for name in ("skipped_D", "skipped_G"):
+                numbers[name] = float(numbers.get(name, 0.0) > 0.5)
+        return numbers
+
+    def _look(self, watch: Watch, past: Past) -> Alarm | None:
+        kind, kimg = watch.kind, past.now("kimg")
+        figures = watch.symptom(past)
+        if figures is None:
+            self.since.pop(kind, None)
+            if kind in self.told:  # forgotten after as many ticks without the symptom
+                self.lasted[kind] = min(self.lasted.get(kind, 0), 0) - 1
+                if self.lasted[kind] <= -max(watch.ticks, WARM_UP):
+                    self.told.remove(kind)
+            else:
+                self.lasted.pop(kind, None)
+            return None
+        since = self.since.setdefault(kind, kimg)
+        self.lasted[kind] = max(self.lasted.get(kind, 0), 0) + 1
+        if kind in self.told or self.lasted[kind] < watch.ticks:
+            return None
+        self.told.append(kind)
+        names = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        seen = watch.seen.format(names=names, **figures)
+        return Alarm(kind, kimg, since, seen, figures, watch.cure, watch.severe)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +19,6 @@ MOST = 50000  # generated images, unless asked for more
 PATHS = 200
 SHOWN = 10  # samples in the picture of neighbours
 NEIGHBOURS = 7
-
-
-def default_cache() -> Path:
-    """Where features are kept: the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "gankern" / "features"
 
 
 @click.command()
@@ -89,6 +82,7 @@ def command(
     """
     from gankern.data import open_dataset
     from gankern.metrics import DatasetImages, extract, load_extractor, measure, path_figures
+    from gankern.metrics.features import default_cache
     from gankern.training.distributed import choose_device, process_group
 
     folder = None if no_cache else cache or default_cache()

@@ -12,7 +12,7 @@ from gankern.models import PRESETS
 from gankern.training.config import TrainConfig, TrainError, flag, make_config
 
 # What may differ when a run is resumed: how long and where it runs, not what it computes.
-MAY_CHANGE = ("kimg", "device")
+MAY_CHANGE = ("kimg", "device", "on_alarm", "max_rollbacks")
 
 
 class TrainCommand(click.Command):
@@ -64,7 +64,8 @@ def config_options() -> list[click.Option]:
     "--resume",
     type=click.Path(path_type=Path),
     metavar="RUN",
-    help="Go on in this run folder; only --kimg and --device may be given beside it.",
+    help="Go on in this run folder; beside it only --kimg, --device, --on-alarm and"
+    " --max-rollbacks may be given.",
 )
 @click.option(
     "--dry-run", is_flag=True, help="Print configuration, networks, memory; write nothing."

@@ -127,7 +127,8 @@ def render(
     Args:
         G: a generator in evaluation mode, with `z_dim` and `c_dim`.
         z: [N, z_dim]; or styles [N, num_ws, w_dim], for its synthesis network.
-        classes: int64 [N], for a conditional generator; otherwise None.
+        classes: int64 [N], or conditions float32 [N, c_dim], for a conditional generator;
+            otherwise None.
         batch: images at a time.
         progress: called with (images done, images in all).
         options: of G's call, such as truncation_psi.
@@ -142,7 +143,9 @@ def render(
         index = (torch.arange(batch) % count) + start
         c = None
         if classes is not None:
-            c = torch.nn.functional.one_hot(classes[index], G.c_dim).float().to(device)
+            c = classes[index].to(device)
+            if not c.is_floating_point():
+                c = torch.nn.functional.one_hot(c, G.c_dim).float()
         if z.ndim == 3:
             x = G.synthesis(z[index].to(device))
         else:

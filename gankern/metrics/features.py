@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -202,6 +203,12 @@ def extract(
     assert found is not None
     found.labels = images.labels
     return found
+
+
+def default_cache() -> Path:
+    """Where features are kept: the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "gankern" / "features"
 
 
 def cache_path(images: Images, extractor: Extractor, cache: Path | None) -> Path | None:

@@ -120,7 +120,8 @@ def measure(
         result.figures = [*fd, kd, *(near[k] for k in ("precision", "recall"))]
         result.figures += [near["density"], near["coverage"]]
     result.figures += [near["copying"], *_score(real, fake, extractor)]
-    if class_names and real.labels is not None and fake.labels is not None:
+    labelled = all(s.labels is not None and s.labels.ndim == 1 for s in (real, fake))
+    if class_names and labelled:
         for i, name in enumerate(class_names):
             parts = real[real.labels == i], fake[fake.labels == i]
             if min(map(len, parts)) >= LEAST:

@@ -81,7 +81,7 @@ def save(
         _flush_folder(partial)
         partial.chmod(run.stat().st_mode)
         if folder.exists():  # only a damaged one can be in the way
-            _remove(folder)
+            remove(folder)
         partial.rename(folder)
         _flush_folder(folder.parent)
     except OSError as error:
@@ -92,7 +92,7 @@ def save(
     checkpoints = list_checkpoints(run)
     latest = checkpoints.index(folder) + 1
     for old in checkpoints[: max(latest - KEEP, 0)] + checkpoints[latest:]:
-        _remove(old)
+        remove(old)
     return folder
 
 
@@ -240,7 +240,7 @@ def _flush_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Removes a checkpoint: first out of sight in one step, then file by file."""
     hidden = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(hidden, ignore_errors=True)

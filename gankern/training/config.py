@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -19,6 +19,7 @@ from gankern.training.losses import LOSSES
 from gankern.training.options import (
     AugmentOptions,
     GrowthOptions,
+    HealthOptions,
     NetworkOptions,
     PenaltyOptions,
     RunOptions,
@@ -45,8 +46,8 @@ class DataOptions:
 
 @dataclass
 class TrainConfig(
-    RunOptions, SpeedOptions, AugmentOptions, GrowthOptions, PenaltyOptions, TrainingOptions,
-    NetworkOptions, DataOptions,
+    RunOptions, HealthOptions, SpeedOptions, AugmentOptions, GrowthOptions, PenaltyOptions,
+    TrainingOptions, NetworkOptions, DataOptions,
 ):  # fmt: skip
     """Everything that decides what a run does; see each field's help, or `gankern train --help`."""
 
@@ -55,6 +56,14 @@ class TrainConfig(
     channels: int = 0
     num_classes: int = 0
     label_dim: int = 0  # of labels that are vectors
+
+    # Set by going back to a checkpoint: from_kimg, to_kimg, seed (until then), alarm.
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def first_seed(self) -> int:
+        """The seed from before any rollback: it decides what stays the same throughout a run."""
+        return int(self.rollbacks[0]["seed"]) if self.rollbacks else self.seed
 
     @property
     def c_dim(self) -> int:

@@ -18,9 +18,10 @@ Figures = dict[str, float]
 
 WINDOW = 40  # ticks that are remembered
 WATCHED = (
-    "kimg", "loss_D", "loss_G", "logit_real", "logit_fake", "logit_held", "acc_D", "r_t",
+    "kimg", "loss_D", "loss_G", "logit_real", "logit_fake", "acc_D", "r_t",
     "grad_norm_D", "grad_norm_G", "skipped_D", "skipped_G", "weight_norm_D", "weight_norm_G",
-    "diversity", "spread", "modes_seen", "data_share", "img_per_s", "tick_s",
+    "judged_train", "judged_held", "judged_fake", "diversity", "spread", "modes_seen",
+    "data_share", "img_per_s", "tick_s",
 )  # fmt: skip
 WARM_UP = 8  # ticks in which nothing is expected of G
 
@@ -63,7 +64,7 @@ class Past(NamedTuple):
     Attributes:
         rows: of the last ticks, the newest last.
         first: numbers from before the first step, and of the first tick.
-        best: the largest diversity, modes and spread so far.
+        best: the largest diversity so far.
         ticks: number of ticks so far.
         logistic: whether D's loss takes logits for probabilities.
     """
@@ -106,11 +107,7 @@ class Watch(NamedTuple):
 
 def not_finite(past: Past) -> Figures | None:
     """A NaN or an infinity; or gradients that had one, so that their steps were left out."""
-    figures = {
-        name: value
-        for name, value in past.rows[-1].items()
-        if name != "logit_held" and not math.isfinite(value)
-    }
+    figures = {name: value for name, value in past.rows[-1].items() if not math.isfinite(value)}
     for name in ("skipped_D", "skipped_G"):
         if past.now(name) > 0:
             figures[name] = past.now(name)
@@ -156,10 +153,10 @@ def d_overfits(past: Past) -> Figures | None:
 
     Karras et al. 2020, eq. 1, arXiv:2006.06676.
     """
-    real, fake, held = (past.now(f"logit_{name}") for name in ("real", "fake", "held"))
-    gap = real - fake
-    if gap > 1 and (r_v := (real - held) / gap) > 0.5:
-        return {"r_v": r_v, "logit_real": real, "logit_held": held, "logit_fake": fake}
+    train, held, fake = (past.now(f"judged_{name}") for name in ("train", "held", "fake"))
+    gap = train - fake
+    if gap > 1 and (r_v := (train - held) / gap) > 0.5:
+        return {"r_v": r_v, "train": train, "held": held, "fake": fake}
     return None
 
 
@@ -168,7 +165,7 @@ def collapse(past: Past) -> Figures | None:
     if past.ticks < WARM_UP:
         return None
     now, best = past.now("diversity"), past.best.get("diversity", 0.0)
-    if now < 0.05 or now < 0.35 * best:
+    if now < 0.05 or now < 0.3 * min(best, 1.0):
         return {
             "diversity": now,
             "best": best,
@@ -248,8 +245,8 @@ WATCHES = (
         "D overfits",
         d_overfits,
         3,
-        "r_v is {r_v:.2f}: D's logits are {logit_real:.2f} on training images, {logit_held:.2f} on"
-        " held-out ones, {logit_fake:.2f} on generated ones",
+        "r_v is {r_v:.2f}: D's logits are {train:.2f} on training images, {held:.2f} on held-out"
+        " ones, {fake:.2f} on generated ones",
         "augment (ADA), get more images, or raise R1's gamma",
     ),
     Watch(
@@ -326,7 +323,18 @@ class Health:
         self.ticks += 1
         for name, value in numbers.items():
             self.first.setdefault(name, value)
-            if name in ("diversity", "spread", "modes_seen") and value == value:
+            if (
+                name
+                in (
+                    "judged_train",
+                    "judged_held",
+                    "judged_fake",
+                    "diversity",
+                    "spread",
+                    "modes_seen",
+                )
+                and value == value
+            ):
                 self.best[name] = max(value, self.best.get(name, 0.0))
         past = Past(self.rows, self.first, self.best, self.ticks, self.logistic)
         return [alarm for watch in WATCHES if (alarm := self._look(watch, past))]

@@ -6,6 +6,7 @@ images seen, so that every number of processes sees the same; each process takes
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class Inputs:
     ) -> None:
         self.config, self.dataset, self.G, self.D = config, dataset, G, D
         self.device, self.rank, self.world = device, rank, world
+        self.waited = 0.0  # seconds for images, until someone takes them
         self.sampler = BatchSampler(len(dataset), config.batch, config.seed, rank, world)
 
     def draw_D(self, cur_nimg: int, batch: int) -> Part:
@@ -50,7 +52,9 @@ class Inputs:
         config = self.config
         torch.manual_seed(derive_seed(config.seed, "step", cur_nimg, self.rank))
         self.sampler.batch = batch
+        start = time.monotonic()
         real, labels = self.dataset.batch(next(self.sampler), self.device)  # [N, C, H, W]
+        self.waited += time.monotonic() - start
         if config.mirror:
             real = mirror(real)
         if config.grows:
@@ -66,14 +70,14 @@ class Inputs:
     def grid(self, side: int) -> tuple[Tensor, Tensor | None]:
         """Latents [side², z_dim] of the sample grid, and conditions, of which a column has one."""
         config, n = self.config, side**2
-        z = latents(config.z_dim, n, derive_seed(config.seed, "grid")).to(self.device)
+        z = latents(config.z_dim, n, derive_seed(config.first_seed, "grid")).to(self.device)
         if not config.c_dim:
             return z, None
         column = torch.arange(n) % side
         if config.num_classes:
             return z, F.one_hot(column % config.c_dim, config.c_dim).float().to(self.device)
         vectors: Any = draw_conditions(
-            self.dataset, config.c_dim, side, derive_seed(config.seed, "grid")
+            self.dataset, config.c_dim, side, derive_seed(config.first_seed, "grid")
         )
         return z, vectors[column].to(self.device)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,23 @@ from torch import Tensor
 
 from gankern import models
 from gankern.data import Dataset, open_dataset
+from gankern.data.subset import hold_out
 from gankern.training import checkpoint
 from gankern.training.ada import Ada
 from gankern.training.augment import make_augment
 from gankern.training.config import TrainConfig
 from gankern.training.distributed import choose_device, process_group
 from gankern.training.ema import update_ema
+from gankern.training.evaluate import Evaluator
 from gankern.training.graphs import GraphedPass, check_graphs
 from gankern.training.inputs import Inputs
+from gankern.training.monitor import Monitor, Unhealthy, decisions
 from gankern.training.noise import derive_seed
 from gankern.training.optim import Updater, clip_weights
 from gankern.training.phases import Phases
+from gankern.training.probe import SAMPLES
 from gankern.training.progress import Progress
+from gankern.training.rollback import roll_back
 from gankern.training.run import RunLog, create_run
 from gankern.training.schedule import Schedule
 from gankern.training.stats import TickStats
@@ -57,16 +63,24 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path | None:
         OSError: the disk is full or cannot be written.
     """
     device = choose_device(config.device)
-    with process_group(device) as (rank, world), contextlib.ExitStack() as stack:
-        return _train(config, resume, device, rank, world, stack)
+    with process_group(device) as (rank, world):
+        while True:
+            folder: list[Path] = []
+            try:
+                with contextlib.ExitStack() as stack:
+                    return _train(config, resume, device, rank, world, stack, folder)
+            except Unhealthy as error:
+                if config.on_alarm != "rollback":
+                    raise
+                resume = roll_back(error, config, folder[0] if folder else None)
 
 
 def _train(
     config: TrainConfig, resume: Path | None, device: torch.device, rank: int, world: int,
-    stack: contextlib.ExitStack,
+    stack: contextlib.ExitStack, folder: list[Path],
 ) -> Path | None:  # fmt: skip
     # Data and networks, the same networks in every process.
-    dataset = open_data(config)
+    dataset, held = hold_out(open_data(config), config.held_out, config.first_seed)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     G: Any
     D: Any
@@ -90,6 +104,10 @@ def _train(
         check_graphs(config, device, world)
         main_D, main_G = GraphedPass(main_D, D), GraphedPass(main_G, G)
 
+    # Health, and quality if asked for.
+    monitor = Monitor(config, dataset, held, G, D, device, world)
+    evaluator = Evaluator(config, dataset, device) if config.metrics_ticks else None
+
     # Where an earlier process stopped.
     parts: checkpoint.Parts = {
         "G": G,
@@ -104,12 +122,15 @@ def _train(
         checkpoint.restore(saved, parts)
         inputs.sampler.load_state_dict(saved.state["sampler"])
         cur_nimg, step, seconds = (saved.state[name] for name in ("cur_nimg", "step", "seconds"))
+        inputs.sampler.seed = config.seed  # another one after a rollback
+        monitor.load_state_dict(saved.state["monitor"])
         restore_engine(saved.state["engine"], phases, ada, G_up, D_up)
 
     # The run folder and what is shown: the first process's work.
     log = None
     if rank == 0:
         run = resume or create_run(config, dataset.name)
+        folder.append(run)
         log = stack.enter_context(RunLog(run, config, saved.state["sizes"] if saved else {}))
     total, tick_nimg = round(config.kimg * 1000), round(config.tick_kimg * 1000)
     progress = stack.enter_context(Progress(total, cur_nimg, log.run if log else None))
@@ -117,6 +138,10 @@ def _train(
         progress.say(f"warning: {line}; going on from {cur_nimg / 1000} kimg")
     stats = TickStats(world, seconds)
     grid_z, grid_c = inputs.grid(config.grid)
+    probe_z, probe_c = inputs.grid(math.isqrt(SAMPLES))
+    notes = [note for note in config.rollbacks if note["to_kimg"] == cur_nimg / 1000]
+    for note in notes:
+        progress.say(f"rolled back to {note['to_kimg']:g} kimg: {note['alarm']['kind']}")
     shown = 0  # images of the last step
 
     def crossed(ticks: int) -> bool:
@@ -151,6 +176,7 @@ def _train(
             if ada:
                 ada.update(values["logit_real"], batch)
                 values["ada_p"] = ada.p
+            values |= decisions(values["logit_real"], values["logit_fake"], config.loss)
             stats.add(batch, **values)
             cur_nimg += batch
 
@@ -176,8 +202,17 @@ def _train(
         progress.step(cur_nimg)
         if crossed(ticks=1):
             row = {"kimg": cur_nimg / 1000, "step": step, "epoch": cur_nimg / len(dataset)}
-            row |= stats.take(row["kimg"])
+            stats.waited, inputs.waited = inputs.waited, 0.0
+            row |= stats.take() | {"lr_G": g_lr, "lr_D": d_lr}
             row |= {"growth": schedule.growth(before)} if config.grows else {}
+            probes = sample(G_ema, probe_z, probe_c, config)
+            monitor.fill(row, G, D, probes, probe_c)
+            if evaluator and crossed(config.metrics_ticks):
+                row["metrics"] = evaluator(G_ema)
+            for alarm in monitor.look(row):
+                progress.say(f"alarm: {alarm}")
+            row |= {"rollbacks": notes} if notes else {}
+            notes = []
             progress.tick(cur_nimg, row)
             if log:
                 log.write_stats(row, cur_nimg)
@@ -190,6 +225,7 @@ def _train(
         if log and crossed(config.checkpoint_ticks):
             counters = {"step": step, "seconds": stats.seconds, "sizes": log.sizes()}
             counters["sampler"] = inputs.sampler.state_dict()
+            counters["monitor"] = monitor.state_dict()
             counters["engine"] = engine_state(phases, ada, G_up, D_up)
             checkpoint.save(log.run, cur_nimg, config, parts, counters)
 

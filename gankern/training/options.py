@@ -242,6 +242,42 @@ class SpeedOptions:
 
 
 @dataclass
+class HealthOptions:
+    """Alarms, held-out images, metrics while training."""
+
+    on_alarm: str = option(
+        "warn",
+        "Health and quality",
+        "On a severe alarm: go on, stop, or go back to the last healthy checkpoint with another"
+        " seed and half the learning rates.",
+        choices=("warn", "stop", "rollback"),
+    )
+    max_rollbacks: int = option(
+        3, "Health and quality", "Rollbacks after which an alarm stops the run.", at_least=0
+    )
+    held_out: int = option(
+        0,
+        "Health and quality",
+        "Images that are not trained on, by which an overfitting D is seen.",
+        unit="images",
+        at_least=0,
+    )
+    metrics_ticks: int = option(
+        0, "Health and quality", "Measure quality every so often; 0: never.", unit="ticks",
+        at_least=0,
+    )  # fmt: skip
+    metrics_images: int = option(
+        1000, "Health and quality", "Generated and at most as many real images that are compared.",
+        unit="images", at_least=8,
+    )  # fmt: skip
+    metrics_extractor: str = option(
+        "efficientnet-lite0",
+        "Health and quality",
+        "Network of the features, as in `gankern metrics --extractor`.",
+    )
+
+
+@dataclass
 class RunOptions:
     """The run folder."""
 

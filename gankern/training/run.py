@@ -116,8 +116,13 @@ class RunLog:
         except OSError as error:
             self._stats.truncate(size)
             raise OSError(error.errno, error.strerror, self._stats.name) from error
-        for name, value in row.items():
-            self._events.add_scalar(name, value, cur_nimg)
+        for name, value in (row | row.get("metrics", {})).items():
+            if isinstance(value, (int, float)):
+                folder = "metrics/" if name in row.get("metrics", {}) else ""
+                self._events.add_scalar(folder + name, value, cur_nimg)
+        for alarm in row.get("alarms", []):
+            text = f"**{alarm['kind']}** since {alarm['since']:g} kimg: {alarm['seen']}"
+            self._events.add_text("alarms", f"{text}. Usually done: {alarm['cure']}", cur_nimg)
 
     def write_samples(self, images: Tensor, cur_nimg: int) -> None:
         """Writes samples/<cur_nimg>.png, the same as samples.png and an event, and loss.png."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import time
 
 import torch
 from torch import Tensor
 
-from gankern.training.config import TrainError
 from gankern.training.distributed import average
 
 # Fields that differ between two equal runs.
-WALL_CLOCK = ("time_s", "img_per_s")
+WALL_CLOCK = ("time_s", "img_per_s", "sec_per_kimg", "tick_s", "data_share", "peak_mib")
 
 
 class TickStats:
@@ -28,6 +26,7 @@ class TickStats:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
         self.images = 0
+        self.waited = 0.0  # seconds for images
         self.start = time.monotonic()
 
     def add(self, images: int, **values: Tensor) -> None:
@@ -43,24 +42,16 @@ class TickStats:
             self.counts[name] = self.counts.get(name, 0.0) + finite.float()
         self.images += images
 
-    def take(self, kimg: float) -> dict[str, float]:
-        """The means since the last call, and the time.
-
-        Raises:
-            TrainError: a value was infinite or NaN in every step.
-        """
+    def take(self) -> dict[str, float]:
+        """The means since the last call, and the time; a mean may not be finite."""
         sums, counts = (torch.stack([*t.values()]) for t in (self.sums, self.counts))
         means = average(sums / counts, self.world).tolist()
         row = dict(zip(self.sums, means, strict=True))
-        for name, value in row.items():
-            if not math.isfinite(value):
-                raise TrainError(
-                    f"{name} is {value} at {kimg} kimg: training has diverged; go on from the last"
-                    " checkpoint, or start again with a lower learning rate"
-                )
         now = time.monotonic()
         elapsed, self.start = now - self.start, now
         self.seconds += elapsed
         row |= {"img_per_s": round(self.images / elapsed, 1), "time_s": round(self.seconds, 3)}
-        self.sums, self.counts, self.images = {}, {}, 0
+        row |= {"sec_per_kimg": round(1000 * elapsed / max(self.images, 1), 4)}
+        row |= {"tick_s": round(elapsed, 4), "data_share": round(self.waited / elapsed, 4)}
+        self.sums, self.counts, self.images, self.waited = {}, {}, 0, 0.0
         return row

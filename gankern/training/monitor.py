@@ -17,7 +17,7 @@ from gankern.training.config import TrainConfig, TrainError
 from gankern.training.distributed import average
 from gankern.training.health import Alarm, Health
 from gankern.training.noise import derive_seed
-from gankern.training.probe import ANCHORS, SAMPLES, Probe, weight_norm
+from gankern.training.probe import ANCHORS, SAMPLES, SIDE, Probe, weight_norm
 
 LOGISTIC = ("nonsaturating", "minimax")  # losses for which sigmoid(logit) is a probability
 JUDGED = 64  # training and held-out images that D judges at each tick
@@ -56,12 +56,12 @@ class Monitor:
         self.config, self.device, self.world = config, device, world
         rng = np.random.default_rng(derive_seed(config.first_seed, "grid"))
         chosen = rng.permutation(len(dataset))[: SAMPLES + ANCHORS]
-        real, labels = dataset.batch(np.resize(chosen, max(len(chosen), 2)), device)
-        self.probe = Probe(real.nan_to_num(0), device)
-        self.judged = [(real[:JUDGED], self._condition(labels, JUDGED))]
+        pieces = np.resize(chosen, max(len(chosen), 2)).tolist()
+        small = [shrunk(dataset.batch([i])[0]) for i in pieces]
+        self.probe = Probe(torch.cat(small).nan_to_num(0), device)
+        self.judged: list[tuple[Dataset, np.ndarray]] = []
         if held is not None:
-            images, labels = held.batch(rng.permutation(len(held))[:JUDGED], device)
-            self.judged.append((images, self._condition(labels, JUDGED)))
+            self.judged = [(s, rng.permutation(len(s))[:JUDGED]) for s in (dataset, held)]
         self.health = Health(config.loss in LOGISTIC, config.precision == "fp16")
         self.health.start(weight_norms(G, D))
 
@@ -76,8 +76,8 @@ class Monitor:
             images: samples of fixed latents, [N, C, H, W].
             c: their conditions, or None.
         """
-        row |= weight_norms(G, D) | self.probe(images)
-        if len(self.judged) > 1:
+        row |= weight_norms(G, D) | self.probe(shrunk(images))
+        if self.judged:
             row |= self._judge(D, images, c)
         row["peak_mib"] = round(peak_memory(self.device) / 2**20, 1)
 
@@ -114,11 +114,10 @@ class Monitor:
         """Goes on from what `state_dict` gave."""
         self.health.load_state_dict(state)
 
-    def _condition(self, labels: Tensor | None, count: int) -> Tensor | None:
+    def _condition(self, labels: Tensor | None) -> Tensor | None:
         """[N, c_dim] of labels, as D takes it."""
         if labels is None or not self.config.c_dim:
             return None
-        labels = labels[:count]
         if labels.is_floating_point():
             return labels
         return nn.functional.one_hot(labels, self.config.c_dim).float()
@@ -128,13 +127,28 @@ class Monitor:
         """D's mean logits of training, held-out and generated images, in evaluation mode."""
         training = D.training
         D.eval()
-        sets = [*self.judged, (fake[:JUDGED], None if fake_c is None else fake_c[:JUDGED])]
-        logits = []
-        for images, c in sets:
-            x = shrink(images, D) if self.config.grows else images
-            logits.append(float(D(x.to(self.device), c).float().mean()))
+        means = []
+        for dataset, index in self.judged:
+            logits = []
+            for start in range(0, len(index), self.config.batch):
+                images, labels = dataset.batch(
+                    index[start : start + self.config.batch], self.device
+                )
+                logits.append(self._logits(D, images, self._condition(labels)))
+            means.append(float(torch.cat(logits).mean()))
+        made = zip(*(self._pieces(t, len(fake)) for t in (fake, fake_c)), strict=True)
+        means.append(float(torch.cat([self._logits(D, images, c) for images, c in made]).mean()))
         D.train(training)
-        return dict(zip(("judged_train", "judged_held", "judged_fake"), logits, strict=True))
+        return dict(zip(("judged_train", "judged_held", "judged_fake"), means, strict=True))
+
+    def _pieces(self, values: Tensor | None, count: int) -> list[Tensor] | list[None]:
+        """Parts of at most a batch."""
+        if values is None:
+            return [None] * -(-count // self.config.batch)
+        return list(values.split(self.config.batch))
+
+    def _logits(self, D: nn.Module, images: Tensor, c: Tensor | None) -> Tensor:
+        return D(shrink(images, D) if self.config.grows else images, c).float()
 
     @staticmethod
     def _elsewhere(row: dict[str, Any]) -> Alarm:
@@ -145,6 +159,11 @@ class Monitor:
 def weight_norms(G: nn.Module, D: nn.Module) -> dict[str, float]:
     """Lengths of all parameters of each network."""
     return {"weight_norm_G": weight_norm(G), "weight_norm_D": weight_norm(D)}
+
+
+def shrunk(images: Tensor) -> Tensor:
+    """Images as the probe takes them: [N, C, 32, 32]."""
+    return nn.functional.adaptive_avg_pool2d(images.float(), SIDE)
 
 
 def decisions(real: Tensor, fake: Tensor, loss: str) -> dict[str, Tensor]:

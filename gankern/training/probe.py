@@ -21,7 +21,7 @@ class Probe:
     to tell whether images differ, not how good they are.
 
     Args:
-        real: images [N, C, H, W] in [-1, 1], N at least 2; 192 are wanted.
+        real: images [N, C, 32, 32] in [-1, 1], N at least 2; 192 are wanted.
         device: where it computes.
     """
 
@@ -42,15 +42,15 @@ class Probe:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """[N, 4096] of images [N, C, H, W]."""
-        x = F.adaptive_avg_pool2d(images.float(), SIDE)
+        """[N, 4096] of images [N, C, 32, 32]."""
+        x = images
         for weight in self.filters:
             x = F.relu(F.conv2d(x, weight, stride=2, padding=1))
         return x.flatten(1)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, float]:
-        """Figures of samples [N, C, H, W], each 1 where they are as those of real images.
+        """Figures of samples [N, C, 32, 32], each 1 where they are as those of real images.
 
         Returns:
             diversity: mean distance of a pair; spread: mean deviation of a pixel over the batch,

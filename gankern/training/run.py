@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -12,8 +13,10 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from gankern import __version__
 from gankern.data.files import atomic_path
 from gankern.data.grid import make_grid, save_png
 from gankern.training.config import TrainConfig, TrainError
@@ -49,6 +52,19 @@ def write_config(run: Path, config: TrainConfig) -> None:
     """Writes config.json, whole or not at all."""
     with atomic_path(run / "config.json") as path:
         path.write_text(config.to_json(), encoding="utf-8")
+
+
+def write_versions(run: Path) -> None:
+    """Writes versions.json: what the last process of the run computes with."""
+    found = {
+        "gankern": __version__,
+        "PyTorch": torch.__version__,
+        "CUDA": torch.version.cuda or "none",
+        "Python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    with atomic_path(run / "versions.json") as path:
+        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -87,6 +103,7 @@ class RunLog:
         for path in [*run.glob(".*.tmp"), *run.glob("*/.*.tmp"), *run.glob("*/.partial-*")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()  # of a killed process
         write_config(run, config)
+        write_versions(run)
         (run / "samples").mkdir(exist_ok=True)
         self._stats = open(str(run / "stats.jsonl"), "ab", buffering=0)  # noqa: SIM115
         self._events = SummaryWriter(run, flush_secs=10)

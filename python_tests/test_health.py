@@ -344,3 +344,34 @@ def test_nan_weights_stop_even_with_warnings(tmp_path, monkeypatch):
     monkeypatch.setitem(LOSSES, "minimax", LOSSES["minimax"]._replace(g=lambda x: x.sum() / 0))
     with pytest.raises(TrainError, match=r"loss_G is .* training has diverged"):
         train(make_config(**TINY | {"loss": "minimax", "kimg": 0.32, "out": str(tmp_path)}))
+
+
+# Quality while training.
+
+
+class Pool(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.adaptive_avg_pool2d(x[:, :1].float(), 4).flatten(1)
+
+
+def test_metrics_ticks(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch.jit.script(Pool()).save(str(tmp_path / "pool.pt"))
+    options = {"metrics_ticks": 2, "metrics_images": 64, "kimg": 0.64, "out": str(tmp_path / "r")}
+    options["metrics_extractor"] = str(tmp_path / "pool.pt")
+    run = train(make_config(**TINY | options))
+    rows = read_stats(run)
+    assert ["metrics" in row for row in rows] == [False, True, False, True]
+    assert {"KD-pool", "KD-pool error", "FD-pool", "recall", "coverage"} <= rows[1][
+        "metrics"
+    ].keys()
+    events = EventAccumulator(str(run))
+    events.Reload()
+    values = [event.value for event in events.Scalars("metrics/KD-pool")]
+    assert values == pytest.approx([rows[i]["metrics"]["KD-pool"] for i in (1, 3)])
+    assert len(list((tmp_path / "cache/gankern/features").iterdir())) == 1
+    with pytest.raises(ValueError, match="must be efficientnet-lite0 or a file, got 'none'"):
+        train(make_config(**TINY | options | {"metrics_extractor": "none"}))
+    assert len(list((tmp_path / "r").iterdir())) == 1

@@ -88,8 +88,8 @@ def _train(
     if config.channels_last:
         G, D = (net.to(memory_format=torch.channels_last) for net in (G, D))
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
-    inputs = Inputs(config, dataset, G, D, device, rank, world)
     schedule = Schedule(config, [min(size) for size in getattr(D, "sizes", [])], world)
+    inputs = Inputs(config, dataset, G, D, device, rank, world)
 
     # Losses, penalties, augmentation, optimizers.
     ada = Ada(config, device, world) if config.augment == "ada" else None

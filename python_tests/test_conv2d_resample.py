@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import golden, max_error, randn
+from harness import compare, golden, lay_out, max_error, outputs_and_grads, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,24 +35,55 @@ def test_golden(params, t):
     assert max_error(y, t["y"]) <= 1e-10 * t["y"].abs().max()
 
 
-@given(
-    up=st.integers(1, 3), down=st.integers(1, 3), kernel=st.sampled_from([1, 2, 3, 5]),
-    taps=st.integers(0, 6), padding=st.integers(-1, 3), groups=st.sampled_from([1, 2]),
-    flip_weight=st.booleans(), size=st.tuples(st.integers(5, 9), st.integers(5, 9)),
-)  # fmt: skip
-@settings(max_examples=500, deadline=None)
-def test_random_arguments(up, down, kernel, taps, padding, groups, flip_weight, size):
-    x, w = randn(2, 4, *size), randn(6, 4 // groups, kernel, kernel, seed=1)
-    f = setup_filter(randn(taps, seed=2).float() + 2, separable=taps % 2 == 0) if taps else None
-    args = (f, up, down, padding, groups, flip_weight)
-    try:
-        exact = definition(x, w, *args)
-    except (RuntimeError, ValueError):  # nothing is left to convolve or to filter
-        with pytest.raises((RuntimeError, ValueError)):
-            conv2d_resample(x, w, *args)
-        return
-    y = conv2d_resample(x, w, *args, impl="reference")
-    assert max_error(y, exact) <= 1e-10 * max(1.0, exact.abs().max().item())
+@st.composite
+def cases(draw):
+    return {
+        "args": (
+            draw(st.integers(1, 3)),  # up
+            draw(st.integers(1, 3)),  # down
+            draw(st.integers(-1, 3)),  # padding
+            draw(st.sampled_from([1, 2])),  # groups
+            draw(st.booleans()),  # flip_weight
+        ),
+        "kernel": draw(st.sampled_from([1, 2, 3, 5])),
+        "taps": draw(st.integers(0, 6)),
+        "size": draw(st.tuples(st.integers(5, 9), st.integers(5, 9))),
+        "layout": draw(st.sampled_from(["contiguous", "channels_last"])),
+    }
+
+
+def test_random_arguments(impl, device):
+    """The reference against the definition, in float64; implementations with their gradients."""
+
+    @settings(max_examples=100 if impl == "triton" else 500, deadline=None, derandomize=True)
+    @given(cases())
+    def run(c):
+        groups = c["args"][3]
+        x, w = randn(2, 4, *c["size"]), randn(6, 4 // groups, c["kernel"], c["kernel"], seed=1)
+        x, taps, f = lay_out(x, c["layout"]), c["taps"], None
+        if taps:
+            f = setup_filter(randn(taps, seed=2).float() + 2, separable=taps % 2 == 0)
+        try:
+            exact = definition(x, w, f, *c["args"])
+        except (RuntimeError, ValueError):  # nothing is left to convolve or to filter
+            with pytest.raises((RuntimeError, ValueError)):
+                conv2d_resample(x.to(device).float(), w.to(device).float(), f, *c["args"])
+            return
+        if impl == "reference":
+            y = conv2d_resample(x, w, f, *c["args"], impl=impl)
+            assert max_error(y, exact) <= 1e-10 * max(1.0, exact.abs().max().item())
+            return
+
+        def at(which):
+            return lambda x, w: conv2d_resample(
+                x, w, None if f is None else f.to(x.device), *c["args"], impl=which
+            )
+
+        inputs = [x.float().to(device), w.float().to(device)]
+        y, *_ = compare(at(impl), at("reference"), inputs, what=str(c))
+        assert max_error(y, exact) <= 1e-5 * max(1.0, exact.abs().max().item())
+
+    run()
 
 
 @pytest.mark.parametrize(("up", "down", "kernel"), [(1, 1, 3), (2, 1, 3), (1, 2, 3), (2, 1, 1)])
@@ -76,6 +107,17 @@ def test_impl_matches_reference(impl, device):
         assert max_error(y, exact.cpu()) <= 1e-5 * exact.abs().max()
 
 
+@pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2)])
+def test_deterministic(impl, device, up, down):
+    inputs = [randn(2, 8, 17, 19).float().to(device), randn(4, 8, 3, 3, seed=1).float().to(device)]
+
+    def f(x, w):
+        return conv2d_resample(x, w, F4.to(device), up, down, 1, impl=impl)
+
+    for a, b in zip(outputs_and_grads(f, inputs), outputs_and_grads(f, inputs), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
@@ -91,8 +133,9 @@ def test_impl_matches_reference(impl, device):
          "conv2d_resample: padding must be an int, 2 or 4 ints, got 3 values (1, 2, 3)"),
     ],
 )  # fmt: skip
-def test_errors(change, error, text):
+def test_errors(impl, device, change, error, text):
     args = {"x": torch.zeros(1, 2, 4, 4), "w": torch.zeros(3, 2, 3, 3), "padding": 1} | change
+    args = {k: v.to(device) if torch.is_tensor(v) else v for k, v in args.items()}
     with pytest.raises(error) as caught:
-        conv2d_resample(**args)
+        conv2d_resample(**args, impl=impl)
     assert str(caught.value) == text

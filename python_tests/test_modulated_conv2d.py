@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import compare, golden, max_error, randn
+from harness import compare, golden, lay_out, max_error, outputs_and_grads, randn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_conv2d_resample import definition
 
 from gankern.ops import modulated_conv2d, setup_filter
-from gankern.ops.modulated_conv2d import demod_coefs, no_weight_gradients
+from gankern.ops.modulated_conv2d import no_weight_gradients
 
 F4 = setup_filter([1, 3, 3, 1])
 
@@ -23,13 +26,6 @@ def test_golden(params, t, fused):
     grads = torch.autograd.grad(y, leaves, t["dy"])
     for a, name in zip((y, *grads), ("y", "dx", "dweight", "dstyles"), strict=True):
         assert max_error(a, t[name]) <= 1e-10 * t[name].abs().max(), name
-
-
-def test_demodulated_weights_have_norm_1():
-    weight, styles = randn(5, 7, 3, 3), randn(4, 7, seed=1)
-    w = weight * styles[:, None, :, None, None]  # [N, O, I, k, k]
-    norms = (w * demod_coefs(weight, styles)[:, :, None, None, None]).flatten(2).norm(dim=2)
-    torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("up", [1, 2])
@@ -49,6 +45,94 @@ def test_against_reference(impl, device, up, last):
     compare(at(impl), at("reference"), inputs)
 
 
+def materialised(x, weight, styles, f, up, down, padding, demodulate, flip_weight):
+    """The definition: each sample convolved with weights of its own."""
+    w = weight * styles[:, None, :, None, None]  # [N, O, I, k, k]
+    if demodulate:
+        w = w / (w.square().sum([2, 3, 4], keepdim=True) + 1e-8).sqrt()
+    args = (f, up, down, padding, 1, flip_weight)
+    return torch.cat([definition(x[n : n + 1], w[n], *args) for n in range(len(x))])
+
+
+@st.composite
+def cases(draw):
+    return {
+        "args": {
+            "up": draw(st.sampled_from([1, 1, 2, 3])),
+            "down": draw(st.sampled_from([1, 1, 2])),
+            "padding": draw(st.integers(-1, 3)),
+            "demodulate": draw(st.booleans()),
+            "flip_weight": draw(st.booleans()),
+        },
+        # Demodulation cancels the style of a single input channel, and leaves it a rounded zero.
+        "channels": draw(st.tuples(st.integers(1, 9), st.integers(2, 9))),
+        "samples": draw(st.integers(1, 2)),
+        "kernel": draw(st.sampled_from([1, 2, 3, 5])),
+        "taps": draw(st.integers(0, 6)),
+        "size": draw(st.tuples(st.integers(4, 9), st.integers(4, 9))),
+        "layouts": draw(st.tuples(*[st.sampled_from(["contiguous", "channels_last"])] * 2)),
+        "noise": draw(st.sampled_from(["none", "sample", "shared"])),
+        "fused": draw(st.booleans()),
+    }
+
+
+def test_random_arguments(impl, device):
+    """The reference against the definition, in float64; implementations with their gradients."""
+
+    @settings(max_examples=100 if impl == "triton" else 500, deadline=None, derandomize=True)
+    @given(cases())
+    def run(c):
+        (o, i), n, f = c["channels"], c["samples"], None
+        x, weight = randn(n, i, *c["size"]), randn(o, i, c["kernel"], c["kernel"], seed=1)
+        tensors = [lay_out(t, on) for t, on in zip((x, weight), c["layouts"], strict=True)]
+        tensors.append(randn(n, i, seed=2))
+        if c["taps"]:
+            f = setup_filter(randn(c["taps"], seed=3).float() + 2, separable=c["taps"] % 2 == 0)
+        try:
+            exact = materialised(*tensors, f, **c["args"])
+        except (RuntimeError, ValueError):  # nothing is left to convolve or to filter
+            with pytest.raises((RuntimeError, ValueError)):
+                modulated_conv2d(*tensors, resample_filter=f, impl="reference", **c["args"])
+            return
+        if c["noise"] != "none":
+            shape = exact.shape[2:] if c["noise"] == "shared" else (n, 1, *exact.shape[2:])
+            tensors.append(randn(*shape, seed=4))
+            exact = exact + tensors[-1]
+
+        def at(which):
+            def run(x, weight, styles, noise=None):
+                return modulated_conv2d(
+                    x, weight, styles, noise, fused_modconv=c["fused"], impl=which,
+                    resample_filter=None if f is None else f.to(x.device), **c["args"],
+                )  # fmt: skip
+
+            return run
+
+        size = max(1.0, exact.abs().max().item())
+        if impl == "reference":
+            assert max_error(at(impl)(*tensors), exact) <= 1e-9 * size
+        else:
+            tensors = [t.float().to(device) for t in tensors]
+            y, *_ = compare(at(impl), at("reference"), tensors, what=str(c))
+            assert max_error(y, exact) <= 1e-5 * size
+
+    run()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("up", [1, 2])
+def test_deterministic(impl, device, up, fused):
+    tensors = [randn(2, 8, 17, 9), randn(4, 8, 3, 3, seed=1), randn(2, 8, seed=2)]
+    tensors = [t.float().to(device) for t in tensors]
+
+    def f(x, w, s):
+        return modulated_conv2d(x, w, s, None, up, 1, 1, F4.to(x.device), fused_modconv=fused,
+                                impl=impl)  # fmt: skip
+
+    for a, b in zip(outputs_and_grads(f, tensors), outputs_and_grads(f, tensors), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("demodulate", [True, False])
 @pytest.mark.parametrize("fused", [False, True])
 def test_gradcheck(demodulate, fused):
@@ -66,16 +150,6 @@ def test_gradcheck(demodulate, fused):
 
     assert torch.autograd.gradcheck(f, leaves)
     assert torch.autograd.gradgradcheck(f, leaves)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_demod_coefs(impl, device, dtype):
-    if impl == "triton" and dtype == torch.float64:
-        pytest.skip("Triton's kernels compute in float32")
-    weight, styles = randn(37, 19, 3, 3), randn(5, 19, seed=1)
-    inputs = [t.to(dtype).to(device) for t in (weight, styles)]
-    compare(lambda w, s: demod_coefs(w, s, impl=impl),
-            lambda w, s: demod_coefs(w, s, impl="reference"), inputs)  # fmt: skip
 
 
 def test_float16_stays_in_range(device):
@@ -114,9 +188,10 @@ def test_weight_gradients_off():
          "modulated_conv2d: padding must be an int, 2 or 4 ints, got same"),
     ],
 )  # fmt: skip
-def test_errors(change, error, text):
+def test_errors(impl, device, change, error, text):
     args = {"x": torch.zeros(1, 2, 4, 4), "weight": torch.zeros(3, 2, 3, 3),
             "styles": torch.ones(1, 2)} | change  # fmt: skip
+    args = {k: v.to(device) if torch.is_tensor(v) else v for k, v in args.items()}
     with pytest.raises(error) as caught:
-        modulated_conv2d(**args)
+        modulated_conv2d(**args, impl=impl)
     assert str(caught.value) == text

@@ -52,6 +52,14 @@ KERNELS: dict[str, list[dict[str, Any]]] = {
     ],
     "minibatch_stddev_fwd_kernel": [{"ROW": 0, "Y_ROW": 0, "BLOCK": 1024, "F": 1}],
     "minibatch_stddev_bwd_kernel": [{"ROW": 0, "Y_ROW": 0, "BLOCK": 1024, "F": 1}],
+    "demod_coefs_fwd_kernel": [
+        {"BLOCK_N": 8, "BLOCK_I": 512, "stride_i": 9, "stride_k": 1},
+        {"BLOCK_N": 8, "BLOCK_I": 512, "stride_k": 512, "stride_i": 1},
+    ],
+    "demod_coefs_bwd_kernel": [
+        {"BLOCK": 1024, "BLOCK_O": 32, "BLOCK_I": 64, "K": 9, "LAST": last}
+        for last in (False, True)
+    ],
     "upfirdn2d_kernel": [
         {"C": 1, "BLOCK_X": 128, "BLOCK_Y": 8, **TAPS, **UP2},
         {"C": 64, "BLOCK_X": 128, "BLOCK_Y": 8, **TAPS, **DOWN2},
@@ -86,6 +94,7 @@ BOOLS = {"flip"}
 # Pointers to float32 whatever x is.
 FLOAT32 = {
     *("f_ptr", "sums_ptr", "mean_ptr", "rstd_ptr"),
+    *("dd_ptr", "q_ptr"),
     *("d_ptr", "noise_ptr", "strength_ptr", "slope_ptr"),
 }
 

@@ -3,6 +3,7 @@
 from gankern.ops.adain import adain
 from gankern.ops.bias_act import bias_act
 from gankern.ops.conv2d_resample import conv2d_resample
+from gankern.ops.demod_coefs import demod_coefs
 from gankern.ops.minibatch_stddev import minibatch_stddev
 from gankern.ops.modulated_conv2d import modulated_conv2d
 from gankern.ops.pixel_norm import pixel_norm
@@ -15,6 +16,7 @@ __all__ = [
     "bias_act",
     "conv2d_layer",
     "conv2d_resample",
+    "demod_coefs",
     "downsample2d",
     "filter2d",
     "minibatch_stddev",

@@ -52,8 +52,10 @@ def _load(path: Path) -> str:
 
 
 def register_fake(name: str, fake: Callable) -> None:
-    """Give op `name` its shape function, in every namespace that has the op."""
+    """Give op `name`, once defined, its shape function in every namespace that has the op."""
     _fakes[name] = fake
+    for impl in NAMESPACES:
+        _look_up(impl, name)
     for namespace in dict.fromkeys(NAMESPACES.values()):
         _register_fake_in(namespace, name)
 
@@ -63,21 +65,24 @@ def _register_fake_in(namespace: str, name: str) -> None:
         torch.library.register_fake(f"{namespace}::{name}", _fakes[name])
 
 
+def _look_up(impl: str, name: str) -> None:
+    """Keep the overload, all of them before any runs: a compiled backward must not write a dict."""
+    packet = getattr(getattr(torch.ops, NAMESPACES[impl]), name, None)
+    if packet is not None:
+        _overloads[impl, name] = packet.default
+
+
 def add_namespace(impl: str, namespace: str) -> None:
     """Make the ops of another namespace selectable as `impl` (tests add the simulated kernels)."""
     NAMESPACES[impl] = namespace
     for name in _fakes:
+        _look_up(impl, name)
         _register_fake_in(namespace, name)
 
 
 def op(impl: str, name: str) -> Any:
     """The dispatcher's overload of op `name` in the implementation `impl`."""
-    key = (impl, name)
-    found = _overloads.get(key)
-    if found is None:
-        found = getattr(getattr(torch.ops, NAMESPACES[impl]), name).default
-        _overloads[key] = found
-    return found
+    return _overloads[impl, name]
 
 
 def why_not(impl: str, device: str, op_name: str) -> str:

@@ -163,6 +163,8 @@ def _records(*tensors: Tensor) -> bool:
 
 
 def _convolution(x: Tensor, w: Tensor, form: _Form) -> Tensor:
+    if w.shape[0] == 1:  # its strides may tell torch two memory formats, which its backward refuses
+        w = w.contiguous()
     if _records(x, w):
         return _Convolution.apply(x, w, form)
     return torch.convolution(x, w, None, *form.arguments())
@@ -237,6 +239,11 @@ def gate(w: Tensor) -> Tensor:
 
 
 _weight_gradients = True
+
+
+def weight_gradients() -> bool:
+    """False within `no_weight_gradients`."""
+    return _weight_gradients
 
 
 @contextlib.contextmanager

@@ -14,10 +14,9 @@ from gankern.ops.conv2d_resample import (
     gate,
     no_weight_gradients,
 )
+from gankern.ops.demod_coefs import demod_coefs
 
-__all__ = ["demod_coefs", "modulated_conv2d", "no_weight_gradients"]
-
-EPS = 1e-8
+__all__ = ["modulated_conv2d", "no_weight_gradients"]
 
 
 def modulated_conv2d(
@@ -72,34 +71,6 @@ def modulated_conv2d(
     x, weight, d = modulate(x, weight, styles, demodulate, impl)
     y = conv2d_resample(x, weight, resample_filter, *args, impl=impl)
     return _scale_add(y, d, noise)
-
-
-def demod_coefs(
-    weight: Tensor, styles: Tensor, eps: float = EPS, *, impl: str | None = None
-) -> Tensor:
-    """Demodulation coefficients: one over the length of each sample's weights.
-
-    `d[n,o] = rsqrt(sum_i styles[n,i]² * sum_k weight[o,i,k]² + eps)`
-
-    Args:
-        weight: (O, I, kh, kw), float32, float16, bfloat16 or float64.
-        styles: (N, I), of the same device.
-        eps: keeps a channel without weights finite.
-        impl: "cuda", "triton", "cpu", "reference", or None for the best usable one.
-
-    Returns:
-        (N, O), float32, or float64 for a float64 weight or styles.
-
-    Differentiable to any order in weight and styles. Source: StyleGAN2, equation 3.
-    """
-    return demod_coefs_reference(weight, styles, eps)
-
-
-def demod_coefs_reference(weight: Tensor, styles: Tensor, eps: float = EPS) -> Tensor:
-    """`demod_coefs` in plain PyTorch."""
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, styles.dtype), torch.float32)
-    square_sum = weight.to(dtype).square().sum([2, 3])  # [O, I]
-    return (styles.to(dtype).square() @ square_sum.t() + eps).rsqrt()  # [N, O]
 
 
 def _grouped(

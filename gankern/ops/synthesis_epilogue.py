@@ -142,7 +142,8 @@ def _check_operand(x: Tensor, name: str, t: Any, shapes: list[tuple[int, ...]]) 
         raise TypeError(f"{OP}: {name} must be {x.dtype} or torch.float32, got {t.dtype}")
     if t.device != x.device:
         raise ValueError(f"{OP}: {name} must be on x's device {x.device}, got {t.device}")
-    if tuple(t.shape) not in shapes:
+    # Lengths first: a traced batch size must not be compared with a noise map's height.
+    if not any(len(t.shape) == len(s) and tuple(t.shape) == s for s in shapes):
         wanted = " or ".join(str(s) for s in dict.fromkeys(shapes))
         raise ValueError(f"{OP}: {name} must have shape {wanted}, got {tuple(t.shape)}")
 

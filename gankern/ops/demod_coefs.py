@@ -1,0 +1,290 @@
+"""StyleGAN2's demodulation coefficients: one over the length of each sample's weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gankern.ops import _impl
+from gankern.ops.conv2d_resample import gate, weight_gradients
+
+if _impl.triton is not None:
+    import triton
+    import triton.language as tl
+
+
+def demod_coefs(
+    weight: Tensor, styles: Tensor, eps: float = 1e-8, *, impl: str | None = None
+) -> Tensor:
+    """d[n,o] = rsqrt(Σ_i styles[n,i]² Σ_k weight[o,i,k]² + eps), without the weights of a sample.
+
+    Args:
+        weight: (O, I, kh, kw); float32, float16, bfloat16 or float64; contiguous and channels-last
+            weights are read as they lie.
+        styles: (N, I), of any of these dtypes, on weight's device.
+        eps: added to the sum; above 0 it keeps a channel without weights finite.
+        impl: None (the best that can run), "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        d of shape (N, O), float32; float64 if weight or styles are.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above. RuntimeError: impl cannot run here.
+
+    Gradients: in weight and styles, of any order. Order 1 is a kernel; orders above are composed of
+    PyTorch's. Saves weight, styles and their sums over k, (O, I). Within `no_weight_gradients` a
+    backward computes none in weight.
+    Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", equation 3.
+    """
+    _check(weight, styles, eps)
+    if torch.float64 in (weight.dtype, styles.dtype):
+        weight, styles = weight.double(), styles.double()
+    chosen = _impl.choose("demod_coefs", impl, weight)
+    if chosen == "reference":
+        return demod_coefs_reference(gate(weight), styles, eps)
+    return _fwd(weight, styles, float(eps), chosen)
+
+
+def _check(weight: Tensor, styles: Tensor, eps: float) -> None:
+    _impl.check_float("demod_coefs", "weight", weight)
+    _impl.check_float("demod_coefs", "styles", styles)
+    if weight.dim() != 4:
+        raise ValueError(
+            f"demod_coefs: weight must be (O, I, kh, kw), got shape {tuple(weight.shape)}"
+        )
+    if styles.dim() != 2 or styles.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"demod_coefs: styles must be (N, {weight.shape[1]}), got shape {tuple(styles.shape)}"
+        )
+    if styles.device != weight.device:
+        raise ValueError(
+            f"demod_coefs: styles must be on weight's device {weight.device}, got {styles.device}"
+        )
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise TypeError(f"demod_coefs: eps must be a number, got {type(eps).__name__}")
+    if not eps >= 0:
+        raise ValueError(f"demod_coefs: eps must be at least 0, got {eps}")
+
+
+# --- Reference: plain PyTorch, differentiable to any order.
+
+
+def demod_coefs_reference(weight: Tensor, styles: Tensor, eps: float = 1e-8) -> Tensor:
+    """The formula in PyTorch operations, in float32 for 16-bit types."""
+    weight, styles = _for_sums(weight, styles)
+    square_sum = weight.square().sum([2, 3])  # [O, I]
+    return (styles.square() @ square_sum.t() + eps).rsqrt()
+
+
+def _for_sums(weight: Tensor, styles: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the sums."""
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, styles.dtype), torch.float32)
+    return weight.to(dtype), styles.to(dtype)
+
+
+# --- Triton. As the CUDA kernels: csrc/kernels/demod_coefs.cu has the formulas.
+
+if _impl.triton is not None:
+
+    @triton.jit
+    def demod_coefs_fwd_kernel(
+        w_ptr, s_ptr, d_ptr, q_ptr, N, outs, ins, K, stride_i, stride_k, eps,
+        BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+    ):  # fmt: skip
+        # A program per output channel and BLOCK_N samples.
+        o = tl.program_id(0).to(tl.int64)
+        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        total = tl.zeros([BLOCK_N], tl.float32)
+        for start in range(0, ins, BLOCK_I):
+            i = start + tl.arange(0, BLOCK_I)
+            square_sum = tl.zeros([BLOCK_I], tl.float32)
+            for k in range(K):
+                at = o * ins * K + i.to(tl.int64) * stride_i + k * stride_k
+                w = tl.load(w_ptr + at, mask=i < ins, other=0.0).to(tl.float32)
+                square_sum += w * w
+            if tl.program_id(1) == 0:
+                tl.store(q_ptr + o * ins + i, square_sum, mask=i < ins)
+            mask = (n < N)[:, None] & (i < ins)[None, :]
+            at = n.to(tl.int64)[:, None] * ins + i[None, :]
+            s = tl.load(s_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            total += tl.sum(s * s * square_sum[None, :], 1)
+        tl.store(d_ptr + n.to(tl.int64) * outs + o, 1 / tl.sqrt(total + eps), mask=n < N)
+
+    @triton.jit
+    def demod_coefs_bwd_kernel(
+        dd_ptr, d_ptr, q_ptr, w_ptr, s_ptr, dw_ptr, ds_ptr, N, outs, ins, K, style_programs,
+        LAST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    ):  # fmt: skip
+        # The first programs take one sample and BLOCK_I input channels of ds each, the others one
+        # output channel and BLOCK elements of dW.
+        program = tl.program_id(0)
+        if program < style_programs:
+            tiles = tl.cdiv(ins, BLOCK_I)
+            n = (program // tiles).to(tl.int64)
+            i = program % tiles * BLOCK_I + tl.arange(0, BLOCK_I)
+            total = tl.zeros([BLOCK_I], tl.float32)
+            for start in range(0, outs, BLOCK_O):
+                o = start + tl.arange(0, BLOCK_O)
+                d = tl.load(d_ptr + n * outs + o, mask=o < outs, other=0.0)
+                g = -tl.load(dd_ptr + n * outs + o, mask=o < outs, other=0.0) * d * d * d
+                at = o.to(tl.int64)[:, None] * ins + i[None, :]
+                q = tl.load(q_ptr + at, mask=(o < outs)[:, None] & (i < ins)[None, :], other=0.0)
+                total += tl.sum(g[:, None] * q, 0)
+            s = tl.load(s_ptr + n * ins + i, mask=i < ins, other=0.0).to(tl.float32)
+            tl.store(ds_ptr + n * ins + i, (s * total).to(ds_ptr.dtype.element_ty), mask=i < ins)
+        else:
+            tiles = tl.cdiv(ins * K, BLOCK)
+            o = ((program - style_programs) // tiles).to(tl.int64)
+            e = (program - style_programs) % tiles * BLOCK + tl.arange(0, BLOCK)
+            inside = e < ins * K
+            i = e % ins if LAST else e // K
+            factor = tl.zeros([BLOCK], tl.float32)
+            for m in range(N):
+                d = tl.load(d_ptr + m * outs + o)
+                g = -tl.load(dd_ptr + m * outs + o) * d * d * d
+                s = tl.load(s_ptr + m * ins + i, mask=inside, other=0.0).to(tl.float32)
+                factor += g * s * s
+            w = tl.load(w_ptr + o * ins * K + e, mask=inside, other=0.0).to(tl.float32)
+            dw = (w * factor).to(dw_ptr.dtype.element_ty)
+            tl.store(dw_ptr + o * ins * K + e, dw, mask=inside)
+
+    def _lay_out(weight: Tensor) -> tuple[Tensor, bool]:
+        """weight as the kernels take it, and whether its input channels lie side by side."""
+        last = weight.is_contiguous(memory_format=torch.channels_last)
+        last = last and not weight.is_contiguous()
+        return (weight if last else weight.contiguous()), last
+
+    @torch.library.triton_op("gankern_triton::demod_coefs", mutates_args=())
+    def _triton_fwd(weight: Tensor, styles: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        weight, last = _lay_out(weight)
+        (o, i), k, n = weight.shape[:2], weight.shape[2] * weight.shape[3], styles.shape[0]
+        d = weight.new_empty((n, o), dtype=torch.float32)
+        q = weight.new_empty((o, i), dtype=torch.float32)
+        if o * max(n, i) == 0:
+            return d, q
+        block_n = min(triton.next_power_of_2(max(n, 1)), 16)
+        block_i = min(triton.next_power_of_2(max(i, 1)), 512)
+        grid = (o, triton.cdiv(max(n, 1), block_n))
+        torch.library.wrap_triton(demod_coefs_fwd_kernel)[grid](
+            weight, styles.contiguous(), d, q, n, o, i, k, 1 if last else k, i if last else 1, eps,
+            BLOCK_N=block_n, BLOCK_I=block_i,
+        )  # fmt: skip
+        return d, q
+
+    @torch.library.triton_op("gankern_triton::demod_coefs_bwd", mutates_args=())
+    def _triton_bwd(
+        dd: Tensor, d: Tensor, q: Tensor, weight: Tensor, styles: Tensor, needs_dweight: bool,
+        needs_dstyles: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        weight, last = _lay_out(weight)
+        styles = styles.contiguous()
+        dweight = torch.empty_like(weight) if needs_dweight else weight.new_empty(0)
+        dstyles = torch.empty_like(styles) if needs_dstyles else styles.new_empty(0)
+        (o, i), k, n = weight.shape[:2], weight.shape[2] * weight.shape[3], styles.shape[0]
+        style_programs = n * triton.cdiv(i, 64) if dstyles.numel() else 0
+        programs = style_programs + (o * triton.cdiv(i * k, 1024) if dweight.numel() else 0)
+        if programs == 0:
+            return dweight, dstyles
+        torch.library.wrap_triton(demod_coefs_bwd_kernel)[(programs,)](
+            dd.contiguous(), d, q, weight, styles, dweight, dstyles, n, o, i, k,
+            style_programs, LAST=last, BLOCK=1024, BLOCK_O=32, BLOCK_I=64,
+        )  # fmt: skip
+        return dweight, dstyles
+
+
+# --- Shape functions of the registered ops.
+
+
+def _fake_fwd(weight, styles, eps):
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    (o, i), n = weight.shape[:2], styles.shape[0]
+    return weight.new_empty((n, o), dtype=dtype), weight.new_empty((o, i), dtype=dtype)
+
+
+def _fake_bwd(dd, d, q, weight, styles, needs_dweight, needs_dstyles):
+    dweight = torch.empty_like(weight) if needs_dweight else weight.new_empty(0)
+    return dweight, styles.new_empty(styles.shape if needs_dstyles else (0,))
+
+
+_impl.register_fake("demod_coefs", _fake_fwd)
+_impl.register_fake("demod_coefs_bwd", _fake_bwd)
+
+
+# --- Autograd, once for all implementations.
+
+
+def _fwd(weight: Tensor, styles: Tensor, eps: float, impl: str) -> Tensor:
+    if torch.is_grad_enabled() and (weight.requires_grad or styles.requires_grad):
+        return _DemodCoefs.apply(weight, styles, eps, impl)
+    return _impl.op(impl, "demod_coefs")(weight, styles, eps)[0]
+
+
+class _DemodCoefs(torch.autograd.Function):
+    """d from weight and styles; keeps the weights' square sums for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight, styles, eps, impl):
+        d, q = _impl.op(impl, "demod_coefs")(weight, styles, eps)
+        ctx.save_for_backward(weight, styles, d, q)
+        ctx.args = (eps, impl)
+        return d
+
+    @staticmethod
+    def backward(ctx: Any, dd):
+        weight, styles, d, q = ctx.saved_tensors
+        eps, impl = ctx.args
+        needs = (ctx.needs_input_grad[0] and weight_gradients(), ctx.needs_input_grad[1])
+        if torch.is_grad_enabled():
+            grads = _DemodCoefsBwd.apply(dd, weight, styles, d.detach(), q, *needs, eps, impl)
+        else:
+            grads = _impl.op(impl, "demod_coefs_bwd")(dd, d, q, weight, styles, *needs)
+        return (*(g if needed else None for g, needed in zip(grads, needs, strict=True)),
+                None, None)  # fmt: skip
+
+
+class _DemodCoefsBwd(torch.autograd.Function):
+    """dweight and dstyles from dd; its own gradient is composed of PyTorch's operations."""
+
+    @staticmethod
+    def forward(ctx: Any, dd, weight, styles, d, q, needs_dweight, needs_dstyles, eps, impl):
+        ctx.save_for_backward(dd, weight, styles)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        bwd = _impl.op(impl, "demod_coefs_bwd")
+        return bwd(dd, d, q, weight, styles, needs_dweight, needs_dstyles)
+
+    @staticmethod
+    def backward(ctx: Any, *grads):
+        nothing = (None,) * 6
+        if all(g is None for g in grads):
+            return None, None, None, *nothing
+        with torch.enable_grad():
+            inputs = [t.view_as(t) for t in ctx.saved_tensors]
+            outputs = _bwd_reference(*inputs, ctx.eps, *(g is not None for g in grads))
+            wanted = [t for t in inputs if t.requires_grad]
+            found = iter(
+                torch.autograd.grad(
+                    outputs,
+                    wanted,
+                    [g for g in grads if g is not None],
+                    create_graph=True,
+                    allow_unused=True,
+                )
+            )
+        return (*(next(found) if t.requires_grad else None for t in inputs), *nothing)
+
+
+def _bwd_reference(dd, weight, styles, eps, needs_dweight, needs_dstyles) -> list[Tensor]:
+    """What demod_coefs_bwd computes, differentiably: csrc/kernels/demod_coefs.cu."""
+    w, s = _for_sums(weight, styles)
+    square_sum = w.square().sum([2, 3])
+    g = -dd * (s.square() @ square_sum.t() + eps).pow(-1.5)
+    outputs = []
+    if needs_dweight:
+        factors = g.t() @ s.square()  # [O, I]
+        outputs.append((w * factors[:, :, None, None]).to(weight.dtype))
+    if needs_dstyles:
+        outputs.append((s * (g @ square_sum)).to(styles.dtype))
+    return outputs

@@ -34,7 +34,7 @@ ALL_TOGETHER = {
     "model": "stylegan2", "r1_gamma": 1.0, "r2_gamma": 0.5, "gp_weight": 0.1, "drift": 1e-3,
     "d_reg_interval": 2, "pl_weight": 2.0, "g_reg_interval": 2, "style_mixing": 0.9,
     "augment": "ada", "ada_p": 0.3, "ada_kimg": 0.5, "mirror": True, "batch_gpu": 4,
-    "clip_grad": 1.0, "lr_rampup_kimg": 0.03, "lr_rampdown_kimg": 0.03, "n_critic": 2,
+    "clip_grad": 1.0, "lr_rampup_kimg": 0.03, "n_critic": 2,
     "batch_schedule": "0.03:16", "channels_last": True, "num_fp16_res": 1, "precision": "bf16",
 }  # fmt: skip
 COMBINATIONS = {
@@ -90,9 +90,9 @@ def test_trains_and_resumes(preset, tmp_path):
 @pytest.mark.parametrize("values", COMBINATIONS.values(), ids=COMBINATIONS)
 def test_options_work_together(values, tmp_path):
     whole = assert_resumes_exactly(values, tmp_path)
-    row = read_stats(whole)[-1]
     if values is ALL_TOGETHER:
-        assert {"r1", "r2", "gp", "path_length", "pl_mean", "ada_p"} <= row.keys()
+        seen = {name for row in read_stats(whole) for name in row}
+        assert {"r1", "r2", "gp", "path_length", "pl_mean", "ada_p"} <= seen
 
 
 @pytest.mark.parametrize("preset", models.PRESETS)

@@ -111,7 +111,7 @@ PRESETS: dict[str, Options] = {
         "g_lr": 2e-4,
         "d_lr": 8e-4,
         "batch": 32,
-        "kimg": 24.0,
+        "kimg": 12.0,
     },
     "pggan": _CRITIC
     | _SMALL
@@ -122,10 +122,10 @@ PRESETS: dict[str, Options] = {
         "drift": 1e-3,
         "g_lr": 2e-3,
         "d_lr": 2e-3,
-        "fade_kimg": 1.0,
+        "fade_kimg": 2.0,
         "stable_kimg": 2.0,
         "sample_ticks": 2,
-        "kimg": 14.0,
+        "kimg": 16.0,
     },
     "stylegan": _STYLE
     | _SMALL

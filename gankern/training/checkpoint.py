@@ -190,6 +190,8 @@ def load_optimizer(
         if value.ndim and value.shape != parameters[int(index)].shape:
             wanted, got = list(parameters[int(index)].shape), list(value.shape)
             raise TrainError(f"{source}: {key} must be {wanted}, got {got}")
+        if value.ndim:  # in the parameter's memory format: fused optimizers rely on it
+            value = torch.empty_like(parameters[int(index)], dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 

@@ -26,7 +26,7 @@ from gankern.metrics.frechet import (
 )
 from gankern.metrics.kernel import draw_subsets, kernel_distance, mmd2, subset_distances
 from gankern.metrics.manifold import compare, copying, nearest, radii
-from gankern.metrics.modes import count_modes, mode_coverage
+from gankern.metrics.modes import count_modes, mode_coverage, read_digits
 from gankern.metrics.path_length import perceptual_path_length, smoothness
 from gankern.metrics.score import inception_score
 from gankern.models import dcgan
@@ -309,10 +309,10 @@ class Reader:
 def test_modes_of_colour_and_of_gray_stacks():
     levels = torch.tensor([[1, 2, 3], [1, 2, 3], [9, 0, 4]])
     stacks = (levels / 10)[:, :, None, None].expand(-1, -1, 8, 8)
-    found = mode_coverage(Reader(), stacks)
+    found = mode_coverage(read_digits(Reader(), stacks))
     assert (found.modes, found.n) == (2, 3)
     gray = stacks.reshape(9, 1, 8, 8)[:, :, :4]
-    found = mode_coverage(Reader(), torch.cat([gray] * 300 + [gray[:2]]))
+    found = mode_coverage(read_digits(Reader(), torch.cat([gray] * 300 + [gray[:2]])))
     assert found.n == 900
     assert 100 < found.modes <= 6**3  # six different digits
 

@@ -106,7 +106,9 @@ def command(
     result = measure(found_real, found_fake, extractor, names, infinity, seed)
     if paths and G is not None:
         with progress_bar("paths") as bar:
-            result.figures += path_figures(G, extractor, PATHS, min(batch, 16), seed, bar)
+            result.figures += path_figures(
+                G, extractor, PATHS, min(batch, 16), seed, fake_images.labels, bar
+            )
     if modes:
         result.figures += mode_figures(fake_images, batch)
     if neighbours:
@@ -161,16 +163,17 @@ def mode_figures(images: Images, batch: int) -> list[Figure]:
 
     from gankern.metrics import digits_classifier
     from gankern.metrics.measure import Figure
-    from gankern.metrics.modes import MODES, mode_coverage
+    from gankern.metrics.modes import MODES, mode_coverage, read_digits
 
+    classifier = digits_classifier.train_classifier()
     with progress_bar("modes") as bar:
-        parts = []
+        digits = []
         for start in range(0, len(images), batch):
             index = np.arange(start, min(start + batch, len(images)))
-            parts.append(images.batch(index))
+            pixels = images.batch(index).float() / 127.5 - 1
+            digits.append(read_digits(classifier, pixels))
             bar(int(index[-1]) + 1, len(images))
-    classifier = digits_classifier.train_classifier()
-    found = mode_coverage(classifier, torch.cat(parts).float() / 127.5 - 1)
+    found = mode_coverage(torch.cat(digits))
     best = min(MODES, found.n)
     return [
         Figure(

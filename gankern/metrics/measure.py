@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from gankern.metrics.extractors import Extractor, MetricsError
 from gankern.metrics.features import Features
 from gankern.metrics.frechet import frechet_from_features, frechet_infinity
@@ -130,15 +132,32 @@ def measure(
 
 
 def path_figures(
-    G: Any, extractor: Extractor, count: int, batch: int = 16, seed: int = 0,
+    G: Any,
+    extractor: Extractor,
+    count: int,
+    batch: int = 16,
+    seed: int = 0,
+    classes: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Figure]:  # fmt: skip
-    """Perceptual path length (z and w, full and end), and the smoothness of interpolations."""
+) -> list[Figure]:
+    """Perceptual path length (z and w, full and end), and the smoothness of interpolations.
+
+    Args:
+        G: a generator in evaluation mode.
+        extractor: of the features.
+        count: paths.
+        batch: paths at a time.
+        seed: of the paths' ends.
+        classes: of a conditional generator, for as many paths, or more.
+        progress: called with (figures done, figures in all).
+    """
     figures = []
     distance = feature_distance(extractor)
     jobs = [(space, sampling) for space in spaces(G) for sampling in ("full", "end")]
     for done, (space, sampling) in enumerate(jobs):
-        value = perceptual_path_length(G, distance, count, space, sampling, batch=batch, seed=seed)
+        value = perceptual_path_length(
+            G, distance, count, space, sampling, batch=batch, seed=seed, classes=classes
+        )
         label = f"{extractor.label('ppl')} {space} {sampling}"
         figures.append(
             Figure(f"ppl_{space}_{sampling}", label, value, note="not the LPIPS of papers")
@@ -146,7 +165,7 @@ def path_figures(
         if progress:
             progress(done + 1, len(jobs))
     for space in spaces(G):
-        mean, largest = smoothness(G, extractor, space=space, seed=seed)
+        mean, largest = smoothness(G, extractor, space=space, seed=seed, classes=classes)
         figures.append(
             Figure(
                 f"smoothness_{space}",

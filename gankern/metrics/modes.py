@@ -34,22 +34,29 @@ class ModeCoverage(NamedTuple):
     n: int
 
 
-def mode_coverage(classifier: DigitsClassifier, images: Tensor) -> ModeCoverage:
-    """Counts the modes of images.
+def read_digits(classifier: DigitsClassifier, images: Tensor) -> Tensor:
+    """The digit in each channel, int64 [N, C].
 
     Args:
         classifier: of `train_classifier`.
-        images: float [N, C, H, W] in [-1, 1], light digits on black. With C = 3 each is a stack;
-            with C = 1 three of them are, in a random order.
+        images: float [N, 1 | 3, H, W] in [-1, 1], light digits on black.
     """
     if images.shape[1] not in (1, 3):
-        raise ValueError(f"mode_coverage: images must be [N, 1|3, H, W], got {list(images.shape)}")
-    if images.shape[1] == 1:  # files may lie sorted by class
-        images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
-    digits = images.flatten(0, 1)[:, None]
-    digits = digits[: len(digits) // 3 * 3]
-    found = classifier.probabilities(digits).argmax(1).view(-1, 3)  # [n, 3]
-    return count_modes(found @ torch.tensor([100, 10, 1]))
+        raise ValueError(f"read_digits: images must be [N, 1|3, H, W], got {list(images.shape)}")
+    found = classifier.probabilities(images.flatten(0, 1)[:, None]).argmax(1)
+    return found.view(images.shape[:2])
+
+
+def mode_coverage(digits: Tensor) -> ModeCoverage:
+    """Counts the modes of digits int64 [N, C], as `read_digits` gives them.
+
+    With C = 3 each image is a stack; with C = 1 three of them are, in a random order (files may
+    lie sorted by class).
+    """
+    if digits.shape[1] == 1:
+        digits = digits[torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))]
+    stacks = digits.flatten()[: digits.numel() // 3 * 3].view(-1, 3)
+    return count_modes(stacks @ torch.tensor([100, 10, 1]))
 
 
 def count_modes(modes: Tensor) -> ModeCoverage:

@@ -51,7 +51,7 @@ def perceptual_path_length(
         epsilon: step.
         batch: paths at a time.
         seed: the paths run between the latents of seeds seed, seed + 1, ...
-        classes: int64 [count], for a conditional generator.
+        classes: int64 [count], or conditions float32 [count, c_dim], for a conditional generator.
     """
     if space not in spaces(G) or sampling not in ("full", "end"):
         raise MetricsError(
@@ -127,7 +127,9 @@ def _along(G: Any, z: Tensor, t: Tensor, space: str, classes: Tensor | None) -> 
     if G.c_dim:
         if classes is None:
             classes = torch.zeros(paths, dtype=torch.int64)
-        c = torch.nn.functional.one_hot(classes, G.c_dim).float().to(device)  # [P, c_dim]
+        if not classes.is_floating_point():
+            classes = torch.nn.functional.one_hot(classes, G.c_dim).float()
+        c = classes.to(device)  # [P, c_dim]
     if space == "z":
         path = slerp(z[0::2, None], z[1::2, None], t)  # [P, T, z_dim]
         images = G(path.flatten(0, 1).to(device), None if c is None else _repeat(c, points))

@@ -122,10 +122,10 @@ def measure(
         result.figures = [*fd, kd, *(near[k] for k in ("precision", "recall"))]
         result.figures += [near["density"], near["coverage"]]
     result.figures += [near["copying"], *_score(real, fake, extractor)]
-    labelled = all(s.labels is not None and s.labels.ndim == 1 for s in (real, fake))
-    if class_names and labelled:
+    labels, fake_labels = real.labels, fake.labels
+    if class_names and labels is not None and fake_labels is not None and labels.ndim == 1:
         for i, name in enumerate(class_names):
-            parts = real[real.labels == i], fake[fake.labels == i]
+            parts = real[labels == i], fake[fake_labels == i]
             if min(map(len, parts)) >= LEAST:
                 result.classes[name] = _of_class(*parts, extractor, seed)
     return result

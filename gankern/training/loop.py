@@ -201,7 +201,8 @@ def _train(
         stats.add(0, **values)
         progress.step(cur_nimg)
         if crossed(ticks=1):
-            row = {"kimg": cur_nimg / 1000, "step": step, "epoch": cur_nimg / len(dataset)}
+            row: dict[str, Any] = {"kimg": cur_nimg / 1000, "step": step}
+            row["epoch"] = cur_nimg / len(dataset)
             stats.waited, inputs.waited = inputs.waited, 0.0
             row |= stats.take() | {"lr_G": g_lr, "lr_D": d_lr}
             row |= {"growth": schedule.growth(before)} if config.grows else {}

@@ -147,7 +147,7 @@ class Monitor:
             return [None] * -(-count // self.config.batch)
         return list(values.split(self.config.batch))
 
-    def _logits(self, D: nn.Module, images: Tensor, c: Tensor | None) -> Tensor:
+    def _logits(self, D: Any, images: Tensor, c: Tensor | None) -> Tensor:
         return D(shrink(images, D) if self.config.grows else images, c).float()
 
     @staticmethod

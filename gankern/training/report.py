@@ -188,7 +188,7 @@ def draw(plot: Plot, rows: list[dict[str, Any]], error: str = "") -> str:
     curves = {name: points for name in plot.names if (points := pick(rows, name, plot.log))}
     if not curves:
         return ""
-    options = {"svg.fonttype": "none", "svg.hashsalt": plot.title, "font.size": 9}
+    options: Any = {"svg.fonttype": "none", "svg.hashsalt": plot.title, "font.size": 9}
     with rc_context(options):
         figure = Figure(figsize=(4.6, 2.6), layout="constrained")
         axes = figure.subplots()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gankern.metrics.extractors import Extractor, MetricsError
@@ -23,6 +24,7 @@ from gankern.metrics.path_length import (
 from gankern.metrics.score import inception_score
 
 SMALL = 10000  # images below which the Fréchet distance's bias is large
+PAIRS = 16  # interpolations whose smoothness is measured
 LEAST = 8  # images; a class with fewer gets no figures of its own
 
 
@@ -148,11 +150,13 @@ def path_figures(
         count: paths.
         batch: paths at a time.
         seed: of the paths' ends.
-        classes: of a conditional generator, for as many paths, or more.
+        classes: of a conditional generator, used in turn.
         progress: called with (figures done, figures in all).
     """
     figures = []
     distance = feature_distance(extractor)
+    if classes is not None:
+        classes = classes[torch.arange(max(count, PAIRS)) % len(classes)]
     jobs = [(space, sampling) for space in spaces(G) for sampling in ("full", "end")]
     for done, (space, sampling) in enumerate(jobs):
         value = perceptual_path_length(
@@ -165,7 +169,7 @@ def path_figures(
         if progress:
             progress(done + 1, len(jobs))
     for space in spaces(G):
-        mean, largest = smoothness(G, extractor, space=space, seed=seed, classes=classes)
+        mean, largest = smoothness(G, extractor, PAIRS, space=space, seed=seed, classes=classes)
         figures.append(
             Figure(
                 f"smoothness_{space}",

@@ -171,4 +171,7 @@ PYBIND11_MODULE(simt, m) {
         "A NaN-filled array; reading it before a kernel wrote it is an error (race build).");
   m.def("copy", &simt::copy, py::arg("array"),
         "A contiguous copy, aligned to 256 bytes as on the GPU, so that sectors count as there.");
+  m.def(
+      "only_last", [](uint64_t blocks) { simt::last_blocks = blocks; }, py::arg("blocks"),
+      "Of the launches that follow, runs so many blocks alone, the last ones; 0: all.");
 }

@@ -86,7 +86,8 @@ struct LaunchRecord {
 };
 extern std::map<const void*, Counters> counters;  // by kernel
 extern std::vector<LaunchRecord> launch_records;
-extern Counters* counting;  // of the running kernel
+extern Counters* counting;    // of the running kernel
+extern uint64_t last_blocks;  // so many blocks of each launch run, the last ones; 0: all
 
 // Arrays that launchers may touch, and arrays that nobody has written yet.
 struct Region {

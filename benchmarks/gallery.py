@@ -37,8 +37,8 @@ MODELS = {
     "wgan-gp": "WGAN-GP: convolutional, gradient penalty, no norm in the critic.",
     "sagan": "Options of the conv nets: spectral norm, attention, minibatch discrimination, hinge.",
     "pggan": "Progressive GAN: 7x7 to 28x28, gradient penalty with drift.",
-    "stylegan": "StyleGAN: AdaIN, noise, style mixing, growth, R1.",
-    "stylegan2": "StyleGAN2: modulated convolutions, lazy R1 and path length, style mixing.",
+    "stylegan": "StyleGAN: AdaIN, noise, style mixing, growth, gradient penalty.",
+    "stylegan2": "StyleGAN2: modulated convolutions, path length, style mixing, gradient penalty.",
 }
 MARGIN = 0.2
 COUNT = 1000

@@ -55,7 +55,7 @@ PRESETS: dict[str, Options] = {
         "batch": 64,
         "g_lr": 4e-4,
         "d_lr": 4e-4,
-        "kimg": 200.0,
+        "kimg": 120.0,
         "tick_kimg": 2.0,
     },
     "cgan": {
@@ -84,7 +84,7 @@ PRESETS: dict[str, Options] = {
         "d_lr": 2e-4,
         "z_dim": 64,
         "batch": 64,
-        "kimg": 320.0,
+        "kimg": 192.0,
         "tick_kimg": 3.2,
     },
     "wgan-gp": _CRITIC
@@ -127,41 +127,42 @@ PRESETS: dict[str, Options] = {
         "sample_ticks": 2,
         "kimg": 16.0,
     },
+    # With the loss of progressive GAN, as StyleGAN on CelebA-HQ: it needs fewer images than R1.
     "stylegan": _STYLE
+    | _CRITIC
     | _SMALL
     | {
         "model": "stylegan",
-        "channel_base": 256,
-        "channel_max": 32,
-        "batch": 8,
+        "beta2": 0.99,
         "style_mixing": 0.5,
         "w_dim": 64,
         "mapping_layers": 2,
-        "r1_gamma": 2.0,
-        "g_lr": 2.5e-3,
-        "d_lr": 2.5e-3,
+        "gp_weight": 10.0,
+        "drift": 1e-3,
+        "g_lr": 2e-3,
+        "d_lr": 2e-3,
         "fade_kimg": 1.0,
         "stable_kimg": 1.0,
         "sample_ticks": 1,
-        "kimg": 12.0,
+        "kimg": 10.0,
     },
     "stylegan2": _STYLE
+    | _CRITIC
     | _SMALL
     | {
         "model": "stylegan2",
-        "channel_base": 256,
-        "channel_max": 32,
-        "batch": 8,
+        "beta2": 0.99,
         "style_mixing": 0.5,
         "w_dim": 64,
         "mapping_layers": 2,
-        "r1_gamma": 2.0,
-        "d_reg_interval": 16,
+        "gp_weight": 10.0,
+        "drift": 1e-3,
         "pl_weight": 2.0,
         "g_reg_interval": 8,
-        "g_lr": 2.5e-3,
-        "d_lr": 2.5e-3,
-        "kimg": 16.0,
+        "g_lr": 2e-3,
+        "d_lr": 2e-3,
+        "sample_ticks": 2,
+        "kimg": 10.0,
     },
     # The papers' own, for GPUs.
     "pggan-1024": _CRITIC

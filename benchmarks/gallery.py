@@ -1,8 +1,9 @@
 """Does every model train? Nine runs on real digits, their pictures and scores, in docs/gallery.md.
 
-    python benchmarks/gallery.py [--runs runs/gallery] [--out docs] [NAME ...]
+    python benchmarks/gallery.py [--runs runs/gallery] [--out docs] [--finished] [NAME ...]
 
-A run that is finished in --runs is not repeated. The score is the share of 1,000 generated digits
+A run that is finished in --runs is not repeated; with --finished no other is started, and the page
+names the models that are missing. The score is the share of 1,000 generated digits
 that a classifier of real ones recognises (probability of the best class at least 0.9), times the
 evenness of the classes it finds (the exponential of their entropy, over 10). Each model must beat
 its own untrained generator by 0.2. Exit code 0 if all do, 1 if not.
@@ -129,6 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="models (default all)")
     parser.add_argument("--runs", type=Path, default=Path("runs/gallery"), help="run folders")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of the page")
+    parser.add_argument("--finished", action="store_true", help="show finished runs, train none")
     options = parser.parse_args(arguments)
     unknown = set(options.names) - set(MODELS)
     if unknown:
@@ -136,9 +138,12 @@ def main(arguments: list[str] | None = None) -> int:
     folder = options.out / "gallery"
     folder.mkdir(parents=True, exist_ok=True)
     classifier = train_classifier()
-    table, sections, failed = [], [], []
+    table, sections, failed, missing = [], [], [], []
     for name in options.names or MODELS:
         run = finished_run(options.runs / name)
+        if run is None and options.finished:
+            missing.append(name)
+            continue
         if run is None:
             run = train(make_config(name, out=str(options.runs / name)))
         assert run is not None
@@ -171,6 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
         "(probability at least 0.9), times the evenness of their classes; each model must beat its",
         f"own untrained generator by {MARGIN}. Seconds are the run's own, on a shared machine.",
         "",
+        *([f"Without a finished run: {', '.join(missing)}.", ""] if missing else []),
         "| model | kimg | seconds | untrained | score | recognised | evenness | labels followed |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *table,

@@ -151,11 +151,13 @@ class _Form(NamedTuple):
         """Of the convolution that takes dy to dx."""
         rest = (0, 0)
         if not self.transposed:
-            rest = tuple(
-                x.shape[i] - ((dy.shape[i] - 1) * self.stride - 2 * p + w.shape[i])
-                for i, p in zip((2, 3), self.padding, strict=True)
-            )
+            rest = self._rest(x, dy, w, 2), self._rest(x, dy, w, 3)
         return self._replace(transposed=not self.transposed, output_padding=rest)
+
+    def _rest(self, x: Tensor, dy: Tensor, w: Tensor, dim: int) -> int:
+        """Pixels of x at its end that the strides of the convolution did not reach."""
+        reached = (dy.shape[dim] - 1) * self.stride + w.shape[dim] - 2 * self.padding[dim - 2]
+        return x.shape[dim] - reached
 
 
 def _records(*tensors: Tensor) -> bool:

@@ -110,7 +110,7 @@ ROWS = [
         lambda x, impl: ops.minibatch_stddev(x, impl=impl), "x"),
     Row("adain", "", lambda m, res, c: [m(c, res, res), m(c), m(c)],
         lambda x, scale, shift, impl: ops.adain(x, scale, shift, impl=impl), "x"),
-    Row("demod_coefs", "", lambda m, res, c: [m.tensor(512, 512, 3, 3), m(512)],
+    Row("demod_coefs", "", lambda m, res, c: [m.tensor(2 * c, 2 * c, 3, 3), m(2 * c)],
         lambda weight, styles, impl: ops.demod_coefs(weight, styles, impl=impl), "x"),
     Row("upfirdn2d", "up 2", lambda m, res, c: [m(c, res // 2, res // 2), F4.to(m.device)],
         filtered(2, 1, [2, 1, 2, 1]), "", frozen=1),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import DTYPES, compare, lay_out, randn, skip_float64_triton
+from harness import DTYPES, compare, lay_out, outputs_and_grads, randn, skip_float64_triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -266,6 +266,51 @@ def test_layer(impl, device, up):
         )  # fmt: skip
 
     compare(at(impl), at("reference"), inputs)
+
+
+@pytest.mark.parametrize("up", [1, 2])
+def test_layers_are_deterministic(impl, device, up):
+    tensors = [randn(2, 8, 17, 9), randn(4, 8, 3, 3, seed=1), randn(4, seed=2), randn(2, 8, seed=3)]
+    x, w, b, styles = (t.float().to(device) for t in tensors)
+    f = F4.to(device)
+
+    def generator(x, w, b, styles):
+        return synthesis_layer(x, w, styles, b, up=up, resample_filter=f, impl=impl)
+
+    def discriminator(x, w, b):
+        return conv2d_layer(x, w, b, f, down=up, padding=1, impl=impl)
+
+    for layer, inputs in ((generator, [x, w, b, styles]), (discriminator, [x, w, b])):
+        pairs = zip(outputs_and_grads(layer, inputs), outputs_and_grads(layer, inputs), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("layer", "change", "error", "text"),
+    [
+        (synthesis_layer, {"styles": torch.ones(2, 3)}, ValueError,
+         "synthesis_layer: styles must be (N, I) = (1, 2), got shape (2, 3)"),
+        (synthesis_layer, {"up": 0}, ValueError,
+         "synthesis_layer: up must be an int of at least 1, got 0"),
+        (synthesis_layer, {"act": "gelu"}, ValueError,
+         "synthesis_epilogue: act must be one of linear, relu, lrelu, tanh, sigmoid, elu, selu, "
+         "softplus, swish, got 'gelu'"),
+        (conv2d_layer, {"w": torch.zeros(3, 5, 3, 3)}, ValueError,
+         "conv2d_layer: w must be (O, I / groups, kh, kw) for I = 2 and groups = 1, "
+         "got shape (3, 5, 3, 3)"),
+        (conv2d_layer, {"padding": "same"}, ValueError,
+         "conv2d_layer: padding must be an int, 2 or 4 ints, got same"),
+    ],
+)  # fmt: skip
+def test_layer_errors(impl, device, layer, change, error, text):
+    weight = torch.zeros(3, 2, 3, 3)
+    args = {"x": torch.zeros(1, 2, 4, 4), "padding": 1}
+    args |= {"weight": weight, "styles": torch.ones(1, 2)} if layer is synthesis_layer else {}
+    args = ({"w": weight} if layer is conv2d_layer else {}) | args | change
+    args = {k: v.to(device) if torch.is_tensor(v) else v for k, v in args.items()}
+    with pytest.raises(error) as caught:
+        layer(**args, impl=impl)
+    assert str(caught.value) == text
 
 
 @pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2)])

@@ -5,7 +5,8 @@
     python benchmarks/traffic.py --check             exit 1 if a figure got worse than the budget
     python benchmarks/traffic.py --update            write benchmarks/traffic_budget.json
 
-The rows are those of benchmarks/ops.py, at 256x256 with one sample and few channels. For each,
+The rows are those of benchmarks/ops.py, at 256x256 with one sample and few channels, on a machine
+whose multiprocessors are as many fewer, so that blocks are cut as for the whole batch. For each,
 forward and backward:
 
   traffic     bytes that the warps' requests use, over the fewest that the op must move
@@ -42,6 +43,7 @@ BUDGET = Path(__file__).with_name("traffic_budget.json")
 
 # Side and channels by memory format: channels-last needs enough of them to fill a warp's sectors.
 SHAPES = {"nchw": (256, 8), "nhwc": (256, 32)}
+PLANES, PROCESSORS = 4 * 64, 132  # batch times channels of StyleGAN2-256, on an H100
 COMPOSED = ("synthesis_layer",)  # of rows that are here themselves
 
 
@@ -75,6 +77,8 @@ def count(row: Row, dtype: str, layout: str) -> Iterator[tuple[str, Figures, lis
     """(forward or backward, figures, launches) of one row."""
     simt = simt_build.module()
     batch = 8 if row.op == "minibatch_stddev" or row.case == "latent" else 1
+    planes = PLANES if row.case == "latent" else batch * SHAPES[layout][1]
+    simt.processors(max(1, PROCESSORS * planes // PLANES))
     make = Make(batch, DTYPES[dtype], "cpu", layout == "nhwc")
     inputs = row.make(make, *SHAPES[layout])
     leaves = [t.detach().requires_grad_() for t in row.leaves(inputs)]

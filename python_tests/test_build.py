@@ -98,6 +98,14 @@ def test_gencode_flags() -> None:
     )
 
 
+def test_default_archs_share_ptx() -> None:
+    sm, ptx = _toolchain.parse_archs(_toolchain.CUDA_ARCHS)
+    assert _toolchain.gencode_flags(sm, ptx, _toolchain.SAME_PTX) == (
+        "'-gencode=arch=compute_75,code=[sm_75]' '-gencode=arch=compute_80,"
+        "code=[sm_80,sm_86,sm_89,sm_90,sm_100,sm_120,compute_80]'"
+    )
+
+
 def fake_toolkit(home: Path, version: str = "13.0.88", headers: bool = True) -> Path:
     """A folder that looks like a CUDA toolkit; returns its nvcc, a script."""
     for header in ("cuda_runtime.h", "crt/host_config.h", "cccl/nv/target") if headers else ():

@@ -140,26 +140,30 @@ __global__ void __launch_bounds__(kThreads)
   store_param<T>(r.db, r.db_f32, c, sum);
 }
 
-// The bias of channels (column + j) % C; folded: C is no multiple of N.
+// The bias of a thread's columns, whose channels are (column + j) % C. The block's columns go
+// through shared memory: global memory gives each once to the block, not to every row of threads.
+// Pieces of kRead lie so that neither their writes nor their reads meet in a bank.
 template <typename T, int N>
-__device__ __forceinline__ void load_row_bias(const void* b, bool b_f32, int64_t column, int64_t C,
-                                              bool folded, Acc<T>* bias) {
-  if (N % 4 == 0 && b_f32 && !folded && reinterpret_cast<uintptr_t>(b) % 16 == 0) {
-#pragma unroll
-    for (int k = 0; k < N; k += 4) {
-      const Pack<float, 4> v = load_pack<float, 4>(static_cast<const float*>(b) + column + k);
-#pragma unroll
-      for (int j = 0; j < 4; j++)
-        if (k + j < N) bias[k + j] = v.v[j];
-    }
-    return;
+__device__ __forceinline__ void load_row_bias(Acc<T> (&bias)[N], const void* b, bool b_f32,
+                                              int64_t columns, int64_t C, Acc<T>* shared) {
+  using A = Acc<T>;
+  constexpr int kRead = N < 4 ? N : 4;
+  const int x = blockDim.x, pitch = x * kRead | 16;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * x * N;
+  const int width = static_cast<int>(min(columns - first, static_cast<int64_t>(x) * N));
+  for (int e = threadIdx.y * x + threadIdx.x; e < width; e += x * blockDim.y) {
+    // A folded row lies in one block: 32 bits are enough for its columns.
+    const int64_t c =
+        columns == C ? first + e : static_cast<unsigned>(e) % static_cast<unsigned>(C);
+    shared[e % N / kRead * pitch + e / N * kRead + e % kRead] = load_param<T>(b, b_f32, c);
   }
-  // A fold is at most a block wide: 32 bits are enough.
-  int64_t c = folded ? static_cast<uint32_t>(column) % static_cast<uint32_t>(C) : column;
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) * N >= width) return;
 #pragma unroll
-  for (int j = 0; j < N; j++) {
-    bias[j] = load_param<T>(b, b_f32, c);
-    c = c + 1 == C ? 0 : c + 1;
+  for (int k = 0; k < N / kRead; k++) {
+    const Pack<A, kRead> v = load_pack<A, kRead>(shared + k * pitch + threadIdx.x * kRead);
+#pragma unroll
+    for (int j = 0; j < kRead; j++) bias[k * kRead + j] = v.v[j];
   }
 }
 
@@ -174,7 +178,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.y * columns;
   A sums[N] = {}, bias[N] = {};
-  if (b && column < columns) load_row_bias<T, N>(b, b_f32, column, C, columns != C, bias);
+  __shared__ __align__(16) A shared[kThreads * N + 16];
+  if (b && (kOp == kFwd || p.from_x)) load_row_bias<T, N>(bias, b, b_f32, columns, C, shared);
   if (column < columns) {
     int64_t i = (static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y) * columns + column;
     for (; i + N <= numel; i += step) process<kOp, kPwl, T, N>(t, i, bias, p, sums);
@@ -185,16 +190,15 @@ __global__ void __launch_bounds__(kThreads)
   if (kOp != kBwd || !r.db) return;
 
   // Sum over the threads of a column, then over the blocks, then over the fold.
-  __shared__ A column_sums[kThreads * N];
   const int slot = threadIdx.y * blockDim.x + threadIdx.x;
+  __syncthreads();  // the bias has been read
 #pragma unroll
-  for (int j = 0; j < N; j++) column_sums[j * kThreads + slot] = sums[j];
+  for (int j = 0; j < N; j++) shared[j * kThreads + slot] = sums[j];
   __syncthreads();
   if (threadIdx.y == 0 && column < columns) {
     for (int y = 1; y < static_cast<int>(blockDim.y); y++)
 #pragma unroll
-      for (int j = 0; j < N; j++)
-        sums[j] += column_sums[j * kThreads + y * blockDim.x + threadIdx.x];
+      for (int j = 0; j < N; j++) sums[j] += shared[j * kThreads + y * blockDim.x + threadIdx.x];
 #pragma unroll
     for (int j = 0; j < N; j++) {
       if (gridDim.y == 1 && columns == C)

@@ -13,6 +13,9 @@ namespace gankern {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
+// Blocks of a multiprocessor; float64 is for checks: fewer, with registers enough.
+template <typename T>
+constexpr int kBlocks = sizeof(T) == 8 ? 2 : 4;
 constexpr int kSamples = 8;        // of which a thread sums at a time
 constexpr int kStage = 4608;       // squares in shared memory: 512 channels of 3x3
 constexpr int kColumnTile = 1024;  // channels of dW [O, K, I] that a block takes
@@ -157,7 +160,7 @@ __device__ __forceinline__ void square_columns(const Forward<T>& a, const T* w, 
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 4) demod_coefs_fwd_kernel(Forward<T> a) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) demod_coefs_fwd_kernel(Forward<T> a) {
   using A = Acc<T>;
   __shared__ __align__(16) A shared[kStage];
   __shared__ A of_warps[kSamples][kWarps];
@@ -340,7 +343,7 @@ __device__ __forceinline__ void style_tile(const Backward<T>& a, Acc<T>* shared)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 4) demod_coefs_bwd_kernel(Backward<T> a) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) demod_coefs_bwd_kernel(Backward<T> a) {
   __shared__ __align__(16) Acc<T> shared[kFactors];
   static_assert(kChunk * kSamples <= kFactors && kColumnTile <= kFactors, "they fit, too");
   static_assert(kSamples * kColumns == kThreads / 4, "one thread a result");

@@ -61,14 +61,18 @@ Plan plan_flat(int V, bool last, bool backward, bool noise, int64_t planes, int 
   const int sms = sm_count(), across = last ? 1 : V;
   Plan t{};
   t.per_thread = 1;
-  t.lanes = pow2_between(ceil_div(area, across), last ? 16 : backward ? 32 : 1, last ? 64 : 128);
-  t.rows = backward || last ? 1 : 128 / t.lanes;
+  // NCHW: rows of threads, in the backward warps, have channels of their own and share the noise.
+  const int least = last ? 16 : backward ? 32 : 1;
+  const int most = last ? 64 : backward || noise ? 32 : 128;
+  t.lanes = pow2_between(ceil_div(area, across), least, most);
+  t.rows = last ? 1 : backward ? pow2_between(channels, 1, 4) : 128 / t.lanes;
   t.threads = t.lanes * t.rows * (last ? 2 : 1);
   t.tile_h = t.rows;
   t.tile_w = t.lanes * across;
   // The backward adds up a block's sums at the end: long runs, while there are blocks enough.
-  while (backward && t.tile_w < area && t.tile_w < 16 * t.lanes * across &&
-         ceil_div(area, 2 * t.tile_w) * planes >= 4 * sms)
+  const int longest = last ? 16 * t.lanes : min(16 * t.lanes * across, kSharedNoise);
+  while (backward && t.tile_w < area && t.tile_w < longest &&
+         ceil_div(area, 2 * t.tile_w) * planes / t.rows >= 4 * sms)
     t.tile_w *= 2;
   t.tiles_x = static_cast<int>(ceil_div(area, t.tile_w));
   t.tiles_y = 1;

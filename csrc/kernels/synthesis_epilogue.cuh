@@ -8,6 +8,8 @@ namespace {
 
 constexpr int kTaps = 4, kHalo = kTaps - 1;
 constexpr int kMaxThreads = 512;
+// Pixels whose noise a block of the flat kernels shares, at most.
+constexpr int kSharedNoise = 2048;
 
 // float64 is for checks: fewer threads, with registers enough.
 template <typename T>
@@ -271,6 +273,70 @@ __device__ __forceinline__ void load_noise(Acc<T>* out, const Args<T>& a, int n,
 #pragma unroll
     for (int e = 0; e < V; e++)
       out[e] = e < count ? Acc<T>(static_cast<const float*>(a.noise)[i + e]) : Acc<T>(0);
+  }
+}
+
+// Rows of tile_w pixels in shared memory of which a thread has V: they lie in pieces of kPiece,
+// piece_pitch words apart, so that neighbours meet neighbouring words, piece by piece and one by
+// one.
+template <typename T>
+constexpr int kPiece = kVec<T> < 4 ? kVec<T> : 4;
+
+template <typename T>
+__device__ __forceinline__ int piece_pitch(int tile_w) {
+  return tile_w / kVec<T> * kPiece<T> | 16;
+}
+
+template <typename T>
+__device__ __forceinline__ int piece_at(int pixel, int pitch) {
+  constexpr int V = kVec<T>;
+  return pixel % V / kPiece<T> * pitch + pixel / V * kPiece<T> + pixel % kPiece<T>;
+}
+
+// The noise of a block's pixels, read once for all its channels.
+template <typename T>
+__device__ __forceinline__ void share_noise(Acc<T>* shared, const Args<T>& a, int n, int first) {
+  const int64_t i = offset<false>(1, a.one_noise ? 0 : n, 0, 1, a.out_w, 0, first);
+  const int pitch = piece_pitch<T>(a.tile_w);
+  for (int e = threadIdx.x; e < a.tile_w; e += blockDim.x)
+    shared[piece_at<T>(e, pitch)] =
+        first + e < a.out_w ? load_param<T>(a.noise, a.f32 & 2, i + e) : Acc<T>(0);
+}
+
+// V values of a row from pixel `at` on.
+template <typename T>
+__device__ __forceinline__ void read_pieces(Acc<T>* out, const Acc<T>* row, int pitch, int at) {
+#pragma unroll
+  for (int k = 0; k < kVec<T>; k += kPiece<T>) {
+    const auto v =
+        *reinterpret_cast<const Pack<Acc<T>, kPiece<T>>*>(row + piece_at<T>(at + k, pitch));
+#pragma unroll
+    for (int e = 0; e < kPiece<T>; e++) out[k + e] = v.v[e];
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void write_pieces(Acc<T>* row, const Acc<T>* in, int pitch, int at) {
+#pragma unroll
+  for (int k = 0; k < kVec<T>; k += kPiece<T>) {
+    Pack<Acc<T>, kPiece<T>> v;
+#pragma unroll
+    for (int e = 0; e < kPiece<T>; e++) v.v[e] = in[k + e];
+    *reinterpret_cast<Pack<Acc<T>, kPiece<T>>*>(row + piece_at<T>(at + k, pitch)) = v;
+  }
+}
+
+// Writes rows of a plane that do not begin at 16 bytes, each by a warp, whose accesses begin where
+// a sector does. line: words from one row to the next.
+template <typename T>
+__device__ __forceinline__ void store_lines(T* out, int64_t out_row, const Acc<T>* lines, int line,
+                                            int pitch, int rows, int cols) {
+  constexpr int kSector = 32 / static_cast<int>(sizeof(T));
+  for (int r = threadIdx.x / 32; r < rows; r += blockDim.x / 32) {
+    T* to = out + r * out_row;
+    const int before = static_cast<int>(reinterpret_cast<uintptr_t>(to) / sizeof(T) % kSector);
+    for (int c = static_cast<int>(threadIdx.x % 32) - before; c < cols; c += 32)
+      if (c >= 0) to[c] = from_acc<T>(lines[r * line + piece_at<T>(c, pitch)]);
   }
 }
 

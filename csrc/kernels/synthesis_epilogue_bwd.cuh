@@ -33,6 +33,18 @@ struct Sums {
   }
 };
 
+// The partial sums of a channel of which a warp has all the block's pixels.
+template <typename T, typename S>
+__device__ __forceinline__ void write_warp_partials(const S& sums, const Args<T>& a, int n, int c) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int k = 0; k < 3; k++) {
+    const Acc<T> sum = warp_sum(sums.of[k][0]);
+    if (lane == k)
+      a.partials[((static_cast<int64_t>(k) * a.N + n) * a.C + c) * a.tiles + blockIdx.x] = sum;
+  }
+}
+
 // Adds up the warps: the block's partial sums of channels c0 and on.
 template <typename T, bool kLast>
 __device__ __forceinline__ void write_partials(const Acc<T>* scratch, const Args<T>& a, int n,
@@ -49,9 +61,9 @@ __device__ __forceinline__ void write_partials(const Acc<T>* scratch, const Args
   __syncthreads();
 }
 
-// The last block of a channel group adds the partial sums of all, in order.
-template <typename T, bool kLast>
-__device__ __forceinline__ void finish(const Args<T>& a) {
+// The last block of a group of `span` channels adds the partial sums of all, in order.
+template <typename T>
+__device__ __forceinline__ void finish(const Args<T>& a, int span) {
   using A = Acc<T>;
   __shared__ int last;
   __threadfence();
@@ -62,7 +74,7 @@ __device__ __forceinline__ void finish(const Args<T>& a) {
   if (!last) return;
   __threadfence();
   // A warp adds the tiles of one sum of one plane; then a thread the samples of a channel.
-  const int span = a.groups * kChannels<T, kLast>, first = static_cast<int>(blockIdx.y) * span;
+  const int first = static_cast<int>(blockIdx.y) * span;
   const unsigned channels = min(span, a.C - first), items = channels * a.N;
   const int64_t planes = static_cast<int64_t>(a.N) * a.C;
   for (unsigned i = threadIdx.x / 32; i < 3 * items; i += blockDim.x / 32) {
@@ -95,7 +107,7 @@ __device__ __forceinline__ A grad(A dy, A v, const ActArgs<A>& p) {
   return p.clamp >= A(0) && !(y > -p.clamp && y < p.clamp) ? A(0) : dv;
 }
 
-// Without a filter: dx = dv * d.
+// Without a filter: dx = dv * d. NCHW: each warp has channels of its own.
 template <typename T, bool kLast, bool kPwl>
 __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     synthesis_epilogue_bwd_kernel(Args<T> a, ActArgs<Acc<T>> p) {
@@ -103,14 +115,21 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   constexpr int V = kVec<T>, kStep = kChannels<T, kLast>, kNoise = kLast ? 1 : V;
   // The rare activations leave registers for the sums of 4 channels; they read x and dy twice.
   constexpr int kPart = kLast && !kPwl && V > 4 ? 4 : V;
-  __shared__ A scratch[kThreads<T> / 32 * 3 * kStep], params[3 * kChannels<T, true>];
+  __shared__ A scratch[kLast ? kThreads<T> / 32 * 3 * kStep : 1], params[3 * kChannels<T, true>];
+  __shared__ __align__(16) A noises[kLast ? 1 : kSharedNoise + 32];
   const Place at = place<kLast>(a.lanes_log2);
-  const int first = blockIdx.x * a.tile_w + (kLast ? at.lx : at.lx * V);
-  const int step = (kLast ? 1 : V) << a.lanes_log2,
-            stop = min(a.out_w, (static_cast<int>(blockIdx.x) + 1) * a.tile_w);
-  for (int n = blockIdx.z; n < a.N; n += gridDim.z)
+  const int tile = blockIdx.x * a.tile_w, first = tile + (kLast ? at.lx : at.lx * V);
+  const int step = (kLast ? 1 : V) << a.lanes_log2;
+  const int stop = min(a.out_w, tile + a.tile_w);
+  for (int n = blockIdx.z; n < a.N; n += gridDim.z) {
+    if (!kLast && a.noise) {
+      __syncthreads();
+      share_noise(noises, a, n, tile);
+      __syncthreads();
+    }
     for (int g = 0; g < a.groups; g++) {
-      const int c0 = (static_cast<int>(blockIdx.y) * a.groups + g) * kStep;
+      const int group = static_cast<int>(blockIdx.y) * a.groups + g;
+      const int c0 = kLast ? group * kStep : group * a.tile_h + at.gy;
       if (c0 >= a.C) break;
       const int c = c0 + (kLast ? at.half * V : 0);
       if (kLast) share_params(params, a, n, c0);
@@ -124,7 +143,9 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
         for (int col = first; col < stop && c < a.C; col += step, i += i_step) {
           const int count = kLast ? a.C - c : a.out_w - col;
           A noise[kNoise] = {};
-          if (a.noise) load_noise<T, kLast>(noise, a, n, 0, col, a.out_w - col);
+          if (kLast && a.noise) load_noise<T, kLast>(noise, a, n, 0, col, a.out_w - col);
+          if constexpr (!kLast)
+            if (a.noise) read_pieces<T>(noise, noises, piece_pitch<T>(a.tile_w), col - tile);
           const Pack<T, V> x = load_packed<T>(a.x + i, a.vec_x, count);
           const Pack<T, V> dy = load_packed<T>(a.dy + i, a.vec_x, count);
           Pack<T, kPart> dx;
@@ -138,11 +159,15 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
           }
           store_packed<T, kPart>(a.out + i + part, dx, a.vec_out, count - part);
         }
-        sums.reduce(scratch, part);
+        if constexpr (kLast)
+          sums.reduce(scratch, part);
+        else
+          write_warp_partials<T>(sums, a, n, c);
       }
-      write_partials<T, kLast>(scratch, a, n, c0);
+      if (kLast) write_partials<T, kLast>(scratch, a, n, c0);
     }
-  finish<T, kLast>(a);
+  }
+  finish<T>(a, a.groups * (kLast ? kStep : a.tile_h));
 }
 
 // With a filter: the tile of dx needs dv in a halo of 3 and x in a halo of 6.
@@ -240,20 +265,33 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       write_partials<T, kLast>(scratch, a, n, c0);  // its barriers also make du visible
       const int row = at.gy * kRows, col = col0 + (kLast ? at.lx : at.lx * V);
       const int count = col >= a.W ? 0 : kLast ? min(a.C - c, V) : a.W - col;
+      // Where rows of dx do not begin at 16 bytes they take the way through x's place.
+      const bool through_shared = !kLast && !a.vec_out;
+      const int pitch = piece_pitch<T>(a.tile_w);
+      const int line = (V / kPiece<T> - 1) * pitch + a.tile_w / V * kPiece<T>;
       if (row < a.tile_h && count > 0) {
         A dx[kRows][V];
         filter<T, kLast>(dx, dys + row * kPlanes * a.pitch2, a.pitch2, at.lx,
                          kLast ? at.half * V : 0, taps + kTaps * kTaps);
 #pragma unroll
-        for (int r = 0; r < kRows; r++)
-          if (row0 + row + r < a.H)
+        for (int r = 0; r < kRows; r++) {
+          if (row0 + row + r >= a.H) break;
+          if (through_shared)
+            write_pieces<T>(xs + (row + r) * line, dx[r], pitch, at.lx * V);
+          else
             store_some<T>(a.out + offset<kLast>(a.C, n, c, a.H, a.W, row0 + row + r, col), dx[r],
                           a.vec_out, count);
+        }
+      }
+      if (through_shared) {
+        __syncthreads();
+        store_lines<T>(a.out + offset<kLast>(a.C, n, c, a.H, a.W, row0, col0), a.W, xs, line, pitch,
+                       min(a.tile_h, a.H - row0), min(a.tile_w, a.W - col0));
       }
       __syncthreads();
     }
   }
-  finish<T, kLast>(a);
+  finish<T>(a, a.groups * kStep);
 }
 
 }  // namespace

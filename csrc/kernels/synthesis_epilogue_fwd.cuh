@@ -18,11 +18,18 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   using A = Acc<T>;
   constexpr int V = kVec<T>, kStep = kChannels<T, kLast>, kNoise = kLast ? 1 : V;
   __shared__ A params[3 * kChannels<T, true>];
+  __shared__ __align__(16) A noises[kLast ? 1 : 32 * V + 32];
   const Place at = place<kLast>(a.lanes_log2);
-  const int col = blockIdx.x * a.tile_w + (kLast ? at.lx : at.lx * V);
+  const int first = blockIdx.x * a.tile_w, col = first + (kLast ? at.lx : at.lx * V);
   for (int n = blockIdx.z; n < a.N; n += gridDim.z) {
     A noise[kNoise] = {};
-    if (a.noise) load_noise<T, kLast>(noise, a, n, 0, col, a.out_w - col);
+    if (kLast && a.noise) load_noise<T, kLast>(noise, a, n, 0, col, a.out_w - col);
+    if (!kLast && a.noise) {
+      __syncthreads();
+      share_noise(noises, a, n, first);
+      __syncthreads();
+      if constexpr (!kLast) read_pieces<T>(noise, noises, piece_pitch<T>(a.tile_w), col - first);
+    }
     for (int g = 0; g < a.groups; g++) {
       const int c0 = ((static_cast<int>(blockIdx.y) * a.groups + g) * a.tile_h + at.gy) * kStep;
       if (kLast) {

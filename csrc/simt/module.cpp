@@ -167,6 +167,9 @@ PYBIND11_MODULE(simt, m) {
   m.def("load", &simt::load, py::arg("path"), "Loads a library; returns its launchers by name.");
   m.def("counters", &simt::all_counters, "Totals, and \"kernels\" and \"launch_list\".");
   m.def("reset", &simt::reset, "Sets all counters to zero.");
+  m.def(
+      "processors", [](int count) { simt::processors = count; }, py::arg("count"),
+      "Sets the multiprocessors that kernels' launchers see: fewer for less work.");
   m.def("empty", &simt::empty, py::arg("shape"), py::arg("dtype"),
         "A NaN-filled array; reading it before a kernel wrote it is an error (race build).");
   m.def("copy", &simt::copy, py::arg("array"),

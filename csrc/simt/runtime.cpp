@@ -338,11 +338,13 @@ cudaError_t get_device(int* device) {
   return cudaSuccess;
 }
 
-// The figures of an H100.
+int processors = 132;
+
+// The figures of an H100, `processors` aside.
 cudaError_t get_attribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
-      return *value = 132, cudaSuccess;
+      return *value = processors, cudaSuccess;
     case cudaDevAttrMaxThreadsPerBlock:
       return *value = kMaxThreads, cudaSuccess;
     case cudaDevAttrMaxThreadsPerMultiProcessor:

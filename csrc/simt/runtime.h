@@ -45,6 +45,7 @@ struct Running {
   std::string suspicion;  // a read of unwritten memory: perhaps one side of a race, so it can wait
 };
 extern Running running;
+extern int processors;  // multiprocessors of the simulated GPU
 extern Stacks stacks;
 
 // Ends the launch with an error that starts with `what` and names kernel, block and thread.

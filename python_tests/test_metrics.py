@@ -295,7 +295,10 @@ def test_modes_of_the_data_and_of_a_collapsed_set():
     rng = torch.Generator().manual_seed(0)
     found = count_modes(torch.randint(1000, (26000,), generator=rng))
     assert found.modes == 1000
-    assert found.kl == pytest.approx(found.kl_floor, rel=0.1)
+    assert found.kl == pytest.approx(found.expected_kl, rel=0.1)
+    found = count_modes(torch.randint(1000, (500,), generator=rng))
+    assert found.modes == pytest.approx(found.expected_modes, rel=0.05)
+    assert found.kl == pytest.approx(found.expected_kl, rel=0.05)
 
 
 class Reader:

@@ -87,7 +87,7 @@ def test_modes_of_real_digits(network, tmp_path, capsys, monkeypatch):
     code, out, _ = call(capsys, tmp_path / "digits.safetensors", *args, "--images", 3000)
     assert code == 0
     (line,) = [line for line in out.splitlines() if "modes of 1,000" in line]
-    assert "1000 stacks, so at most 1000" in line
+    assert "1000 stacks, of which the data has 632 modes" in line
     assert 400 < float(line.split("digits")[1].split()[0]) < 800  # of 1000 draws 632 differ
 
 

@@ -174,21 +174,20 @@ def mode_figures(images: Images, batch: int) -> list[Figure]:
             digits.append(read_digits(classifier, pixels))
             bar(int(index[-1]) + 1, len(images))
     found = mode_coverage(torch.cat(digits))
-    best = min(MODES, found.n)
     return [
         Figure(
             "modes",
             f"modes of {MODES:,} stacked digits",
             found.modes,
             better="higher",
-            note=f"{found.n} stacks, so at most {best}"
-            f"; the classifier is right on {classifier.accuracy:.1%}",
+            note=f"{found.n} stacks, of which the data has {found.expected_modes:.0f} modes;"
+            f" the classifier is right on {classifier.accuracy:.1%}",
         ),
         Figure(
             "modes_kl",
             "KL of the modes from uniform, nats",
             found.kl,
-            note=f"about {found.kl_floor:.3f} for the data itself",
+            note=f"{found.expected_kl:.4f} for as many stacks of the data itself",
         ),
     ]
 
@@ -209,9 +208,7 @@ def save_neighbours(
         torch.cat([fake.batch(np.array([i])), real.batch(near.numpy())])
         for i, near in enumerate(index)
     ]
-    captions = [
-        text for i in range(count) for text in (f"{i}", *(f"real {int(j)}" for j in index[i]))
-    ]
+    captions = [text for i in range(count) for text in (f"#{i}", *map(str, index[i].tolist()))]
     save_grid(torch.cat(rows), path, rows[0].shape[0], captions)
 
 

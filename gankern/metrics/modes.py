@@ -8,6 +8,7 @@ KL divergence of their frequencies from the data's, which are equal. The data se
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -24,14 +25,15 @@ class ModeCoverage(NamedTuple):
     Attributes:
         modes: found, of 1,000.
         kl: KL(found || uniform), nats.
-        kl_floor: what that many images of the data itself would have: about 999 / (2 n).
         n: stacks.
+        expected_modes, expected_kl: what as many stacks of the data itself have on average.
     """
 
     modes: int
     kl: float
-    kl_floor: float
     n: int
+    expected_modes: float
+    expected_kl: float
 
 
 def read_digits(classifier: DigitsClassifier, images: Tensor) -> Tensor:
@@ -65,4 +67,16 @@ def count_modes(modes: Tensor) -> ModeCoverage:
     p = torch.bincount(modes, minlength=MODES).double() / max(n, 1)
     p = p[p > 0]
     kl = float((p * (p * MODES).log()).sum())
-    return ModeCoverage(len(p), kl, (MODES - 1) / (2 * max(n, 1)), n)
+    return ModeCoverage(len(p), kl, n, *expected(n))
+
+
+def expected(n: int) -> tuple[float, float]:
+    """Modes, and KL from uniform, of n stacks drawn uniformly: each count is binomial(n, 1 / K)."""
+    if not n:
+        return 0.0, 0.0
+    count = torch.arange(1, n + 1, dtype=torch.float64)
+    log_p = torch.lgamma(torch.tensor(n + 1.0).double()) - torch.lgamma(count + 1)
+    log_p = log_p - torch.lgamma(n - count + 1) - count * math.log(MODES)
+    p = (log_p + (n - count) * math.log1p(-1 / MODES)).exp()
+    kl = MODES * (p * count / n * (count * MODES / n).log()).sum()
+    return MODES * float(p.sum()), float(kl)

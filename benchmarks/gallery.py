@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
             *extras(name, run, G, folder),
         ]
     page = [
-        "# Every model, trained on two CPU cores",
+        "# Every model, trained on one CPU core",
         "",
         "Made by `python benchmarks/gallery.py` from 5,000 real MNIST digits; seeds are fixed. The",
         f"score is the share of {COUNT} generated digits that a classifier of real ones recognises",

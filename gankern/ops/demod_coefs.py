@@ -262,7 +262,9 @@ class _DemodCoefsBwd(torch.autograd.Function):
             return None, None, None, *nothing
         with torch.enable_grad():
             inputs = [t.view_as(t) for t in ctx.saved_tensors]
-            outputs = _bwd_reference(*inputs, ctx.eps, *(g is not None for g in grads))
+            dd, weight, styles = inputs
+            needed = [g is not None for g in grads]
+            outputs = _bwd_reference(dd, weight, styles, ctx.eps, needed[0], needed[1])
             wanted = [t for t in inputs if t.requires_grad]
             found = iter(
                 torch.autograd.grad(

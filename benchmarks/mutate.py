@@ -54,8 +54,8 @@ MUTATIONS = [
     ),
     Mutation(
         "bias_act", "barrier: sums of a column are read at once", "bias_act.cu",
-        "column_sums[j * kThreads + slot] = sums[j];\n  __syncthreads();",
-        "column_sums[j * kThreads + slot] = sums[j];",
+        "shared[j * kThreads + slot] = sums[j];\n  __syncthreads();",
+        "shared[j * kThreads + slot] = sums[j];",
         "race",
     ),
     Mutation(

@@ -229,10 +229,10 @@ def test_random_layers(impl, device):
             generator("reference", noise),
             tensors,
             what=str(c),
-            roundings=16,
+            roundings=64,
         )
         compare(
-            discriminator(impl), discriminator("reference"), tensors[:3], what=str(c), roundings=16
+            discriminator(impl), discriminator("reference"), tensors[:3], what=str(c), roundings=64
         )
 
     run()

@@ -135,20 +135,21 @@ if _impl.triton is not None:
             s = tl.load(s_ptr + n * ins + i, mask=i < ins, other=0.0).to(tl.float32)
             tl.store(ds_ptr + n * ins + i, (s * total).to(ds_ptr.dtype.element_ty), mask=i < ins)
         else:
-            tiles = tl.cdiv(ins * K, BLOCK)
-            o = ((program - style_programs) // tiles).to(tl.int64)
-            e = (program - style_programs) % tiles * BLOCK + tl.arange(0, BLOCK)
+            # The names differ from those above: Triton gives a name one type in both branches.
+            parts = tl.cdiv(ins * K, BLOCK)
+            row = ((program - style_programs) // parts).to(tl.int64)
+            e = (program - style_programs) % parts * BLOCK + tl.arange(0, BLOCK)
             inside = e < ins * K
-            i = e % ins if LAST else e // K
+            channel = e % ins if LAST else e // K
             factor = tl.zeros([BLOCK], tl.float32)
             for m in range(N):
-                d = tl.load(d_ptr + m * outs + o)
-                g = -tl.load(dd_ptr + m * outs + o) * d * d * d
-                s = tl.load(s_ptr + m * ins + i, mask=inside, other=0.0).to(tl.float32)
-                factor += g * s * s
-            w = tl.load(w_ptr + o * ins * K + e, mask=inside, other=0.0).to(tl.float32)
+                dm = tl.load(d_ptr + m * outs + row)
+                gm = -tl.load(dd_ptr + m * outs + row) * dm * dm * dm
+                sm = tl.load(s_ptr + m * ins + channel, mask=inside, other=0.0).to(tl.float32)
+                factor += gm * sm * sm
+            w = tl.load(w_ptr + row * ins * K + e, mask=inside, other=0.0).to(tl.float32)
             dw = (w * factor).to(dw_ptr.dtype.element_ty)
-            tl.store(dw_ptr + o * ins * K + e, dw, mask=inside)
+            tl.store(dw_ptr + row * ins * K + e, dw, mask=inside)
 
     def _lay_out(weight: Tensor) -> tuple[Tensor, bool]:
         """weight as the kernels take it, and whether its input channels lie side by side."""

@@ -187,8 +187,8 @@ template <typename T>
 __device__ __forceinline__ void share_params(Acc<T>* params, const Args<T>& a, int64_t n,
                                              int64_t c0) {
   constexpr int kStep = kChannels<T, true>;
-  const int t = threadIdx.x, which = t / kStep;
-  if (which < 3) params[t] = param(a, which, n, c0 + t % kStep);
+  for (int t = threadIdx.x; t < 3 * kStep; t += blockDim.x)
+    params[t] = param(a, t / kStep, n, c0 + t % kStep);
 }
 
 template <typename T, bool kLast>

@@ -41,6 +41,8 @@ ISA_FLAGS = {
     "-mprefer-vector-width=512",
 }
 
+CPU_ALONE = {"conv3x3"}  # the convolutions of a GPU are cuDNN's
+
 COMMON_FLAGS = f"-std=c++17 -O3 -DGANKERN_NS=gankern -I{ROOT / 'csrc'}"
 # gcc 12 takes the payload of an empty std::optional<Tensor> for one that is used.
 CXX_FLAGS = (
@@ -175,6 +177,7 @@ def cudart(torch: Torch, nvcc: Nvcc) -> str:
 def plan_cuda(ninja: Ninja, torch: Torch, nvcc: Nvcc, cxx: str, warnings: str) -> Library:
     sm, ptx, gencode = _toolchain.choose_archs(nvcc)
     torch_side, left_out = torch_sources("kernels", "cpu", ninja.without)
+    left_out = [op for op in left_out if op not in CPU_ALONE]
     kernels = sources("kernels", ninja.without)
     flags = f"{NVCC_FLAGS} -ccbin={cxx} {gencode}"
     objects = [ninja.build(f"cuda/{path.stem}.o", "nvcc", [str(path)], flags) for path in kernels]

@@ -7,13 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gankern.ops.conv2d_resample import (
-    check_conv,
-    conv2d_resample,
-    conv_dtype,
-    gate,
-    no_weight_gradients,
-)
+from gankern.ops.conv2d_resample import check_conv, conv2d_resample, conv_dtype
+from gankern.ops.convolution import gate, no_weight_gradients
 from gankern.ops.demod_coefs import demod_coefs
 
 __all__ = ["modulated_conv2d", "no_weight_gradients"]

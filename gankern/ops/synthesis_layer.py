@@ -116,7 +116,7 @@ def _conv_epilogue(
     d, noise, noise_strength, b, act, alpha, gain, clamp = tail
     pads = filter_padding(f, up, down, pads)
     if up > 1 and down == 1 and w.shape[2:].numel() > 1:
-        x, pads = transposed_conv(x, w, up, pads, groups, flip_weight)
+        x, pads = transposed_conv(x, w, up, pads, groups, flip_weight, impl)
         filter_gain = float(up**2)
     else:
         x = resampled_conv(x, w, f, up, down, pads, groups, flip_weight, flip_filter, impl)

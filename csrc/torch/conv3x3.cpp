@@ -1,0 +1,93 @@
+// conv3x3 for the dispatcher: checks, allocation, launch. The contract is
+// gankern/ops/convolution.py. The CPU alone has kernels.
+#include "common.h"
+
+GANKERN_KERNEL(int, conv3x3, int dtype, const void* x, const void* w, void* y, int64_t N, int64_t I,
+               int64_t H, int64_t W, int64_t O, int64_t out_h, int64_t out_w, int64_t w_out,
+               int64_t w_in, int stride, bool transposed, int64_t pad_y, int64_t pad_x)
+GANKERN_KERNEL(int, conv3x3_weight_gradient, int dtype, const void* dy, const void* x, void* dw,
+               int64_t N, int64_t O, int64_t out_h, int64_t out_w, int64_t I, int64_t H, int64_t W,
+               int stride, int64_t pad_y, int64_t pad_x)
+
+namespace gankern {
+namespace {
+
+constexpr const char* kOp = "conv3x3";
+
+void check(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 4, kOp, ": ", name, " must have 4 dimensions, got ", t.dim());
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, kOp, ": ", name, " must be float32, got ",
+                  dtype_name(t.scalar_type()));
+}
+
+void check_stride(int64_t stride, int64_t pad_y, int64_t pad_x) {
+  STD_TORCH_CHECK(stride == 1 || stride == 2, kOp, ": stride must be 1 or 2, got ", stride);
+  const int64_t most = stride == 1 ? 2 : 0;
+  STD_TORCH_CHECK(pad_y >= 0 && pad_y <= most && pad_x >= 0 && pad_x <= most, kOp,
+                  ": padding must be from 0 to ", most, ", got ", pad_y, " and ", pad_x);
+}
+
+int64_t out_size(int64_t in, int64_t stride, int64_t pad, bool transposed, int64_t rest) {
+  return transposed ? (in - 1) * stride + 3 - 2 * pad + rest : (in + 2 * pad - 3) / stride + 1;
+}
+
+Tensor forward(const Tensor& x_in, const Tensor& w_in, int64_t stride, int64_t pad_y, int64_t pad_x,
+               bool transposed, int64_t rest_y, int64_t rest_x) {
+  check("x", x_in);
+  check("w", w_in);
+  check_stride(stride, pad_y, pad_x);
+  const Tensor x = torch::stable::contiguous(x_in);
+  const Tensor w =
+      w_in.stride(3) == 1 && w_in.stride(2) == 3 ? w_in : torch::stable::contiguous(w_in);
+  const int in_dim = transposed ? 0 : 1;
+  const int64_t N = x.size(0), I = x.size(1), O = w.size(1 - in_dim);
+  STD_TORCH_CHECK(w.size(in_dim) == I && w.size(2) == 3 && w.size(3) == 3, kOp, ": w must have ", I,
+                  " channels in and 3x3 taps, got ", w.size(in_dim), " and ", w.size(2), "x",
+                  w.size(3));
+  const int64_t out_h = out_size(x.size(2), stride, pad_y, transposed, rest_y);
+  const int64_t out_w = out_size(x.size(3), stride, pad_x, transposed, rest_x);
+  STD_TORCH_CHECK(out_h > 0 && out_w > 0, kOp, ": padding must leave an output, got ", out_h, "x",
+                  out_w);
+  const bool flipped = transposed && stride == 1;  // a correlation again, of flipped weights
+  Tensor y = torch::stable::new_empty(x, {N, O, out_h, out_w});
+  if (y.numel())
+    kernels::conv3x3(kF32, x.const_data_ptr(), w.const_data_ptr(), y.mutable_data_ptr(), N, I,
+                     x.size(2), x.size(3), O, out_h, out_w, w.stride(1 - in_dim), w.stride(in_dim),
+                     static_cast<int>(stride), transposed, flipped ? 2 - pad_y : pad_y,
+                     flipped ? 2 - pad_x : pad_x);
+  return y;
+}
+
+Tensor weight_gradient(const Tensor& dy_in, const Tensor& x_in, int64_t stride, int64_t pad_y,
+                       int64_t pad_x) {
+  check("dy", dy_in);
+  check("x", x_in);
+  check_stride(stride, pad_y, pad_x);
+  const Tensor dy = torch::stable::contiguous(dy_in), x = torch::stable::contiguous(x_in);
+  const int64_t N = x.size(0), O = dy.size(1), I = x.size(1);
+  STD_TORCH_CHECK(dy.size(0) == N && dy.size(2) <= out_size(x.size(2), stride, pad_y, false, 0) &&
+                      dy.size(3) <= out_size(x.size(3), stride, pad_x, false, 0),
+                  kOp, ": dy must have the shape of the convolution's output");
+  Tensor dw = torch::stable::new_empty(x, {O, I, 3, 3});
+  if (dw.numel())
+    kernels::conv3x3_weight_gradient(kF32, dy.const_data_ptr(), x.const_data_ptr(),
+                                     dw.mutable_data_ptr(), N, O, dy.size(2), dy.size(3), I,
+                                     x.size(2), x.size(3), static_cast<int>(stride), pad_y, pad_x);
+  return dw;
+}
+
+}  // namespace
+
+GANKERN_SCHEMAS(m) {
+  m.def(
+      "conv3x3(Tensor x, Tensor w, int stride, int pad_y, int pad_x, bool transposed, int rest_y, "
+      "int rest_x) -> Tensor");
+  m.def("conv3x3_weight_gradient(Tensor dy, Tensor x, int stride, int pad_y, int pad_x) -> Tensor");
+}
+
+GANKERN_IMPLS(m) {
+  m.impl("conv3x3", TORCH_BOX(&forward));
+  m.impl("conv3x3_weight_gradient", TORCH_BOX(&weight_gradient));
+}
+
+}  // namespace gankern

@@ -1,0 +1,226 @@
+"""The convolution inside the layers: what runs it, and its gradients of every order.
+
+A convolution and its two gradients are each other's gradients, so that every order is one of three
+calls; PyTorch's own second order takes slower ones, and loses channels-last. On the CPU 3x3
+convolutions in float32 run in kernels of our own, which need half of the products; all others, and
+all on a GPU, are PyTorch's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gankern.ops import _impl
+
+OP = "conv3x3"
+
+# What PyTorch does faster: fewer channels than a register tile is worth, fewer tiles of outputs
+# than the transformed weights are worth.
+MIN_CHANNELS, MIN_TILES = 16, 32
+
+
+class Form(NamedTuple):
+    """Arguments of a convolution; own: by our kernels where there are some."""
+
+    stride: int
+    padding: tuple[int, int]
+    transposed: bool
+    output_padding: tuple[int, int]
+    groups: int
+    own: bool = False
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As aten's convolution and its backward take them."""
+        size = [self.stride] * 2, list(self.padding), [1, 1]
+        return (*size, self.transposed, list(self.output_padding), self.groups)
+
+    def adjoint(self, x: Tensor, dy: Tensor, w: Tensor) -> Form:
+        """Of the convolution that takes dy to dx."""
+        rest = (0, 0)
+        if not self.transposed:
+            rest = self._rest(x, dy, w, 2), self._rest(x, dy, w, 3)
+        return self._replace(transposed=not self.transposed, output_padding=rest)
+
+    def _rest(self, x: Tensor, dy: Tensor, w: Tensor, dim: int) -> int:
+        """Pixels of x at its end that the strides of the convolution did not reach."""
+        reached = (dy.shape[dim] - 1) * self.stride + w.shape[dim] - 2 * self.padding[dim - 2]
+        return x.shape[dim] - reached
+
+
+def has_own_kernels(x: Tensor, impl: str | None) -> bool:
+    """Whether `impl` means kernels of our own for the convolutions of x."""
+    if x.device.type != "cpu" or impl not in (None, "cpu"):
+        return False
+    return _impl.default_impl(OP, "cpu") == "cpu" if impl is None else not _impl.LIBRARIES["cpu"]
+
+
+def convolution(x: Tensor, w: Tensor, form: Form) -> Tensor:
+    """The convolution of x with w as `form` says, differentiable to any order in both."""
+    if w.shape[0] == 1:  # its strides may tell torch two memory formats, which its backward refuses
+        w = w.contiguous()
+    if _records(x, w):
+        return _Convolution.apply(x, w, form)
+    return _forward(x, w, form)
+
+
+def _records(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+# --- The three calls, by our kernels where they fit, else by PyTorch's.
+
+
+def _ours(w: Tensor, small: Tensor, large: Tensor | None, form: Form) -> bool:
+    """Whether our kernels fit; small: the images of the lower resolution, large: the others."""
+    if not form.own or form.groups != 1 or form.stride > 2 or w.shape[2:] != (3, 3):
+        return False
+    if max(form.padding) > (2 if form.stride == 1 else 0) or min(w.shape[:2]) < MIN_CHANNELS:
+        return False
+    given = (small,) if large is None else (small, large)
+    if any(t.dtype != torch.float32 or not t.is_contiguous() for t in given):
+        return False
+    n, _, height, width = small.shape
+    return n * ((height + 1) // 2) * ((width + 1) // 2) >= MIN_TILES
+
+
+def _forward(x: Tensor, w: Tensor, form: Form) -> Tensor:
+    if w.dtype == x.dtype and _ours(w, x, None, form):
+        place = (form.stride, *form.padding, form.transposed, *form.output_padding)
+        return _impl.op("cpu", OP)(x, w, *place)
+    return torch.convolution(x, w, None, *form.arguments())
+
+
+def _gradients(dy: Tensor, x: Tensor, w: Tensor, form: Form, wanted: list[bool]) -> list[Any]:
+    """[dx, dw], None where not wanted."""
+    found: list[Any] = [None, None]
+    left = list(wanted)
+    if wanted[0] and _ours(w, dy, None, form):
+        found[0], left[0] = _forward(dy, w, form.adjoint(x, dy, w)), False
+    small, large = (x, dy) if form.transposed else (dy, x)
+    if wanted[1] and _ours(w, small, large, form):
+        gradient = _impl.op("cpu", OP + "_weight_gradient")
+        found[1], left[1] = gradient(small, large, form.stride, *form.padding), False
+    if any(left):
+        backward = torch.ops.aten.convolution_backward
+        others = backward(dy, x, w, None, *form.arguments(), [*left, False])
+        found = [
+            other if missing else t for t, other, missing in zip(found, others, left, strict=False)
+        ]
+    return found
+
+
+# --- Autograd.
+
+
+class _Convolution(torch.autograd.Function):
+    """y from x and w; `no_weight_gradients` switches dw off."""
+
+    @staticmethod
+    def forward(ctx: Any, x, w, form):
+        ctx.save_for_backward(x, w)
+        ctx.form = form
+        return _forward(x, w, form)
+
+    @staticmethod
+    def backward(ctx: Any, dy):
+        x, w = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and _weight_gradients]
+        if not torch.is_grad_enabled():
+            return *(_gradients(dy, x, w, ctx.form, wanted) if any(wanted) else (None, None)), None
+        dx = convolution(dy, w, ctx.form.adjoint(x, dy, w)) if wanted[0] else None
+        dw = weight_gradient(dy, x, w, ctx.form) if wanted[1] else None
+        return dx, dw, None
+
+
+def weight_gradient(dy: Tensor, x: Tensor, w: Tensor, form: Form) -> Tensor:
+    """The gradient of the convolution's weights, differentiable to any order in dy and x."""
+    if _records(dy, x):
+        return _WeightGradient.apply(dy, x, w.detach(), form)
+    return _gradients(dy, x, w, form, [False, True])[1]
+
+
+class _WeightGradient(torch.autograd.Function):
+    """dw from dy and x; w lends its shape alone."""
+
+    @staticmethod
+    def forward(ctx: Any, dy, x, w, form):
+        ctx.save_for_backward(dy, x)
+        ctx.form = form
+        return _gradients(dy, x, w, form, [False, True])[1]
+
+    @staticmethod
+    def backward(ctx: Any, v):
+        dy, x = ctx.saved_tensors
+        d_dy = convolution(x, v, ctx.form) if ctx.needs_input_grad[0] else None
+        adjoint = ctx.form.adjoint(x, dy, v)
+        d_x = convolution(dy, v, adjoint) if ctx.needs_input_grad[1] else None
+        return d_dy, d_x, None, None
+
+
+# --- Backward passes without weight gradients.
+
+
+class _WeightGate(torch.autograd.Function):
+    """The identity, through which no gradient passes within `no_weight_gradients`."""
+
+    @staticmethod
+    def forward(ctx: Any, w):
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx: Any, dw):
+        return dw if _weight_gradients else None
+
+
+def gate(w: Tensor) -> Tensor:
+    """w, as the operations take it whose gradient `no_weight_gradients` switches off."""
+    return _WeightGate.apply(w) if w.requires_grad and torch.is_grad_enabled() else w
+
+
+_weight_gradients = True
+
+
+def weight_gradients() -> bool:
+    """False within `no_weight_gradients`."""
+    return _weight_gradients
+
+
+@contextlib.contextmanager
+def no_weight_gradients() -> Iterator[None]:
+    """Within it, a backward through gankern's convolutions computes no gradient of their weights.
+
+    For penalties whose first gradient is in images or styles alone, such as path length's: what it
+    costs is halved. The backward of the penalty itself runs outside, and does reach the weights.
+    """
+    global _weight_gradients
+    before, _weight_gradients = _weight_gradients, False
+    try:
+        yield
+    finally:
+        _weight_gradients = before
+
+
+# --- Shape functions of the registered ops.
+
+
+def _fake(x, w, stride, pad_y, pad_x, transposed, rest_y, rest_x):
+    sizes = []
+    for dim, pad, rest in ((2, pad_y, rest_y), (3, pad_x, rest_x)):
+        if transposed:
+            sizes.append((x.shape[dim] - 1) * stride + 3 - 2 * pad + rest)
+        else:
+            sizes.append((x.shape[dim] + 2 * pad - 3) // stride + 1)
+    return x.new_empty((x.shape[0], w.shape[1 if transposed else 0], *sizes))
+
+
+def _fake_weight_gradient(dy, x, stride, pad_y, pad_x):
+    return x.new_empty((dy.shape[1], x.shape[1], 3, 3))
+
+
+_impl.register_fake(OP, _fake)
+_impl.register_fake(OP + "_weight_gradient", _fake_weight_gradient)

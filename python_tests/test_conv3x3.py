@@ -1,0 +1,182 @@
+"""The CPU's 3x3 convolutions by minimal filtering: against PyTorch's, every form and order."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from harness import assert_as_good_as, compare, opchecks, outputs_and_grads, randn, second_grads
+from torch import Tensor
+
+from gankern.ops import _impl, conv2d_resample, setup_filter
+from gankern.ops.convolution import Form, _ours, convolution, has_own_kernels
+
+pytestmark = pytest.mark.skipif(
+    bool(_impl.LIBRARIES["cpu"]), reason=f"no CPU library: {_impl.LIBRARIES['cpu']}"
+)
+
+# stride, padding, transposed, output padding, groups
+FORMS = {
+    "pad 1": Form(1, (1, 1), False, (0, 0), 1, True),
+    "pad 0": Form(1, (0, 0), False, (0, 0), 1, True),
+    "pad 2, 1": Form(1, (2, 1), False, (0, 0), 1, True),
+    "transposed": Form(1, (1, 0), True, (0, 0), 1, True),
+    "down": Form(2, (0, 0), False, (0, 0), 1, True),
+    "up": Form(2, (0, 0), True, (0, 0), 1, True),
+    "up, one more": Form(2, (0, 0), True, (1, 0), 1, True),
+}
+SHAPES = {  # N, I, O, H, W
+    "8x8": (2, 16, 16, 8, 8),
+    "odd": (3, 17, 24, 9, 13),
+    "wide": (1, 16, 40, 6, 150),
+    "deep": (2, 300, 16, 11, 10),
+}
+
+
+def inputs_of(shape: str, form: Form) -> list[Tensor | None]:
+    n, i, o, h, w = SHAPES[shape]
+    weight = randn(*((i, o) if form.transposed else (o, i)), 3, 3, seed=1) / (3 * i**0.5)
+    return [randn(n, i, h, w).float(), weight.float()]
+
+
+def of_torch(form: Form):
+    return lambda x, w: torch.convolution(x, w, None, *form.arguments())
+
+
+@pytest.mark.parametrize("isa", [0, 1, 2], ids=["base", "avx2", "avx512"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_forward_and_gradients(form, shape, isa):
+    inputs = inputs_of(shape, form)
+    assert _ours(inputs[1], inputs[0], None, form)
+    if _impl.set_cpu_isa(isa) != isa:
+        _impl.set_cpu_isa(-1)
+        pytest.skip("this machine lacks the instruction set")
+    try:
+        compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs)
+    finally:
+        _impl.set_cpu_isa(-1)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_second_order(form):
+    own, plain = (
+        second_grads(lambda x, w, f=f: convolution(x, w, f), inputs_of("odd", form))
+        for f in (form, form._replace(own=False))
+    )
+    exact = second_grads(of_torch(form), [t.double() for t in inputs_of("odd", form)])
+    for i, (a, e, x) in enumerate(zip(own, plain, exact, strict=True)):
+        assert_as_good_as(a, e, x, f"second {i}")
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_deterministic(form):
+    """The same bits in two runs, and with one thread and two."""
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for n in (1, 1, 2):
+            torch.set_num_threads(n)
+            runs.append(
+                outputs_and_grads(lambda x, w: convolution(x, w, form), inputs_of("odd", form))
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+def test_constant_image():
+    """Weights that sum to one keep a constant image, away from its edges, to a rounding."""
+    x, w = torch.full((1, 16, 12, 12), 3.0), torch.full((16, 16, 3, 3), 1 / 144)
+    y = convolution(x, w, FORMS["pad 1"])[:, :, 1:-1, 1:-1]
+    assert torch.allclose(y, torch.full_like(y, 3.0), rtol=1e-6, atol=0)
+
+
+def test_of_layers():
+    """conv2d_resample takes our kernels for "cpu" and PyTorch's for "reference"."""
+    x, w, f = randn(2, 16, 12, 12).float(), randn(16, 16, 3, 3, seed=1).float(), None
+    for up, down in ((1, 1), (2, 1), (1, 2)):
+        f = setup_filter([1, 3, 3, 1])
+        compare(
+            lambda x, w, f=f, u=up, d=down: conv2d_resample(x, w, f, u, d, 1, impl="cpu"),
+            lambda x, w, f=f, u=up, d=down: conv2d_resample(x, w, f, u, d, 1, impl="reference"),
+            [x, w],
+            what=f"up {up} down {down}",
+        )
+    plain = torch.nn.functional.conv2d(x, w, padding=1)
+    assert torch.equal(conv2d_resample(x, w, padding=1, impl="reference"), plain)
+    assert not torch.equal(conv2d_resample(x, w, padding=1, impl="cpu"), plain)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, w: (x.double(), w.double()),
+        lambda x, w: (x.bfloat16(), w.bfloat16()),
+        lambda x, w: (x.contiguous(memory_format=torch.channels_last), w),
+        lambda x, w: (x[:, :8].contiguous(), w[:, :8]),
+        lambda x, w: (x[:, :, :4, :4].contiguous(), w),
+        lambda x, w: (x, w[:, :, :1, :1].repeat(1, 1, 5, 5)),
+    ],
+    ids=["float64", "bfloat16", "channels-last", "few channels", "small", "5x5"],
+)
+def test_pytorch_takes_the_rest(change):
+    form = FORMS["pad 1"]
+    x, w = change(randn(2, 16, 12, 12).float(), randn(16, 16, 3, 3, seed=1).float())
+    assert torch.equal(convolution(x, w, form), of_torch(form)(x, w))
+
+
+def test_choice(monkeypatch):
+    x = torch.zeros(1)
+    assert [has_own_kernels(x, i) for i in (None, "cpu", "reference", "triton")] == [1, 1, 0, 0]
+    monkeypatch.setattr(_impl, "_OVERRIDE", "reference")
+    monkeypatch.setattr(_impl, "_default", {})
+    assert not has_own_kernels(x, None)
+
+
+def test_opcheck():
+    ops = torch.ops.gankern
+    x, w, up = *inputs_of("odd", FORMS["down"]), randn(17, 24, 3, 3).float()
+    args = [(1, 1, 1, False, 0, 0), (2, 0, 0, False, 0, 0)]
+    checks = opchecks("cpu", "cpu")
+    for rest in args:
+        torch.library.opcheck(ops.conv3x3.default, (x, w, *rest), test_utils=checks)
+    torch.library.opcheck(ops.conv3x3.default, (x, up, 2, 0, 0, True, 1, 0), test_utils=checks)
+    dy = randn(3, 24, 9, 13).float()
+    torch.library.opcheck(ops.conv3x3_weight_gradient.default, (dy, x, 1, 1, 1), test_utils=checks)
+
+
+def test_compile():
+    form = FORMS["up"]
+    x, w = inputs_of("8x8", form)
+
+    def f(x, w):
+        return convolution(x, w, form).square()
+
+    fast = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for a, b in zip(outputs_and_grads(f, [x, w]), outputs_and_grads(fast, [x, w]), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        ((torch.zeros(1, 2, 4), torch.zeros(2, 2, 3, 3), 1, 1, 1),
+         "conv3x3: x must have 4 dimensions, got 3"),
+        ((torch.zeros(1, 2, 4, 4), torch.zeros(2, 2, 3, 3).double(), 1, 1, 1),
+         "conv3x3: w must be float32, got float64"),
+        ((torch.zeros(1, 2, 4, 4), torch.zeros(2, 2, 3, 3), 3, 0, 0),
+         "conv3x3: stride must be 1 or 2, got 3"),
+        ((torch.zeros(1, 2, 4, 4), torch.zeros(2, 2, 3, 3), 2, 1, 0),
+         "conv3x3: padding must be from 0 to 0, got 1 and 0"),
+        ((torch.zeros(1, 2, 4, 4), torch.zeros(2, 4, 3, 3), 1, 1, 1),
+         "conv3x3: w must have 2 channels in and 3x3 taps, got 4 and 3x3"),
+        ((torch.zeros(1, 2, 2, 4), torch.zeros(2, 2, 3, 3), 1, 0, 1),
+         "conv3x3: padding must leave an output, got 0x4"),
+    ],
+)  # fmt: skip
+def test_errors(args, text):
+    with pytest.raises(RuntimeError, match=re.escape(text)):
+        torch.ops.gankern.conv3x3(*args, False, 0, 0)

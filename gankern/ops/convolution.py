@@ -56,7 +56,9 @@ def has_own_kernels(x: Tensor, impl: str | None) -> bool:
     """Whether `impl` means kernels of our own for the convolutions of x."""
     if x.device.type != "cpu" or impl not in (None, "cpu"):
         return False
-    return _impl.default_impl(OP, "cpu") == "cpu" if impl is None else not _impl.LIBRARIES["cpu"]
+    if impl is None:
+        return _impl.default_impl(OP, "cpu") == "cpu"
+    return not _impl.why_not("cpu", "cpu", OP)
 
 
 def convolution(x: Tensor, w: Tensor, form: Form) -> Tensor:

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 CSRC = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: setup dev build train test gpu lint format wheel-check ci clean
+.PHONY: setup dev build train test gpu bench-compare lint format wheel-check ci clean
 
 setup: $(VENV)/ready
 dev: $(VENV)/dev-ready
@@ -31,6 +31,10 @@ test: dev
 
 gpu: dev
 	$(BIN)/python -m pytest --device cuda $(ARGS)
+
+# The checked-out commit against BASE; fails where an op is slower by more than 15 %.
+bench-compare: dev
+	$(BIN)/python benchmarks/compare.py $(BASE) --fail-over 15 $(ARGS)
 
 lint: dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/clang-format --dry-run -Werror $(CSRC) && $(BIN)/mypy

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import sys
@@ -115,9 +116,8 @@ Pair = tuple[Counts, Counts]  # ours, the reference's
 class Trace(TorchDispatchMode):
     """Counts the operations that run within it."""
 
-    def __init__(self, factors: dict[tuple[str, bool], float] | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.factors = factors or {}
         self.counts = Counts()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -147,10 +147,21 @@ class Trace(TorchDispatchMode):
         if func.namespace == "aten":
             read = given[1:] if func in SHAPE_OF_FIRST else given
             return Count(1, moved(read, made))
-        key = (func._opname.removesuffix("_bwd").removesuffix("_bwd2"), "_bwd" in func._opname)
         copied = relaid(given)
-        bytes_moved = moved(given, made) * self.factors.get(key, 1.0)
-        return Count(1 + len(copied), bytes_moved + 2 * moved(copied, []))
+        ratio = traffic_of(func._opname, args, given)
+        return Count(1 + len(copied), moved(given, made) * ratio + 2 * moved(copied, []))
+
+
+def traffic_of(name: str, args: Any, given: list[Tensor]) -> float:
+    """The traffic factor of a call of our operation `name`."""
+    op = name.partition("_bwd")[0]
+    backward = name != op
+    # Arguments are x, f, ... and dy, x, f, ...
+    filtered = op == "synthesis_epilogue" and args[1 + backward] is not None
+    x = given[0]
+    last = x.ndim == 4 and not x.is_contiguous()
+    dtype = "f16" if x.element_size() == 2 else "f32"
+    return traffic_factor(op, backward, filtered, dtype, "nhwc" if last else "nchw")
 
 
 def _convolved(x: Tensor, w: Tensor, b: Any, stride: Any, padding: Any, dilation: Any,
@@ -186,16 +197,23 @@ def level(tensors: list[Tensor]) -> str:
     return f"b{2 ** int(math.log2(max(images)[1]))}" if images else "rest"
 
 
-def traffic_factors(dtype: str) -> dict[tuple[str, bool], float]:
-    """The worst traffic of each (op, whether backward) in the budget's rows of a dtype."""
-    factors: dict[tuple[str, bool], float] = {}
+@functools.cache
+def traffic_factor(op: str, backward: bool, filtered: bool, dtype: str, layout: str) -> float:
+    """Bytes moved over the fewest: the worst of the budget's rows of an op; 1 without a row.
+
+    op is upfirdn2d both ways. filtered: the rows of synthesis_epilogue with a filter, or without.
+    """
     budget = json.loads(TRAFFIC.read_text()) if TRAFFIC.exists() else {}
-    for name, kept in budget.items():
-        op, *_, what, row_dtype, _ = name.split()
-        if row_dtype == dtype:
-            key = (op, what == "backward")
-            factors[key] = max(factors.get(key, 1.0), kept[0])
-    return factors
+    ways = ("forward", "backward") if op == "upfirdn2d" else (("forward", "backward")[backward],)
+    ratios = [1.0]
+    for key, (ratio, *_) in budget.items():
+        case, *what = key.rsplit(" ", 3)
+        name, _, variant = case.partition(" ")
+        if name != op or "12 taps" in variant or what not in [[w, dtype, layout] for w in ways]:
+            continue
+        if op != "synthesis_epilogue" or filtered == bool(variant):
+            ratios.append(ratio)
+    return max(ratios)
 
 
 @contextlib.contextmanager
@@ -231,7 +249,7 @@ def count(name: str, step: str, batch: int, dtype: str, impl: str) -> Counts:
         z = torch.randn(batch, getattr(G, "z_dim", 100))
         real = torch.randn(batch, *Model(G, D, z, z).generate().shape[1:])
         model = Model(G.train(), D.train(), z, real)
-        trace = Trace(traffic_factors(dtype))
+        trace = Trace()
         with trace:
             model.run(step)
     return trace.counts
@@ -281,17 +299,30 @@ def summary_table(pairs: dict[str, Pair]) -> list[list[str]]:
     return rows
 
 
-def detail_table(pair: Pair, by: str) -> list[list[str]]:
-    """Launches and MB of both, most bytes first; by: "op" or "level"."""
+def detail_table(pair: Pair, by: str, least: float = 0) -> list[list[str]]:
+    """Launches and MB of both, most bytes first; by: "op" or "level". Those with fewer than `least`
+    bytes are one row."""
     ours, reference = (getattr(counts, f"by_{by}") for counts in pair)
-    rows: list[tuple[float, list[str]]] = []
+    shown: dict[str, tuple[Count, Count]] = {}
+    others = Count(), Count()
     for name in {**ours, **reference}:
-        a, b = ours.get(name, Count()), reference.get(name, Count())
-        cells = [name, f"{a.launches:.0f}", f"{b.launches:.0f}"]
-        cells += [f"{a.bytes / 1e6:.1f}", f"{b.bytes / 1e6:.1f}"]
-        rows.append((max(a.bytes, b.bytes), cells))
+        both = ours.get(name, Count()), reference.get(name, Count())
+        if max(both[0].bytes, both[1].bytes) >= least:
+            shown[name] = both
+            continue
+        for total, part in zip(others, both, strict=True):
+            total.add(part)
+    names = sorted(shown, key=lambda name: (-max(c.bytes for c in shown[name]), name))
+    if others[0].launches + others[1].launches:
+        shown["others"] = others
+        names.append("others")
     head = [by, "launches, ours", "reference", "MB, ours", "reference"]
-    return [head, *(cells for _, cells in sorted(rows, key=lambda row: (-row[0], row[1])))]
+    return [head, *([name, *cells(*shown[name])] for name in names)]
+
+
+def cells(ours: Count, reference: Count) -> list[str]:
+    launches = [f"{c.launches:.0f}" for c in (ours, reference)]
+    return launches + [f"{c.bytes / 1e6:.1f}" for c in (ours, reference)]
 
 
 def text(rows: list[list[str]]) -> str:
@@ -320,7 +351,10 @@ def document(batch: int) -> str:
         parts += [f"An iteration of training in {title}, by level of the network:"]
         parts += [markdown(detail_table(pairs["training"], "level"))]
         if dtype == "f32":
-            parts += ["The same by operation:", markdown(detail_table(pairs["training"], "op"))]
+            parts += [
+                "The same by operation:",
+                markdown(detail_table(pairs["training"], "op", 2e6)),
+            ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,0 +1,185 @@
+"""What a call costs before any work: each op on one element, beside two eager elementwise ops.
+
+    python benchmarks/overhead.py                 microseconds a call, allocations
+    python benchmarks/overhead.py --op bias_act --rounds 50
+    python benchmarks/overhead.py --check         exit 1 if an op costs more than the two eager ops
+    python benchmarks/overhead.py --json overhead.jsonl
+
+Columns: forward without gradients, forward that records them, forward and backward. Rounds go
+through all ops and the eager pair, x * scale + b of one shape, once each; printed are medians, of
+the time and of the rounds' ratios to the pair's. On a CPU the time is that of the process, which a
+busy machine disturbs less; on a GPU it is the host's, and nothing waits for the device.
+Allocations are those of a forward on a CPU, by PyTorch's profiler, and of them the bytes beyond the
+outputs'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from ops import implementations, machine, nbytes
+
+from gankern import ops
+from gankern.ops import _impl
+
+PAIR = "two eager ops"
+WAYS = ("forward", "recorded", "forward+backward")
+Call = Callable[..., Tensor]  # of (*inputs, impl=)
+
+# Shapes of the inputs that take a gradient, x first, and the call.
+CALLS: dict[str, tuple[list[tuple[int, ...]], Call]] = {
+    PAIR: ([(1,), (1,), (1,)], lambda x, scale, b, impl: x * scale + b),
+    "bias_act": (
+        [(1, 1, 1, 1), (1,)],
+        lambda x, b, impl: ops.bias_act(x, b, act="lrelu", impl=impl),
+    ),
+    "pixel_norm": ([(1, 1)], lambda x, impl: ops.pixel_norm(x, impl=impl)),
+    "minibatch_stddev": ([(1, 1, 1, 1)], lambda x, impl: ops.minibatch_stddev(x, impl=impl)),
+    "adain": (
+        [(1, 1, 1, 1), (1, 1), (1, 1)],
+        lambda x, scale, shift, impl: ops.adain(x, scale, shift, impl=impl),
+    ),
+    "demod_coefs": (
+        [(1, 1, 1, 1), (1, 1)],
+        lambda weight, styles, impl: ops.demod_coefs(weight, styles, impl=impl),
+    ),
+    "upfirdn2d": ([(1, 1, 1, 1)], lambda x, impl: ops.upfirdn2d(x, one(x), impl=impl)),
+    "synthesis_epilogue": (
+        [(1, 1, 1, 1), (1, 1), (1,)],
+        lambda x, d, b, impl: ops.synthesis_epilogue(x, None, d, b=b, impl=impl),
+    ),
+}
+_ones: dict[torch.device, Tensor] = {}
+
+
+def one(x: Tensor) -> Tensor:
+    """A filter of one tap, on x's device, made once."""
+    if x.device not in _ones:
+        _ones[x.device] = torch.ones(1, 1, device=x.device)
+    return _ones[x.device]
+
+
+def calls(name: str, impl: str, device: str) -> dict[str, Callable[[], Any]]:
+    """A call without arguments for each of WAYS."""
+    shapes, call = CALLS[name]
+    inputs = [torch.ones(shape, device=device) for shape in shapes]
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    dy = torch.ones_like(call(*inputs, impl=impl))
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return call(*inputs, impl=impl)
+
+    return {
+        "forward": forward,
+        "recorded": lambda: call(*leaves, impl=impl),
+        "forward+backward": lambda: torch.autograd.grad(call(*leaves, impl=impl), leaves, dy),
+    }
+
+
+def host_seconds(f: Callable[[], Any], count: int) -> float:
+    """Of one call, without waiting for a device."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    start = clock()
+    for _ in range(count):
+        f()
+    seconds = (clock() - start) / count
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return seconds
+
+
+def measure(
+    names: list[str], impl: str, device: str, rounds: int, count: int = 100
+) -> dict[tuple[str, str], list[float]]:
+    """Seconds a call of each (name, way) in each round."""
+    steps = {(n, way): f for n in names for way, f in calls(n, impl, device).items()}
+    for f in steps.values():
+        host_seconds(f, 20)
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
+    for _ in range(rounds):
+        for key, f in steps.items():
+            times[key].append(host_seconds(f, count))
+    return times
+
+
+def allocations(f: Callable[[], Any]) -> list[int]:
+    """Bytes of each allocation on the CPU that f makes."""
+    f()  # what is made once
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = f()
+    del kept
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    return [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
+
+
+def beyond_outputs(f: Callable[[], Any]) -> int:
+    """Bytes that f allocates in addition to its outputs, a tensor or several."""
+    out = f()
+    outputs = [out] if isinstance(out, Tensor) else [t for t in out if t is not None]
+    return sum(allocations(f)) - sum(map(nbytes, outputs))
+
+
+def results(names: list[str], impl: str, device: str, rounds: int) -> list[dict[str, Any]]:
+    times = measure([PAIR, *names], impl, device, rounds)
+    rows = []
+    for name in (PAIR, *names):
+        row: dict[str, Any] = {"op": name, "impl": impl}
+        for way in WAYS:
+            pairs = zip(times[name, way], times[PAIR, way], strict=True)
+            row[way] = 1e6 * statistics.median(times[name, way])
+            row[f"{way} ratio"] = statistics.median(a / b for a, b in pairs)
+        if device == "cpu" and name != PAIR:
+            call = calls(name, impl, device)["forward"]
+            row |= {"allocations": len(allocations(call)), "beyond": beyond_outputs(call)}
+        rows.append(row)
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    on = "cuda" if torch.cuda.is_available() else "cpu"
+    known = [name for name in CALLS if name != PAIR]
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=on)
+    parser.add_argument("--impl", help="default: the best of the device")
+    parser.add_argument("--op", nargs="+", choices=known, default=known)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--check", action="store_true", help="exit 1 if a ratio is over 1")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the results to FILE")
+    args = parser.parse_args()
+    impl = args.impl or implementations(args.device)[-1]
+    names = [n for n in args.op if not _impl.why_not(impl, args.device, n)]
+    about = machine(args.device)
+    print(" ".join(f"{k} {v}" for k, v in about.items()))
+    print(f"{'us a call, and over the pair':30}" + "".join(f"{way:>24}" for way in WAYS))
+    slower = []
+    for row in results(names, impl, args.device, args.rounds):
+        columns = "".join(f"{row[w]:15.2f} {row[w + ' ratio']:7.2f}x" for w in WAYS)
+        extra = ""
+        if "allocations" in row:
+            extra = f"  {row['allocations']} allocations, {row['beyond']} bytes beyond the outputs"
+        print(f"{row['op']:30}{columns}{extra}")
+        slower += [f"{row['op']} {w}" for w in WAYS if row[w + " ratio"] > 1]
+        if args.json:
+            with args.json.open("a") as file:
+                file.write(json.dumps(about | row) + "\n")
+    print(
+        f"slower than the pair: {', '.join(slower)}" if slower else "none is slower than the pair"
+    )
+    return int(bool(slower) and args.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

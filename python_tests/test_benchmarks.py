@@ -1,0 +1,426 @@
+"""benchmarks/: counting, predicting, comparing and drawing, on tiny shapes and short texts."""
+
+import json
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "benchmarks/launches.py").exists():
+    pytest.skip("needs the source tree, for benchmarks/", allow_module_level=True)
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import compare  # noqa: E402
+import external  # noqa: E402
+import launches  # noqa: E402
+import overhead  # noqa: E402
+import plots  # noqa: E402
+import predicted  # noqa: E402
+import sass  # noqa: E402
+
+from gankern import ops  # noqa: E402
+from gankern.cli import bench, main  # noqa: E402
+from gankern.ops import _impl  # noqa: E402
+
+needs_cpu = pytest.mark.skipif(bool(_impl.LIBRARIES["cpu"]), reason=_impl.LIBRARIES["cpu"])
+
+
+# --- gankern bench.
+
+
+def test_bench_runs_the_script(monkeypatch) -> None:
+    ran = []
+    monkeypatch.setattr(
+        subprocess,
+        "run",
+        lambda command: ran.append(command) or types.SimpleNamespace(returncode=3),
+    )
+    result = CliRunner().invoke(main, ["bench", "ops", "--op", "bias_act", "--help"])
+    script = str(ROOT / "benchmarks/ops.py")
+    assert ran == [[sys.executable, script, "--op", "bias_act", "--help"]]
+    assert result.exit_code == 3
+
+
+def test_bench_without_sources(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(bench, "FOLDER", tmp_path)
+    result = CliRunner().invoke(main, ["bench", "steps"])
+    assert result.exit_code == 2
+    assert result.output.startswith("gankern: bench: ")
+    assert "in a clone" in result.output
+    assert result.output.count("\n") == 1
+
+
+def test_every_script_of_bench_exists() -> None:
+    assert [n for n in bench.SCRIPTS if not (ROOT / f"benchmarks/{n}.py").exists()] == []
+
+
+# --- Launches and bytes.
+
+
+def traced(f) -> launches.Counts:
+    with launches.Trace() as trace:
+        f()
+    return trace.counts
+
+
+def test_trace_counts_kernels_and_bytes() -> None:
+    x, row = torch.zeros(2, 3, 8, 8), torch.zeros(3)
+
+    def step():
+        y = x + row.reshape(-1, 1, 1)  # reads 384 + 3 numbers, writes 384
+        torch.nn.functional.pad(y.transpose(2, 3), [1, 1])  # fills 480, copies 384
+        x.expand(2, 2, 3, 8, 8).sum()  # reads x once
+
+    counts = traced(step)
+    found = {op: (c.launches, c.bytes) for op, c in counts.by_op.items()}
+    assert found == {
+        "aten::add": (1, 4 * (384 + 3 + 384)),
+        "aten::constant_pad_nd": (2, 4 * (384 + 480 + 384)),
+        "aten::sum": (1, 4 * (384 + 1)),
+    }
+    assert counts.total.launches == 4
+    assert set(counts.by_level) == {"b8"}
+
+
+def test_trace_tells_dense_convolutions_from_filters() -> None:
+    x, w, f = torch.zeros(1, 4, 6, 6), torch.zeros(4, 4, 3, 3), torch.zeros(4, 1, 3, 3)
+    dense = traced(lambda: torch.conv2d(x, w)).total
+    assert (dense.launches, dense.bytes, dense.dense) == (1, 0, 1)
+    thin = traced(lambda: torch.conv2d(x, f, groups=4)).total
+    assert (thin.launches, thin.bytes, thin.dense) == (1, 4 * (144 + 36 + 64), 0)
+    unasked = traced(lambda: torch.conv2d(x, w[:1]))
+    assert (unasked.unasked, unasked.total.launches) == (1, 0)
+
+
+def test_relaid_finds_images_that_are_copied() -> None:
+    x = torch.zeros(2, 3, 4, 4)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert launches.relaid([x, torch.zeros(3)]) == []
+    assert launches.relaid([last, last.clone()]) == []
+    assert launches.relaid([x, last]) == [last]
+    assert len(launches.relaid([x[..., ::2]])) == 1
+
+
+def test_traffic_factor_is_the_budgets_worst(monkeypatch, tmp_path) -> None:
+    budget = {
+        "upfirdn2d blur forward f32 nchw": [1.1, 1, 1, 1],
+        "upfirdn2d up 2 backward f32 nchw": [1.2, 1, 1, 1],
+        "upfirdn2d up 2, 12 taps forward f32 nchw": [9, 1, 1, 1],
+        "synthesis_epilogue up 2 forward f32 nchw": [1.4, 1, 1, 1],
+        "synthesis_epilogue forward f32 nchw": [1.3, 1, 1, 1],
+        "bias_act lrelu backward f16 nchw": [1.5, 1, 1, 1],
+    }
+    (tmp_path / "budget.json").write_text(json.dumps(budget))
+    monkeypatch.setattr(launches, "TRAFFIC", tmp_path / "budget.json")
+    factor = launches.traffic_factor.__wrapped__
+    assert factor("upfirdn2d", False, False, "f32", "nchw") == 1.2
+    assert factor("synthesis_epilogue", False, True, "f32", "nchw") == 1.4
+    assert factor("synthesis_epilogue", False, False, "f32", "nchw") == 1.3
+    assert factor("bias_act", True, False, "f16", "nchw") == 1.5
+    assert factor("bias_act", False, False, "f16", "nchw") == 1.0
+
+
+@needs_cpu
+def test_bars_of_stylegan2_256() -> None:
+    pairs = launches.count_steps("stylegan2-256", list(launches.STEPS), 8, "f32")
+    share = {s: a.total.launches / b.total.launches for s, (a, b) in pairs.items()}
+    for step in ("generate", "G", "D", "training"):
+        assert share[step] <= launches.MOST_LAUNCHES, step
+    # Both penalties miss the bar, unless what PyTorch launches unasked counts for the reference.
+    for step, at_most in (("R1", 0.62), ("PL", 0.71)):
+        ours, reference = pairs[step]
+        assert share[step] <= at_most
+        everything = reference.total.launches + reference.unasked
+        assert ours.total.launches <= launches.MOST_LAUNCHES * everything
+    ours, reference = (counts.total.bytes for counts in pairs["training"])
+    assert ours <= launches.MOST_BYTES * reference
+    assert reference > 50e9
+    assert all(a.total.dense <= 1.03 * b.total.dense for a, b in pairs.values())
+
+
+def test_tables() -> None:
+    pair = launches.Counts(), launches.Counts()
+    for counts, n in zip(pair, (1, 4), strict=True):
+        counts.by_op["aten::mul"] = launches.Count(n, 2e6 * n, 0)
+        counts.by_op["aten::neg"] = launches.Count(n, 1.0, 0)
+    rows = launches.detail_table(pair, "op", least=1e6)
+    assert rows[1] == ["aten::mul", "1", "4", "2.0", "8.0"]
+    assert rows[2] == ["others", "1", "4", "0.0", "0.0"]
+    assert launches.missed({"G": pair}) == []
+    assert launches.missed({"G": pair[::-1]}) == ["G: 400.0% of the launches, wanted 50%"]
+    assert launches.markdown(rows[:2]).splitlines()[1] == "| --- | ---: | ---: | ---: | ---: |"
+
+
+# --- Overhead.
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", [name for name in overhead.CALLS if name != overhead.PAIR])
+def test_ops_allocate_their_outputs_alone(name) -> None:
+    shapes, call = overhead.CALLS[name]
+    inputs = [torch.rand(4, *shape[1:]) if len(shape) > 1 else torch.rand(1) for shape in shapes]
+    if name == "demod_coefs":
+        inputs = [torch.rand(8, 8, 3, 3), torch.rand(4, 8)]
+    # What the gradient needs besides is an output of the registered operation: adain's mean and
+    # 1 / deviation, the squares of demod_coefs. So is the epilogue's gradient of its noise.
+    outputs = {"adain": 3, "demod_coefs": 2}.get(name, 1)
+    with torch.no_grad():
+        assert len(overhead.allocations(lambda: call(*inputs, impl="cpu"))) == outputs
+    leaves = [t.requires_grad_() for t in inputs]
+    y = call(*leaves, impl="cpu")
+    dy = torch.rand_like(y)
+    backward = overhead.allocations(lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True))
+    assert len(backward) <= len(leaves) + (name == "synthesis_epilogue")
+
+
+def test_beyond_outputs() -> None:
+    x = torch.rand(64)
+    assert overhead.beyond_outputs(lambda: x + x) == 0
+    assert overhead.beyond_outputs(lambda: x * x + x) == 256
+
+
+@needs_cpu
+def test_overhead_rows() -> None:
+    names = ["bias_act"]
+    pair, row = overhead.results(names, "cpu", "cpu", rounds=1)
+    assert pair["op"] == overhead.PAIR
+    assert pair["forward ratio"] == 1
+    assert row["forward ratio"] == pytest.approx(row["forward"] / pair["forward"])
+    assert (row["allocations"], row["beyond"]) == (1, 0)
+
+
+# --- Predicted.
+
+
+def test_prediction_is_bytes_over_bandwidth() -> None:
+    row = next(r for r in predicted.ROWS if r.op == "bias_act")
+    gpu = predicted.Gpu("sm_90", bandwidth=1e12, processors=100, clock=1e9)
+    work = predicted.Work(row, "forward", {"forward": 1e9}, (1,))
+    assert predicted.least_seconds(work, gpu, {}) == (1e-3 + predicted.LAUNCH, "bytes")
+    # 8 instructions a byte: 2.5e8 of a warp, at 4e11 a second.
+    seconds, bound = predicted.least_seconds(work, gpu, {"forward": 8.0})
+    assert seconds == pytest.approx(1e-3 + predicted.LAUNCH)
+    seconds, bound = predicted.least_seconds(work, gpu, {"forward": 16.0})
+    assert (seconds, bound) == (pytest.approx(1.25e-3 + predicted.LAUNCH), "instructions")
+    small = predicted.Work(row, "forward", {"forward": 1e3}, (1,))
+    assert predicted.least_seconds(small, gpu, {})[1] == "launch"
+
+
+def test_density_is_the_least_of_an_ops_kernels() -> None:
+    def kernel(name, instructions, arch="sm_90"):
+        code = sass.Code(instructions=instructions)
+        code.loads[16], code.stores[16] = 2, 1
+        return sass.Kernel("bias_act", name, arch, 32, 0, 0, 256, code)
+
+    kernels = [
+        kernel("bias_act_rows_kernel<0, true, float, 4>", 96),
+        kernel("bias_act_rows_kernel<0, false, float, 4>", 192),
+        kernel("bias_act_rows_kernel<0, true, __half, 8>", 48),
+        kernel("bias_act_rows_kernel<1, true, float, 4>", 480),
+        kernel("bias_act_rows_kernel<0, true, float, 4>", 9, "sm_80"),
+    ]
+    assert predicted.density(kernels, "bias_act", "forward", "f32", "sm_90") == 2
+    assert predicted.density(kernels, "bias_act", "forward", "f16", "sm_90") == 1
+    assert predicted.density(kernels, "bias_act", "backward", "f32", "sm_90") == 10
+    assert predicted.density(kernels, "adain", "forward", "f32", "sm_90") == 0
+
+
+def test_predictions_of_all_ops() -> None:
+    found = list(predicted.predictions(["A100", "H200"], "64", "f32", False, []))
+    assert len(found) == 2 * len(predicted.ROWS)
+    first = found[0]
+    # bias_act reads and writes 8 x 256 x 64 x 64 numbers, and reads the bias.
+    assert first["mb"] == pytest.approx((2 * 8 * 256 * 64 * 64 + 256) * 4 / 1e6, rel=0.01)
+    for result in found:
+        assert result["predicted_us"]["A100"] >= result["predicted_us"]["H200"] >= 2
+    rows = predicted.table(found, ["A100", "H200"])
+    assert rows[0][4:] == ["A100, us", "H200, us", "bound on A100"]
+    assert len(rows) == 1 + len(found)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_measured_needs_a_gpu() -> None:
+    with pytest.raises(SystemExit, match="needs a GPU"):
+        predicted.here()
+
+
+# --- External.
+
+CHECKOUT = """
+import torch
+from gankern.models import stylegan2
+
+class Generator(torch.nn.Module):
+    def __init__(self, z_dim, c_dim, w_dim, img_resolution, img_channels, **size):
+        super().__init__()
+        shape = (img_resolution, img_resolution)
+        self.net = stylegan2.Generator(z_dim, c_dim, w_dim, shape, img_channels, **size)
+
+    def mapping(self, z, c):
+        assert c.shape == (len(z), 0)
+        return self.net.mapping(z, c)
+
+    def synthesis(self, ws):
+        return self.net.synthesis(ws)
+
+    def forward(self, z, c):
+        return self.synthesis(self.mapping(z, c))
+
+class Discriminator(torch.nn.Module):
+    def __init__(self, c_dim, img_resolution, img_channels, **size):
+        super().__init__()
+        shape = (img_resolution, img_resolution)
+        self.net = stylegan2.Discriminator(c_dim, shape, img_channels, **size)
+
+    def forward(self, img, c):
+        return self.net(img, c)
+"""
+
+
+def run_external(monkeypatch, tmp_path, *arguments) -> int:
+    folder = tmp_path / "training"
+    folder.mkdir(exist_ok=True)
+    (folder / "networks_fake.py").write_text(CHECKOUT)
+    given = ["external.py", "--repo", str(tmp_path), "--module", "training.networks_fake"]
+    size = ["--resolution", "8", "--channel-base", "64", "--channel-max", "8", "--batch", "4"]
+    monkeypatch.setattr(sys, "argv", [*given, *size, "--rounds", "1", *arguments])
+    for name in ("training", "training.networks_fake"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return external.main()
+
+
+def test_external_times_a_checkout(monkeypatch, tmp_path, capsys) -> None:
+    file = tmp_path / "external.jsonl"
+    steps = ["--step", "generate", "D", "PL"]
+    assert run_external(monkeypatch, tmp_path, *steps, "--json", str(file)) == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(r["step"], r["impl"]) for r in rows] == [
+        (step, impl) for step in steps[1:] for impl in ("ours", "theirs")
+    ]
+    assert all(r["ratio"] == 1 for r in rows if r["impl"] == "ours")
+    assert all(0 < r["ratio"] < 100 and r["repo"] == tmp_path.name for r in rows)
+    assert capsys.readouterr().out.count("/ ours") == 6
+    assert str(tmp_path) not in sys.path
+
+
+def test_external_names_what_does_not_fit(monkeypatch, tmp_path) -> None:
+    with pytest.raises(SystemExit, match="is not a folder"):
+        external.load(tmp_path / "nothing", "training")
+    with pytest.raises(SystemExit, match="cannot be imported"):
+        external.load(tmp_path, "training.not_there")
+    (tmp_path / "half.py").write_text("Generator = 1")
+    with pytest.raises(SystemExit, match="has no Discriminator"):
+        external.load(tmp_path, "half")
+    with pytest.raises(SystemExit, match=r"other arguments: .*--generator-args"):
+        run_external(monkeypatch, tmp_path, "--generator-args", '{"depth": 3}')
+    assert external.arguments({"a": 1, "b": 2}, '{"a": null, "c": 3}') == {"b": 2, "c": 3}
+    with pytest.raises(SystemExit, match="JSON object"):
+        external.arguments({}, "a=1")
+
+
+# --- Plots.
+
+
+def ops_rows() -> list[dict]:
+    about = {"machine": "M", "dtype": "float32", "channels_last": False, "case": ""}
+    return [
+        about | {"op": op, "impl": impl, "what": what, "x": [n, 8], "ms": n * ms, "ms_10": ms,
+                 "ms_90": ms, "ratio": 2 / ms, "gb_s": 4 / ms, "of_copy": 0.5 / ms}
+        for op in ("bias_act", "adain")
+        for impl, ms in (("reference", 2.0), ("cpu", 1.0))
+        for what in ("forward", "forward+backward")
+        for n in (1, 16)
+    ]  # fmt: skip
+
+
+def step_rows() -> list[dict]:
+    return [
+        {"machine": "M", "model": "m", "step": s, "batch": 8, "impl": i, "ms": 1.0, "ratio": r}
+        for s in ("G", "D")
+        for i, r in (("ours", 1.0), ("reference", 1.5), ("floor", 0.8))
+    ]
+
+
+def test_plots_draw_what_was_measured(monkeypatch, tmp_path, capsys) -> None:
+    file = tmp_path / "all.jsonl"
+    rows = [*ops_rows(), *step_rows(), {"kind": "predicted", "impl": "cuda", "ms": 1}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["plots.py", str(file), "--out", str(tmp_path / "out"), "--format", "svg"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert plots.main() == 0
+    kinds = ("roofline", "scaling", "speedup")
+    wanted = [*(f"{kind}-m-float32-nchw.svg" for kind in kinds), "steps-m-batch-8.svg"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(wanted)
+    assert capsys.readouterr().out.count("wrote ") == 4
+
+
+def test_plots_keep_the_last_and_the_largest(tmp_path) -> None:
+    first, second = (
+        {**row, "ratio": r} for row, r in zip([ops_rows()[4]] * 2, (1, 7), strict=True)
+    )
+    file = tmp_path / "twice.jsonl"
+    file.write_text(json.dumps(first) + "\n" + json.dumps(second) + "\n")
+    assert [row["ratio"] for row in plots.read([file])] == [7]
+    assert {tuple(row["x"]) for row in plots.largest(ops_rows())} == {(16, 8)}
+    file.write_text("no json\n")
+    with pytest.raises(SystemExit, match="line 1 is not JSON"):
+        plots.read([file])
+
+
+# --- Compare.
+
+
+def test_compare_ratios_and_regressions() -> None:
+    key, gone = ("bias_act lrelu", "8x8", "forward"), ("adain", "8x8", "forward")
+    rounds = [
+        {"base": {key: 2.0, gone: 1.0}, "head": {key: 2.0 * ratio}} for ratio in (1.0, 1.2, 1.3)
+    ]
+    (row,) = compare.compare(rounds)
+    assert row.key == key
+    assert (row.base, row.head) == (2.0, 2.4)
+    assert (row.ratio, row.least, row.most) == (1.2, 1.0, 1.3)
+    assert compare.regressions([row], 15) == [row]
+    assert compare.regressions([row], 25) == []
+
+
+def test_compare_reads_rows_of_the_cpu() -> None:
+    about = {"op": "adain", "case": "", "x": [8, 4], "what": "forward"}
+    lines = [about | {"impl": impl, "ms": ms} for impl, ms in (("reference", 9), ("cpu", 3))]
+    assert compare.read("\n".join(map(json.dumps, lines))) == {("adain", "8x4", "forward"): 3}
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_compare_checks_out_both_commits(monkeypatch, tmp_path) -> None:
+    repo = tmp_path / "repo"
+    repo.mkdir()
+    monkeypatch.setattr(compare, "ROOT", repo)
+
+    def git(*arguments):
+        name = ("-c", "user.name=n", "-c", "user.email=e@example.org")
+        return compare.git(*name, *arguments, folder=repo)
+
+    git("init", "-q")
+    for text in ("one", "two"):
+        (repo / "file").write_text(text)
+        git("add", "file")
+        git("commit", "-q", "-m", text)
+    monkeypatch.setattr(compare.git, "__defaults__", (repo,))
+    monkeypatch.setattr(compare.git, "__kwdefaults__", {"folder": repo})
+    commits = {"base": compare.commit_of("HEAD~1"), "head": compare.commit_of("HEAD")}
+    with compare.worktrees(None, commits) as trees:
+        assert [tree.joinpath("file").read_text() for tree in trees.values()] == ["one", "two"]
+    assert not any(tree.exists() for tree in trees.values())
+    with pytest.raises(SystemExit, match="rev-parse failed"):
+        compare.commit_of("no-such-revision")
+
+
+def test_ops_named_in_overhead_are_all_registered_ones() -> None:
+    composed = {"conv2d_layer", "conv2d_resample", "modulated_conv2d", "synthesis_layer"}
+    resampling = {"downsample2d", "filter2d", "setup_filter", "upsample2d"}
+    assert set(ops.__all__) - composed - resampling == set(overhead.CALLS) - {overhead.PAIR}

@@ -177,17 +177,27 @@ def here() -> str:
 
 def table(results: list[dict[str, Any]], names: list[str]) -> list[list[str]]:
     measured = any("measured_us" in r for r in results)
-    head = ["op", "x", "pass", "MB", *(f"{name}, us" for name in names), "bound on " + names[0]]
+    head = ["op", "x", "pass", "MB", *(f"{name}, us" for name in names), "bound"]
     rows = [head + (["measured, us", "over predicted"] if measured else [])]
     for r in results:
         cells = [f"{r['op']} {r['case']}".strip(), "x".join(map(str, r["x"])), r["what"]]
         cells += [f"{r['mb']:.1f}", *(f"{r['predicted_us'][name]:.1f}" for name in names)]
-        cells.append(r["bound"][names[0]])
+        cells.append(bound(r["bound"]))
         if measured:
             ratio = r["measured_us"] / r["predicted_us"][names[0]]
             cells += [f"{r['measured_us']:.1f}", f"{ratio:.2f}"]
         rows.append(cells)
     return rows
+
+
+def bound(by_gpu: dict[str, str]) -> str:
+    """What bounds the time: of all GPUs, or a name for each kind."""
+    kinds: dict[str, list[str]] = {}
+    for name, kind in by_gpu.items():
+        kinds.setdefault(kind, []).append(name)
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
 
 
 def compiled(paths: list[Path], names: list[str]) -> list[sass.Kernel]:

@@ -240,8 +240,10 @@ def test_predictions_of_all_ops() -> None:
     for result in found:
         assert result["predicted_us"]["A100"] >= result["predicted_us"]["H200"] >= 2
     rows = predicted.table(found, ["A100", "H200"])
-    assert rows[0][4:] == ["A100, us", "H200, us", "bound on A100"]
+    assert rows[0][4:] == ["A100, us", "H200, us", "bound"]
     assert len(rows) == 1 + len(found)
+    assert predicted.bound({"A100": "bytes", "H200": "bytes"}) == "bytes"
+    assert predicted.bound({"A100": "bytes", "H200": "x"}) == "bytes: A100; x: H200"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")

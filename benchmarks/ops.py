@@ -43,7 +43,7 @@ F4 = ops.setup_filter([1, 3, 3, 1])
 @dataclass
 class Row:
     """An op on the tensors of a model. Bytes: forward reads the inputs and writes y; backward reads
-    dy and `saved` (x, y or nothing) and writes the gradients."""
+    dy, `saved` (x, y or nothing) and the frozen inputs, and writes the gradients."""
 
     op: str
     case: str
@@ -61,7 +61,7 @@ class Row:
 
     def backward_bytes(self, inputs: list[Tensor], y: Tensor) -> int:
         saved = {"x": nbytes(inputs[0]), "y": nbytes(y), "": 0}[self.saved]
-        return nbytes(y) + saved + sum(map(nbytes, self.leaves(inputs)))
+        return nbytes(y) + saved + sum(map(nbytes, inputs))
 
     def leaves(self, inputs: list[Tensor]) -> list[Tensor]:
         return inputs[: len(inputs) - self.frozen]

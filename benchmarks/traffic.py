@@ -61,19 +61,13 @@ PLANES, PROCESSORS = 4 * 64, 132  # batch times channels of StyleGAN2-256, on an
 WHOLE = {"pixel_norm latent": (8, 1), "minibatch_stddev": (8, 1), "demod_coefs": (4, 64)}
 
 # Rows that miss a bar, and why.
-FILTER = "rows of 257 begin at any byte: pieces of 16 bytes reach over the tile's edges"
 MISSES = {
     "adain * nhwc": "no multiprocessor holds a channels-last block's planes: x is read twice",
     "adain backward f32 nchw": "x and dy of a plane, 512 KiB, exceed a multiprocessor's memory",
     "demod_coefs *": "each block reads the styles, and q [O, I] is kept for the backward",
-    "minibatch_stddev * nhwc": "a statistic of one channel is two or four bytes of each sector",
-    "synthesis_epilogue forward * nchw": "noise is read in pieces of four bytes",
-    "synthesis_epilogue backward * nchw": "noise is read once for each of few channels",
-    "synthesis_epilogue up 2 *": FILTER,
-    "upfirdn2d blur * nchw": FILTER,
-    "upfirdn2d up 2 backward * nchw": "a tile's edges do not fall on sectors",
-    "upfirdn2d up 2, 12 taps * f16 nchw": "a tile's edges do not fall on sectors",
-    "upfirdn2d up 2, 12 taps backward * nhwc": "the kernel for every filter, of small tiles",
+    "minibatch_stddev * nhwc": "rows of C + 1 channels begin and end within a sector",
+    "synthesis_epilogue forward * nchw": "each warp reads three parameters of its channel",
+    "synthesis_epilogue up 2 *": "halos of 6 and 3 pixels around a tile of shared memory",
 }
 
 

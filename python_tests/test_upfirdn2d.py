@@ -203,6 +203,30 @@ def test_deterministic(impl, device):
             assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("factors", [(1, 1), (2, 1), (1, 2), (3, 2)], ids=str)
+@pytest.mark.parametrize("taps", [4, 12])
+@pytest.mark.parametrize("layout", harness.LAYOUTS)
+def test_large_tiles(impl, device, layout, taps, factors, dtype):
+    """Of which a GPU of few multiprocessors has enough: long strips, several steps each."""
+    if impl != "simt":
+        pytest.skip("only csrc/simt can be a smaller GPU")
+    from simt_build import module
+
+    up, down = factors
+    x = harness.lay_out(harness.randn(1, 8, 75, 40).to(DTYPES[dtype]), layout)
+    f = torch.linspace(-1, 2, taps)
+    module().processors(1)
+    try:
+        y = upfirdn2d(x, f, up, down, taps // 2, impl=impl)
+    finally:
+        module().processors(132)
+    exact = upfirdn2d(x.double(), f, up, down, taps // 2, impl="reference")
+    size = upfirdn2d(x.double().abs(), f.abs(), up, down, taps // 2, impl="reference").max().item()
+    eps = torch.finfo(x.dtype).eps
+    assert harness.max_error(y, exact) <= (8 if dtype == "f32" else 2) * eps * size
+
+
 def test_offsets_beyond_32_bits(impl, device):
     """The last corner of an image of over 2**31 elements; the rest is never touched."""
     if impl == "reference" or device != "cpu":

@@ -72,37 +72,40 @@ struct Reduce {
   bool db_f32;
 };
 
+// The parts that a group of channels is cut into, along y and z of the grid, and this block's.
+__device__ __forceinline__ int splits() { return static_cast<int>(gridDim.y * gridDim.z); }
+__device__ __forceinline__ int64_t split() { return blockIdx.z * gridDim.y + blockIdx.y; }
+
 // True in every thread of the block that arrives last in its column of the grid.
 __device__ __forceinline__ bool last_block(int* tickets) {
   __shared__ int last;
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0 && threadIdx.y == 0)
-    last = atomicAdd(tickets + blockIdx.x, 1) == static_cast<int>(gridDim.y) - 1;
+    last = atomicAdd(tickets + blockIdx.x, 1) == splits() - 1;
   __syncthreads();
   __threadfence();
   return last;
 }
 
-// Planes: thread row threadIdx.y owns channel c; blockIdx.y is a part of the plane and of outer.
+// Planes: thread row threadIdx.y owns channel c; blockIdx.y is a part of the plane, z of outer.
 template <int kOp, bool kPwl, typename T, int N>
 __global__ void __launch_bounds__(kThreads)
     bias_act_planes_kernel(Tensors<T> t, const void* b, bool b_f32, int64_t outer, int64_t C,
-                           int64_t inner, int chunks, int span, ActArgs<Acc<T>> p,
-                           Reduce<Acc<T>> r) {
+                           int64_t inner, int span, ActArgs<Acc<T>> p, Reduce<Acc<T>> r) {
   using A = Acc<T>;
   round_clamp<kOp, T>(p);
   const int64_t c = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  const int chunk = blockIdx.y % chunks, n0 = blockIdx.y / chunks, n_step = gridDim.y / chunks;
+  const int chunk = blockIdx.y;
   A sum = A(0);
   if (c < C) {
     A bias[N];
     const A bias_c = b ? load_param<T>(b, b_f32, c) : A(0);
 #pragma unroll
     for (int j = 0; j < N; j++) bias[j] = bias_c;
-    for (int64_t n = n0; n < outer; n += n_step) {
+    for (int64_t n = blockIdx.z; n < outer; n += gridDim.z) {
       const int64_t start = (n * C + c) * inner;
-      const int64_t head = min(inner, (N - start % N) % N);  // elements up to 16-byte alignment
+      const int64_t head = min(inner, -start & (N - 1));  // elements up to 16-byte alignment
       const int64_t packs = (inner - head) / N, tail = inner - head - packs * N;
       const int64_t stop = min(packs, static_cast<int64_t>(chunk + 1) * span);
       for (int64_t i = static_cast<int64_t>(chunk) * span + threadIdx.x; i < stop; i += blockDim.x)
@@ -119,7 +122,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ A warp_sums[kThreads / 32];
   const int lanes = min(static_cast<int>(blockDim.x), 32);
   sum = warp_sum(sum, lanes);
-  const int warps = blockDim.x / lanes;  // warps of a row; 1 when a row fits into a warp
+  const int warps = blockDim.x / 32;  // of a row
   if (warps > 1) {
     if (threadIdx.x % 32 == 0) warp_sums[threadIdx.y * warps + threadIdx.x / 32] = sum;
     __syncthreads();
@@ -128,15 +131,15 @@ __global__ void __launch_bounds__(kThreads)
       for (int w = 0; w < warps; w++) sum += warp_sums[threadIdx.y * warps + w];
     }
   }
-  if (gridDim.y == 1) {
+  if (splits() == 1) {
     if (threadIdx.x == 0 && c < C) store_param<T>(r.db, r.db_f32, c, sum);
     return;
   }
-  if (threadIdx.x == 0 && c < C) r.partials[blockIdx.y * C + c] = sum;
+  if (threadIdx.x == 0 && c < C) r.partials[split() * C + c] = sum;
   if (!last_block(r.tickets) || c >= C) return;
   if (threadIdx.x != 0) return;
   sum = A(0);
-  for (int s = 0; s < static_cast<int>(gridDim.y); s++) sum += r.partials[s * C + c];
+  for (int s = 0; s < splits(); s++) sum += r.partials[s * C + c];
   store_param<T>(r.db, r.db_f32, c, sum);
 }
 
@@ -222,10 +225,11 @@ __global__ void __launch_bounds__(kThreads)
 
 struct Plan {
   bool rows;
-  int fold, chunks, span;
+  int fold, span;
   int64_t columns;
   dim3 grid, block;
-  int64_t partials() const { return static_cast<int64_t>(grid.y) * columns; }
+  int64_t splits() const { return static_cast<int64_t>(grid.y) * grid.z; }
+  int64_t partials() const { return splits() * columns; }
 };
 
 // Chooses grid and block: enough blocks for every multiprocessor, long runs for each thread.
@@ -266,10 +270,10 @@ Plan make_plan(int64_t outer, int64_t C, int64_t inner, int packed, bool reduces
   const int64_t most_chunks = reduces ? ceil_div(want, groups) : 16384;
   per_chunk = max(per_chunk, ceil_div(ceil_div(packs, most_chunks), x) * x);
   plan.span = static_cast<int>(min(per_chunk, int64_t(1) << 30));
-  plan.chunks = static_cast<int>(ceil_div(packs, plan.span));
-  int64_t n_splits = max(int64_t(1), min(outer, int64_t(65535) / plan.chunks));
-  if (reduces) n_splits = max(int64_t(1), min(n_splits, ceil_div(want, groups * plan.chunks)));
-  plan.grid = dim3(groups, plan.chunks * n_splits);
+  const int64_t chunks = ceil_div(packs, plan.span);
+  int64_t n_splits = min(outer, int64_t(65535));
+  if (reduces) n_splits = max(int64_t(1), min(n_splits, ceil_div(want, groups * chunks)));
+  plan.grid = dim3(groups, chunks, n_splits);
   return plan;
 }
 
@@ -296,7 +300,7 @@ void launch(const Plan& plan, const Tensors<T>& t, const void* b, bool b_f32, in
               b_f32, outer * C, C, plan.columns, p, r);
   else
     GK_LAUNCH((bias_act_planes_kernel<kOp, kPwl, T, N>), plan.grid, plan.block, 0, stream, t, b,
-              b_f32, outer, C, inner, plan.chunks, plan.span, p, r);
+              b_f32, outer, C, inner, plan.span, p, r);
 }
 
 template <int kOp>
@@ -318,7 +322,7 @@ int run(int dtype, int bdtype, const void* in0, const void* in1, const void* in2
     A* partials = static_cast<A*>(workspace);
     int* tickets = reinterpret_cast<int*>(partials + plan.partials());
     const Reduce<A> r{db, partials, tickets, bdtype == kF32};
-    if (db && (plan.grid.y > 1 || plan.columns > C)) {
+    if (db && (plan.splits() > 1 || plan.columns > C)) {
       const cudaError_t e =
           cudaMemsetAsync(tickets, 0, plan.grid.x * sizeof(int), static_cast<cudaStream_t>(stream));
       if (e != cudaSuccess) return static_cast<int>(e);

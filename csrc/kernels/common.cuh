@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../dtype.h"
 
@@ -124,6 +125,13 @@ __device__ __forceinline__ void store_param(void* p, bool is_f32, int64_t i, Acc
     static_cast<float*>(p)[i] = static_cast<float>(v);
   else
     static_cast<T*>(p)[i] = from_acc<T>(v);
+}
+
+// f(0), ..., f(N - 1), each with an instruction of its own wherever this is compiled.
+template <int N, typename F>
+__device__ __forceinline__ void unrolled(F f) {
+  if constexpr (N > 1) unrolled<N - 1>(f);
+  f(std::integral_constant<int, N - 1>{});
 }
 
 // Sum over groups of `width` neighbouring lanes (a power of two up to 32); all lanes get it.

@@ -58,6 +58,7 @@ int launch_columns(const Op& op, int64_t outer, int64_t length, int64_t inner, v
   int tx = pow2_between(packs, 1, sector);
   const int each = packs_each(outer * length * packs, K);
   int ty = pow2_between(ceil_div(length, each), 1, kMaxThreads / tx);
+  while (tx * ty < 32 && tx < packs) tx *= 2;
   while (tx * ty < 32) ty *= 2;
   // Wider blocks, for whole cache lines and fewer sums, while they still fill the machine.
   while (tx < packs && tx * ty < (tx < 4 * sector ? 512 : 256) &&

@@ -6,9 +6,11 @@
 //     rows are kept split into their `down` phases, so that its window is a few aligned 16-byte
 //     reads. Separable filters of 8 and 12 taps take two passes through shared memory.
 //   pixels: channels-last, 16 bytes of channels a thread, the usual 2-D filters compiled in.
+//   strips: channels-last, separable filters of more than 6 taps, in two passes.
 //   any: every other filter, factor, layout and dtype.
 #include "upfirdn2d_pixels.cuh"
 #include "upfirdn2d_planes.cuh"
+#include "upfirdn2d_strips.cuh"
 
 namespace gankern {
 namespace {
@@ -147,7 +149,8 @@ int launch_any(Args p, void* stream) {
 
 template <typename T>
 int try_pixels(const Args& p, void* stream) {
-  if (p.channels % (16 / sizeof(T)) || (p.separable && p.w.taps > 6)) return -1;
+  if (p.channels % (16 / sizeof(T))) return -1;
+  if (p.separable && p.w.taps > 6) return launch_strips<T>(p, stream);
   if (p.w.taps == 4 && p.h.taps == 4 && p.w.up == p.h.up && p.w.down == p.h.down) {
     if (p.w.up == 1 && p.w.down == 1) return launch_pixels<T, 1, 1, 4>(p, stream);
     if (p.w.up == 2 && p.w.down == 1) return launch_pixels<T, 2, 1, 4>(p, stream);

@@ -23,9 +23,15 @@ __global__ void __launch_bounds__(kPixelThreads, 2) upfirdn2d_pixels_kernel(Args
   const int g = threadIdx.x & ((1 << kLog2Granules) - 1);
   const int tx = threadIdx.x >> kLog2Granules & (p.tile_w - 1);
   const int ty = threadIdx.x >> (kLog2Granules + p.log2_x);
-  const int ox0 = static_cast<int>(blockIdx.x) % p.tiles_w * p.tile_w;
-  const int oy0 = static_cast<int>(blockIdx.x) / p.tiles_w * p.tile_h;
-  const int ix0 = first_sample(p.w, ox0), iy0 = first_sample(p.h, oy0);
+  const int ox0 = static_cast<int>(blockIdx.x) * p.tile_w;
+  const int oy0 = static_cast<int>(blockIdx.z) * p.tile_h;
+  const auto first = [](const Axis& a, int o) {
+    if constexpr (kTaps)
+      return first_sample<kUp, kDown>(a, o);
+    else
+      return first_sample(a, o);
+  };
+  const int ix0 = first(p.w, ox0), iy0 = first(p.h, oy0);
   for (int i = threadIdx.x; i < f_size; i += blockDim.x) {
     const int taps = kTaps ? kTaps : p.w.taps;
     f[i] = filter_tap<float>(p, i / taps, i % taps) * static_cast<float>(p.gain);
@@ -33,16 +39,17 @@ __global__ void __launch_bounds__(kPixelThreads, 2) upfirdn2d_pixels_kernel(Args
   // A row of the tile is split into its `down` phases; column c of it starts at element at(c).
   const int phase = p.pitch / kDown;
   const auto at = [&](int c) { return c % kDown * phase * N + c / kDown * kStep; };
-  const int first_x = first_sample(p.w, ox0 + tx), tap_x = first_tap(p.w, ox0 + tx, first_x);
+  const int first_x = first(p.w, ox0 + tx), tap_x = first_tap(p.w, ox0 + tx, first_x);
 
-  for (int64_t part = blockIdx.y; part < p.images * p.chunks; part += gridDim.y) {
-    const int64_t image = part / p.chunks;
-    const int c0 = static_cast<int>(part % p.chunks) * kStep;
+  const unsigned parts = static_cast<unsigned>(p.images * p.chunks), chunks = p.chunks;
+  for (unsigned part = blockIdx.y; part < parts; part += gridDim.y) {
+    const int64_t image = part / chunks;
+    const int c0 = static_cast<int>(part % chunks) * kStep;
     const T* x = static_cast<const T*>(p.x) + image * p.h.in * p.w.in * p.channels + c0;
     T* y = static_cast<T*>(p.y) + image * p.h.out * p.w.out * p.channels + c0 + g * N;
     __syncthreads();
-    const int step_r = blockDim.x / p.pitch, step_v = blockDim.x % p.pitch;
-    int r = threadIdx.x / p.pitch, v = threadIdx.x % p.pitch;
+    const int step_r = quotient(blockDim.x, p.magic_row), step_v = blockDim.x - step_r * p.pitch;
+    int r = quotient(threadIdx.x, p.magic_row), v = threadIdx.x - r * p.pitch;
     const auto advance = [&](int& row, int& vec) {
       row += step_r;
       vec += step_v;
@@ -86,7 +93,7 @@ __global__ void __launch_bounds__(kPixelThreads, 2) upfirdn2d_pixels_kernel(Args
 #pragma unroll
       for (int jr = 0; jr < kRows; jr++) {
         const int oy = oy0 + ty * kRows + jr;
-        const int first_y = first_sample(p.h, oy);
+        const int first_y = first(p.h, oy);
         const T* row = column + (first_y - iy0) * row_step;
         for (int ky = first_tap(p.h, oy, first_y); ky < p.h.taps; ky += p.h.up, row += row_step) {
           const T* sample = row;
@@ -157,15 +164,17 @@ int launch_pixels(Args p, void* stream) {
     const int64_t f = (static_cast<int64_t>(p.h.taps) * p.w.taps + 3) / 4 * 4;
     shared = 4 * f + static_cast<int64_t>(p.in_rows) * p.pitch * 16;
     const int64_t blocks = ceil_div(p.h.out, p.tile_h) * p.tiles_w * p.images * p.chunks;
-    if (shared <= kSharedBytes && (x * y * g <= 32 || blocks >= wanted)) break;
+    if (shared <= kSharedBytes && p.pitch < 2048 && (x * y * g <= 32 || blocks >= wanted)) break;
     if (x * y * g <= 32) return -1;
     if (y > 1)
       y /= 2;
     else
       x /= 2;
   }
+  if (!has_grid3(p)) return -1;
   p.log2_x = log2_of(x);
-  GK_LAUNCH((upfirdn2d_pixels_kernel<T, kUp, kDown, kTaps>), grid_of(p), dim3(g * x * y),
+  p.magic_row = magic_of(p.pitch);
+  GK_LAUNCH((upfirdn2d_pixels_kernel<T, kUp, kDown, kTaps>), grid3_of(p), dim3(g * x * y),
             static_cast<int>(shared), stream, p);
   return static_cast<int>(cudaGetLastError());
 }

@@ -6,6 +6,8 @@
 namespace gankern {
 namespace {
 
+constexpr int kPlaneThreads = 512, kWidestRow = 72;  // threads
+
 template <int kUp, int kDown, int kTaps, bool kSeparable>
 struct Planes {
   static constexpr int kMeet = kTaps / kUp;  // taps that meet an output
@@ -45,32 +47,27 @@ __device__ __forceinline__ unsigned short narrow(float v, unsigned short, bool b
 }
 
 // Copies the rows and columns that the tile needs; what lies outside of the image becomes zero.
-// Global vectors are aligned whatever the row's own alignment, and so overlap the tile's edges. The
-// elements of a vector are stored in an order that differs between lanes: no bank conflicts.
+// Global vectors are aligned whatever the row's own alignment, and so overlap the tile's edges, by
+// whole sectors. Rows are kept split into `down` phases, each phase of all rows together, so that a
+// warp that wraps to the next row continues there in the next banks. The elements of a vector are
+// stored in an order that differs between lanes: no bank conflicts.
 template <int kDown, typename T>
 __device__ __forceinline__ void load_tile(const Args& p, float* tile, int64_t image, int ix0,
                                           int iy0) {
-  constexpr int N = 16 / sizeof(T), kBatch = N == 8 ? 2 : kDown == 2 ? 3 : 4;
+  constexpr int N = 16 / sizeof(T), kBatch = N == 8 ? 2 : kDown == 2 ? 3 : 4, kSector = 2 * N;
   // Offsets in a plane fit into 32 bits; `before` and `behind` are the tensor's ends seen from it.
   const int64_t plane = image * p.h.in * p.w.in, left = (p.images - image) * p.h.in * p.w.in;
   const T* x = static_cast<const T*>(p.x) + plane;
-  const int before = plane < N ? -static_cast<int>(plane) : -N;
-  const int behind = static_cast<int>(min(left, int64_t(INT32_MAX) - N));
-  const int misaligned = static_cast<int>(plane & (N - 1));
-  const int phase = p.pitch / kDown, lane = threadIdx.x % 32;
+  const int before = plane < kSector ? -static_cast<int>(plane) : -kSector;
+  const int behind = static_cast<int>(min(left, int64_t(INT32_MAX) - kSector));
+  const int misaligned =
+      static_cast<int>(reinterpret_cast<uintptr_t>(x) / sizeof(T)) & (kSector - 1);
+  const int pitch = p.pitch / kDown, phase = p.in_rows * pitch, lane = threadIdx.x % 32;
   const int lo = max(0, -ix0), hi = max(lo, min(p.columns, p.w.in - ix0));
 
-  for (int r = threadIdx.x / 32; r < p.in_rows; r += blockDim.x / 32) {
-    const bool inside = iy0 + r >= 0 && iy0 + r < p.h.in;
-    for (int c = lane; c < p.pitch; c += 32) {
-      if (inside && c >= lo && c < hi) c += (hi - c) / 32 * 32;
-      if (!inside || c < lo || c >= hi) tile[r * p.pitch + c % kDown * phase + c / kDown] = 0.f;
-    }
-  }
-
-  const int per_row = p.pitch / N;  // as many as a row's elements, whatever its alignment
-  const int step_r = blockDim.x / per_row, step_v = blockDim.x % per_row;
-  int r = threadIdx.x / per_row, v = threadIdx.x % per_row;
+  const int per_row = p.pitch / N;  // an even number
+  const int step_r = quotient(blockDim.x, p.magic_row), step_v = blockDim.x - step_r * per_row;
+  int r = quotient(threadIdx.x, p.magic_row), v = threadIdx.x - r * per_row;
   const int turn = kDown * (lane / max(1, 32 * kDown / N)) % N;
   const auto advance = [&](int& row, int& vec) {
     row += step_r;
@@ -85,7 +82,7 @@ __device__ __forceinline__ void load_tile(const Args& p, float* tile, int64_t im
                             static_cast<unsigned>(ix0));
   };
   const auto column = [&](int start, int vec) {
-    return vec * N - ((start + misaligned) & (N - 1));
+    return vec * N - ((start + misaligned) & (kSector - 1));
   };
   while (r < p.in_rows) {
     Pack<T, N> packs[kBatch];
@@ -93,9 +90,9 @@ __device__ __forceinline__ void load_tile(const Args& p, float* tile, int64_t im
 #pragma unroll
     for (int b = 0; b < kBatch; b++) {
       const int iy = iy0 + r;
-      const int start = start_of(iy), c = column(start, v);
+      const int start = start_of(iy), c = column(start, v), sector = c - (v & 1) * N;
       packs[b] = Pack<T, N>{};
-      if (r < p.in_rows && iy >= 0 && iy < p.h.in && c + N > lo && c < hi) {
+      if (r < p.in_rows && iy >= 0 && iy < p.h.in && sector + kSector > lo && sector < hi) {
         if (start + c >= before && start + c + N <= behind) {
           packs[b] = load_pack<T, N>(x + (start + c));
         } else {
@@ -110,7 +107,6 @@ __device__ __forceinline__ void load_tile(const Args& p, float* tile, int64_t im
     for (int b = 0; b < kBatch; b++) {
       const int iy = iy0 + r2;
       const int c = column(start_of(iy), v2);
-      const bool live = r2 < p.in_rows && iy >= 0 && iy < p.h.in;
       float values[N];
       widen(values, packs[b], p.dtype == kBF16);
 #pragma unroll
@@ -121,12 +117,14 @@ __device__ __forceinline__ void load_tile(const Args& p, float* tile, int64_t im
 #pragma unroll
         for (int e = 0; e < N; e++) values[e] = turned[e];
       }
-#pragma unroll
-      for (int e = 0; e < N; e++) {
+      // Rows outside of the image were not loaded, and are zero.
+      unrolled<N>([&](auto which) {
+        constexpr int e = decltype(which)::value;
         const int at = c + ((e + turn) & (N - 1));
-        if (live && at >= lo && at < hi)
-          tile[r2 * p.pitch + at % kDown * phase + at / kDown] = values[e];
-      }
+        if (r2 < p.in_rows && at >= 0)
+          tile[r2 * pitch + at % kDown * phase + at / kDown] =
+              at >= lo && at < hi ? values[e] : 0.f;
+      });
       advance(r2, v2);
     }
   }
@@ -189,30 +187,51 @@ __device__ __forceinline__ void store_rows(const Args& p, const float (*acc)[4],
     }
     return;
   }
-  // Rows of unaligned length: through shared memory, so that a warp writes consecutive elements.
+  // Rows of unaligned length: through shared memory, so that a warp writes consecutive elements,
+  // from the start of a sector on.
+  constexpr int kSector = 32 / sizeof(T);
   __syncthreads();
   for (int r = 0; r < rows; r++)
     *reinterpret_cast<float4*>(stage + (ty * rows + r) * p.tile_w + 4 * tx) =
         make_float4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
   __syncthreads();
-  const int columns = min(p.tile_w, p.w.out - ox0);
-  for (int r = threadIdx.x / 32; r < p.tile_h && oy0 + r < p.h.out; r += blockDim.x / 32)
-    for (int c = threadIdx.x % 32; c < columns; c += 32)
-      y[static_cast<int64_t>(oy0 + r) * p.w.out + ox0 + c] =
-          narrow(stage[r * p.tile_w + c], T{}, p.dtype == kBF16);
+  const int height = min(p.tile_h, p.h.out - oy0);
+  const bool bf16 = p.dtype == kBF16;
+  y += static_cast<int64_t>(oy0) * p.w.out + ox0;
+  const auto before = [&] {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(y) / sizeof(T) % kSector);
+  };
+  // Whole warps alone, for whole sectors.
+  const int t = threadIdx.x, all = blockDim.x, threads = all < 32 ? all : all / 32 * 32;
+  if (t >= threads) return;
+  if (p.tiles_w == 1) {  // the tile's rows follow each other in memory
+    int c = t - before(), r = 0;
+    for (int e = c; e < height * p.w.out; e += threads, c += threads) {
+      for (; c >= p.w.out; c -= p.w.out) r++;
+      if (e >= 0) y[e] = narrow(stage[r * p.tile_w + c], T{}, bf16);
+    }
+    return;
+  }
+  const int columns = min(p.tile_w, p.w.out - ox0), warps = max(1, threads / 32);
+  y += static_cast<int64_t>(t / 32) * p.w.out;
+  for (int r = t / 32; r < height; r += warps) {
+    for (int c = t % 32 - before(); c < columns; c += min(32, threads))
+      if (c >= 0) y[c] = narrow(stage[r * p.tile_w + c], T{}, bf16);
+    y += static_cast<int64_t>(warps) * p.w.out;
+  }
 }
 
 template <int kUp, int kDown, int kTaps, bool kSeparable>
-__global__ void __launch_bounds__(256, 4) upfirdn2d_planes_kernel(Args p) {
+__global__ void __launch_bounds__(kPlaneThreads, 2) upfirdn2d_planes_kernel(Args p) {
   using P = Planes<kUp, kDown, kTaps, kSeparable>;
   constexpr int kRows = P::kRows, kMeet = P::kMeet;
   GK_DYNAMIC_SHARED(float, f);
   float* tile = f + P::kFilter;
-  const int phase = p.pitch / kDown;
-  const int tx = threadIdx.x & ((1 << p.log2_x) - 1), ty = threadIdx.x >> p.log2_x;
-  const int ox0 = static_cast<int>(blockIdx.x) % p.tiles_w * p.tile_w;
-  const int oy0 = static_cast<int>(blockIdx.x) / p.tiles_w * p.tile_h;
-  const int ix0 = first_sample(p.w, ox0), iy0 = first_sample(p.h, oy0);
+  const int pitch = p.pitch / kDown, phase = p.in_rows * pitch;
+  const int ty = quotient(threadIdx.x, p.magic_x), tx = threadIdx.x - ty * (p.tile_w / 4);
+  const int ox0 = static_cast<int>(blockIdx.x) * p.tile_w;
+  const int oy0 = static_cast<int>(blockIdx.z) * p.tile_h;
+  const int ix0 = first_sample<kUp, kDown>(p.w, ox0), iy0 = first_sample<kUp, kDown>(p.h, oy0);
   // Phases: output j has its first tap at (q - j) mod up, and starts late where j mod up > q.
   const int qx = (p.w.pad % kUp + kUp) % kUp, qy = (p.h.pad % kUp + kUp) % kUp;
   const auto tap = [&](int q, int i) { return (q - i / kMeet + kUp) % kUp + i % kMeet * kUp; };
@@ -237,9 +256,8 @@ __global__ void __launch_bounds__(256, 4) upfirdn2d_planes_kernel(Args p) {
     float acc[kRows][4] = {};
     if constexpr (kSeparable) {
       float* mid = tile + p.in_rows * p.pitch;
-      for (int i = threadIdx.x; i < p.in_rows << p.log2_x; i += blockDim.x) {
-        const int r = i >> p.log2_x;
-        const RowWindow<P, kUp, kDown, kTaps> window(tile + r * p.pitch + P::kRead * tx, phase);
+      for (int r = ty; r < p.in_rows; r += p.threads_y) {
+        const RowWindow<P, kUp, kDown, kTaps> window(tile + r * pitch + P::kRead * tx, phase);
         float sum[4] = {};
         window.add(sum, f, qx);
         *reinterpret_cast<float4*>(mid + r * p.tile_w + 4 * tx) =
@@ -275,9 +293,9 @@ __global__ void __launch_bounds__(256, 4) upfirdn2d_planes_kernel(Args p) {
                 f[kTaps + jr % kUp * kMeet + m]);
       }
     } else if constexpr (kUp == 1) {
-      const float* row = tile + ty * kRows * kDown * p.pitch + 4 * tx;
+      const float* row = tile + ty * kRows * kDown * pitch + 4 * tx;
 #pragma unroll
-      for (int r = 0; r < (kRows - 1) * kDown + kTaps; r++, row += p.pitch) {
+      for (int r = 0; r < (kRows - 1) * kDown + kTaps; r++, row += pitch) {
         const RowWindow<P, kUp, kDown, kTaps> window(row, phase);
 #pragma unroll
         for (int jr = 0; jr < kRows; jr++)
@@ -285,13 +303,13 @@ __global__ void __launch_bounds__(256, 4) upfirdn2d_planes_kernel(Args p) {
             window.add(acc[jr], f + (r - jr * kDown) * kTaps, qx);
       }
     } else {
-      const float* row = tile + ty * (kRows / kUp) * p.pitch + P::kRead * tx;
+      const float* row = tile + ty * (kRows / kUp) * pitch + P::kRead * tx;
 #pragma unroll
       for (int jr = 0; jr < kRows; jr++)
 #pragma unroll
         for (int m = 0; m < kMeet; m++) {
           const int at = jr / kUp + (jr % kUp > qy ? 1 : 0) + m;
-          const RowWindow<P, kUp, kDown, kTaps> window(row + at * p.pitch, phase);
+          const RowWindow<P, kUp, kDown, kTaps> window(row + at * pitch, phase);
           window.add(acc[jr], f + (jr % kUp * kMeet + m) * kTaps, qx);
         }
     }
@@ -306,8 +324,15 @@ __global__ void __launch_bounds__(256, 4) upfirdn2d_planes_kernel(Args p) {
 template <int kUp, int kDown, int kTaps, bool kSeparable>
 int launch_planes(Args p, void* stream) {
   using P = Planes<kUp, kDown, kTaps, kSeparable>;
-  int x = pow2_between(ceil_div(p.w.out, 4), 1, kDown == 1 ? 32 : 16);
-  int y = pow2_between(ceil_div(p.h.out, P::kRows), 32 / x, (kDown == 4 ? 128 : 256) / x);
+  // Threads along x: a multiple of 8, whose 16-byte accesses go together. Rows of unaligned length
+  // are made whole where they are short, since their ends share sectors.
+  const int vector = p.dtype == kF32 ? 4 : 8, groups = static_cast<int>(ceil_div(p.w.out, 4));
+  const int widest = kDown == 4 || (kDown == 2 && kSeparable) ? 16 : 32;
+  int x = groups < 8 ? pow2_between(groups, 1, 8) : min((groups + 7) / 8 * 8, widest);
+  if (kDown == 1 && !kSeparable && p.w.out % 4 && groups > widest && groups <= kWidestRow)
+    x = (groups + 7) / 8 * 8;
+  const int threads = kDown == 1 && !kSeparable ? kPlaneThreads : kDown == 4 ? 128 : 256;
+  int y = max(1, min(threads / x, static_cast<int>(ceil_div(p.h.out, P::kRows))));
   const int64_t wanted = sm_count();
   int shared = 0;
   for (;;) {
@@ -315,12 +340,10 @@ int launch_planes(Args p, void* stream) {
     p.tile_h = y * P::kRows;
     p.tiles_w = static_cast<int>(ceil_div(p.w.out, p.tile_w));
     p.columns = kUp == 1 ? (p.tile_w - 1) * kDown + kTaps : p.tile_w / kUp + P::kMeet;
-    // Whole vectors, one more than the columns fill: a warp that wraps to the next row continues
-    // there in the next banks.
-    const int vector = p.dtype == kF32 ? 4 : 8;
-    const int least = max(kDown * P::phase_size(p.tile_w), p.columns + vector - 1);
-    p.pitch = static_cast<int>(ceil_div(least, 4 * kDown > vector ? 4 * kDown : vector)) *
-              (4 * kDown > vector ? 4 * kDown : vector);
+    // Whole sectors, one more than the columns fill.
+    const int unit = max(2 * vector, 4 * kDown);
+    const int least = max(kDown * P::phase_size(p.tile_w), p.columns) + 2 * vector - 1;
+    p.pitch = static_cast<int>(ceil_div(least, unit)) * unit;
     p.in_rows = P::in_rows(p.tile_h);
     int floats = p.in_rows * (p.pitch + (kSeparable ? p.tile_w : 0));
     if (p.w.out % 4) floats = max(floats, p.tile_h * p.tile_w);
@@ -328,10 +351,15 @@ int launch_planes(Args p, void* stream) {
     const int64_t blocks = ceil_div(p.h.out, p.tile_h) * p.tiles_w * p.images;
     if (y * x <= 32 || (shared <= kSharedBytes && blocks >= wanted)) break;
     // Fewer outputs a block: the squarer the tile, the smaller its halo.
-    (p.tile_w > 4 * p.tile_h && x > 8 ? x : y) /= 2;
+    if (y == 1 || (p.tile_w > 4 * p.tile_h && x > 8))
+      x = (x / 2 + 7) / 8 * 8;
+    else
+      y /= 2;
   }
-  p.log2_x = log2_of(x);
-  GK_LAUNCH((upfirdn2d_planes_kernel<kUp, kDown, kTaps, kSeparable>), grid_of(p), dim3(x * y),
+  if (!has_grid3(p)) return -1;
+  p.threads_y = y;
+  p.magic_x = magic_of(x), p.magic_row = magic_of(p.pitch / vector);
+  GK_LAUNCH((upfirdn2d_planes_kernel<kUp, kDown, kTaps, kSeparable>), grid3_of(p), dim3(x * y),
             shared, stream, p);
   return static_cast<int>(cudaGetLastError());
 }

@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Tensor& sca
   const Tensor x = planes(x_in);
   const Tensor scale = torch::stable::contiguous(scale_in);
   const Tensor shift = torch::stable::contiguous(shift_in);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = fresh_like(x);
   const std::vector<int64_t> sizes{x.size(0), x.size(1)};
   Tensor mean = torch::stable::new_empty(x, sizes, statistic_type(x));
   Tensor rstd = torch::stable::new_empty(x, sizes, statistic_type(x));
@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& x
   const Tensor scale = torch::stable::contiguous(scale_in);
   const Tensor mean = torch::stable::contiguous(mean_in);
   const Tensor rstd = torch::stable::contiguous(rstd_in);
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = fresh_like(x);
   Tensor dscale = torch::stable::empty_like(scale), dshift = torch::stable::empty_like(scale);
   if (x.numel() == 0) {
     torch::stable::zero_(dscale);

@@ -32,7 +32,7 @@ Tensor forward(const Tensor& x_in, const MaybeTensor& b_in, int64_t dim, int64_t
   const int b_code = check_bias(x_in, b_in, dim, code);
   const Tensor x = dense(x_in);
   const MaybeTensor b = b_in ? MaybeTensor(torch::stable::contiguous(*b_in)) : std::nullopt;
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = fresh_like(x);
   const Around a = around(x, dim);
   const Launch launch(x);
   launch.check(
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& ref_in,
   STD_TORCH_CHECK(same_sizes(dy_in, ref_in), kOp, ": dy must have y's shape");
   const Tensor ref = dense(ref_in), dy = laid_out_like(dy_in, ref);
   const MaybeTensor b = b_in ? MaybeTensor(torch::stable::contiguous(*b_in)) : std::nullopt;
-  Tensor dx = torch::stable::empty_like(ref);
+  Tensor dx = fresh_like(ref);
   const Around a = around(ref, dim);
   const auto b_type = b ? b->scalar_type() : ref.scalar_type();
   const int64_t bytes = needs_db ? kernels::bias_act_bwd_workspace(code, a.outer, a.C, a.inner) : 0;
@@ -74,7 +74,7 @@ Tensor backward2(const Tensor& dy_in, const Tensor& v_in, const Tensor& ref_in,
                   ": dy and v must have y's shape");
   const Tensor ref = dense(ref_in), dy = laid_out_like(dy_in, ref), v = laid_out_like(v_in, ref);
   const MaybeTensor b = b_in ? MaybeTensor(torch::stable::contiguous(*b_in)) : std::nullopt;
-  Tensor dref = torch::stable::empty_like(ref);
+  Tensor dref = fresh_like(ref);
   const Around a = around(ref, dim);
   const Launch launch(ref);
   launch.check(kOp, kernels::bias_act_bwd2(

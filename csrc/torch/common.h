@@ -17,6 +17,9 @@
 #include <vector>
 
 #include "../dtype.h"
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #define GK_CAT_(a, b) a##b
 #define GK_CAT(a, b) GK_CAT_(a, b)
@@ -203,6 +206,20 @@ class Launch {
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
 };
+
+// A fresh output, a large one of the CPU on huge pages: the first touch of small pages takes longer
+// than most kernels.
+inline Tensor fresh(Tensor t) {
+#if GK_BACKEND_ID == 1 && defined(__linux__)
+  constexpr uintptr_t kPage = 1 << 21;
+  const auto at = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
+  const uintptr_t begin = (at + kPage - 1) / kPage * kPage, end = (at + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return t;
+}
+inline Tensor fresh_like(const Tensor& t) { return fresh(torch::stable::empty_like(t)); }
 
 // Uninitialised n elements of `dtype` on t's device.
 inline Tensor empty_1d(const Tensor& t, int64_t n, ScalarType dtype) {

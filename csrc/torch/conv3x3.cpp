@@ -49,7 +49,7 @@ Tensor forward(const Tensor& x_in, const Tensor& w_in, int64_t stride, int64_t p
   STD_TORCH_CHECK(out_h > 0 && out_w > 0, kOp, ": padding must leave an output, got ", out_h, "x",
                   out_w);
   const bool flipped = transposed && stride == 1;  // a correlation again, of flipped weights
-  Tensor y = torch::stable::new_empty(x, {N, O, out_h, out_w});
+  Tensor y = fresh(torch::stable::new_empty(x, {N, O, out_h, out_w}));
   if (y.numel())
     kernels::conv3x3(kF32, x.const_data_ptr(), w.const_data_ptr(), y.mutable_data_ptr(), N, I,
                      x.size(2), x.size(3), O, out_h, out_w, w.stride(1 - in_dim), w.stride(in_dim),

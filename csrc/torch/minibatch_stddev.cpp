@@ -69,7 +69,7 @@ Tensor backward(const Tensor& dy_in, const Tensor& x_in, int64_t groups, int64_t
                     : is_channels_last(dy_in)
                         ? dy_in
                         : laid_out_like(dy_in, empty_with_channels(x, c + num_channels, last));
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = fresh_like(x);
   const int64_t pixels = x.numel() ? x.numel() / (n * c) : 0;
   const Launch launch(x);
   launch.check(kOp, kernels::minibatch_stddev_bwd(code, dy.const_data_ptr(), x.const_data_ptr(),

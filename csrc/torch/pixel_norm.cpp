@@ -27,7 +27,7 @@ void check_like(const char* name, const Tensor& t, const Tensor& x) {
 Tensor forward(const Tensor& x_in, int64_t dim, double eps) {
   const int code = check(x_in, dim);
   const Tensor x = dense(x_in);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = fresh_like(x);
   const Around a = around(x, dim);
   const Launch launch(x);
   launch.check(kOp, kernels::pixel_norm(code, x.const_data_ptr(), y.mutable_data_ptr(), a.outer,
@@ -39,7 +39,7 @@ Tensor backward(const Tensor& dy_in, const Tensor& x_in, int64_t dim, double eps
   const int code = check(x_in, dim);
   check_like("dy", dy_in, x_in);
   const Tensor x = dense(x_in), dy = laid_out_like(dy_in, x);
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = fresh_like(x);
   const Around a = around(x, dim);
   const Launch launch(x);
   launch.check(kOp, kernels::pixel_norm_bwd(code, dy.const_data_ptr(), x.const_data_ptr(),
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> backward2(const Tensor& g_in, const Tensor& dy_in, co
   check_like("g", g_in, x_in);
   check_like("dy", dy_in, x_in);
   const Tensor x = dense(x_in), dy = laid_out_like(dy_in, x), g = laid_out_like(g_in, x);
-  Tensor d_dy = torch::stable::empty_like(x), d_x = torch::stable::empty_like(x);
+  Tensor d_dy = fresh_like(x), d_x = fresh_like(x);
   const Around a = around(x, dim);
   const Launch launch(x);
   launch.check(kOp, kernels::pixel_norm_bwd2(code, g.const_data_ptr(), dy.const_data_ptr(),

@@ -83,9 +83,9 @@ struct Operands {
 
 // An NCHW tensor of x's dtype and memory format.
 Tensor empty_images(const Operands& o, int64_t h, int64_t w) {
-  if (!o.last) return torch::stable::new_empty(o.x, {o.N, o.C, h, w});
+  if (!o.last) return fresh(torch::stable::new_empty(o.x, {o.N, o.C, h, w}));
   return torch::stable::transpose(
-      torch::stable::transpose(torch::stable::new_empty(o.x, {o.N, h, w, o.C}), 2, 3), 1, 2);
+      torch::stable::transpose(fresh(torch::stable::new_empty(o.x, {o.N, h, w, o.C})), 2, 3), 1, 2);
 }
 
 Tensor forward(const Tensor& x, const MaybeTensor& f, const MaybeTensor& d,

@@ -43,11 +43,11 @@ Tensor forward(const Tensor& x_in, const Tensor& f_in, std::vector<int64_t> up,
   const bool last = is_channels_last(x_in);
   const Tensor x = last ? x_in : torch::stable::contiguous(x_in);
   const Tensor f = torch::stable::contiguous(f_in);
-  Tensor y =
-      last ? torch::stable::transpose(
-                 torch::stable::transpose(torch::stable::new_empty(x, {N, out_h, out_w, C}), 2, 3),
-                 1, 2)
-           : torch::stable::new_empty(x, {N, C, out_h, out_w});
+  Tensor y = last ? torch::stable::transpose(
+                        torch::stable::transpose(
+                            fresh(torch::stable::new_empty(x, {N, out_h, out_w, C})), 2, 3),
+                        1, 2)
+                  : fresh(torch::stable::new_empty(x, {N, C, out_h, out_w}));
   const Launch launch(x);
   launch.check(kOp, kernels::upfirdn2d(code, x.const_data_ptr(), f.const_data_ptr(),
                                        y.mutable_data_ptr(), last, N, C, H, W, out_h, out_w, taps_y,

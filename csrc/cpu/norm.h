@@ -156,7 +156,7 @@ void run_tile(const Op& op, int64_t base, int64_t vector, int64_t length, int64_
 template <typename Op>
 void run_columns(const Op& op, int64_t outer, int64_t length, int64_t inner) {
   using V = Vec<typename Op::Elem>;
-  constexpr int kWide = Op::kSums > 2 ? 2 : 4;
+  constexpr int kWide = Op::kSums > 2 ? 2 : Op::kSums > 1 ? 4 : 8;
   constexpr int64_t kColumns = kWide * kLanes;
   const int64_t tiles = (inner + kColumns - 1) / kColumns;
   const bool keep = length * kWide * Op::kIn * static_cast<int64_t>(sizeof(V)) <= kScratchBytes;

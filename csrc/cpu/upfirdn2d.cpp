@@ -4,7 +4,7 @@
 // (channels-last). A filter of rank 1, 1-D or found to be an outer product, sums input rows into a
 // line, zero-padded, and sums along the line into the output row; any other sums along all the
 // lines that it meets at once. Everything is a weighted sum of contiguous runs.
-#include "vec.h"
+#include "lines.h"
 
 namespace gankern::cpu::GANKERN_ISA {
 namespace {
@@ -48,100 +48,6 @@ Span span_of(const Axis& a) {
 
 int64_t most_taps(const Axis& a) { return (a.taps + a.up - 1) / a.up; }
 int64_t padded(int64_t n) { return (n + 2 * kLanes - 1) / kLanes * kLanes; }
-
-typedef int64_t Indices64 __attribute__((vector_size(kLanes * 8)));
-
-// out[i] = sum over t of w[t] * in[off[t] + i]. kPadded: sources can be read up to a whole vector.
-template <bool kPadded, typename O, typename I, typename S>
-GK_INLINE void weighted_sum(O* out, int64_t n, const I* in, const int64_t* off, const S* w,
-                            int64_t count) {
-  using V = Vec<S>;
-  const auto one = [&](int64_t i) {
-    V a{};
-    for (int64_t t = 0; t < count; t++) a += load(in + off[t] + i) * w[t];
-    return a;
-  };
-  if (n <= 0) return;
-  if (n < kLanes) {
-    V a{};
-    if (kPadded)
-      a = one(0);
-    else
-      for (int64_t t = 0; t < count; t++) a += load_part(in + off[t], n) * w[t];
-    store_part(out, a, n);
-    return;
-  }
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    V a0{}, a1{}, a2{}, a3{};
-    for (int64_t t = 0; t < count; t++) {
-      const I* s = in + off[t] + i;
-      a0 += load(s) * w[t];
-      a1 += load(s + kLanes) * w[t];
-      a2 += load(s + 2 * kLanes) * w[t];
-      a3 += load(s + 3 * kLanes) * w[t];
-    }
-    store(out + i, a0);
-    store(out + i + kLanes, a1);
-    store(out + i + 2 * kLanes, a2);
-    store(out + i + 3 * kLanes, a3);
-  }
-  for (; i + kLanes <= n; i += kLanes) store(out + i, one(i));
-  if (i < n) store(out + n - kLanes, one(n - kLanes));  // over a part of what is there already
-}
-
-// Even and odd elements of the 2 * kLanes in a and b, and back.
-template <typename V>
-GK_INLINE void unzip(V a, V b, V& even, V& odd) {
-  using I = std::conditional_t<sizeof(V) == sizeof(vf), vi, Indices64>;
-  I e, o;
-  for (int i = 0; i < kLanes; i++) e[i] = 2 * i, o[i] = 2 * i + 1;
-  even = __builtin_shuffle(a, b, e);
-  odd = __builtin_shuffle(a, b, o);
-}
-template <typename V>
-GK_INLINE void zip(V even, V odd, V& a, V& b) {
-  using I = std::conditional_t<sizeof(V) == sizeof(vf), vi, Indices64>;
-  I lo, hi;
-  for (int i = 0; i < kLanes; i++) {
-    lo[i] = i / 2 + i % 2 * kLanes;
-    hi[i] = lo[i] + kLanes / 2;
-  }
-  a = __builtin_shuffle(even, odd, lo);
-  b = __builtin_shuffle(even, odd, hi);
-}
-
-// out[p][i] = in[i * factor + p], the parts `stride` apart; whole vectors may be read and written.
-template <typename S>
-GK_INLINE void split(S* out, int64_t stride, const S* in, int64_t n, int64_t factor) {
-  if (factor == 2) {
-    for (int64_t i = 0; i < n; i += kLanes) {
-      Vec<S> even, odd;
-      unzip(load(in + 2 * i), load(in + 2 * i + kLanes), even, odd);
-      store(out + i, even);
-      store(out + stride + i, odd);
-    }
-    return;
-  }
-  for (int64_t p = 0; p < factor; p++)
-    for (int64_t i = 0; i < n; i++) out[p * stride + i] = in[i * factor + p];
-}
-
-// out[i * factor + p] = in[p][i], likewise.
-template <typename S>
-GK_INLINE void merge(S* out, const S* in, int64_t stride, int64_t n, int64_t factor) {
-  if (factor == 2) {
-    for (int64_t i = 0; i < n; i += kLanes) {
-      Vec<S> a, b;
-      zip(load(in + i), load(in + stride + i), a, b);
-      store(out + 2 * i, a);
-      store(out + 2 * i + kLanes, b);
-    }
-    return;
-  }
-  for (int64_t p = 0; p < factor; p++)
-    for (int64_t i = 0; i < n; i++) out[i * factor + p] = in[p * stride + i];
-}
 
 // The filter as correlation taps, gain included, and its factors if it is an outer product.
 template <typename S>

@@ -191,6 +191,29 @@ GK_INLINE auto sum_lanes(V v) {
   return s;
 }
 
+typedef int64_t Indices64 __attribute__((vector_size(kLanes * 8)));
+
+// Even and odd elements of the 2 * kLanes in a and b, and back.
+template <typename V>
+GK_INLINE void unzip(V a, V b, V& even, V& odd) {
+  using I = std::conditional_t<sizeof(V) == sizeof(vf), vi, Indices64>;
+  I e, o;
+  for (int i = 0; i < kLanes; i++) e[i] = 2 * i, o[i] = 2 * i + 1;
+  even = __builtin_shuffle(a, b, e);
+  odd = __builtin_shuffle(a, b, o);
+}
+template <typename V>
+GK_INLINE void zip(V even, V odd, V& a, V& b) {
+  using I = std::conditional_t<sizeof(V) == sizeof(vf), vi, Indices64>;
+  I lo, hi;
+  for (int i = 0; i < kLanes; i++) {
+    lo[i] = i / 2 + i % 2 * kLanes;
+    hi[i] = lo[i] + kLanes / 2;
+  }
+  a = __builtin_shuffle(even, odd, lo);
+  b = __builtin_shuffle(even, odd, hi);
+}
+
 // --- exp and its relatives, within 2 units in the last place of float32.
 
 GK_INLINE vf exp_(vf x) {

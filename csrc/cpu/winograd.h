@@ -109,23 +109,6 @@ GK_INLINE void each_run(const Tiles& t, int64_t begin, int64_t stop, const F& f)
   }
 }
 
-// Even and odd elements of the 2 * kLanes in a and b, and back.
-GK_INLINE void unzip(vf a, vf b, vf& even, vf& odd) {
-  vi e, o;
-  for (int i = 0; i < kLanes; i++) e[i] = 2 * i, o[i] = 2 * i + 1;
-  even = __builtin_shuffle(a, b, e);
-  odd = __builtin_shuffle(a, b, o);
-}
-GK_INLINE void zip(vf even, vf odd, vf& a, vf& b) {
-  vi lo, hi;
-  for (int i = 0; i < kLanes; i++) {
-    lo[i] = i / 2 + i % 2 * kLanes;
-    hi[i] = lo[i] + kLanes / 2;
-  }
-  a = __builtin_shuffle(even, odd, lo);
-  b = __builtin_shuffle(even, odd, hi);
-}
-
 // in[j * kStep + k] for kLanes values of j, k < kTaps; kStep is 1, 2 or 4.
 template <int kStep, int kTaps>
 GK_INLINE void gather(const float* in, vf* d) {

@@ -6,15 +6,32 @@ import re
 
 import pytest
 import torch
-from harness import assert_as_good_as, compare, opchecks, outputs_and_grads, randn, second_grads
+from harness import (
+    LAYOUTS,
+    assert_as_good_as,
+    compare,
+    lay_out,
+    opchecks,
+    outputs_and_grads,
+    randn,
+    second_grads,
+)
 from torch import Tensor
 
 from gankern.ops import _impl, conv2d_resample, setup_filter
-from gankern.ops.convolution import Form, _ours, convolution, has_own_kernels
+from gankern.ops.convolution import FEWEST_TILES, Form, _ours, convolution, has_own_kernels
 
 pytestmark = pytest.mark.skipif(
     bool(_impl.LIBRARIES["cpu"]), reason=f"no CPU library: {_impl.LIBRARIES['cpu']}"
 )
+
+
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch):
+    """Our kernels at every size, not only where they are faster."""
+    for key in FEWEST_TILES:
+        monkeypatch.setitem(FEWEST_TILES, key, (32, 32, 32))
+
 
 # stride, padding, transposed, output padding, groups
 FORMS = {
@@ -45,16 +62,19 @@ def of_torch(form: Form):
 
 
 @pytest.mark.parametrize("isa", [0, 1, 2], ids=["base", "avx2", "avx512"])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_forward_and_gradients(form, shape, isa):
-    inputs = inputs_of(shape, form)
+def test_forward_and_gradients(form, shape, layout, isa):
+    x, w = inputs_of(shape, form)
+    inputs = [lay_out(x, layout), w]
     assert _ours(inputs[1], inputs[0], None, form)
     if _impl.set_cpu_isa(isa) != isa:
         _impl.set_cpu_isa(-1)
         pytest.skip("this machine lacks the instruction set")
     try:
-        compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs)
+        y, *_ = compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs)
+        assert y.is_contiguous(memory_format=list(FEWEST_TILES)[layout == "channels_last"])
     finally:
         _impl.set_cpu_isa(-1)
 
@@ -70,17 +90,18 @@ def test_second_order(form):
         assert_as_good_as(a, e, x, f"second {i}")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_deterministic(form):
+def test_deterministic(form, layout):
     """The same bits in two runs, and with one thread and two."""
     threads = torch.get_num_threads()
+    x, w = inputs_of("odd", form)
+    inputs = [lay_out(x, layout), w]
     runs = []
     try:
         for n in (1, 1, 2):
             torch.set_num_threads(n)
-            runs.append(
-                outputs_and_grads(lambda x, w: convolution(x, w, form), inputs_of("odd", form))
-            )
+            runs.append(outputs_and_grads(lambda x, w: convolution(x, w, form), inputs))
     finally:
         torch.set_num_threads(threads)
     for other in runs[1:]:
@@ -115,12 +136,12 @@ def test_of_layers():
     [
         lambda x, w: (x.double(), w.double()),
         lambda x, w: (x.bfloat16(), w.bfloat16()),
-        lambda x, w: (x.contiguous(memory_format=torch.channels_last), w),
+        lambda x, w: (lay_out(x, "strided"), w),
         lambda x, w: (x[:, :8].contiguous(), w[:, :8]),
         lambda x, w: (x[:, :, :4, :4].contiguous(), w),
         lambda x, w: (x, w[:, :, :1, :1].repeat(1, 1, 5, 5)),
     ],
-    ids=["float64", "bfloat16", "channels-last", "few channels", "small", "5x5"],
+    ids=["float64", "bfloat16", "strided", "few channels", "small", "5x5"],
 )
 def test_pytorch_takes_the_rest(change):
     form = FORMS["pad 1"]
@@ -142,7 +163,9 @@ def test_opcheck():
     args = [(1, 1, 1, False, 0, 0), (2, 0, 0, False, 0, 0)]
     checks = opchecks("cpu", "cpu")
     for rest in args:
-        torch.library.opcheck(ops.conv3x3.default, (x, w, *rest), test_utils=checks)
+        for layout in LAYOUTS:
+            laid = lay_out(x, layout)
+            torch.library.opcheck(ops.conv3x3.default, (laid, w, *rest), test_utils=checks)
     torch.library.opcheck(ops.conv3x3.default, (x, up, 2, 0, 0, True, 1, 0), test_utils=checks)
     dy = randn(3, 24, 9, 13).float()
     torch.library.opcheck(ops.conv3x3_weight_gradient.default, (dy, x, 1, 1, 1), test_utils=checks)

@@ -5,57 +5,16 @@
 // Forward: a thread takes a block of tiles through all three stages, so that transformed inputs and
 // products stay in its cache. Weight gradient: chunks of tiles are transformed by all threads, then
 // multiplied by all, each with places and channels of its own. No sum depends on the threads.
-#include "winograd.h"
+#include "conv3x3.h"
 
 namespace gankern::cpu::GANKERN_ISA {
 namespace {
 
-constexpr int64_t kTile = 64;             // tiles of a block
-constexpr int64_t kRow = kTile + kLanes;  // what they take: the last vector may begin anywhere
-constexpr int64_t kWide = 2 * kLanes;     // tiles of a register tile
-constexpr int64_t kDepth = 256;           // channels of a panel that the first cache level holds
-constexpr int64_t kGroup = 16;            // channels that lie together for the weight gradient
-constexpr int64_t kChunk = 1 << 21;       // transformed elements of a chunk, about
-
-struct Weights {
-  const float* data;
-  int64_t out_stride, in_stride;
-  bool flip;
-};
-
-// u[place][o / kPanel][i][o % kPanel]; channels beyond O are zero.
-template <int kMode>
-void transform_weights(float* u, const Weights& w, int64_t O, int64_t I) {
-  using A = Axis<kMode>;
-  constexpr int kP = A::kProducts;
-  const int64_t panels = (O + kPanel - 1) / kPanel, place = panels * I * kPanel;
-  parallel(panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin * kPanel; o < end * kPanel; o++)
-      for (int64_t i = 0; i < I; i++) {
-        float rows[kP][3] = {}, all[kP][kP];
-        const float* k = w.data + o * w.out_stride + i * w.in_stride;
-        for (int x = 0; x < 3 && o < O; x++) {
-          float column[kP];
-          const int at = w.flip ? 2 - x : x, top = w.flip ? 6 : 0, bottom = w.flip ? 0 : 6;
-          A::weight(k[top + at], k[3 + at], k[bottom + at], column);
-          for (int p = 0; p < kP; p++) rows[p][x] = column[p];
-        }
-        float* to = u + (o / kPanel * I + i) * kPanel + o % kPanel;
-        for (int p = 0; p < kP; p++) {
-          A::weight(rows[p][0], rows[p][1], rows[p][2], all[p]);
-          for (int q = 0; q < kP; q++) to[(p * kP + q) * place] = all[p][q];
-        }
-      }
-  });
-}
+constexpr int64_t kRow = kTile + kLanes;  // what a block's tiles take: a vector may begin anywhere
 
 // A block of tiles of all channels: v[place][channel][tile].
 template <int kMode>
 using InputReader = Reader<Axis<kMode>::kIn, Axis<kMode>::kInStep, Axis<kMode>::kProducts>;
-
-struct Padding {
-  int64_t y, x;
-};
 
 // The transformed inputs of tiles [begin, stop) of channel c: to[place * place_stride + tile].
 template <int kMode>
@@ -128,9 +87,9 @@ void multiply(float* m, const float* u, const float* v, int64_t panels, int64_t 
         float* to = m + o * kPanel * kRow + t;
         const float *a = u + (o * I + i) * kPanel, *b = v + t * I + i * kWide;
         if (i == 0)
-          register_tile<2, false>(to, kRow, kLanes, a, kPanel, b, kWide, kLanes, count);
+          register_tile<2, false>(to, kRow, kLanes, a, 1, kPanel, b, kWide, kLanes, count);
         else
-          register_tile<2, true>(to, kRow, kLanes, a, kPanel, b, kWide, kLanes, count);
+          register_tile<2, true>(to, kRow, kLanes, a, 1, kPanel, b, kWide, kLanes, count);
       }
   }
 }
@@ -143,7 +102,7 @@ void forward(const float* x, const Weights& w, float* y, const Images& in, const
   const int64_t I = in.C, O = out.C, panels = (O + kPanel - 1) / kPanel;
   const Tiles tiles(in.N, out.H, out.W, A::kOut);
   Buffer<float> u(kPlaces * panels * I * kPanel);
-  transform_weights<kMode>(&u[0], w, O, I);
+  transform_weights<kMode, kPanel>(&u[0], w, O, I);
   const int64_t m_place = panels * kPanel * kRow;
   parallel((tiles.count + kTile - 1) / kTile, 1, [&](int64_t first, int64_t last) {
     InputReader<kMode> reader;
@@ -165,7 +124,7 @@ void forward(const float* x, const Weights& w, float* y, const Images& in, const
   });
 }
 
-// --- The weight gradient: places of Σ over tiles of A' dy and B x, turned back by G'.
+// --- The weight gradient.
 
 // to[t][c] from from[c][t], kGroup x n, whole vectors of t.
 GK_INLINE void transpose_group(float* to, const float* from, int64_t from_row, int64_t n) {
@@ -193,36 +152,6 @@ GK_INLINE void transpose_group(float* to, const float* from, int64_t from_row, i
     }
 }
 
-// One side of the products: the transformed tiles of a chunk as [place][group][tile][kGroup].
-template <int kPlaces>
-struct Side {
-  int64_t channels, groups, chunk;
-  Buffer<float> data;
-  Side(int64_t channels, int64_t chunk)
-      : channels(channels),
-        groups((channels + kGroup - 1) / kGroup),
-        chunk(chunk),
-        data(kPlaces * groups * chunk * kGroup) {}
-  float* at(int64_t place, int64_t group) const {
-    return &data[(place * groups + group) * chunk * kGroup];
-  }
-
-  // Tiles [begin, stop) of a group, at place `to` of the chunk, by transform(channel, out).
-  template <typename F>
-  void fill(float* scratch, int64_t group, int64_t to, int64_t tiles, const F& transform) const {
-    for (int64_t c = 0; c < kGroup; c++) {
-      float* out = scratch + c * kRow;
-      if (group * kGroup + c < channels)
-        transform(group * kGroup + c, out, kGroup * kRow);
-      else
-        for (int place = 0; place < kPlaces; place++)
-          memset(out + place * kGroup * kRow, 0, kTile * sizeof(float));
-    }
-    for (int place = 0; place < kPlaces; place++)
-      transpose_group(at(place, group) + to * kGroup, scratch + place * kGroup * kRow, kRow, tiles);
-  }
-};
-
 // The transformed output gradients of tiles [begin, stop) of channel o.
 template <int kMode>
 void transform_output_grad(float* to, int64_t place_stride, Reader<2, 2, 2>& reader,
@@ -247,80 +176,47 @@ void transform_output_grad(float* to, int64_t place_stride, Reader<2, 2, 2>& rea
   });
 }
 
-// dw[o][i][3][3] from du[place][o][i].
 template <int kMode>
-void restore_weights(float* dw, const float* du, int64_t O, int64_t I, int64_t rows, int64_t row) {
-  using A = Axis<kMode>;
-  constexpr int kP = A::kProducts;
-  parallel(O, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; o++)
-      for (int64_t i = 0; i < I; i += kLanes) {
-        vf half[3][kP], w[3][3];
-        for (int q = 0; q < kP; q++) {
-          vf column[kP], three[3];
-          for (int p = 0; p < kP; p++) column[p] = load(du + ((p * kP + q) * rows + o) * row + i);
-          A::weight_grad(column, three);
-          for (int r = 0; r < 3; r++) half[r][q] = three[r];
-        }
-        for (int r = 0; r < 3; r++) A::weight_grad(half[r], w[r]);
-        for (int64_t j = 0; j < kLanes && i + j < I; j++)
-          for (int k = 0; k < 9; k++) dw[(o * I + i + j) * 9 + k] = w[k / 3][k % 3][j];
-      }
-  });
-}
+struct Scratch {
+  static constexpr int64_t kPlaces = Axis<kMode>::kProducts * Axis<kMode>::kProducts;
+  InputReader<kMode> reader;
+  Reader<2, 2, 2> grad_reader;
+  Buffer<float> channels{kPlaces * kGroup * kRow};
+
+  // Tiles of a group of a side, by transform(channel, out, place stride).
+  template <typename Side, typename F>
+  void fill(const Side& side, int64_t group, int64_t to, int64_t tiles, const F& transform) {
+    for (int64_t c = 0; c < kGroup; c++) {
+      float* out = &channels[c * kRow];
+      if (group * kGroup + c < side.channels)
+        transform(group * kGroup + c, out, kGroup * kRow);
+      else
+        for (int place = 0; place < kPlaces; place++)
+          memset(out + place * kGroup * kRow, 0, kTile * sizeof(float));
+    }
+    for (int place = 0; place < kPlaces; place++)
+      transpose_group(side.at(place, group) + to * kGroup, &channels[place * kGroup * kRow], kRow,
+                      tiles);
+  }
+};
 
 template <int kMode>
 void weight_gradient(const float* dy, const float* x, float* dw, const Images& out,
                      const Images& in, Padding pad) {
-  using A = Axis<kMode>;
-  constexpr int kPlaces = A::kProducts * A::kProducts;
-  const Tiles tiles(in.N, out.H, out.W, A::kOut);
-  const int64_t fits = kChunk / (kPlaces * (out.C + in.C)) / kTile * kTile;
-  const int64_t chunk = fits < kTile ? kTile : fits;
-  const Side<kPlaces> m(out.C, chunk), v(in.C, chunk);
-  const int64_t row = v.groups * kGroup, rows = m.groups * kGroup;
-  Buffer<float> du(kPlaces * rows * row);
-  memset(&du[0], 0, static_cast<size_t>(kPlaces * rows * row) * sizeof(float));
-  for (int64_t begin = 0; begin < tiles.count; begin += chunk) {
-    const int64_t count = tiles.count - begin < chunk ? tiles.count - begin : chunk;
-    const int64_t blocks = (count + kTile - 1) / kTile;
-    parallel(blocks * (m.groups + v.groups), 1, [&](int64_t first, int64_t last) {
-      InputReader<kMode> reader;
-      Reader<2, 2, 2> grad_reader;
-      Buffer<float> scratch(kPlaces * kGroup * kRow);
-      for (int64_t item = first; item < last; item++) {
-        const int64_t to = item % blocks * kTile, group = item / blocks;
-        const int64_t from = begin + to, n = count - to < kTile ? count - to : kTile;
-        if (group < m.groups)
-          m.fill(&scratch[0], group, to, n, [&](int64_t c, float* out_at, int64_t place) {
-            transform_output_grad<kMode>(out_at, place, grad_reader, dy, out, tiles, c, from,
-                                         from + n);
-          });
-        else
-          v.fill(
-              &scratch[0], group - m.groups, to, n, [&](int64_t c, float* out_at, int64_t place) {
-                transform_input<kMode>(out_at, place, reader, x, in, tiles, pad, c, from, from + n);
-              });
-      }
-    });
-    const int64_t columns = (row + kWide - 1) / kWide;
-    parallel(kPlaces * columns, 1, [&](int64_t first, int64_t last) {
-      for (int64_t item = first; item < last; item++) {
-        const int64_t place = item / columns, i = item % columns * kWide, next = i + kLanes;
-        const float* b = v.at(place, i / kGroup) + i % kGroup;
-        for (int64_t o = 0; o < rows; o += kPanel) {
-          float* to = &du[(place * rows + o) * row + i];
-          const float* a = m.at(place, o / kGroup) + o % kGroup;
-          if (next < row)
-            register_tile<2, true>(to, row, kLanes, a, kGroup, b, kGroup,
-                                   v.at(place, next / kGroup) + next % kGroup - b, count);
-          else
-            register_tile<1, true>(to, row, kLanes, a, kGroup, b, kGroup, 0, count);
-        }
-      }
-    });
-  }
-  restore_weights<kMode>(dw, &du[0], out.C, in.C, rows, row);
+  weight_gradient<kMode, Scratch<kMode>>(
+      dw, out, in,
+      [&](auto& own, const auto& m, const Tiles& tiles, int64_t group, int64_t to, int64_t begin,
+          int64_t stop) {
+        own.fill(m, group, to, stop - begin, [&](int64_t c, float* at, int64_t place) {
+          transform_output_grad<kMode>(at, place, own.grad_reader, dy, out, tiles, c, begin, stop);
+        });
+      },
+      [&](auto& own, const auto& v, const Tiles& tiles, int64_t group, int64_t to, int64_t begin,
+          int64_t stop) {
+        own.fill(v, group, to, stop - begin, [&](int64_t c, float* at, int64_t place) {
+          transform_input<kMode>(at, place, own.reader, x, in, tiles, pad, c, begin, stop);
+        });
+      });
 }
 
 }  // namespace

@@ -200,17 +200,18 @@ constexpr int kPanel = 8;  // rows of a register tile
 constexpr int kPanel = 4;
 #endif
 
-// c[r][j] (+)= Σ_k a[k * a_step + r] * b[k * b_step + j], r < kPanel, for kCols vectors of j, the
-// vectors b_col and c_col apart.
+// c[r][j] (+)= Σ_k a[r * a_row + k * a_step] * b[k * b_step + j], r < kPanel, for kCols vectors of
+// j, the vectors b_col and c_col apart.
 template <int kCols, bool kAdd>
-GK_INLINE void register_tile(float* c, int64_t c_row, int64_t c_col, const float* a, int64_t a_step,
-                             const float* b, int64_t b_step, int64_t b_col, int64_t count) {
+GK_INLINE void register_tile(float* c, int64_t c_row, int64_t c_col, const float* a, int64_t a_row,
+                             int64_t a_step, const float* b, int64_t b_step, int64_t b_col,
+                             int64_t count) {
   vf sum[kPanel][kCols] = {};
   for (int64_t k = 0; k < count; k++) {
     vf v[kCols];
     for (int j = 0; j < kCols; j++) v[j] = load(b + k * b_step + j * b_col);
     for (int r = 0; r < kPanel; r++)
-      for (int j = 0; j < kCols; j++) sum[r][j] += v[j] * a[k * a_step + r];
+      for (int j = 0; j < kCols; j++) sum[r][j] += v[j] * a[r * a_row + k * a_step];
   }
   for (int r = 0; r < kPanel; r++)
     for (int j = 0; j < kCols; j++) {

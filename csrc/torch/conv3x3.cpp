@@ -8,6 +8,13 @@ GANKERN_KERNEL(int, conv3x3, int dtype, const void* x, const void* w, void* y, i
 GANKERN_KERNEL(int, conv3x3_weight_gradient, int dtype, const void* dy, const void* x, void* dw,
                int64_t N, int64_t O, int64_t out_h, int64_t out_w, int64_t I, int64_t H, int64_t W,
                int stride, int64_t pad_y, int64_t pad_x)
+GANKERN_KERNEL(int, conv3x3_last, int dtype, const void* x, const void* w, void* y, int64_t N,
+               int64_t I, int64_t H, int64_t W, int64_t O, int64_t out_h, int64_t out_w,
+               int64_t w_out, int64_t w_in, int stride, bool transposed, int64_t pad_y,
+               int64_t pad_x)
+GANKERN_KERNEL(int, conv3x3_last_weight_gradient, int dtype, const void* dy, const void* x,
+               void* dw, int64_t N, int64_t O, int64_t out_h, int64_t out_w, int64_t I, int64_t H,
+               int64_t W, int stride, int64_t pad_y, int64_t pad_x)
 
 namespace gankern {
 namespace {
@@ -31,12 +38,20 @@ int64_t out_size(int64_t in, int64_t stride, int64_t pad, bool transposed, int64
   return transposed ? (in - 1) * stride + 3 - 2 * pad + rest : (in + 2 * pad - 3) / stride + 1;
 }
 
+Tensor empty_images(const Tensor& like, int64_t channels, int64_t h, int64_t w, bool last) {
+  const int64_t N = like.size(0);
+  if (!last) return fresh(torch::stable::new_empty(like, {N, channels, h, w}));
+  const Tensor y = fresh(torch::stable::new_empty(like, {N, h, w, channels}));
+  return torch::stable::transpose(torch::stable::transpose(y, 2, 3), 1, 2);
+}
+
 Tensor forward(const Tensor& x_in, const Tensor& w_in, int64_t stride, int64_t pad_y, int64_t pad_x,
                bool transposed, int64_t rest_y, int64_t rest_x) {
   check("x", x_in);
   check("w", w_in);
   check_stride(stride, pad_y, pad_x);
-  const Tensor x = torch::stable::contiguous(x_in);
+  const bool last = is_channels_last(x_in);
+  const Tensor x = last ? x_in : torch::stable::contiguous(x_in);
   const Tensor w =
       w_in.stride(3) == 1 && w_in.stride(2) == 3 ? w_in : torch::stable::contiguous(w_in);
   const int in_dim = transposed ? 0 : 1;
@@ -49,12 +64,14 @@ Tensor forward(const Tensor& x_in, const Tensor& w_in, int64_t stride, int64_t p
   STD_TORCH_CHECK(out_h > 0 && out_w > 0, kOp, ": padding must leave an output, got ", out_h, "x",
                   out_w);
   const bool flipped = transposed && stride == 1;  // a correlation again, of flipped weights
-  Tensor y = fresh(torch::stable::new_empty(x, {N, O, out_h, out_w}));
+  const auto run = [last](auto... args) {
+    return last ? kernels::conv3x3_last(kF32, args...) : kernels::conv3x3(kF32, args...);
+  };
+  Tensor y = empty_images(x, O, out_h, out_w, last);
   if (y.numel())
-    kernels::conv3x3(kF32, x.const_data_ptr(), w.const_data_ptr(), y.mutable_data_ptr(), N, I,
-                     x.size(2), x.size(3), O, out_h, out_w, w.stride(1 - in_dim), w.stride(in_dim),
-                     static_cast<int>(stride), transposed, flipped ? 2 - pad_y : pad_y,
-                     flipped ? 2 - pad_x : pad_x);
+    run(x.const_data_ptr(), w.const_data_ptr(), y.mutable_data_ptr(), N, I, x.size(2), x.size(3), O,
+        out_h, out_w, w.stride(1 - in_dim), w.stride(in_dim), static_cast<int>(stride), transposed,
+        flipped ? 2 - pad_y : pad_y, flipped ? 2 - pad_x : pad_x);
   return y;
 }
 
@@ -63,16 +80,21 @@ Tensor weight_gradient(const Tensor& dy_in, const Tensor& x_in, int64_t stride, 
   check("dy", dy_in);
   check("x", x_in);
   check_stride(stride, pad_y, pad_x);
-  const Tensor dy = torch::stable::contiguous(dy_in), x = torch::stable::contiguous(x_in);
+  const bool last = is_channels_last(dy_in) && is_channels_last(x_in);
+  const Tensor dy = last ? dy_in : torch::stable::contiguous(dy_in);
+  const Tensor x = last ? x_in : torch::stable::contiguous(x_in);
   const int64_t N = x.size(0), O = dy.size(1), I = x.size(1);
   STD_TORCH_CHECK(dy.size(0) == N && dy.size(2) <= out_size(x.size(2), stride, pad_y, false, 0) &&
                       dy.size(3) <= out_size(x.size(3), stride, pad_x, false, 0),
                   kOp, ": dy must have the shape of the convolution's output");
   Tensor dw = torch::stable::new_empty(x, {O, I, 3, 3});
+  const auto run = [last](auto... args) {
+    return last ? kernels::conv3x3_last_weight_gradient(kF32, args...)
+                : kernels::conv3x3_weight_gradient(kF32, args...);
+  };
   if (dw.numel())
-    kernels::conv3x3_weight_gradient(kF32, dy.const_data_ptr(), x.const_data_ptr(),
-                                     dw.mutable_data_ptr(), N, O, dy.size(2), dy.size(3), I,
-                                     x.size(2), x.size(3), static_cast<int>(stride), pad_y, pad_x);
+    run(dy.const_data_ptr(), x.const_data_ptr(), dw.mutable_data_ptr(), N, O, dy.size(2),
+        dy.size(3), I, x.size(2), x.size(3), static_cast<int>(stride), pad_y, pad_x);
   return dw;
 }
 

@@ -9,6 +9,7 @@ all on a GPU, are PyTorch's.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,9 +20,14 @@ from gankern.ops import _impl
 
 OP = "conv3x3"
 
-# What PyTorch does faster: fewer channels than a register tile is worth, fewer tiles of outputs
-# than the transformed weights are worth.
-MIN_CHANNELS, MIN_TILES = 16, 32
+MIN_CHANNELS = 16
+
+# Fewest 2x2 tiles that our kernels are faster for: of a convolution of stride 1, of stride 2, and
+# of a weight gradient. oneDNN's transposed convolutions are slow in contiguous memory alone.
+FEWEST_TILES = {
+    torch.contiguous_format: (128, 512, 128),
+    torch.channels_last: (128, math.inf, 32),
+}
 
 
 class Form(NamedTuple):
@@ -78,16 +84,19 @@ def _records(*tensors: Tensor) -> bool:
 
 
 def _ours(w: Tensor, small: Tensor, large: Tensor | None, form: Form) -> bool:
-    """Whether our kernels fit; small: the images of the lower resolution, large: the others."""
+    """Whether our kernels are to run; small: the images of the lower resolution; large: the others
+    of a weight gradient, None for a convolution of `small`."""
     if not form.own or form.groups != 1 or form.stride > 2 or w.shape[2:] != (3, 3):
         return False
     if max(form.padding) > (2 if form.stride == 1 else 0) or min(w.shape[:2]) < MIN_CHANNELS:
         return False
     given = (small,) if large is None else (small, large)
-    if any(t.dtype != torch.float32 or not t.is_contiguous() for t in given):
+    formats = [m for m in FEWEST_TILES if all(t.is_contiguous(memory_format=m) for t in given)]
+    if not formats or any(t.dtype != torch.float32 for t in given):
         return False
     n, _, height, width = small.shape
-    return n * ((height + 1) // 2) * ((width + 1) // 2) >= MIN_TILES
+    tiles = n * ((height + 1) // 2) * ((width + 1) // 2)
+    return tiles >= FEWEST_TILES[formats[0]][form.stride - 1 if large is None else 2]
 
 
 def _forward(x: Tensor, w: Tensor, form: Form) -> Tensor:
@@ -217,7 +226,9 @@ def _fake(x, w, stride, pad_y, pad_x, transposed, rest_y, rest_x):
             sizes.append((x.shape[dim] - 1) * stride + 3 - 2 * pad + rest)
         else:
             sizes.append((x.shape[dim] + 2 * pad - 3) // stride + 1)
-    return x.new_empty((x.shape[0], w.shape[1 if transposed else 0], *sizes))
+    y = x.new_empty((x.shape[0], w.shape[1 if transposed else 0], *sizes))
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return y.contiguous(memory_format=torch.channels_last) if last else y
 
 
 def _fake_weight_gradient(dy, x, stride, pad_y, pad_x):

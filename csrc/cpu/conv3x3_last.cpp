@@ -1,0 +1,212 @@
+// conv3x3 in channels-last memory: vectors run along the channels, and nothing is rearranged.
+#include "conv3x3.h"
+
+namespace gankern::cpu::GANKERN_ISA {
+namespace {
+
+GK_INLINE int64_t whole(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
+
+// The samples that a tile meets, kSide a side; null outside of the image.
+template <int kSide>
+struct Window {
+  const float* at[kSide][kSide];
+  Window(const float* x, const Images& im, int64_t n, int64_t row, int64_t column) {
+    for (int64_t r = 0; r < kSide; r++)
+      for (int64_t c = 0; c < kSide; c++) {
+        const bool inside = row + r >= 0 && row + r < im.H && column + c >= 0 && column + c < im.W;
+        at[r][c] = inside ? x + ((n * im.H + row + r) * im.W + column + c) * im.C : nullptr;
+      }
+  }
+  GK_INLINE vf read(int r, int c, int64_t channel, int64_t left) const {
+    const float* p = at[r][c];
+    return !p || left <= 0 ? vf{} : left >= kLanes ? load(p + channel) : load_part(p + channel, left);
+  }
+};
+
+// f(n, row, column, at) for each tile of the batch in [begin, stop), `at` counted from begin.
+template <typename F>
+GK_INLINE void each_tile(const Tiles& t, int64_t begin, int64_t stop, const F& f) {
+  each_run(t, begin, stop, [&](int64_t n, int64_t row, int64_t first, int64_t end, int64_t at) {
+    for (int64_t i = first; i < end; i++) f(n, row, i, at + i - first);
+  });
+}
+
+// B x of channels [first, end) of the tiles [begin, stop): put(place, tile, channel, value).
+template <int kMode, typename F>
+GK_INLINE void transform_input(const float* x, const Images& im, const Tiles& tiles, Padding pad,
+                               int64_t begin, int64_t stop, int64_t first, int64_t end,
+                               const F& put) {
+  using A = Axis<kMode>;
+  constexpr int kP = A::kProducts, kIn = A::kIn;
+  each_tile(tiles, begin, stop, [&](int64_t n, int64_t row, int64_t column, int64_t tile) {
+    const Window<kIn> window(x, im, n, row * A::kInStep - pad.y, column * A::kInStep - pad.x);
+    for (int64_t c = first; c < end; c += kLanes) {
+      vf half[kP][kIn];
+      for (int j = 0; j < kIn; j++) {
+        vf d[kIn], v[kP];
+        for (int r = 0; r < kIn; r++) d[r] = window.read(r, j, c, im.C - c);
+        A::input(d, v);
+        for (int p = 0; p < kP; p++) half[p][j] = v[p];
+      }
+      for (int p = 0; p < kP; p++) {
+        vf v[kP];
+        A::input(half[p], v);
+        for (int q = 0; q < kP; q++) put(p * kP + q, tile, c, v[q]);
+      }
+    }
+  });
+}
+
+// A' dy, likewise.
+template <int kMode, typename F>
+GK_INLINE void transform_output_grad(const float* dy, const Images& im, const Tiles& tiles,
+                                     int64_t begin, int64_t stop, int64_t first, int64_t end,
+                                     const F& put) {
+  using A = Axis<kMode>;
+  constexpr int kP = A::kProducts;
+  each_tile(tiles, begin, stop, [&](int64_t n, int64_t row, int64_t column, int64_t tile) {
+    const Window<2> window(dy, im, n, row * 2, column * 2);
+    for (int64_t c = first; c < end; c += kLanes) {
+      vf half[2][kP];
+      for (int r = 0; r < 2; r++) {
+        const vf g[2] = {window.read(r, 0, c, im.C - c), window.read(r, 1, c, im.C - c)};
+        A::output_grad(g, half[r]);
+      }
+      for (int q = 0; q < kP; q++) {
+        const vf g[2] = {half[0][q], half[1][q]};
+        vf m[kP];
+        A::output_grad(g, m);
+        for (int p = 0; p < kP; p++) put(p * kP + q, tile, c, m[p]);
+      }
+    }
+  });
+}
+
+// The outputs of tiles [begin, stop) from products m[place][tile][row].
+template <int kMode>
+void transform_output(float* y, const float* m, int64_t row_size, const Images& im,
+                      const Tiles& tiles, int64_t begin, int64_t stop) {
+  using A = Axis<kMode>;
+  constexpr int kP = A::kProducts, kOut = A::kOut;
+  each_tile(tiles, begin, stop, [&](int64_t n, int64_t row, int64_t column, int64_t tile) {
+    for (int64_t o = 0; o < im.C; o += kLanes) {
+      vf half[kOut][kP], all[kOut];
+      for (int q = 0; q < kP; q++) {
+        vf d[kP];
+        for (int p = 0; p < kP; p++) d[p] = load(m + ((p * kP + q) * kTile + tile) * row_size + o);
+        A::output(d, all);
+        for (int r = 0; r < kOut; r++) half[r][q] = all[r];
+      }
+      for (int r = 0; r < kOut && row * kOut + r < im.H; r++) {
+        A::output(half[r], all);
+        float* to = y + ((n * im.H + row * kOut + r) * im.W + column * kOut) * im.C + o;
+        for (int c = 0; c < kOut && column * kOut + c < im.W; c++, to += im.C)
+          if (im.C - o >= kLanes)
+            store(to, all[c]);
+          else
+            store_part(to, all[c], im.C - o);
+      }
+    }
+  });
+}
+
+// One place's products m[tile][O] of v [tile][I] and u, kDepth channels after another.
+void multiply(float* m, const float* v, const float* u, int64_t tiles, int64_t v_row, int64_t m_row,
+              int64_t I) {
+  for (int64_t i = 0; i < I; i += kDepth) {
+    const int64_t count = I - i < kDepth ? I - i : kDepth;
+    for (int64_t o = 0; o < m_row; o += kWide)
+      for (int64_t t = 0; t < tiles; t += kPanel) {
+        float* to = m + t * m_row + o;
+        const float *a = v + t * v_row + i, *b = u + (o / kWide * I + i) * kWide;
+        if (i == 0)
+          register_tile<2, false>(to, m_row, kLanes, a, v_row, 1, b, kWide, kLanes, count);
+        else
+          register_tile<2, true>(to, m_row, kLanes, a, v_row, 1, b, kWide, kLanes, count);
+      }
+  }
+}
+
+template <int kMode>
+void forward(const float* x, const Weights& w, float* y, const Images& in, const Images& out,
+             Padding pad) {
+  using A = Axis<kMode>;
+  constexpr int64_t kPlaces = A::kProducts * A::kProducts;
+  const int64_t I = in.C, v_row = whole(I, kLanes) + kLanes, m_row = whole(out.C, kWide);
+  const Tiles tiles(in.N, out.H, out.W, A::kOut);
+  Buffer<float> u(kPlaces * I * m_row);
+  transform_weights<kMode, kWide>(&u[0], w, out.C, I);
+  parallel((tiles.count + kTile - 1) / kTile, 1, [&](int64_t first, int64_t last) {
+    Buffer<float> v(kPlaces * kTile * v_row), m(kPlaces * kTile * m_row);
+    for (int64_t block = first; block < last; block++) {
+      const int64_t begin = block * kTile;
+      const int64_t stop = begin + kTile < tiles.count ? begin + kTile : tiles.count;
+      transform_input<kMode>(x, in, tiles, pad, begin, stop, 0, I,
+                             [&](int64_t place, int64_t tile, int64_t c, vf value) {
+                               store(&v[(place * kTile + tile) * v_row + c], value);
+                             });
+      for (int64_t place = 0; place < kPlaces; place++)
+        multiply(&m[place * kTile * m_row], &v[place * kTile * v_row], &u[place * I * m_row],
+                 stop - begin, v_row, m_row, I);
+      transform_output<kMode>(y, &m[0], m_row, out, tiles, begin, stop);
+    }
+  });
+}
+
+struct NoScratch {};
+
+template <int kMode>
+void weight_gradient(const float* dy, const float* x, float* dw, const Images& out,
+                     const Images& in, Padding pad) {
+  const auto into = [](const auto& side, int64_t group, int64_t to) {
+    return [&side, group, to](int64_t place, int64_t tile, int64_t c, vf value) {
+      store(side.at(place, group) + (to + tile) * kGroup + c - group * kGroup, value);
+    };
+  };
+  weight_gradient<kMode, NoScratch>(
+      dw, out, in,
+      [&](NoScratch&, const auto& m, const Tiles& tiles, int64_t group, int64_t to, int64_t begin,
+          int64_t stop) {
+        transform_output_grad<kMode>(dy, out, tiles, begin, stop, group * kGroup,
+                                     group * kGroup + kGroup, into(m, group, to));
+      },
+      [&](NoScratch&, const auto& v, const Tiles& tiles, int64_t group, int64_t to, int64_t begin,
+          int64_t stop) {
+        transform_input<kMode>(x, in, tiles, pad, begin, stop, group * kGroup,
+                               group * kGroup + kGroup, into(v, group, to));
+      });
+}
+
+}  // namespace
+
+int conv3x3_last(int, const void* x, const void* w, void* y, int64_t N, int64_t I, int64_t H,
+                 int64_t W, int64_t O, int64_t out_h, int64_t out_w, int64_t w_out, int64_t w_in,
+                 int stride, bool transposed, int64_t pad_y, int64_t pad_x) {
+  const Images in{N, I, H, W}, out{N, O, out_h, out_w};
+  const Weights weights{static_cast<const float*>(w), w_out, w_in, transposed && stride == 1};
+  const auto* from = static_cast<const float*>(x);
+  auto* to = static_cast<float*>(y);
+  if (stride == 1)
+    forward<kSame>(from, weights, to, in, out, {pad_y, pad_x});
+  else if (transposed)
+    forward<kUp>(from, weights, to, in, out, {1, 1});
+  else
+    forward<kDown>(from, weights, to, in, out, {0, 0});
+  return 0;
+}
+
+int conv3x3_last_weight_gradient(int, const void* dy, const void* x, void* dw, int64_t N, int64_t O,
+                                 int64_t out_h, int64_t out_w, int64_t I, int64_t H, int64_t W,
+                                 int stride, int64_t pad_y, int64_t pad_x) {
+  const Images out{N, O, out_h, out_w}, in{N, I, H, W};
+  const auto* grad = static_cast<const float*>(dy);
+  const auto* from = static_cast<const float*>(x);
+  auto* to = static_cast<float*>(dw);
+  if (stride == 1)
+    weight_gradient<kSame>(grad, from, to, out, in, {pad_y, pad_x});
+  else
+    weight_gradient<kDown>(grad, from, to, out, in, {0, 0});
+  return 0;
+}
+
+}  // namespace gankern::cpu::GANKERN_ISA

@@ -19,7 +19,9 @@ struct Window {
   }
   GK_INLINE vf read(int r, int c, int64_t channel, int64_t left) const {
     const float* p = at[r][c];
-    return !p || left <= 0 ? vf{} : left >= kLanes ? load(p + channel) : load_part(p + channel, left);
+    return !p || left <= 0  ? vf{}
+           : left >= kLanes ? load(p + channel)
+                            : load_part(p + channel, left);
   }
 };
 

@@ -121,9 +121,12 @@ def compare(rounds: list[dict[str, Times]]) -> list[Compared]:
             continue
         base, head = ([both[side][key] for both in rounds] for side in ("base", "head"))
         ratios = [h / b for h, b in zip(head, base, strict=True)]
-        medians = [statistics.median(values) for values in (base, head, ratios)]
-        fastest = min(head) / min(base)
-        found.append(Compared(key, *medians, min(ratios), max(ratios), fastest))
+        found.append(
+            Compared(
+                key, statistics.median(base), statistics.median(head), statistics.median(ratios),
+                min(ratios), max(ratios), min(head) / min(base),
+            )
+        )  # fmt: skip
     return found
 
 

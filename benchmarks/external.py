@@ -16,6 +16,7 @@ theirs / ours. That code runs with your rights: point this at a checkout that yo
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import statistics
@@ -105,13 +106,11 @@ def rows(args: argparse.Namespace, device: str) -> Iterator[dict[str, Any]]:
     z = torch.randn(args.batch, 512, device=device)
     real = torch.rand(args.batch, 3, args.resolution, args.resolution, device=device) * 2 - 1
     models = {
-        name: Model(*(net.train().to(device) for net in nets), z, real)
-        for name, nets in both.items()
+        name: Model(G.train().to(device), D.train().to(device), z, real)
+        for name, (G, D) in both.items()
     }
     for step in args.step:
-        columns = {}
-        for name, model in models.items():
-            columns[name] = lambda model=model, step=step: model.run(step)
+        columns = {name: functools.partial(m.run, step) for name, m in models.items()}
         try:
             columns["theirs"]()
         except RuntimeError as error:

@@ -121,7 +121,7 @@ def allocations(f: Callable[[], Any]) -> list[int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = f()
     del kept
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profiler.profiler.kineto_results.events()
     return [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
 
 

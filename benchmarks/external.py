@@ -110,7 +110,9 @@ def rows(args: argparse.Namespace, device: str) -> Iterator[dict[str, Any]]:
         for name, (G, D) in both.items()
     }
     for step in args.step:
-        columns = {name: functools.partial(m.run, step) for name, m in models.items()}
+        columns: dict[str, Callable[[], Any]] = {
+            name: functools.partial(model.run, step) for name, model in models.items()
+        }
         try:
             columns["theirs"]()
         except RuntimeError as error:

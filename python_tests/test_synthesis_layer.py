@@ -84,6 +84,29 @@ def test_optional_operands(impl, device, present):
     compare(runner(impl, f, padding), runner("reference", f, padding), inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(1, 40, 23, 41), (2, 18, 40, 37)], ids=str)
+@pytest.mark.parametrize("f", [F4, None], ids=["filter", "flat"])
+def test_large_tiles(impl, device, f, shape, layout, dtype):
+    """On a GPU of few multiprocessors: several channels a block share the noise."""
+    if impl != "simt":
+        pytest.skip("only csrc/simt can be a smaller GPU")
+    from simt_build import module
+
+    padding = 0 if f is None else 1
+    x, d, z, s, b = make_inputs(shape, f, padding, dtype, layout)
+    module().processors(1)
+    try:
+        compare(
+            lambda x, d, s, b: runner("simt", f, padding)(x, d, z, s, b),
+            lambda x, d, s, b: runner("reference", f, padding)(x, d, z, s, b),
+            [x, d, s, b],
+        )
+    finally:
+        module().processors(132)
+
+
 @pytest.mark.parametrize("act", ["lrelu", "swish"])
 @pytest.mark.parametrize("name", ["up_layer", "no_filter"])
 def test_gradgradcheck(impl, name, act):

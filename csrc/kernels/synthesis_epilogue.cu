@@ -5,7 +5,7 @@
 // bytes of channels of one pixel, and two threads a 32-byte sector. The filter has 4x4 taps (fewer
 // are padded with zeros) and reads its input from shared memory in float32, where pixel j of a row
 // lies in plane j % V (NCHW) so that neighbouring threads read neighbouring words whatever the
-// alignment of the row; global memory is read in aligned 16-byte pieces.
+// alignment of the row; global memory is read in whole sectors, 16 bytes a thread.
 #include "synthesis_epilogue_bwd.cuh"
 #include "synthesis_epilogue_fwd.cuh"
 
@@ -64,8 +64,11 @@ Plan plan_flat(int V, bool last, bool backward, bool noise, int64_t planes, int 
   // NCHW: rows of threads, in the backward warps, have channels of their own and share the noise.
   const int least = last ? 16 : backward ? 32 : 1;
   const int most = last ? 64 : backward || noise ? 32 : 128;
+  const auto blocks = [&] { return ceil_div(area, t.lanes * across) * planes / max(t.rows, 1); };
   t.lanes = pow2_between(ceil_div(area, across), least, most);
-  t.rows = last ? 1 : backward ? pow2_between(channels, 1, 4) : 128 / t.lanes;
+  while (t.lanes > 32 && blocks() < sms) t.lanes /= 2;
+  t.rows = last ? 1 : backward ? pow2_between(channels, 1, 4) : min(128 / t.lanes, kFlatChannels);
+  while (t.rows > 1 && t.rows * t.lanes > 32 && blocks() < sms) t.rows /= 2;
   t.threads = t.lanes * t.rows * (last ? 2 : 1);
   t.tile_h = t.rows;
   t.tile_w = t.lanes * across;
@@ -78,6 +81,7 @@ Plan plan_flat(int V, bool last, bool backward, bool noise, int64_t planes, int 
   t.tiles_y = 1;
   t.groups = 1;
   while (noise && t.groups < 8 && t.groups * t.rows < channels &&
+         (last || 2 * t.groups * t.rows <= kFlatChannels) &&
          t.tiles() * planes / (t.rows * 2 * t.groups) >= 2 * sms)
     t.groups *= 2;
   return t;
@@ -93,14 +97,23 @@ Plan make_plan(int dtype, bool last, bool backward, bool filtered, bool pwl, boo
                      static_cast<int>(H));
 }
 
-// Words of a row's plane in shared memory: at least n, so that the rows of a warp, or the halves of
-// its sectors, fall into different banks.
-int pitch_of(int n, int V, bool last, int lanes, int per_thread) {
-  if (!last && lanes >= 32) return n;
-  for (int p = n; p < n + 32; p++)
-    if ((last ? V * p : per_thread * V * p) % 32 == 16) return p;
+// Channels-last: words of a row of a channel in shared memory, at least n, so that the halves of a
+// sector fall into different banks.
+int pitch_last(int n, int V) {
+  while (V * n % 32 != 16) n++;
   return n;
 }
+
+// NCHW: 16-byte pieces, and words of a plane, of a row of `cols` elements at any alignment. 4 more
+// than a multiple of 8: rows that are 8 apart, or fewer, lie in different banks.
+int pitch_planes(int cols, int V) {
+  const int n = (cols + 2 * V - 1 + V - 1) / V;
+  return (n + 3) / 8 * 8 + 4;
+}
+
+// A multiple of all banks, so that rows of different alignment, which use other planes, still
+// follow each other in the banks.
+int plane_words(int rows, int pitch) { return (rows * pitch + 31) / 32 * 32; }
 
 int magic_of(int n) { return ((1 << 20) + n - 1) / n; }
 
@@ -133,7 +146,7 @@ struct Launcher {
   int forward() {
     constexpr int V = kVec<T>, kMost = 16 / V > 4 ? 1 : 16 / V;
     if (!filtered) return launch(synthesis_epilogue_fwd_kernel<T, kLast, kPwl>, 0);
-    const int words = (plan.tile_h + kHalo) * a.pitch * V * (kLast ? 2 : 1) +
+    const int words = (kLast ? (plan.tile_h + kHalo) * a.pitch * 2 * V : V * a.plane) +
                       (a.noise ? plan.per_thread * (kLast ? 1 : V) * plan.threads : 0);
     const int bytes = words * static_cast<int>(sizeof(Acc<T>));
     if constexpr (kPwl)
@@ -146,9 +159,9 @@ struct Launcher {
   int backward() {
     constexpr int V = kVec<T>, kMost = V == 4 ? 2 : 1;
     if (!filtered) return launch(synthesis_epilogue_bwd_kernel<T, kLast, kPwl>, 0);
-    const int planes = V * (kLast ? 2 : 1);
-    const int words = (plan.tile_h + 2 * kHalo) * planes * a.pitch +
-                      (plan.tile_h + kHalo) * planes * a.pitch2 * (!kLast && a.noise ? 2 : 1);
+    const int words =
+        kLast ? ((plan.tile_h + 2 * kHalo) * a.pitch + (plan.tile_h + kHalo) * a.pitch2) * 2 * V
+              : V * (a.plane + a.plane2 * (a.noise ? 2 : 1));
     const int bytes = words * static_cast<int>(sizeof(Acc<T>));
     if constexpr (kPwl)
       if (plan.per_thread > 1)
@@ -209,15 +222,25 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
   while ((1 << a.lanes_log2) < t.lanes) a.lanes_log2++;
   const int cols2 = t.tile_w + kHalo;
   a.across = last ? cols2 : static_cast<int>(ceil_div(cols2, V));
-  a.across_magic = magic_of(a.across);
   const int cols = backward ? a.across * (last ? 1 : V) + kHalo : cols2;
-  const auto pieces = [&](int n, int vec) { return last ? n : (n + 2 * vec - 2) / vec; };
-  a.magic = magic_of(pieces(cols, V)), a.magic2 = magic_of(pieces(cols2, V));
-  a.noise_magic = magic_of(pieces(cols2, 4));
-  // A column group more than the columns fill: the last thread of a row reads a whole one.
-  const auto words = [&](int n) { return last ? n : static_cast<int>(ceil_div(n, V)) + 1; };
-  a.pitch = pitch_of(words(cols), V, last, t.lanes, t.per_thread);
-  a.pitch2 = pitch_of(words(cols2), V, last, t.lanes, t.per_thread);
+  if (last) {
+    a.pitch = pitch_last(cols, V), a.pitch2 = pitch_last(cols2, V);
+    a.magic = magic_of(cols), a.magic2 = magic_of(cols2);
+    a.lap = a.across;
+  } else {
+    // Both tiles alike, and a thread for each piece: warps wrap from row to row without conflicts.
+    a.lap = a.pitch = a.pitch2 = pitch_planes(cols, V);
+    a.magic = a.magic2 = magic_of(a.pitch);
+    a.plane = plane_words(t.tile_h + (backward ? 2 : 1) * kHalo, a.pitch);
+    a.plane2 = plane_words(t.tile_h + kHalo, a.pitch);
+    a.noise_pieces = V == 4 ? a.pitch : ((cols2 + 10) / 4 + 1) / 2 * 2;  // of float32
+    a.noise_magic = magic_of(a.noise_pieces);
+    // The pitch sends rows that are 8 / per_thread thread rows apart over all banks.
+    const int row_bits = 3 - log2_of(t.per_thread), warp_bits = 5 - a.lanes_log2;
+    if (l.filtered && warp_bits > 0 && row_bits > warp_bits && t.rows % (1 << row_bits) == 0)
+      a.row_bits = row_bits, a.warp_bits = warp_bits;
+  }
+  a.lap_magic = magic_of(a.lap);
   a.f32 = f32;
   a.filter_gain = static_cast<A>(filter_gain);
   a.separable = separable, a.flip = flip;

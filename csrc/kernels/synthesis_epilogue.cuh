@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kTaps = 4, kHalo = kTaps - 1;
 constexpr int kMaxThreads = 512;
-// Pixels whose noise a block of the flat kernels shares, at most.
-constexpr int kSharedNoise = 2048;
+// Pixels whose noise, and channels whose parameters, a block of the flat kernels shares, at most.
+constexpr int kSharedNoise = 2048, kFlatChannels = 64;
 
 // float64 is for checks: fewer threads, with registers enough.
 template <typename T>
@@ -41,21 +41,31 @@ struct Args {
   int N, C, H, W, out_h, out_w;
   int taps_y, taps_x, x0, y0;
   int tiles, tiles_x, tile_h, tile_w, groups, lanes_log2;
-  int pitch, magic, pitch2, magic2;       // of the tiles of x and of dy
-  int across, across_magic, noise_magic;  // a thread's pieces in a row of the tile of dy
+  int pitch, magic, pitch2, magic2;  // of the tiles of x and of dy
+  int plane, plane2;                 // NCHW: words from one plane of these tiles to the next
+  int across, lap, lap_magic;        // a thread's pieces in a row of the tile of dy; its threads
+  int noise_pieces, noise_magic;
+  int row_bits, warp_bits;  // see place()
   int f32;
   Acc<T> filter_gain;
   bool separable, flip, one_noise, one_strength, vec_x, vec_out, vec_noise;
 };
 
 // Where a thread stands: column and row of its pixels in the tile, half of a channels-last sector.
+// NCHW: of 2^row_bits rows, a warp has 2^warp_bits that lie far apart, so that they meet different
+// banks.
 struct Place {
   int lx, gy, half;
 };
-template <bool kLast>
-__device__ __forceinline__ Place place(int lanes_log2) {
+template <bool kLast, typename T>
+__device__ __forceinline__ Place place(const Args<T>& a) {
   const int t = static_cast<int>(threadIdx.x) >> (kLast ? 1 : 0);
-  return {t & ((1 << lanes_log2) - 1), t >> lanes_log2, static_cast<int>(threadIdx.x) & 1};
+  const int lx = t & ((1 << a.lanes_log2) - 1), gy = t >> a.lanes_log2;
+  if (kLast) return {lx, gy, static_cast<int>(threadIdx.x) & 1};
+  if (a.row_bits == 0) return {lx, gy, 0};
+  const int all = (1 << a.row_bits) - 1, some = (1 << a.warp_bits) - 1;
+  const int apart = (gy & some) << (a.row_bits - a.warp_bits);
+  return {lx, (gy & ~all) | apart | (gy & all) >> a.warp_bits, 0};
 }
 
 // The taps in the order of a correlation, times the gain, padded with zeros to 4x4; then reversed,
@@ -72,36 +82,40 @@ __device__ __forceinline__ void load_taps(Acc<T>* taps, const Args<T>& a) {
   taps[t] = taps[2 * kTaps * kTaps - 1 - t] = tap * a.filter_gain;
 }
 
-// Rows [row0, row0 + rows) and columns [col0, col0 + cols) of a plane into shared memory, zeros
-// outside of it. magic = 2^20 / pieces of a row, rounded up: i * magic >> 20 = i / pieces.
+// Rows [row0, row0 + rows) of a plane, and columns from col0 on, into shared memory: `cols` of them
+// and zeros, also outside of the plane. Element k of a row goes to plane k % V. `pieces` of 16
+// bytes cover a row whatever its alignment; they begin at sectors, and are an even number. magic =
+// 2^20 / pieces, rounded up: i * magic >> 20 = i / pieces. [begin, end): the tensor.
 template <typename A, typename Src, int V>
-__device__ __forceinline__ void load_tile_planes(A* s, const Src* plane, const Src* end, int H,
-                                                 int W, int row0, int col0, int rows, int cols,
-                                                 int pieces, int magic, int pitch) {
+__device__ __forceinline__ void load_tile_planes(A* s, const Src* plane, const Src* begin,
+                                                 const Src* end, int H, int W, int row0, int col0,
+                                                 int rows, int cols, int pieces, int magic,
+                                                 int pitch, int plane_words) {
   constexpr int L = 16 / static_cast<int>(sizeof(Src));
+  const int lo = max(0, -col0), hi = min(cols, W - col0);
 #pragma unroll 2
   for (int i = threadIdx.x; i < rows * pieces; i += blockDim.x) {
     const int row = static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(magic) >> 20);
-    const int r = row0 + row;
+    const int r = row0 + row, piece = i - row * pieces;
     const Src* start = plane + (static_cast<int64_t>(r) * W + col0);
-    const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(start) / sizeof(Src)) & (L - 1);
-    const int j =
-        (i - row * pieces) * L - shift;  // column in the tile of the piece's first element
-    const bool inside = r >= 0 && r < H && col0 + j < W && col0 + j + L > 0;
-    const bool whole = start + j + L <= end;
+    const int shift =
+        static_cast<int>(reinterpret_cast<uintptr_t>(start) / sizeof(Src)) & (2 * L - 1);
+    const int j = piece * L - shift;  // column in the tile of the piece's first element
+    const int sector = j - (piece & 1) * L;
+    const bool inside = r >= 0 && r < H && sector < hi && sector + 2 * L > lo;
+    const bool whole = start + j >= begin && start + j + L <= end;
     uint4 raw = make_uint4(0, 0, 0, 0);
     if (inside && whole) raw = *reinterpret_cast<const uint4*>(start + j);
     Pack<Src, L> v;
     *reinterpret_cast<uint4*>(&v) = raw;
-#pragma unroll
-    for (int e = 0; e < L; e++) {
+    unrolled<L>([&](auto which) {
+      constexpr int e = decltype(which)::value;
       const int k = j + e;
-      if (k < 0 || k >= cols) continue;
+      if (k < 0 || (L > V && k >= pitch * V)) return;
       A value = A(0);
-      if (inside && col0 + k >= 0 && col0 + k < W)
-        value = static_cast<A>(to_acc(whole ? v.v[e] : start[k]));
-      s[row * pitch * V + (k & (V - 1)) * pitch + k / V] = value;
-    }
+      if (inside && k >= lo && k < hi) value = static_cast<A>(to_acc(whole ? v.v[e] : start[k]));
+      s[(k & (V - 1)) * plane_words + row * pitch + k / V] = value;
+    });
   }
 }
 
@@ -132,24 +146,25 @@ __device__ __forceinline__ void load_tile_last(Acc<T>* s, const T* sample, int C
 }
 
 // out[row][e] = the filter in kRows rows from row 0 of s on, at V pixels of a thread's from its
-// `first` on; channels-last: at V of a sector's channels, of one pixel.
+// `first` on; channels-last: at V of a sector's channels, of one pixel. `plane`: NCHW, the words
+// from one of the planes of s to the next.
 template <typename T, bool kLast, int kRows, int V>
-__device__ __forceinline__ void filter(Acc<T> (&out)[kRows][V], const Acc<T>* s, int pitch, int lx,
-                                       int first, const Acc<T>* taps) {
+__device__ __forceinline__ void filter(Acc<T> (&out)[kRows][V], const Acc<T>* s, int pitch,
+                                       int plane, int lx, int first, const Acc<T>* taps) {
   using A = Acc<T>;
-  constexpr int kWide = kLast ? V : V + kHalo, kPlanes = kVec<T> * (kLast ? 2 : 1);
+  constexpr int kWide = kLast ? V : V + kHalo, kLine = kLast ? 2 * kVec<T> : 1;
 #pragma unroll
   for (int row = 0; row < kRows; row++)
 #pragma unroll
     for (int e = 0; e < V; e++) out[row][e] = A(0);
 #pragma unroll
   for (int q = 0; q < kRows + kHalo; q++) {
-    const A* line = s + q * pitch * kPlanes;
+    const A* line = s + q * pitch * kLine;
     A v[kWide];
     if (!kLast) {
 #pragma unroll
       for (int i = 0; i < kWide; i++)
-        v[i] = line[(first + i) % kVec<T> * pitch + lx + (first + i) / kVec<T>];
+        v[i] = line[(first + i) % kVec<T> * plane + lx + (first + i) / kVec<T>];
     }
     Pack<A, kTaps> tap[kRows];
 #pragma unroll
@@ -172,8 +187,8 @@ __device__ __forceinline__ void filter(Acc<T> (&out)[kRows][V], const Acc<T>* s,
   }
 }
 
-// d, b and strength of a thread's channels. Those of a block's channels-last sectors lie in shared
-// memory; channels beyond C get those of the last.
+// d, b and strength of a block's channels lie in shared memory, so that global memory gives them
+// once to it, not to every warp; channels beyond C get those of the last.
 template <typename T>
 __device__ __forceinline__ Acc<T> param(const Args<T>& a, int which, int n, int c) {
   c = min(c, a.C - 1);
@@ -183,28 +198,27 @@ __device__ __forceinline__ Acc<T> param(const Args<T>& a, int which, int n, int 
   return !a.strength ? Acc<T>(1) : load_param<T>(a.strength, a.f32 & 4, a.one_strength ? 0 : c);
 }
 
-template <typename T>
+// Those of `count` channels from c0 on, in rows of kStride.
+template <typename T, int kStride>
 __device__ __forceinline__ void share_params(Acc<T>* params, const Args<T>& a, int64_t n,
-                                             int64_t c0) {
-  constexpr int kStep = kChannels<T, true>;
-  for (int t = threadIdx.x; t < 3 * kStep; t += blockDim.x)
-    params[t] = param(a, t / kStep, n, c0 + t % kStep);
+                                             int64_t c0, int count = kStride) {
+  for (int t = threadIdx.x; t < 3 * kStride; t += blockDim.x)
+    if (t % kStride < count) params[t] = param(a, t / kStride, n, c0 + t % kStride);
 }
 
-template <typename T, bool kLast>
+template <typename T, bool kLast, int kStride>
 struct Params {
-  const Acc<T>* shared;  // of this thread's half of a sector
+  const Acc<T>* shared;  // of this thread's channels
   Acc<T> d0 = 0, b0 = 0, s0 = 0;
-  __device__ __forceinline__ Params(const Acc<T>* params, const Args<T>& a, int n, int c, int half)
-      : shared(params + half * kVec<T>) {
-    if (!kLast) d0 = param(a, 0, n, c), b0 = param(a, 1, n, c), s0 = param(a, 2, n, c);
+  __device__ __forceinline__ Params(const Acc<T>* params) : shared(params) {
+    if (!kLast) d0 = shared[0], b0 = shared[kStride], s0 = shared[2 * kStride];
   }
   __device__ __forceinline__ Acc<T> d(int e) const { return kLast ? get(0, e) : d0; }
   __device__ __forceinline__ Acc<T> b(int e) const { return kLast ? get(1, e) : b0; }
   __device__ __forceinline__ Acc<T> s(int e) const { return kLast ? get(2, e) : s0; }
   // volatile: fetched when needed, since the registers do not hold all.
   __device__ __forceinline__ Acc<T> get(int k, int e) const {
-    return const_cast<const volatile Acc<T>*>(shared)[k * kChannels<T, true> + e];
+    return const_cast<const volatile Acc<T>*>(shared)[k * kStride + e];
   }
 };
 

@@ -115,16 +115,19 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   constexpr int V = kVec<T>, kStep = kChannels<T, kLast>, kNoise = kLast ? 1 : V;
   // The rare activations leave registers for the sums of 4 channels; they read x and dy twice.
   constexpr int kPart = kLast && !kPwl && V > 4 ? 4 : V;
-  __shared__ A scratch[kLast ? kThreads<T> / 32 * 3 * kStep : 1], params[3 * kChannels<T, true>];
+  constexpr int kStride = kLast ? kStep : kFlatChannels;
+  __shared__ A scratch[kLast ? kThreads<T> / 32 * 3 * kStep : 1], params[3 * kStride];
   __shared__ __align__(16) A noises[kLast ? 1 : kSharedNoise + 32];
-  const Place at = place<kLast>(a.lanes_log2);
+  const Place at = place<kLast>(a);
   const int tile = blockIdx.x * a.tile_w, first = tile + (kLast ? at.lx : at.lx * V);
   const int step = (kLast ? 1 : V) << a.lanes_log2;
   const int stop = min(a.out_w, tile + a.tile_w);
   for (int n = blockIdx.z; n < a.N; n += gridDim.z) {
-    if (!kLast && a.noise) {
+    if (!kLast) {
       __syncthreads();
-      share_noise(noises, a, n, tile);
+      if (a.noise) share_noise(noises, a, n, tile);
+      const int span = a.groups * a.tile_h;
+      share_params<T, kStride>(params, a, n, static_cast<int64_t>(blockIdx.y) * span, span);
       __syncthreads();
     }
     for (int g = 0; g < a.groups; g++) {
@@ -132,9 +135,9 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       const int c0 = kLast ? group * kStep : group * a.tile_h + at.gy;
       if (c0 >= a.C) break;
       const int c = c0 + (kLast ? at.half * V : 0);
-      if (kLast) share_params(params, a, n, c0);
+      if (kLast) share_params<T, kStride>(params, a, n, c0);
       if (kLast) __syncthreads();
-      const Params<T, kLast> q(params, a, n, c, at.half);
+      const Params<T, kLast, kStride> q(params + (kLast ? at.half * V : g * a.tile_h + at.gy));
 #pragma unroll
       for (int part = 0; part < V; part += kPart) {
         Sums<T, kLast, kLast ? kPart : 1> sums;
@@ -175,11 +178,11 @@ template <typename T, bool kLast, bool kPwl, int kRows>
 __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     synthesis_epilogue_bwd_filter_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
-  constexpr int V = kVec<T>, kStep = kChannels<T, kLast>, kPlanes = kLast ? 2 * V : V;
+  constexpr int V = kVec<T>, kStep = kChannels<T, kLast>, kLine = kLast ? 2 * V : 1;
   constexpr int kPart = V > 4 ? 4 : V;  // at once: more would not fit into registers
   GK_DYNAMIC_SHARED(A, shared);
   __shared__ __align__(16) A taps[2 * kTaps * kTaps];
-  __shared__ A scratch[kThreads<T> / 32 * 3 * kStep], params[3 * kChannels<T, true>];
+  __shared__ A scratch[kThreads<T> / 32 * 3 * kStep], params[3 * kStep];
   const int tile_y = blockIdx.x / a.tiles_x, tile_x = blockIdx.x - tile_y * a.tiles_x;
   const int tiles_y = a.tiles / a.tiles_x;
   const int row0 = tile_y * a.tile_h, col0 = tile_x * a.tile_w;
@@ -187,10 +190,9 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   const int x_rows = a.tile_h + 2 * kHalo, x_cols = a.across * (kLast ? 1 : V) + kHalo;
   const int o_rows = a.tile_h + kHalo, o_cols = a.tile_w + kHalo;
   A* xs = shared;
-  A* dys = xs + x_rows * kPlanes * a.pitch;
-  A* noises = dys + o_rows * kPlanes * a.pitch2;  // NCHW
-  const Place at = place<kLast>(a.lanes_log2);
-  const int pieces = (x_cols + 2 * V - 2) / V, pieces2 = (o_cols + 2 * V - 2) / V;
+  A* dys = xs + (kLast ? x_rows * kLine * a.pitch : V * a.plane);
+  A* noises = dys + V * a.plane2;  // NCHW
+  const Place at = place<kLast>(a);
   // Rows and columns of dv whose sums are this block's.
   const int own_r0 = tile_y ? row0 : 0, own_c0 = tile_x ? col0 : 0;
   const int own_r1 = tile_y + 1 < tiles_y ? row0 + a.tile_h : a.out_h;
@@ -202,56 +204,60 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       const int64_t all = (a.one_noise ? int64_t(1) : a.N) * a.out_h * a.out_w;
       if (a.f32 & 2) {
         const float* z = static_cast<const float*>(a.noise);
-        load_tile_planes<A, float, V>(noises, z + plane, z + all, a.out_h, a.out_w, orow0, ocol0,
-                                      o_rows, o_cols, (o_cols + 6) / 4, a.noise_magic, a.pitch2);
+        load_tile_planes<A, float, V>(noises, z + plane, z, z + all, a.out_h, a.out_w, orow0, ocol0,
+                                      o_rows, o_cols, a.noise_pieces, a.noise_magic, a.pitch2,
+                                      a.plane2);
       } else {
         const T* z = static_cast<const T*>(a.noise);
-        load_tile_planes<A, T, V>(noises, z + plane, z + all, a.out_h, a.out_w, orow0, ocol0,
-                                  o_rows, o_cols, pieces2, a.magic2, a.pitch2);
+        load_tile_planes<A, T, V>(noises, z + plane, z, z + all, a.out_h, a.out_w, orow0, ocol0,
+                                  o_rows, o_cols, a.pitch2, a.magic2, a.pitch2, a.plane2);
       }
     }
     for (int g = 0; g < a.groups; g++) {
       const int c0 = (static_cast<int>(blockIdx.y) * a.groups + g) * kStep;
       if (c0 >= a.C) break;
       const int c = c0 + (kLast ? at.half * V : 0);
+      share_params<T, kStep>(params, a, n, c0);
       if (kLast) {
-        share_params(params, a, n, c0);
         load_tile_last<T>(xs, a.x + offset<true>(a.C, n, 0, a.H, a.W, 0, 0), a.C, c0, a.vec_x, a.H,
                           a.W, row0 - kHalo, col0 - kHalo, x_rows, x_cols, a.magic, a.pitch);
         load_tile_last<T>(dys, a.dy + offset<true>(a.C, n, 0, a.out_h, a.out_w, 0, 0), a.C, c0,
                           a.vec_x, a.out_h, a.out_w, orow0, ocol0, o_rows, o_cols, a.magic2,
                           a.pitch2);
       } else {
-        load_tile_planes<A, T, V>(xs, a.x + offset<false>(a.C, n, c0, a.H, a.W, 0, 0), a.x_end, a.H,
-                                  a.W, row0 - kHalo, col0 - kHalo, x_rows, x_cols, pieces, a.magic,
-                                  a.pitch);
+        load_tile_planes<A, T, V>(xs, a.x + offset<false>(a.C, n, c0, a.H, a.W, 0, 0), a.x, a.x_end,
+                                  a.H, a.W, row0 - kHalo, col0 - kHalo, x_rows,
+                                  a.tile_w + 2 * kHalo, a.pitch, a.magic, a.pitch, a.plane);
         load_tile_planes<A, T, V>(dys, a.dy + offset<false>(a.C, n, c0, a.out_h, a.out_w, 0, 0),
-                                  a.dy_end, a.out_h, a.out_w, orow0, ocol0, o_rows, o_cols, pieces2,
-                                  a.magic2, a.pitch2);
+                                  a.dy, a.dy_end, a.out_h, a.out_w, orow0, ocol0, o_rows, o_cols,
+                                  a.pitch2, a.magic2, a.pitch2, a.plane2);
       }
       __syncthreads();
-      const Params<T, kLast> k(params, a, n, c, at.half);
+      const Params<T, kLast, kStep> k(params + at.half * V);
       // dv and then du, in place of dy; each part of a thread's elements in a pass of its own.
       Sums<T, kLast, kLast ? kPart : 1> sums;
 #pragma unroll
       for (int part = 0; part < V; part += kPart) {
-        for (int i = threadIdx.x >> (kLast ? 1 : 0); i < o_rows * a.across;
+        for (int i = threadIdx.x >> (kLast ? 1 : 0); i < o_rows * a.lap;
              i += blockDim.x >> (kLast ? 1 : 0)) {
-          const int row = static_cast<int>(
-              static_cast<unsigned>(i) * static_cast<unsigned>(a.across_magic) >> 20);
-          const int lx = i - row * a.across, r = orow0 + row;
+          const int row =
+              static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(a.lap_magic) >> 20);
+          const int lx = i - row * a.lap, r = orow0 + row;
+          if (!kLast && lx >= a.across) continue;
           const bool row_own = r >= own_r0 && r < own_r1;
           A pixel_noise = 0;
           if (kLast && a.noise && r >= 0 && r < a.out_h && ocol0 + lx >= 0 && ocol0 + lx < a.out_w)
             load_noise<T, true>(&pixel_noise, a, n, r, ocol0 + lx, 1);
           A u[1][kPart];
           const int plane = kLast ? at.half * V + part : part;
-          filter<T, kLast>(u, xs + row * kPlanes * a.pitch, a.pitch, lx, plane, taps);
+          filter<T, kLast>(u, xs + row * kLine * a.pitch, a.pitch, a.plane, lx, plane, taps);
 #pragma unroll
           for (int e = 0; e < kPart; e++) {
             const int j = kLast ? lx : lx * V + part + e, col = ocol0 + j;
             if (!kLast && j >= o_cols) continue;
-            const int cell = (row * kPlanes + plane + e) * a.pitch2 + lx, q = part + e;
+            const int q = part + e;
+            const int cell = kLast ? (row * kLine + plane + e) * a.pitch2 + lx
+                                   : (plane + e) * a.plane2 + row * a.pitch2 + lx;
             const A z = kLast ? pixel_noise : a.noise ? noises[cell] : A(0);
             // Outside of the image dy is zero, and so is dv.
             const A dv = grad<kPwl>(dys[cell], u[0][e] * k.d(q) + (z * k.s(q) + k.b(q)), p);
@@ -271,7 +277,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       const int line = (V / kPiece<T> - 1) * pitch + a.tile_w / V * kPiece<T>;
       if (row < a.tile_h && count > 0) {
         A dx[kRows][V];
-        filter<T, kLast>(dx, dys + row * kPlanes * a.pitch2, a.pitch2, at.lx,
+        filter<T, kLast>(dx, dys + row * kLine * a.pitch2, a.pitch2, a.plane2, at.lx,
                          kLast ? at.half * V : 0, taps + kTaps * kTaps);
 #pragma unroll
         for (int r = 0; r < kRows; r++) {

@@ -11,43 +11,52 @@ __device__ __forceinline__ A value(A u, A d, A noise, A s, A b, const ActArgs<A>
   return clamped(act_value<kPwl>(u * d + (noise * s + b), p) * p.gain, p.clamp);
 }
 
-// Without a filter: a plane is one row; NCHW: rows of threads have channels of their own.
+// Without a filter: a plane is one row; NCHW: rows of threads have channels of their own. x is
+// under way while noise and parameters are shared.
 template <typename T, bool kLast, bool kPwl>
 __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     synthesis_epilogue_fwd_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
   constexpr int V = kVec<T>, kStep = kChannels<T, kLast>, kNoise = kLast ? 1 : V;
-  __shared__ A params[3 * kChannels<T, true>];
+  constexpr int kStride = kLast ? kStep : kFlatChannels;
+  __shared__ A params[3 * kStride];
   __shared__ __align__(16) A noises[kLast ? 1 : 32 * V + 32];
-  const Place at = place<kLast>(a.lanes_log2);
+  const Place at = place<kLast>(a);
   const int first = blockIdx.x * a.tile_w, col = first + (kLast ? at.lx : at.lx * V);
+  const int span = a.groups * a.tile_h, c_block = static_cast<int>(blockIdx.y) * span * kStep;
+  const int c_first = c_block + (kLast ? at.half * V : at.gy), c_step = a.tile_h * kStep;
   for (int n = blockIdx.z; n < a.N; n += gridDim.z) {
+    int64_t i = offset<kLast>(a.C, n, c_first, 1, a.out_w, 0, col);
+    const int64_t i_step = kLast ? c_step : static_cast<int64_t>(c_step) * a.out_w;
+    const auto count = [&](int c) {
+      return col >= a.out_w ? 0 : kLast ? a.C - c : c < a.C ? a.out_w - col : 0;
+    };
+    Pack<T, V> next = load_packed<T>(a.x + i, a.vec_x, count(c_first));
     A noise[kNoise] = {};
     if (kLast && a.noise) load_noise<T, kLast>(noise, a, n, 0, col, a.out_w - col);
-    if (!kLast && a.noise) {
+    if (!kLast) {
       __syncthreads();
-      share_noise(noises, a, n, first);
+      if (a.noise) share_noise(noises, a, n, first);
+      share_params<T, kStride>(params, a, n, c_block, span);
       __syncthreads();
-      if constexpr (!kLast) read_pieces<T>(noise, noises, piece_pitch<T>(a.tile_w), col - first);
+      if constexpr (!kLast)
+        if (a.noise) read_pieces<T>(noise, noises, piece_pitch<T>(a.tile_w), col - first);
     }
-    for (int g = 0; g < a.groups; g++) {
-      const int c0 = ((static_cast<int>(blockIdx.y) * a.groups + g) * a.tile_h + at.gy) * kStep;
+    for (int g = 0, c = c_first; g < a.groups; g++, c += c_step, i += i_step) {
       if (kLast) {
         __syncthreads();
-        share_params(params, a, n, c0);
+        share_params<T, kStride>(params, a, n, c_block + g * c_step);
         __syncthreads();
       }
-      const int c = c0 + (kLast ? at.half * V : 0);
-      if (c >= a.C || col >= a.out_w) continue;
-      const int count = kLast ? a.C - c : a.out_w - col;
-      const int64_t i = offset<kLast>(a.C, n, c, 1, a.out_w, 0, col);
+      const Pack<T, V> x = next;
+      if (g + 1 < a.groups) next = load_packed<T>(a.x + i + i_step, a.vec_x, count(c + c_step));
+      if (count(c) <= 0) continue;
+      const Params<T, kLast, kStride> k(params + (kLast ? at.half * V : c - c_block));
       A u[V];
-      load_some<T>(u, a.x + i, a.vec_x, count);
-      const Params<T, kLast> k(params, a, n, c, at.half);
 #pragma unroll
       for (int e = 0; e < V; e++)
-        u[e] = value<kPwl>(u[e], k.d(e), noise[kLast ? 0 : e], k.s(e), k.b(e), p);
-      store_some<T>(a.out + i, u, a.vec_out, count);
+        u[e] = value<kPwl>(to_acc(x.v[e]), k.d(e), noise[kLast ? 0 : e], k.s(e), k.b(e), p);
+      store_some<T>(a.out + i, u, a.vec_out, count(c));
     }
   }
 }
@@ -56,17 +65,17 @@ template <typename T, bool kLast, bool kPwl, int kRows>
 __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     synthesis_epilogue_fwd_filter_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
-  constexpr int V = kVec<T>, kStep = kChannels<T, kLast>, kPlanes = kLast ? 2 * V : V;
+  constexpr int V = kVec<T>, kStep = kChannels<T, kLast>, kLine = kLast ? 2 * V : 1;
   constexpr int kNoise = kLast ? 1 : V;
   GK_DYNAMIC_SHARED(A, tile);
   __shared__ __align__(16) A taps[2 * kTaps * kTaps];
-  __shared__ A params[3 * kChannels<T, true>];
+  __shared__ A params[3 * kStep];
   const int tile_y = blockIdx.x / a.tiles_x, tile_x = blockIdx.x - tile_y * a.tiles_x;
   const int row0 = tile_y * a.tile_h, col0 = tile_x * a.tile_w;
-  const Place at = place<kLast>(a.lanes_log2);
+  const Place at = place<kLast>(a);
   const int col = col0 + (kLast ? at.lx : at.lx * V), row = row0 + at.gy * kRows;
   // A thread's noise waits in shared memory, where no other thread looks at it.
-  A* noises = tile + (a.tile_h + kHalo) * kPlanes * a.pitch + threadIdx.x;
+  A* noises = tile + (kLast ? (a.tile_h + kHalo) * kLine * a.pitch : V * a.plane) + threadIdx.x;
   load_taps(taps, a);
   for (int n = blockIdx.z; n < a.N; n += gridDim.z) {
     if (a.noise)
@@ -82,24 +91,23 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       if (c0 >= a.C) break;
       const int c = c0 + (kLast ? at.half * V : 0);
       __syncthreads();
+      share_params<T, kStep>(params, a, n, c0);
       if (kLast) {
-        share_params(params, a, n, c0);
         load_tile_last<T>(tile, a.x + offset<true>(a.C, n, 0, a.H, a.W, 0, 0), a.C, c0, a.vec_x,
                           a.H, a.W, row0 - a.y0, col0 - a.x0, a.tile_h + kHalo, a.tile_w + kHalo,
                           a.magic, a.pitch);
       } else {
-        load_tile_planes<A, T, V>(tile, a.x + offset<false>(a.C, n, c0, a.H, a.W, 0, 0), a.x_end,
-                                  a.H, a.W, row0 - a.y0, col0 - a.x0, a.tile_h + kHalo,
-                                  a.tile_w + kHalo, (a.tile_w + kHalo + 2 * V - 2) / V, a.magic,
-                                  a.pitch);
+        load_tile_planes<A, T, V>(tile, a.x + offset<false>(a.C, n, c0, a.H, a.W, 0, 0), a.x,
+                                  a.x_end, a.H, a.W, row0 - a.y0, col0 - a.x0, a.tile_h + kHalo,
+                                  a.tile_w + kHalo, a.pitch, a.magic, a.pitch, a.plane);
       }
       __syncthreads();
       const int count = col >= a.out_w ? 0 : kLast ? min(a.C - c, V) : a.out_w - col;
       if (count <= 0) continue;
       A u[kRows][V];
-      filter<T, kLast>(u, tile + at.gy * kRows * a.pitch * kPlanes, a.pitch, at.lx,
+      filter<T, kLast>(u, tile + at.gy * kRows * a.pitch * kLine, a.pitch, a.plane, at.lx,
                        kLast ? at.half * V : 0, taps);
-      const Params<T, kLast> k(params, a, n, c, at.half);
+      const Params<T, kLast, kStep> k(params + at.half * V);
       T* out = a.out + offset<kLast>(a.C, n, c, a.out_h, a.out_w, row, col);
 #pragma unroll
       for (int r = 0; r < kRows; r++) {

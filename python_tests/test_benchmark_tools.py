@@ -153,6 +153,8 @@ def test_compare_ratios_and_regressions() -> None:
     assert (row.ratio, row.least, row.most, row.fastest) == (1.2, 1.1, 1.3, 1.1)
     assert compare.regressions([row], 9) == [row]
     assert compare.regressions([row], 15) == []  # the fastest rounds do not confirm it
+    row.least = 0.9  # nor does every round
+    assert compare.regressions([row], 9) == []
 
 
 def test_compare_reads_rows_of_the_cpu() -> None:

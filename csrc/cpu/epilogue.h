@@ -1,0 +1,251 @@
+// The parts of synthesis_epilogue: operands, rows of planes, the filter.
+#pragma once
+
+#include "act.h"
+
+namespace gankern::cpu::GANKERN_ISA {
+namespace {
+
+constexpr int64_t kBlock = 4 * kLanes;
+constexpr int64_t kGrain = 16384;  // elements a thread takes at least
+
+struct Geometry {
+  int64_t N, C, H, W, out_h, out_w, taps_y, taps_x, x0, y0;
+  bool filtered, last;  // last: channels-last
+};
+
+// Operands beside x; bits of f32 say which are float32 although x is not.
+struct Operands {
+  const float* f;
+  const void *d, *noise, *strength, *b;
+  int64_t noise_n, strength_n;
+  int f32;
+  bool d_f32() const { return f32 & 1; }
+  bool noise_f32() const { return f32 & 2; }
+  bool strength_f32() const { return f32 & 4; }
+  bool b_f32() const { return f32 & 8; }
+};
+
+// The rare activations are not worth an instance of the whole kernel each.
+template <typename V, typename S>
+__attribute__((noinline)) V value_of(V u, const ActArgs<S>& p) {
+  return act_value<false>(u, p);
+}
+
+template <typename V, typename S>
+__attribute__((noinline)) V slope_of(V a, V u, const ActArgs<S>& p) {
+  return act_slope<false>(a, u, p);
+}
+
+template <bool kPwl, typename V, typename S>
+GK_INLINE V value(V u, const ActArgs<S>& p) {
+  if constexpr (kPwl) return act_value<true>(u, p);
+  return value_of(u, p);
+}
+
+template <bool kPwl, typename V, typename S>
+GK_INLINE V slope(V a, V u, const ActArgs<S>& p) {
+  if constexpr (kPwl) return act_slope<true>(a, u, p);
+  return slope_of(a, u, p);
+}
+
+// A plane of x, y, dx or dy: `step` channels from c on, of sample n.
+template <typename T>
+struct Plane {
+  T* data;
+  int64_t row, column;  // strides
+
+  Plane(T* base, const Geometry& g, int64_t h, int64_t w, int64_t n, int64_t c)
+      : data(base + (g.last ? n * h * w * g.C + c : (n * g.C + c) * h * w)),
+        row(g.last ? w * g.C : w),
+        column(g.last ? g.C : 1) {}
+};
+
+template <typename T, typename S>
+GK_INLINE void read(S* out, const T* in, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, load(in + i));
+  if (i < n) store_part(out + i, load_part(in + i, n - i), n - i);
+}
+
+template <typename T, typename S>
+GK_INLINE void write(T* out, const S* in, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, load(in + i));
+  if (i < n) store_part(out + i, load_part(in + i, n - i), n - i);
+}
+
+// `width` columns of `step` elements from column `first` of row i on; zeros outside of the plane.
+template <typename T, typename S>
+void read_row(S* out, Plane<const T> p, int64_t i, int64_t h, int64_t w, int64_t first,
+              int64_t width, int64_t step) {
+  const int64_t begin = first < 0 ? (-first < width ? -first : width) : 0;
+  int64_t end = w - first < width ? w - first : width;
+  if (i < 0 || i >= h || end < begin) {
+    for (int64_t k = 0; k < width * step; k++) out[k] = 0;
+    return;
+  }
+  for (int64_t k = 0; k < begin * step; k++) out[k] = 0;
+  for (int64_t k = end * step; k < width * step; k++) out[k] = 0;
+  const T* in = p.data + i * p.row + (first + begin) * p.column;
+  if (p.column == 1) return read(out + begin, in, end - begin);
+  for (int64_t k = begin; k < end; k++, in += p.column) read(out + k * step, in, step);
+}
+
+template <typename T, typename S>
+void write_row(Plane<T> p, int64_t i, const S* in, int64_t width, int64_t step) {
+  T* out = p.data + i * p.row;
+  if (p.column == 1) return write(out, in, width);
+  for (int64_t k = 0; k < width; k++) write(out + k * p.column, in + k * step, step);
+}
+
+// out[i] = sum over taps of f[ky][kx] * rows[ky][i + kx * step]
+template <int kTaps, typename S>
+GK_INLINE void filter_span(S* out, S* const* rows, const S* f, int taps_y, int taps_x, int64_t n,
+                           int64_t step) {
+  using V = std::conditional_t<std::is_same_v<S, float>, vf, vd>;
+  const int ny = kTaps ? kTaps : taps_y, nx = kTaps ? kTaps : taps_x;
+  for (int64_t i = 0; i < n; i += kLanes) {  // buffers are padded to whole vectors
+    V even{}, odd{};
+    for (int ky = 0; ky < ny; ky++)
+      for (int kx = 0; kx < nx; kx++) {
+        const V term = load(rows[ky] + i + kx * step);
+        if (kx % 2)
+          odd += term * f[ky * nx + kx];
+        else
+          even += term * f[ky * nx + kx];
+      }
+    store(out + i, even + odd);
+  }
+}
+
+template <typename S>
+void filter_row(S* out, S* const* rows, const S* f, int taps_y, int taps_x, int64_t n,
+                int64_t step) {
+  if (taps_y == 4 && taps_x == 4)
+    filter_span<4>(out, rows, f, 4, 4, n, step);
+  else
+    filter_span<0>(out, rows, f, taps_y, taps_x, n, step);
+}
+
+// The rows that a filter needs, the newest taps_y of them.
+template <typename S>
+class Ring {
+ public:
+  Ring(int64_t taps, int64_t width) : taps_(taps), width_(width), data_((taps + 1) * width) {
+    for (int64_t i = 0; i < width; i++) data_[taps * width + i] = 0;
+  }
+  S* row(int64_t i) { return &data_[i % taps_ * width_]; }
+  S* zeros() { return &data_[taps_ * width_]; }
+
+ private:
+  int64_t taps_, width_;
+  Buffer<S> data_;
+};
+
+// One unit's operands in compute precision, for a row at a time.
+template <typename T>
+struct Unit {
+  using S = Scalar<T>;
+  using V = Vec<T>;
+  const Geometry& g;
+  const Operands& o;
+  int64_t n, c, step;
+  S d[kBlock], b[kBlock], strength[kBlock];
+
+  Unit(const Geometry& g, const Operands& o, int64_t n, int64_t c, int64_t step)
+      : g(g), o(o), n(n), c(c), step(step) {
+    for (int64_t j = 0; j < kBlock; j++) {
+      const int64_t k = c + (j < step ? j : 0);
+      d[j] = o.d ? load_param<T>(o.d, o.d_f32(), n * g.C + k) : S(1);
+      b[j] = o.b ? load_param<T>(o.b, o.b_f32(), k) : S(0);
+      strength[j] = !o.strength
+                        ? S(1)
+                        : load_param<T>(o.strength, o.strength_f32(), o.strength_n == 1 ? 0 : k);
+    }
+  }
+
+  void read_noise(S* out, int64_t row) const {
+    const int64_t at = ((o.noise_n == 1 ? 0 : n) * g.out_h + row) * g.out_w;
+    if (o.noise_f32()) {
+      const float* p = static_cast<const float*>(o.noise) + at;
+      if constexpr (std::is_same_v<S, float>)
+        read(out, p, g.out_w);
+      else
+        for (int64_t i = 0; i < g.out_w; i++) out[i] = p[i];
+    } else {
+      read(out, static_cast<const T*>(o.noise) + at, g.out_w);
+    }
+  }
+
+  // Calls f(index, d, b, strength * noise, noise, lane count, channel) for each vector of a row.
+  template <typename F>
+  GK_INLINE void each(const S* noise, const F& f) const {
+    if (step == 1 && !g.last) {
+      const V dv = splat<V>(d[0]), bv = splat<V>(b[0]), sv = splat<V>(strength[0]);
+      for (int64_t i = 0; i < g.out_w; i += kLanes) {
+        const int64_t m = g.out_w - i < kLanes ? g.out_w - i : kLanes;
+        const V nv = noise ? load(noise + i) : V{};
+        f(i, dv, bv, nv * sv, nv, m, int64_t(0));
+      }
+      return;
+    }
+    for (int64_t i = 0; i < g.out_w; i++) {
+      const V nv = splat<V>(noise ? noise[i] : S(0));
+      for (int64_t j = 0; j < step; j += kLanes) {
+        const int64_t m = step - j < kLanes ? step - j : kLanes;
+        f(i * step + j, load(d + j), load(b + j), nv * load(strength + j), nv, m, j);
+      }
+    }
+  }
+};
+
+int64_t padded(int64_t n) { return n + 2 * kLanes; }
+
+// The taps in the order of a correlation, times the gain.
+template <typename S>
+void read_filter(S* out, const float* f, bool separable, int64_t taps_y, int64_t taps_x, bool flip,
+                 double gain) {
+  for (int64_t y = 0; y < taps_y; y++)
+    for (int64_t x = 0; x < taps_x; x++) {
+      const int64_t fy = flip ? y : taps_y - 1 - y, fx = flip ? x : taps_x - 1 - x;
+      const double tap = separable ? double(f[fy]) * f[fx] : f[fy * taps_x + fx];
+      out[y * taps_x + x] = S(tap * gain);
+    }
+}
+
+// A unit's filter(x), row after row.
+template <typename T>
+class Filtered {
+ public:
+  using S = Scalar<T>;
+  Filtered(const T* x, const Geometry& g, const S* f, int64_t n, int64_t c, int64_t step)
+      : x_(x, g, g.H, g.W, n, c),
+        g_(g),
+        f_(f),
+        step_(step),
+        ring_(g.taps_y, padded((g.out_w + g.taps_x) * step)),
+        next_(0) {}
+
+  // Rows come in order.
+  void row(S* out, int64_t i) {
+    const int64_t width = g_.out_w + g_.taps_x - 1;
+    if (!g_.filtered) return read_row(out, x_, i, g_.H, g_.W, 0, g_.out_w, step_);
+    for (; next_ < i + g_.taps_y; next_++)
+      read_row(ring_.row(next_), x_, next_ - g_.y0, g_.H, g_.W, -g_.x0, width, step_);
+    S* rows[64];
+    for (int64_t k = 0; k < g_.taps_y; k++) rows[k] = ring_.row(i + k);
+    filter_row(out, rows, f_, int(g_.taps_y), int(g_.taps_x), g_.out_w * step_, step_);
+  }
+
+ private:
+  Plane<const T> x_;
+  const Geometry& g_;
+  const S* f_;
+  int64_t step_;
+  Ring<S> ring_;
+  int64_t next_;
+};
+
+}  // namespace
+}  // namespace gankern::cpu::GANKERN_ISA

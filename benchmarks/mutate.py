@@ -42,6 +42,7 @@ TESTS = {
     "pixel_norm": "test_layouts and f32 and (planes or wide)",
     "adain": "test_layouts and f32 and planes",
     "minibatch_stddev": "test_layouts and f32",
+    "demod_coefs": "test_layouts and f32 and (3x3 or odd)",
     "upfirdn2d": "test_forward_and_gradients and f32 and not strided",
     "synthesis_epilogue": "test_against_reference and f32 and (up_layer or no_filter)",
 }
@@ -126,6 +127,22 @@ MUTATIONS = [
         "upfirdn2d", "gain: left out of a full filter", "upfirdn2d_planes.cuh",
         "tap(qx, i % kTaps)) * gain;",
         "tap(qx, i % kTaps));",
+    ),
+    Mutation(
+        "demod_coefs", "index: a chunk's last output channel is left out", "demod_coefs.cu",
+        "for (int o = ty; o < chunk; o += kThreads / kColumns) {",
+        "for (int o = ty; o < chunk - 1; o += kThreads / kColumns) {",
+    ),
+    Mutation(
+        "demod_coefs", "barrier: warps' sums are read at once", "demod_coefs.cu",
+        "tx] = sums[j];\n  __syncthreads();",
+        "tx] = sums[j];",
+        "race",
+    ),
+    Mutation(
+        "demod_coefs", "constant: the power of d in the gradient", "demod_coefs.cu",
+        "* (d * d * d);",
+        "* (d * d);",
     ),
     Mutation(
         "synthesis_epilogue", "index: the noise of the next row", "synthesis_epilogue_fwd.cuh",

@@ -144,6 +144,9 @@ def drawn_filter(taps):
 
 @st.composite
 def epilogue_cases(draw):
+    dtype = draw(st.sampled_from(["f32", "f32", "f16", "bf16"]))
+    # A 16-bit rounding at a clamp that bites decides whether a gradient is zero: float32 only.
+    clamps = [None, 0.7] if dtype == "f32" else [None, 1e4]
     return {
         "size": (
             *draw(st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 12))),
@@ -152,11 +155,11 @@ def epilogue_cases(draw):
         "taps": draw(FILTERS),
         "padding": draw(st.tuples(*[st.integers(-1, 4)] * 4)),
         "layout": draw(st.sampled_from(["contiguous", "channels_last"])),
-        "dtype": draw(st.sampled_from(["f32", "f32", "f16", "bf16"])),
+        "dtype": dtype,
         "operands": draw(st.sampled_from(["", "d", "zs", "dzsb", "db"])),
         "options": {
             "act": draw(ACTIVATIONS),
-            "clamp": draw(st.sampled_from([None, None, 1e4])),
+            "clamp": draw(st.sampled_from(clamps)),
             "flip_filter": draw(st.booleans()),
             "filter_gain": 1.5,
         },
@@ -252,10 +255,10 @@ def test_random_layers(impl, device):
             generator("reference", noise),
             tensors,
             what=str(c),
-            roundings=64,
+            roundings=32,
         )
         compare(
-            discriminator(impl), discriminator("reference"), tensors[:3], what=str(c), roundings=64
+            discriminator(impl), discriminator("reference"), tensors[:3], what=str(c), roundings=32
         )
 
     run()

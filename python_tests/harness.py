@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,24 @@ def second_grads(f: Callable, inputs: list[Tensor | None], seed: int = 1) -> lis
     return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)]
 
 
+_kept: dict[str, dict[str, Any]] = {}
+
+
+def once(case: str, make: Callable[[], Any]) -> Any:
+    """make(), or what it gave for this case of this test before, in this process.
+
+    The random cases of an op are the same for every implementation, and are tested with one after
+    the other: what judges them is computed by the first.
+    """
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").split("[")[0]
+    if test not in _kept:
+        _kept.clear()  # of another test
+    kept = _kept.setdefault(test, {})
+    if case not in kept:
+        kept[case] = make()
+    return kept[case]
+
+
 def compare(
     f: Callable[..., Tensor],
     reference: Callable[..., Tensor],
@@ -117,12 +136,19 @@ def compare(
     derivative: Callable = outputs_and_grads,
     what: str = "",
     roundings: float = 4,
+    case: str = "",
 ) -> list[Tensor]:
-    """f against reference at the inputs' dtype, both judged by reference in float64 on the CPU."""
-    exact = derivative(
-        reference, [None if t is None else t.detach().double().cpu() for t in inputs]
-    )
-    eager = derivative(reference, inputs)
+    """f against reference at the inputs' dtype, both judged by reference in float64 on the CPU.
+
+    `case` names one of many random ones, for once().
+    """
+
+    def judges() -> tuple[list[Tensor], list[Tensor]]:
+        doubled = [None if t is None else t.detach().double().cpu() for t in inputs]
+        return derivative(reference, doubled), derivative(reference, inputs)
+
+    exact, eager = once(case, judges) if case else judges()
+    what = what or case
     actual = derivative(f, inputs)
     names = ["y", *(f"d{i}" for i in range(len(actual)))]
     for a, r, e, name in zip(actual, eager, exact, names, strict=False):

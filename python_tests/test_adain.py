@@ -146,7 +146,7 @@ def test_random_arguments(impl, device):
         dtype = DTYPES[c["dtype"]]
         style = torch.float32 if c["style_f32"] else dtype
         tensors = inputs(c["shape"], device, dtype, c["layout"], style)
-        compare(*ops(impl, eps=c["eps"]), tensors, what=str(c))
+        compare(*ops(impl, eps=c["eps"]), tensors, case=str(c))
 
     run()
 

@@ -190,7 +190,7 @@ def test_random_arguments(impl, device):
         f, reference = ops(impl, dim=c["dim"], act=c["act"], gain=c["gain"], clamp=clamp)
         x, b = inputs(c["shape"], device, DTYPES[c["dtype"]], dim=c["dim"])
         x = x.permute(c["order"]).contiguous().permute(*map(c["order"].index, range(x.dim())))
-        compare(f, reference, [x, b if c["bias"] else None], what=str(c))
+        compare(f, reference, [x, b if c["bias"] else None], case=str(c))
 
     run()
 

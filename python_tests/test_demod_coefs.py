@@ -194,7 +194,7 @@ def test_random_arguments(impl, device):
     @given(cases())
     def run(c):
         tensors = inputs(c["shape"], c["samples"], device, DTYPE_PAIRS[c["dtypes"]], c["layout"])
-        compare(*ops(impl, eps=c["eps"]), tensors, what=str(c))
+        compare(*ops(impl, eps=c["eps"]), tensors, case=str(c))
 
     run()
 

@@ -151,7 +151,7 @@ def test_random_arguments(impl, device):
     @given(cases())
     def run(c):
         x = inputs(c["shape"], device, DTYPES[c["dtype"]], c["layout"])
-        compare(*ops(impl, *c["args"]), x, what=str(c))
+        compare(*ops(impl, *c["args"]), x, case=str(c))
 
     run()
 

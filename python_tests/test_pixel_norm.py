@@ -153,7 +153,7 @@ def test_random_arguments(impl, device):
     def run(c):
         (x,) = inputs(c["shape"], device, DTYPES[c["dtype"]])
         x = x.permute(c["order"]).contiguous().permute(*map(c["order"].index, range(x.dim())))
-        compare(*ops(impl, dim=c["dim"], eps=c["eps"]), [x], what=str(c))
+        compare(*ops(impl, dim=c["dim"], eps=c["eps"]), [x], case=str(c))
 
     run()
 

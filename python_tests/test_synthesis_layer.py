@@ -189,7 +189,7 @@ def test_random_arguments(impl, device):
 
             return run
 
-        compare(at(impl), at("reference"), [x.to(device), *operands.values()], what=str(c))
+        compare(at(impl), at("reference"), [x.to(device), *operands.values()], case=str(c))
 
     run()
 
@@ -249,16 +249,20 @@ def test_random_layers(impl, device):
             discriminator("reference")(*tensors[:3])
         except (RuntimeError, ValueError):  # nothing is left to convolve or to filter
             return
-        noise = torch.randn(y.shape[2:], device=device) if c["noise"] else None
+        noise = randn(*y.shape[2:], seed=4).float().to(device) if c["noise"] else None
         compare(
             generator(impl, noise),
             generator("reference", noise),
             tensors,
-            what=str(c),
+            case=f"generator {c}",
             roundings=32,
         )
         compare(
-            discriminator(impl), discriminator("reference"), tensors[:3], what=str(c), roundings=32
+            discriminator(impl),
+            discriminator("reference"),
+            tensors[:3],
+            case=f"discriminator {c}",
+            roundings=32,
         )
 
     run()

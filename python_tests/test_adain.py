@@ -145,8 +145,11 @@ def test_random_arguments(impl, device):
     def run(c):
         dtype = DTYPES[c["dtype"]]
         style = torch.float32 if c["style_f32"] else dtype
-        tensors = inputs(c["shape"], device, dtype, c["layout"], style)
-        compare(*ops(impl, eps=c["eps"]), tensors, case=str(c))
+        n, channels, *pixels = c["shape"]
+        if harness.interpreted(impl, device):
+            n, channels = min(n, 2), min(channels, 3)
+        tensors = inputs((n, channels, *pixels), device, dtype, c["layout"], style)
+        compare(*ops(impl, eps=c["eps"]), tensors, case=f"{n} {channels} {c}")
 
     run()
 

@@ -60,6 +60,8 @@ def ops(impl, **kwargs):
 def test_forward_and_gradients(impl, device, dtypes, shape):
     for dtype in DTYPE_PAIRS[dtypes]:
         harness.skip_float64_triton(impl, dtype)
+    if harness.interpreted(impl, device) and shape == "many_outputs" and dtypes != "f32":
+        pytest.skip("the interpreter is slow; many outputs are tested in float32")
     tensors = inputs(*SHAPES[shape], device, DTYPE_PAIRS[dtypes])
     terms = tensors[0][:1].numel()  # of the sum of squares
     compare(*ops(impl), tensors, what=shape, roundings=max(4, terms**0.5 / 4))

@@ -271,7 +271,7 @@ def test_random_layers(impl, device):
             generator("reference", noise),
             tensors,
             case=f"generator {o} {i} {n} {c}",
-            roundings=32,
+            roundings=64,  # demodulation leaves little of what a style's gradient adds up
         )
         compare(
             discriminator(impl),

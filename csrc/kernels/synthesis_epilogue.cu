@@ -36,16 +36,27 @@ Plan tiled(int V, bool last, int width, int height, int max_lanes, int per_threa
   return t;
 }
 
+// Bytes that a block can have: 64 KiB on Turing, 99 and more since.
+int shared_limit() {
+  int device = 0, most = 48 * 1024;
+  if (cudaGetDevice(&device) == cudaSuccess)
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return most;
+}
+
 // The largest tile (least halo) of which there are enough to fill the machine; then several
 // channels a block, which read the noise once.
 Plan plan_filter(int V, bool last, bool backward, bool pwl, bool noise, int64_t planes,
                  int channels, int width, int height) {
   const int sms = sm_count(), lanes = last ? 32 : backward ? 128 / V : 256 / V;
   const int most = !pwl ? 1 : backward ? (V == 4 ? 2 : 1) : 16 / V > 4 ? 1 : 16 / V;
+  // A backward's tiles of x, dy and noise take up to 70 KiB.
+  const bool small = V == 2 || (backward && shared_limit() < 72 * 1024);
+  const int most_threads = small ? 256 : kMaxThreads;
   Plan t{};
   const auto enough = [&](const Plan& plan) { return plan.tiles() * planes >= 3 * sms / 4; };
   for (const int per_thread : {most, 1})
-    for (int threads = V == 2 ? 256 : kMaxThreads; threads >= 64; threads /= 2) {
+    for (int threads = most_threads; threads >= 64; threads /= 2) {
       if (t.threads && enough(t)) break;
       t = tiled(V, last, width, height, lanes, per_thread, threads);
     }

@@ -19,7 +19,7 @@ from harness import (
 from torch import Tensor
 
 from gankern.ops import _impl, conv2d_resample, setup_filter
-from gankern.ops.convolution import FEWEST_TILES, Form, _ours, convolution, has_own_kernels
+from gankern.ops.conv3x3 import FEWEST_TILES, Form, _ours, convolution, has_own_kernels
 
 pytestmark = pytest.mark.skipif(
     bool(_impl.LIBRARIES["cpu"]), reason=f"no CPU library: {_impl.LIBRARIES['cpu']}"

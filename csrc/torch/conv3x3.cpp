@@ -1,5 +1,5 @@
 // conv3x3 for the dispatcher: checks, allocation, launch. The contract is
-// gankern/ops/convolution.py. The CPU alone has kernels.
+// gankern/ops/conv3x3.py. The CPU alone has kernels.
 #include "common.h"
 
 GANKERN_KERNEL(int, conv3x3, int dtype, const void* x, const void* w, void* y, int64_t N, int64_t I,

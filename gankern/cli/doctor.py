@@ -21,6 +21,7 @@ COMPOSED = {
     "modulated_conv2d": "upfirdn2d",
     "synthesis_layer": "synthesis_epilogue",
 }
+CPU_ONLY = {"conv3x3"}  # on a GPU, the reference: cuDNN has algorithms of its own
 NOT_BUILT = "reinstall gankern, or in a clone: python setup.py build_ext --inplace"
 
 
@@ -96,15 +97,18 @@ def cures(build: dict[str, Any]) -> list[str]:
 
     kernels = [name for name in op_names() if name not in COMPOSED]
     ops_by_reason: dict[tuple[str, str], list[str]] = {}
+    count = {}
     for impl, device in (("cpu", "cpu"), ("cuda", "cuda"), ("triton", "cuda")):
-        for name in kernels:
+        names = [name for name in kernels if impl == "cpu" or name not in CPU_ONLY]
+        count[impl] = len(names)
+        for name in names:
             if reason := _impl.why_not(impl, device, name):
                 if _impl.LIBRARIES.get(impl):
                     reason = library_state(impl, build)
                 reason = reason.replace(f"{name} has no", "no")
                 ops_by_reason.setdefault((impl, reason), []).append(name)
     return [
-        f"{impl} ({'all' if len(names) == len(kernels) else ', '.join(names)}): {reason}"
+        f"{impl} ({'all' if len(names) == count[impl] else ', '.join(names)}): {reason}"
         for (impl, reason), names in ops_by_reason.items()
     ]
 

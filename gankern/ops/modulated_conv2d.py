@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gankern.ops.conv2d_resample import check_conv, conv2d_resample, conv_dtype
-from gankern.ops.convolution import gate, no_weight_gradients
+from gankern.ops.conv3x3 import gate, no_weight_gradients
 from gankern.ops.demod_coefs import demod_coefs
 
 __all__ = ["modulated_conv2d", "no_weight_gradients"]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 DATA = Path(__file__).parent / "data"
@@ -117,6 +118,16 @@ def second_grads(f: Callable, inputs: list[Tensor | None], seed: int = 1) -> lis
     wanted = [t for t in (*leaves, dy) if t is not None]
     grads = torch.autograd.grad(dx, wanted, v, allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)]
+
+
+def examples(impl: str) -> settings:
+    """How many random cases an op is tested with: the same in every run.
+
+    Fewer where a case is slow: in Triton's interpreter, and again where simt watches every access.
+    """
+    watched = os.environ.get("GANKERN_SIMT", "plain") != "plain"
+    cases = 100 if impl == "triton" or watched else 500
+    return settings(max_examples=cases, deadline=None, derandomize=True)
 
 
 _kept: dict[str, dict[str, Any]] = {}

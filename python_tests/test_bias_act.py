@@ -6,7 +6,7 @@ import harness
 import pytest
 import torch
 from harness import DTYPES, compare, outputs_and_grads, second_grads
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gankern.ops import _impl, bias_act
@@ -180,7 +180,7 @@ def cases(draw):
 
 
 def test_random_arguments(impl, device):
-    @settings(max_examples=100 if impl == "triton" else 500, deadline=None, derandomize=True)
+    @harness.examples(impl)
     @given(cases())
     def run(c):
         if impl == "triton" and device == "cpu" and c["dtype"] == "bf16":

@@ -8,7 +8,7 @@ import harness
 import pytest
 import torch
 from harness import DTYPES, compare, outputs_and_grads, randn, second_grads
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gankern.ops import _impl, demod_coefs, modulated_conv2d
@@ -192,7 +192,7 @@ def cases(draw):
 
 
 def test_random_arguments(impl, device):
-    @settings(max_examples=100 if impl == "triton" else 500, deadline=None, derandomize=True)
+    @harness.examples(impl)
     @given(cases())
     def run(c):
         tensors = inputs(c["shape"], c["samples"], device, DTYPE_PAIRS[c["dtypes"]], c["layout"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from harness import (
     compare,
+    examples,
     golden,
     interpreted,
     lay_out,
@@ -14,7 +15,7 @@ from harness import (
     outputs_and_grads,
     randn,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_conv2d_resample import definition
 
@@ -88,7 +89,7 @@ def cases(draw):
 def test_random_arguments(impl, device):
     """The reference against the definition, in float64; implementations with their gradients."""
 
-    @settings(max_examples=100 if impl == "triton" else 500, deadline=None, derandomize=True)
+    @examples(impl)
     @given(cases())
     def run(c):
         (o, i), n, f = c["channels"], c["samples"], None

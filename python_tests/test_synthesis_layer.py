@@ -7,13 +7,14 @@ import torch
 from harness import (
     DTYPES,
     compare,
+    examples,
     interpreted,
     lay_out,
     outputs_and_grads,
     randn,
     skip_float64_triton,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gankern.ops import _impl, conv2d_layer, setup_filter, synthesis_epilogue, synthesis_layer
@@ -177,7 +178,7 @@ def epilogue_cases(draw):
 
 
 def test_random_arguments(impl, device):
-    @settings(max_examples=100 if impl == "triton" else 500, deadline=None, derandomize=True)
+    @examples(impl)
     @given(epilogue_cases())
     def run(c):
         f, padding, dtype = drawn_filter(c["taps"]), c["padding"], DTYPES[c["dtype"]]
@@ -230,7 +231,7 @@ def layer_cases(draw):
 
 
 def test_random_layers(impl, device):
-    @settings(max_examples=100 if impl == "triton" else 500, deadline=None, derandomize=True)
+    @examples(impl)
     @given(layer_cases())
     def run(c):
         (o, i), n, k, taps = c["channels"], c["samples"], c["kernel"], c["taps"]

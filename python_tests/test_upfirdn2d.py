@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from harness import DTYPES, compare, outputs_and_grads, second_grads
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -176,7 +176,7 @@ def random_cases(draw):
 
 
 def test_random_arguments(impl, device):
-    @settings(max_examples=100 if impl == "triton" else 500, deadline=None, derandomize=True)
+    @harness.examples(impl)
     @given(random_cases())
     def run(c):
         up, _, pads, *_ = c["args"]

@@ -272,15 +272,15 @@ def test_random_layers(impl, device):
             generator(impl, noise),
             generator("reference", noise),
             tensors,
-            case=f"generator {o} {i} {n} {c}",
-            roundings=64,  # demodulation leaves little of what a style's gradient adds up
+            case=f"generator {o} {i} {n} {taps} {c}",
+            roundings=64,  # of the convolution's sums, little of which a gradient may leave
         )
         compare(
             discriminator(impl),
             discriminator("reference"),
             tensors[:3],
-            case=f"discriminator {o} {i} {n} {c}",
-            roundings=32,
+            case=f"discriminator {o} {i} {n} {taps} {c}",
+            roundings=64,
         )
 
     run()

@@ -193,10 +193,20 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   A* dys = xs + (kLast ? x_rows * kLine * a.pitch : V * a.plane);
   A* noises = dys + V * a.plane2;  // NCHW
   const Place at = place<kLast>(a);
-  // Rows and columns of dv whose sums are this block's.
-  const int own_r0 = tile_y ? row0 : 0, own_c0 = tile_x ? col0 : 0;
-  const int own_r1 = tile_y + 1 < tiles_y ? row0 + a.tile_h : a.out_h;
-  const int own_c1 = tile_x + 1 < a.tiles_x ? col0 + a.tile_w : a.out_w;
+  // Rows and columns of dv whose sums are this block's. Where registers are short (sm_86, sm_89 and
+  // sm_120 would spill one) they come from shared memory each time.
+  constexpr bool kKept = !kLast && kPwl;
+  __shared__ volatile int kept[4];
+  const auto bound = [&](int i) {
+    return i == 0   ? (tile_y ? row0 : 0)
+           : i == 1 ? (tile_y + 1 < tiles_y ? row0 + a.tile_h : a.out_h)
+           : i == 2 ? (tile_x ? col0 : 0)
+                    : (tile_x + 1 < a.tiles_x ? col0 + a.tile_w : a.out_w);
+  };
+  if (kKept && threadIdx.x == 0)
+    for (int i = 0; i < 4; i++) kept[i] = bound(i);
+  const int own_r0 = kKept ? 0 : bound(0), own_c0 = kKept ? 0 : bound(2);
+  const int own_r1 = kKept ? 0 : bound(1), own_c1 = kKept ? 0 : bound(3);
   load_taps(taps, a);
   for (int n = blockIdx.z; n < a.N; n += gridDim.z) {
     if (!kLast && a.noise) {
@@ -244,7 +254,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
               static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(a.lap_magic) >> 20);
           const int lx = i - row * a.lap, r = orow0 + row;
           if (!kLast && lx >= a.across) continue;
-          const bool row_own = r >= own_r0 && r < own_r1;
+          const bool row_own = r >= (kKept ? kept[0] : own_r0) && r < (kKept ? kept[1] : own_r1);
           A pixel_noise = 0;
           if (kLast && a.noise && r >= 0 && r < a.out_h && ocol0 + lx >= 0 && ocol0 + lx < a.out_w)
             load_noise<T, true>(&pixel_noise, a, n, r, ocol0 + lx, 1);
@@ -261,7 +271,8 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
             const A z = kLast ? pixel_noise : a.noise ? noises[cell] : A(0);
             // Outside of the image dy is zero, and so is dv.
             const A dv = grad<kPwl>(dys[cell], u[0][e] * k.d(q) + (z * k.s(q) + k.b(q)), p);
-            if (row_own && col >= own_c0 && col < own_c1) sums.add(kLast ? e : 0, dv, u[0][e], z);
+            if (row_own && col >= (kKept ? kept[2] : own_c0) && col < (kKept ? kept[3] : own_c1))
+              sums.add(kLast ? e : 0, dv, u[0][e], z);
             dys[cell] = dv * k.d(q);
           }
         }

@@ -204,9 +204,10 @@ def test_random_arguments(impl, device):
 
             return run
 
-        # Roundings of what the clamp makes smaller.
         tensors = [x.to(device), *operands.values()]
-        compare(at(impl), at("reference"), tensors, case=f"{size} {c}", roundings=8)
+        # A clamp leaves 0.7 of sums ten times as large, with their roundings.
+        roundings = 40 if c["options"]["clamp"] == 0.7 else 4
+        compare(at(impl), at("reference"), tensors, case=f"{size} {c}", roundings=roundings)
 
     run()
 

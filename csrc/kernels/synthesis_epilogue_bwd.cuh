@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   const Place at = place<kLast>(a);
   // Rows and columns of dv whose sums are this block's. Where registers are short (sm_86, sm_89 and
   // sm_120 would spill one) they come from shared memory each time.
-  constexpr bool kKept = !kLast && kPwl;
+  constexpr bool kKept = !kLast && kPwl && sizeof(T) == 4;
   __shared__ volatile int kept[4];
   const auto bound = [&](int i) {
     return i == 0   ? (tile_y ? row0 : 0)

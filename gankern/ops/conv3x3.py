@@ -76,8 +76,8 @@ def convolution(x: Tensor, w: Tensor, form: Form) -> Tensor:
     return _forward(x, w, form)
 
 
-def _records(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
+def _records(x: Tensor, w: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
 
 
 # --- The three calls, by our kernels where they fit, else by PyTorch's.
@@ -91,8 +91,12 @@ def _ours(w: Tensor, small: Tensor, large: Tensor | None, form: Form) -> bool:
     if max(form.padding) > (2 if form.stride == 1 else 0) or min(w.shape[:2]) < MIN_CHANNELS:
         return False
     given = (small,) if large is None else (small, large)
-    formats = [m for m in FEWEST_TILES if all([t.is_contiguous(memory_format=m) for t in given])]
-    if not formats or any([t.dtype != torch.float32 for t in given]):
+    formats = list(FEWEST_TILES)  # torch.compile reads no generator here
+    for t in given:
+        formats = [m for m in formats if t.is_contiguous(memory_format=m)]
+        if t.dtype != torch.float32:
+            return False
+    if not formats:
         return False
     n, _, height, width = small.shape
     tiles = n * ((height + 1) // 2) * ((width + 1) // 2)

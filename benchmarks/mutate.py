@@ -114,8 +114,8 @@ MUTATIONS = [
     ),
     Mutation(
         "upfirdn2d", "index: the tile begins one column later", "upfirdn2d_planes.cuh",
-        "const int ix0 = first_sample(p.w, ox0), iy0",
-        "const int ix0 = first_sample(p.w, ox0) + 1, iy0",
+        "const int ix0 = first_sample<kUp, kDown>(p.w, ox0), iy0",
+        "const int ix0 = first_sample<kUp, kDown>(p.w, ox0) + 1, iy0",
     ),
     Mutation(
         "upfirdn2d", "barrier: the tile is read while it is written", "upfirdn2d_planes.cuh",

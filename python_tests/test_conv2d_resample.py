@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
+import harness
 import pytest
 import torch
-from harness import (
-    compare,
-    examples,
-    golden,
-    interpreted,
-    lay_out,
-    max_error,
-    once,
-    outputs_and_grads,
-    randn,
-)
+from harness import compare, golden, lay_out, max_error, outputs_and_grads, randn
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,18 +56,18 @@ def cases(draw):
 def test_random_arguments(impl, device):
     """The reference against the definition, in float64; implementations with their gradients."""
 
-    @examples(impl)
+    @harness.examples(impl)
     @given(cases())
     def run(c):
         groups = c["args"][3]
-        n, o, i = (1, 2, 2) if interpreted(impl, device) else (2, 6, 4)
+        n, o, i = (1, 2, 2) if harness.interpreted(impl, device) else (2, 6, 4)
         x = randn(n, i, *c["size"])
         w = randn(o, i // groups, c["kernel"], c["kernel"], seed=1)
         x, taps, f = lay_out(x, c["layout"]), c["taps"], None
         if taps:
             f = setup_filter(randn(taps, seed=2).float() + 2, separable=taps % 2 == 0)
         try:
-            exact = once(f"exact {n} {c}", lambda: definition(x, w, f, *c["args"]))
+            exact = harness.once(f"exact {n} {c}", lambda: definition(x, w, f, *c["args"]))
         except (RuntimeError, ValueError):  # nothing is left to convolve or to filter
             with pytest.raises((RuntimeError, ValueError)):
                 conv2d_resample(x.to(device).float(), w.to(device).float(), f, *c["args"])

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
+import harness
 import pytest
 import torch
-from harness import (
-    compare,
-    examples,
-    golden,
-    interpreted,
-    lay_out,
-    max_error,
-    once,
-    outputs_and_grads,
-    randn,
-)
+from harness import compare, golden, lay_out, max_error, outputs_and_grads, randn
 from hypothesis import given
 from hypothesis import strategies as st
 from test_conv2d_resample import definition
@@ -89,11 +80,11 @@ def cases(draw):
 def test_random_arguments(impl, device):
     """The reference against the definition, in float64; implementations with their gradients."""
 
-    @examples(impl)
+    @harness.examples(impl)
     @given(cases())
     def run(c):
         (o, i), n, f = c["channels"], c["samples"], None
-        if interpreted(impl, device):
+        if harness.interpreted(impl, device):
             o, i, n = min(o, 2), 2, 1
         x, weight = randn(n, i, *c["size"]), randn(o, i, c["kernel"], c["kernel"], seed=1)
         tensors = [lay_out(t, on) for t, on in zip((x, weight), c["layouts"], strict=True)]
@@ -101,7 +92,9 @@ def test_random_arguments(impl, device):
         if c["taps"]:
             f = setup_filter(randn(c["taps"], seed=3).float() + 2, separable=c["taps"] % 2 == 0)
         try:
-            exact = once(f"exact {o} {i} {n} {c}", lambda: materialised(*tensors, f, **c["args"]))
+            exact = harness.once(
+                f"exact {o} {i} {n} {c}", lambda: materialised(*tensors, f, **c["args"])
+            )
         except (RuntimeError, ValueError):  # nothing is left to convolve or to filter
             with pytest.raises((RuntimeError, ValueError)):
                 modulated_conv2d(*tensors, resample_filter=f, impl="reference", **c["args"])

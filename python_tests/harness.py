@@ -83,17 +83,20 @@ def assert_as_good_as(
     what: str = "",
     terms: int = 1,
     roundings: float = 4,
+    nudge: float = 0.0,
 ) -> None:
     """The tolerance of every test: error <= 2 * eager PyTorch's at that dtype + floor.
 
     The floor is 4 roundings of the dtype at the size of the result, or, for a sum of `terms` random
     values of size one, at the size that such sums have, sqrt(terms). A float64 result has the floor
-    alone: one that comes out of long sums needs more `roundings`.
+    alone: one that comes out of long sums needs more `roundings`. `nudge` is how far the exact
+    result moves when each input is rounded once: as many of these are allowed.
     """
     assert actual.dtype == eager.dtype, f"{what}: dtype {actual.dtype}, wanted {eager.dtype}"
     size = exact.abs().max().item() if exact.numel() else 0.0
     size = max(size, terms**0.5) if terms > 1 else size
-    bound = 2 * max_error(eager, exact) + roundings * torch.finfo(actual.dtype).eps * size
+    floor = torch.finfo(actual.dtype).eps * size + nudge
+    bound = 2 * max_error(eager, exact) + roundings * floor
     error = max_error(actual, exact)
     assert error <= bound, f"{what}: error {error:.3g} over the bound {bound:.3g}"
 
@@ -156,24 +159,37 @@ def compare(
     what: str = "",
     roundings: float = 4,
     case: str = "",
+    nudged: bool = False,
 ) -> list[Tensor]:
     """f against reference at the inputs' dtype, both judged by reference in float64 on the CPU.
 
-    `case` names one of many random ones, for once().
+    `case` names one of many random ones, for once(). `nudged` judges by the reference on inputs
+    rounded once more too: for results that are small differences of large sums.
     """
 
-    def judges() -> tuple[list[Tensor], list[Tensor]]:
+    def judges() -> tuple[list[Tensor], list[Tensor], list[float]]:
         doubled = [None if t is None else t.detach().double().cpu() for t in inputs]
-        return derivative(reference, doubled), derivative(reference, inputs)
+        exact = derivative(reference, doubled)
+        nudges = [0.0] * len(exact)
+        if nudged:
+            moved = derivative(reference, [t if t is None else rounded_once(t) for t in inputs])
+            nudges = [max_error(m, e) for m, e in zip(moved, exact, strict=True)]
+        return exact, derivative(reference, inputs), nudges
 
-    exact, eager = once(case, judges) if case else judges()
+    exact, eager, nudges = once(case, judges) if case else judges()
     what = what or case
     actual = derivative(f, inputs)
     names = ["y", *(f"d{i}" for i in range(len(actual)))]
-    for a, r, e, name in zip(actual, eager, exact, names, strict=False):
+    for a, r, e, nudge, name in zip(actual, eager, exact, nudges, names, strict=False):
         terms = actual[0].numel() // max(1, a.numel())
-        assert_as_good_as(a, r, e, f"{what} {name}", terms, roundings)
+        assert_as_good_as(a, r, e, f"{what} {name}", terms, roundings, nudge)
     return actual
+
+
+def rounded_once(t: Tensor) -> Tensor:
+    """t in float64, every value larger or smaller by a rounding of t's dtype."""
+    signs = randn(*t.shape, seed=9).sign()
+    return t.detach().double().cpu() * (1 + torch.finfo(t.dtype).eps * signs)
 
 
 def golden(op: str) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:

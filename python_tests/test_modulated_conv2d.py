@@ -118,7 +118,9 @@ def test_random_arguments(impl, device):
             assert max_error(at(impl)(*tensors), exact) <= 1e-9 * size
         else:
             tensors = [t.float().to(device) for t in tensors]
-            y, *_ = compare(at(impl), at("reference"), tensors, case=f"{o} {i} {n} {c}")
+            # Demodulation cancels the styles' length: their gradient is what large sums leave.
+            case = f"{o} {i} {n} {c}"
+            y, *_ = compare(at(impl), at("reference"), tensors, case=case, nudged=True)
             assert max_error(y, exact) <= 1e-5 * size
 
     run()

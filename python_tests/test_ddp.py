@@ -1,41 +1,23 @@
 """Processes under torchrun compute what one does with the same batch; lost ones are told."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from gankern.training import checkpoint, make_config, train
-from gankern.training.run import read_stats
+from gankern.training.run import read_config, read_stats
 from gankern.training.stats import WALL_CLOCK
 
 OPTIONS = {"width": 4, "d_width": 4, "d_dropout": 0, "batch": 32, "grid": 2}
-
-
-def start(processes, out, **options):
-    """Trains in so many processes, the only one being this; returns the run folder."""
-    if processes == 1:
-        return train(make_config(**options, out=str(out)))
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    command = [
-        sys.executable, "-m", *launch, "gankern", "train", *flags, f"--out={out}",
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    (run,) = out.iterdir()
-    return run
-
-
-def newest(run, name):
-    return load_file(checkpoint.list_checkpoints(run)[-1] / f"{name}.safetensors")
-
 
 # Dropout is off: each process draws its own. Batch norm in G and D spans the processes, minibatch
 # standard deviation does not: groups of one image make it a constant.
@@ -44,22 +26,73 @@ LEVELS = {
     "z_dim": 8,
 }  # fmt: skip
 STYLES = LEVELS | {"w_dim": 8, "mapping_layers": 2, "style_mixing": 0.5}
+STEP = OPTIONS | {"kimg": 0.032, "tick_kimg": 0.032}
+STEPS = {
+    "vanilla": STEP | {"model": "vanilla"},
+    "dcgan": STEP | {"model": "dcgan", "batch_gpu": 8},
+    "pggan": STEP | LEVELS | {"model": "pggan", "stable_kimg": 0.016, "grow_from": 8},
+    "stylegan2": STEP | STYLES | {"model": "stylegan2"},
+}
+PARTS = OPTIONS | {"d_dropout": 0.3, "tick_kimg": 0.032, "checkpoint_ticks": 2}
+# What two processes do one after the other, in one start of them: run folder, kimg, options.
+TWO = [
+    *((name, 0.032, STEPS[name]) for name in ("vanilla", "pggan", "stylegan2")),
+    ("whole", 0.128, PARTS),
+    ("part", 0.064, PARTS),
+    ("part", 0.128, {}),  # goes on
+]
+
+pytestmark = pytest.mark.xdist_group("ddp")
 
 
-@pytest.mark.parametrize(
-    ("model", "world", "own"),
-    [
-        ("vanilla", 2, {}),
-        ("dcgan", 4, {"batch_gpu": 8}),
-        ("pggan", 2, LEVELS | {"stable_kimg": 0.016, "grow_from": 8}),
-        ("stylegan2", 2, STYLES),
-    ],
-    ids=["vanilla", "dcgan", "pggan", "stylegan2"],
-)
-def test_processes_compute_the_step_of_one(model, world, own, tmp_path):
-    options = OPTIONS | {"model": model, "kimg": 0.032, "tick_kimg": 0.032} | own
-    one = start(1, tmp_path / "one", **options | {"batch_gpu": 0})
-    two = start(world, tmp_path / "two", **options)
+def the_run(out):
+    (run,) = Path(out).iterdir()
+    return run
+
+
+def run_all(out, runs):
+    """In every process: trains each, or goes on where no options are given."""
+    torch.distributed.init_process_group("gloo")
+    for name, kimg, options in runs:
+        torch.distributed.barrier()  # the first process has written all of the run before
+        if options:
+            train(make_config(**options | {"kimg": kimg}, out=str(Path(out) / name)))
+            continue
+        config = read_config(the_run(Path(out) / name))
+        config.kimg = kimg
+        train(config, the_run(Path(out) / name))
+    torch.distributed.destroy_process_group()
+
+
+def launch(processes, out, runs):
+    """run_all() in so many processes under torchrun; returns the folder."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+        str(processes), __file__, str(out), json.dumps(runs),
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return launch(2, tmp_path_factory.mktemp("two"), TWO)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return launch(4, tmp_path_factory.mktemp("four"), [("dcgan", 0.032, STEPS["dcgan"])])
+
+
+def newest(run, name):
+    return load_file(checkpoint.list_checkpoints(run)[-1] / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize("model", STEPS)
+def test_processes_compute_the_step_of_one(model, request, tmp_path):
+    one = train(make_config(**STEPS[model] | {"batch_gpu": 0}, out=str(tmp_path)))
+    two = the_run(request.getfixturevalue("four" if model == "dcgan" else "two") / model)
     for name in ("D", "G"):
         # After one step Adam's mean is (1 - beta1) times the gradient.
         a, b = newest(one, f"optimizer_{name}"), newest(two, f"optimizer_{name}")
@@ -79,13 +112,8 @@ def test_processes_compute_the_step_of_one(model, world, own, tmp_path):
         assert read_stats(two)[0][key] == pytest.approx(read_stats(one)[0][key], abs=1e-5)
 
 
-def test_two_processes_resume_exactly(tmp_path):
-    options = OPTIONS | {"d_dropout": 0.3, "tick_kimg": 0.032, "checkpoint_ticks": 2}
-    whole = start(2, tmp_path / "whole", **options, kimg=0.128)
-    part = start(2, tmp_path / "part", **options, kimg=0.064)
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command = [sys.executable, "-m", *launch, "gankern", "train", "--resume", part, "--kimg=0.128"]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+def test_two_processes_resume_exactly(two):
+    whole, part = the_run(two / "whole"), the_run(two / "part")
     for name in ("G", "D", "G_ema", "optimizer_G", "optimizer_D"):
         a, b = newest(whole, name), newest(part, name)
         assert all(torch.equal(a[key], b[key]) for key in a), name
@@ -93,6 +121,7 @@ def test_two_processes_resume_exactly(tmp_path):
         assert {k: a[k] for k in a if k not in WALL_CLOCK} == {
             k: b[k] for k in b if k not in WALL_CLOCK
         }
+    assert len(read_stats(part)) == 4
 
 
 def test_one_process_tells_the_error(tmp_path):
@@ -155,3 +184,7 @@ def test_a_process_that_dies_stops_the_run_which_then_resumes(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert int(checkpoint.list_checkpoints(run)[-1].name) == reached + 64
+
+
+if __name__ == "__main__":
+    run_all(sys.argv[1], json.loads(sys.argv[2]))

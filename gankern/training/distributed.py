@@ -54,12 +54,17 @@ class LostProcessError(TrainError):
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
-    """Joins the processes that torchrun started (gloo on CPU, nccl on CUDA); yields rank, world."""
+    """Joins the processes that torchrun started (gloo on CPU, nccl on CUDA); yields rank, world.
+
+    A group that the caller has made is used, and left to the caller: one that trains several times.
+    """
     rank, world = rank_and_world()
     if world == 1:
         yield 0, 1
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    own = not dist.is_initialized()
+    if own:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield rank, world
     except RuntimeError as error:
@@ -70,7 +75,8 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
             ) from error
         raise
     finally:
-        dist.destroy_process_group()
+        if own:
+            dist.destroy_process_group()
 
 
 def average_gradients(module: nn.Module, world: int) -> None:

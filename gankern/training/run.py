@@ -172,8 +172,10 @@ def plot_losses(run: Path) -> None:
     if not rows:
         return
     kimg = [row["kimg"] for row in rows]
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(8, 6))
     losses, logits = figure.subplots(2, 1, sharex=True)
+    # A layout that measures its texts would draw everything twice, at every grid of samples.
+    figure.subplots_adjust(left=0.1, right=0.98, top=0.94, bottom=0.09, hspace=0.08)
     for axes, names in (
         (losses, {"loss_D": "D", "loss_G": "G"}),
         (logits, {"logit_real": "real", "logit_fake": "generated"}),

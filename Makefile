@@ -27,7 +27,7 @@ train: setup
 
 # One thread a worker: two workers with two spinning threads each are slower than one.
 test: dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 gpu: dev
 	$(BIN)/python -m pytest --device cuda $(ARGS)

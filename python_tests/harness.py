@@ -31,7 +31,9 @@ def skip_float64_triton(impl: str, dtype: torch.dtype) -> None:
 def interpreted(impl: str, device: str) -> bool:
     """Whether Triton's interpreter runs it: in tests, a few milliseconds a program and filter tap.
 
-    Its random cases and its largest shapes have few samples and channels, each a program.
+    There, shapes have few samples and channels, each a program; dtypes are tried on few of them;
+    and random cases of what is composed of operations are run forward only, each operation's own
+    having gradients too.
     """
     return impl == "triton" and device == "cpu"
 
@@ -99,6 +101,11 @@ def assert_as_good_as(
     bound = 2 * max_error(eager, exact) + roundings * floor
     error = max_error(actual, exact)
     assert error <= bound, f"{what}: error {error:.3g} over the bound {bound:.3g}"
+
+
+def output(f: Callable, inputs: list[Tensor | None]) -> list[Tensor]:
+    """[y], alone."""
+    return [f(*inputs)]
 
 
 def outputs_and_grads(f: Callable, inputs: list[Tensor | None], seed: int = 1) -> list[Tensor]:

@@ -14,6 +14,10 @@ from gankern.metrics import (
 from gankern.metrics.digits_classifier import as_digits, train_classifier
 
 
+# One process computes the features of the images that several tests share.
+pytestmark = pytest.mark.xdist_group("sensitivity")
+
+
 def clouds(n, m, dim):
     """Features of two overlapping distributions, [n, dim] and [m, dim], float32."""
     rng = torch.Generator().manual_seed(0)

@@ -150,8 +150,11 @@ def test_random_arguments(impl, device):
     @harness.examples(impl)
     @given(cases())
     def run(c):
-        x = inputs(c["shape"], device, DTYPES[c["dtype"]], c["layout"])
-        compare(*ops(impl, *c["args"]), x, case=str(c))
+        n, channels, *pixels = c["shape"]
+        if harness.interpreted(impl, device):
+            n, pixels = min(n, 5), [min(size, 3) for size in pixels]
+        x = inputs((n, channels, *pixels), device, DTYPES[c["dtype"]], c["layout"])
+        compare(*ops(impl, *c["args"]), x, case=f"{n} {pixels} {c}")
 
     run()
 

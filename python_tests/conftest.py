@@ -28,6 +28,13 @@ def _impls(config: pytest.Config) -> list[str]:
     return [i for i in impls if not only or i in only.split(",")]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker of pytest-xdist gets what shares work: an op's random cases share their judges."""
+    for item in items:
+        if item.name.startswith("test_random"):
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} random"))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "impl" in metafunc.fixturenames:
         metafunc.parametrize("impl", _impls(metafunc.config), indirect=True)

@@ -64,10 +64,11 @@ def test_random_arguments(impl, device):
         x = randn(n, i, *c["size"])
         w = randn(o, i // groups, c["kernel"], c["kernel"], seed=1)
         x, taps, f = lay_out(x, c["layout"]), c["taps"], None
+        taps = min(taps, 3) if harness.interpreted(impl, device) else taps
         if taps:
             f = setup_filter(randn(taps, seed=2).float() + 2, separable=taps % 2 == 0)
         try:
-            exact = harness.once(f"exact {n} {c}", lambda: definition(x, w, f, *c["args"]))
+            exact = harness.once(f"exact {n} {taps} {c}", lambda: definition(x, w, f, *c["args"]))
         except (RuntimeError, ValueError):  # nothing is left to convolve or to filter
             with pytest.raises((RuntimeError, ValueError)):
                 conv2d_resample(x.to(device).float(), w.to(device).float(), f, *c["args"])
@@ -84,7 +85,7 @@ def test_random_arguments(impl, device):
 
         inputs = [x.float().to(device), w.float().to(device)]
         orders = harness.output if harness.interpreted(impl, device) else outputs_and_grads
-        y, *_ = compare(at(impl), at("reference"), inputs, orders, case=f"{n} {c}")
+        y, *_ = compare(at(impl), at("reference"), inputs, orders, case=f"{n} {taps} {c}")
         assert max_error(y, exact) <= 1e-5 * max(1.0, exact.abs().max().item())
 
     run()

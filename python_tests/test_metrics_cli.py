@@ -19,6 +19,10 @@ class Pool(nn.Module):
         return nn.functional.adaptive_avg_pool2d(x.float().mean(1, keepdim=True), 4).flatten(1)
 
 
+# Tests that share a fixture.
+pytestmark = pytest.mark.xdist_group("metrics_cli")
+
+
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
     path = tmp_path_factory.mktemp("net") / "pool.pt"

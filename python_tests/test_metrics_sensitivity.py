@@ -13,7 +13,6 @@ from gankern.metrics import (
 )
 from gankern.metrics.digits_classifier import as_digits, train_classifier
 
-
 # One process computes the features of the images that several tests share.
 pytestmark = pytest.mark.xdist_group("sensitivity")
 

@@ -28,7 +28,18 @@ OWN = {
     "stylegan2": {"d_reg_interval": 2, "g_reg_interval": 3},
     "wgan": {"form": "conv"},
 }
-NINE = ["vanilla", "cgan", "dcgan", "wgan", "wgan-gp", "sagan", "pggan", "stylegan", "stylegan2"]
+TRAINED = [
+    "vanilla",
+    "cgan",
+    "cgan-fc",
+    "dcgan",
+    "wgan",
+    "wgan-gp",
+    "sagan",
+    "pggan",
+    "stylegan",
+    "stylegan2",
+]
 
 ALL_TOGETHER = {
     "model": "stylegan2", "r1_gamma": 1.0, "r2_gamma": 0.5, "gp_weight": 0.1, "drift": 1e-3,
@@ -73,7 +84,7 @@ def assert_resumes_exactly(values, tmp_path):
     return whole
 
 
-@pytest.mark.parametrize("preset", NINE)
+@pytest.mark.parametrize("preset", TRAINED)
 def test_trains_and_resumes(preset, tmp_path):
     values = {k: v for k, v in models.PRESETS[preset].items() if k not in TINY}
     whole = assert_resumes_exactly(values | OWN.get(preset, {}), tmp_path)

@@ -26,6 +26,10 @@ ALARM = {
 }
 
 
+# Tests that share a fixture.
+pytestmark = pytest.mark.xdist_group("report")
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of three ticks with four grids, to which an alarm and metrics are added."""

@@ -490,6 +490,7 @@ else:
 
         return of
 
+    @pytest.mark.xdist_group("simt")  # a process a variant, for all cases
     @pytest.mark.parametrize(
         ("variant", "name"),
         [(v, name) for v in EVERY for name, c in CASES.items() if v in c.variants],

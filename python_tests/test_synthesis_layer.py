@@ -281,23 +281,20 @@ def test_random_layers(impl, device):
         except (RuntimeError, ValueError):  # nothing is left to convolve or to filter
             return
         noise = randn(*y.shape[2:], seed=4).float().to(device) if c["noise"] else None
-        orders = output if interpreted(impl, device) else outputs_and_grads
-        compare(
-            generator(impl, noise),
-            generator("reference", noise),
-            tensors,
-            orders,
-            case=f"generator {o} {i} {n} {taps} {c}",
-            roundings=64,  # of the convolution's sums, little of which a gradient may leave
-        )
-        compare(
-            discriminator(impl),
-            discriminator("reference"),
-            tensors[:3],
-            orders,
-            case=f"discriminator {o} {i} {n} {taps} {c}",
-            roundings=64,
-        )
+        layers = {
+            "generator": (generator(impl, noise), generator("reference", noise), tensors),
+            "discriminator": (discriminator(impl), discriminator("reference"), tensors[:3]),
+        }
+        orders = outputs_and_grads
+        if interpreted(impl, device):  # one of the two, forward only
+            layers.pop("discriminator" if c["noise"] else "generator")
+            orders = output
+        for name, (layer, reference, on) in layers.items():
+            compare(
+                layer, reference, on, orders,
+                case=f"{name} {o} {i} {n} {taps} {c}",
+                roundings=64,  # of the convolution's sums, little of which a gradient may leave
+            )  # fmt: skip
 
     run()
 

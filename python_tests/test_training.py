@@ -44,6 +44,10 @@ def tiny_args(**values):
     ]
 
 
+# Tests that share a fixture.
+pytestmark = pytest.mark.xdist_group("training")
+
+
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
     """A run of six steps in three ticks; tests that change it work on a copy."""

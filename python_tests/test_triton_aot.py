@@ -21,8 +21,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-# Compute capability: the element type that kernels are compiled for, and how many of their variants.
-CAPABILITIES = {80: ("fp32", "all"), 90: ("fp16", "all"), 100: ("bf16", "last"), 120: ("fp16", "last")}
+# Compute capability: the element type and the variants that kernels are compiled for.
+CAPABILITIES = {
+    80: ("fp32", "all"),
+    90: ("fp16", "all"),
+    100: ("bf16", "last"),
+    120: ("fp16", "last"),
+}
 
 BWD = {"HAS_B": True, "CLAMPED": True, "SUMS": True, "SECOND": False, "FROM_X": False}
 TAPS = {"TAPS_X": 4, "TAPS_Y": 4, "SEPARABLE": False}

@@ -58,7 +58,8 @@ PRESETS: dict[str, Options] = {
         "kimg": 120.0,
         "tick_kimg": 2.0,
     },
-    "cgan": {
+    "cgan": {"d_condition": "concat", "kimg": 40.0, "g_lr": 1e-3, "d_lr": 1e-3},
+    "cgan-fc": {
         "model": "vanilla",
         "conditional": True,
         "d_condition": "concat",
@@ -125,7 +126,7 @@ PRESETS: dict[str, Options] = {
         "fade_kimg": 2.0,
         "stable_kimg": 2.0,
         "sample_ticks": 2,
-        "kimg": 16.0,
+        "kimg": 14.0,
     },
     # With the loss of progressive GAN, as StyleGAN on CelebA-HQ: it needs fewer images than R1.
     "stylegan": _STYLE

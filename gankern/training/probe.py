@@ -72,6 +72,7 @@ class Probe:
 def mean_distance(features: Tensor) -> float:
     """Mean Euclidean distance of two different rows of [N, D]."""
     n = len(features)
+    features = features - features.mean(0)  # cdist multiplies: nothing large may cancel
     return float(torch.cdist(features, features).sum()) / max(n * (n - 1), 1)
 
 

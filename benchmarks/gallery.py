@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"own untrained generator by {MARGIN}. Seconds are those of the processor.",
         "",
         *([f"Without a finished run: {', '.join(missing)}.", ""] if missing else []),
-        "| model | kimg | CPU seconds | untrained | score | recognised | evenness | labels followed |",
+        "| model | kimg | CPU s | untrained | score | recognised | evenness | labels followed |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *table,
         *sections,

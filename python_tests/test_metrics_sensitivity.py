@@ -6,11 +6,7 @@ import torch
 from torch import nn
 
 from gankern.data import open_dataset
-from gankern.metrics import (
-    Features,
-    load_extractor,
-    measure,
-)
+from gankern.metrics import Extractor, Features, load_extractor, measure
 from gankern.metrics.digits_classifier import as_digits, train_classifier
 
 # One process computes the features of the images that several tests share.
@@ -56,7 +52,19 @@ def blurred(images):
 
 
 @pytest.fixture(scope="module")
-def changed(embedded):
+def judge():
+    """What knows the classes of these images, as the inception score asks; and is quick."""
+    net = train_classifier(epochs=2).net
+
+    def network(images):
+        features = net[:-1](as_digits(images.float() / 127.5 - 1))  # [N, 64]
+        return features, net[-1](features)
+
+    return Extractor("digits", network)
+
+
+@pytest.fixture(scope="module")
+def changed(judge):
     """Features of 400 real digits, and of 400 others: as they are, noisy, blurred, repeated."""
     digits = open_dataset("digits:32").images
     rng = np.random.default_rng(0)
@@ -69,22 +77,15 @@ def changed(embedded):
         "noise": (other + 40 * noise).clamp(0, 255).round(),
         "blur": blurred(other),
     }
-    found = {}
-    classifier = train_classifier(epochs=2)
-    for name, images in sets.items():
-        parts = [embedded(batch) for batch in images.split(50)]
-        features = torch.cat([features for features, _ in parts])
-        # The inception score takes a classifier that knows the classes of these images.
-        digits = as_digits(images.float() / 127.5 - 1)
-        found[name] = Features(features, classifier.net(digits))
+    found = {name: Features(*judge(images)) for name, images in sets.items()}
     found["repeated"] = found["other"][torch.arange(40).repeat(10)]
     return found
 
 
 @pytest.mark.parametrize("change", ["noise", "blur", "repeated"])
-def test_every_metric_moves_the_right_way(change, changed, embedded):
-    good = measure(changed["real"], changed["other"], embedded).values()
-    bad = measure(changed["real"], changed[change], embedded).values()
+def test_every_metric_moves_the_right_way(change, changed, judge):
+    good = measure(changed["real"], changed["other"], judge).values()
+    bad = measure(changed["real"], changed[change], judge).values()
     assert bad["fd"] > 1.2 * good["fd"]
     assert bad["fd_inf"] > good["fd_inf"]
     assert bad["kd"] > good["kd"] + 1e-4
@@ -98,8 +99,8 @@ def test_every_metric_moves_the_right_way(change, changed, embedded):
         assert bad["density"] < good["density"]
 
 
-def test_real_images_beside_others_of_their_kind(changed, embedded):
-    result = measure(changed["real"], changed["other"], embedded)
+def test_real_images_beside_others_of_their_kind(changed, judge):
+    result = measure(changed["real"], changed["other"], judge)
     figures = {figure.key: figure for figure in result.figures}
     assert abs(figures["kd"].value) < 4 * figures["kd"].error
     assert figures["recall"].value > 0.5

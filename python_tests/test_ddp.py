@@ -1,14 +1,12 @@
 """Processes under torchrun compute what one does with the same batch; lost ones are told."""
 
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -46,43 +44,34 @@ pytestmark = pytest.mark.xdist_group("ddp")
 
 
 def the_run(out):
-    (run,) = Path(out).iterdir()
+    (run,) = out.iterdir()
     return run
 
 
-def run_all(out, runs):
+def train_all(out, runs):
     """In every process: trains each, or goes on where no options are given."""
-    torch.distributed.init_process_group("gloo")
     for name, kimg, options in runs:
         torch.distributed.barrier()  # the first process has written all of the run before
         if options:
-            train(make_config(**options | {"kimg": kimg}, out=str(Path(out) / name)))
+            train(make_config(**options | {"kimg": kimg}, device="cpu", out=str(out / name)))
             continue
-        config = read_config(the_run(Path(out) / name))
+        config = read_config(the_run(out / name))
         config.kimg = kimg
-        train(config, the_run(Path(out) / name))
-    torch.distributed.destroy_process_group()
-
-
-def launch(processes, out, runs):
-    """run_all() in so many processes under torchrun; returns the folder."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-        str(processes), __file__, str(out), json.dumps(runs),
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
-    return out
+        train(config, the_run(out / name))
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return launch(2, tmp_path_factory.mktemp("two"), TWO)
+    out = tmp_path_factory.mktemp("two")
+    processes.run(2, train_all, out, TWO)
+    return out
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    return launch(4, tmp_path_factory.mktemp("four"), [("dcgan", 0.032, STEPS["dcgan"])])
+    out = tmp_path_factory.mktemp("four")
+    processes.run(4, train_all, out, [("dcgan", 0.032, STEPS["dcgan"])])
+    return out
 
 
 def newest(run, name):
@@ -134,9 +123,7 @@ def test_one_process_tells_the_error(tmp_path):
 
 
 def test_two_nodes_at_two_addresses(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = processes.free_port()
     options = OPTIONS | {"model": "vanilla", "kimg": 0.032, "tick_kimg": 0.032, "out": tmp_path}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     nodes = []
@@ -184,7 +171,3 @@ def test_a_process_that_dies_stops_the_run_which_then_resumes(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert int(checkpoint.list_checkpoints(run)[-1].name) == reached + 64
-
-
-if __name__ == "__main__":
-    run_all(sys.argv[1], json.loads(sys.argv[2]))

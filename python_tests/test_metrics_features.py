@@ -1,8 +1,10 @@
 """Feature networks, the pass over images, its cache, shared work."""
 
 import numpy as np
+import processes
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 
@@ -17,9 +19,7 @@ from gankern.metrics import (
     module_extractor,
 )
 from gankern.metrics.features import cache_path
-from gankern.metrics.frechet import (
-    feature_statistics,
-)
+from gankern.metrics.frechet import FeatureStatistics, feature_statistics
 from gankern.metrics.inception import InceptionV3, tf1_resize
 from gankern.models import dcgan
 
@@ -274,39 +274,21 @@ def test_features_of_a_wrong_shape():
         module_extractor(nn.Identity())(torch.zeros(3, 3, 2, 2))
 
 
-SHARE = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[1])
-from test_metrics_features import Counting, small_digits
-from gankern.metrics import DatasetImages, extract, module_extractor
-from gankern.metrics.frechet import FeatureStatistics
-dist.init_process_group("gloo")
-net = module_extractor(Counting())
-found = extract(DatasetImages(small_digits(61)), net, batch=8)
-assert Counting.seen == (31, 30)[dist.get_rank()], Counting.seen
-own = FeatureStatistics(16)
-own.append(found.features[dist.get_rank()::2])
-own.reduce()
-assert own.n == 61
-if dist.get_rank() == 0:
-    torch.save([found.features, own.covariance], sys.argv[2])
-dist.destroy_process_group()
-"""
+def share(out):
+    rank, net = dist.get_rank(), module_extractor(Counting())
+    found = extract(DatasetImages(small_digits(61)), net, batch=8)
+    assert Counting.seen == (31, 30)[rank], Counting.seen
+    own = FeatureStatistics(16)
+    own.append(found.features[rank::2])
+    own.reduce()
+    assert own.n == 61
+    if rank == 0:
+        torch.save([found.features, own.covariance], out)
 
 
 def test_processes_share_the_work(tmp_path):
-    import os
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    here, out = str(Path(__file__).parent), tmp_path / "features.pt"
-    (tmp_path / "share.py").write_text(SHARE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", "0", "--standalone", str(tmp_path / "share.py"), here, str(out)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert result.returncode == 0, result.stderr
+    out = tmp_path / "features.pt"
+    processes.run(2, share, out)
     features, covariance = torch.load(out, weights_only=True)
     alone = extract(DatasetImages(small_digits(61)), module_extractor(Counting()))
     assert torch.equal(features, alone.features)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import copy
 import functools
+from pathlib import Path
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -174,12 +176,9 @@ def test_export(name):
             torch.testing.assert_close(exported(images), layer(images))
 
 
-def run_ddp(rank: int, folder: str) -> None:
+def run_ddp(folder: Path) -> None:
     """Of every layer, what one of two processes gets for its half of the batch."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    found = {}
+    rank, found = dist.get_rank(), {}
     for name in LAYERS:
         layer, x = make(name, batch=4)
         model = nn.Sequential(nn.Linear(x.shape[-1], x.shape[-1]), layer)
@@ -187,12 +186,11 @@ def run_ddp(rank: int, folder: str) -> None:
         y = model(x[2 * rank : 2 * rank + 2])
         y.square().mean().backward()
         found[name] = [y.detach(), *(p.grad for p in model.parameters())]
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(found, folder / f"{rank}.pt")
 
 
 def test_distributed_data_parallel(tmp_path):
-    torch.multiprocessing.spawn(run_ddp, (str(tmp_path),), nprocs=2)
+    processes.run(2, run_ddp, tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name in LAYERS:
         layer, x = make(name, batch=4)

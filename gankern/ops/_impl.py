@@ -28,6 +28,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARIES: dict[str, str] = {}  # "cpu", "cuda": "" where loaded, else the reason why not
 _fakes: dict[str, Callable] = {}
 _overloads: dict[tuple[str, str], Any] = {}
+_libraries: list[torch.library.Library] = []  # a registration lives as long as its library
 
 
 def load_libraries() -> None:
@@ -64,6 +65,11 @@ def register_fake(name: str, fake: Callable) -> None:
 def _register_fake_in(namespace: str, name: str) -> None:
     if namespace != "gankern_triton" and hasattr(getattr(torch.ops, namespace), name):
         torch.library.register_fake(f"{namespace}::{name}", _fakes[name])
+        # Autograd is outside, in the ops' Functions: no call shall pass through the dispatcher's
+        # fallback for ops without a gradient.
+        library = torch.library.Library(namespace, "IMPL")
+        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        _libraries.append(library)
 
 
 def _look_up(impl: str, name: str) -> None:

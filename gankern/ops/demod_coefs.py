@@ -216,7 +216,7 @@ _impl.register_fake("demod_coefs_bwd", _fake_bwd)
 
 
 def _fwd(weight: Tensor, styles: Tensor, eps: float, impl: str) -> Tensor:
-    if _impl.records(weight, styles):
+    if (weight.requires_grad or styles.requires_grad) and torch.is_grad_enabled():
         return _DemodCoefs.apply(weight, styles, eps, impl)
     return _impl.op(impl, "demod_coefs")(weight, styles, eps)[0]
 

@@ -51,7 +51,7 @@ def minibatch_stddev(
     if chosen == "reference":
         return minibatch_stddev_reference(x, group_size, num_channels)
     groups = _groups(x.shape[0], group_size)
-    if _impl.records(x):
+    if x.requires_grad and torch.is_grad_enabled():
         return _MinibatchStddev.apply(x, groups, num_channels, chosen)
     return _impl.op(chosen, "minibatch_stddev")(x, groups, num_channels)
 

@@ -175,7 +175,7 @@ _impl.register_fake(
 
 
 def _fwd(x: Tensor, *args) -> Tensor:
-    if _impl.records(x):
+    if x.requires_grad and torch.is_grad_enabled():
         return _PixelNorm.apply(x, *args)
     return _impl.op(args[-1], "pixel_norm")(x, *args[:-1])
 

@@ -400,7 +400,7 @@ _impl.register_fake("upfirdn2d", _fake)
 
 def _run(x: Tensor, f: Tensor, args: tuple[Any, ...]) -> Tensor:
     """args: up, down, padding, flip_filter, gain, impl."""
-    if _impl.records(x, f):
+    if (x.requires_grad or f.requires_grad) and torch.is_grad_enabled():
         return _Upfirdn2d.apply(x, f, args)
     return _call(x, f, *args)
 

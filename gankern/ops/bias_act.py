@@ -344,7 +344,7 @@ _impl.register_fake("bias_act_bwd2", _fake_bwd2)
 
 def _fwd(x: Tensor, b: Tensor | None, dim: int, act: str, *args) -> Tensor:
     if _impl.records(x, b):
-        return _BiasAct.apply(x, b, dim, act, *args)
+        return _BiasAct.apply(x, b, (dim, act, *args))
     return _impl.op(args[-1], "bias_act")(x, b, dim, ACTS[act].code, *args[:-1])
 
 
@@ -360,7 +360,8 @@ class _BiasAct(torch.autograd.Function):
     """y from x and b. The gradient's reference is y wherever y determines act'(x + b)."""
 
     @staticmethod
-    def forward(ctx: Any, x, b, dim, act, alpha, gain, clamp, impl):
+    def forward(ctx: Any, x, b, args):
+        dim, act, alpha, gain, clamp, impl = args
         y = _impl.op(impl, "bias_act")(x, b, dim, ACTS[act].code, alpha, gain, clamp)
         from_x = act == "swish" or (act == "lrelu" and alpha < 0)
         ctx.save_for_backward(x if from_x else y, b)
@@ -372,7 +373,7 @@ class _BiasAct(torch.autograd.Function):
         ref, b = ctx.saved_tensors
         needs_db = ctx.needs_input_grad[1]
         dx, db = _bwd(dy, ref, b, needs_db, *ctx.args)
-        return dx, db if needs_db else None, None, None, None, None, None, None
+        return dx, db if needs_db else None, None
 
 
 class _BiasActBwd(torch.autograd.Function):

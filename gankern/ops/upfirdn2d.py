@@ -239,6 +239,8 @@ def _taps(f: Tensor | None, op: str) -> tuple[int, int]:
 
 
 def _pair(value: Pair, name: str, op: str) -> tuple[int, int]:
+    if isinstance(value, int) and value > 0:
+        return value, value
     pair = _ints(value)
     if pair is None or len(pair) != 2 or min(pair) < 1:
         raise ValueError(f"{op}: {name} must be a positive int or 2 of them [x, y], got {value}")
@@ -246,6 +248,8 @@ def _pair(value: Pair, name: str, op: str) -> tuple[int, int]:
 
 
 def _padding(value: Pair, op: str) -> Pads:
+    if isinstance(value, int):
+        return value, value, value, value
     pads = _ints(value)
     if pads is None:
         raise TypeError(f"{op}: padding must be an int, 2 or 4 ints, got {value}")
@@ -414,11 +418,10 @@ class _Upfirdn2d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, f, args):
-        y = _call(x, f, *args)
         ctx.save_for_backward(x if f.requires_grad else None, f)
-        ctx.size, ctx.out_size = x.shape[2:], y.shape[2:]
+        ctx.shape = x.shape
         ctx.args = args
-        return y
+        return _call(x, f, *args)
 
     @staticmethod
     def backward(ctx: Any, dy):
@@ -428,7 +431,7 @@ class _Upfirdn2d(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             adjoint = []
             for i, taps in enumerate((f.shape[-1], f.shape[0])):  # x, then y
-                size, out = ctx.size[1 - i], ctx.out_size[1 - i]
+                size, out = ctx.shape[3 - i], dy.shape[3 - i]
                 adjoint += [taps - pads[2 * i] - 1]
                 adjoint += [size * up[i] - out * down[i] + pads[2 * i] - up[i] + 1]
             dx = _run(dy, f, (down, up, adjoint, not flip_filter, gain, impl))

@@ -9,7 +9,8 @@
 namespace gankern::cpu::GANKERN_ISA {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // weights that a thread takes at least
+constexpr int64_t kGrain = 16384;       // weights that a thread takes at least
+constexpr int kSamples = 4, kWide = 2;  // taken at once: samples, and vectors of channels of ds
 
 template <typename V>
 using Lanes = decltype(V{} < V{});
@@ -23,20 +24,27 @@ GK_INLINE Lanes<V> lane_numbers() {
   return n;
 }
 
-// Adds neighbouring halves of the groups of `kGroup` lanes of a, then of b.
-template <int kGroup, typename V, size_t... kLane>
-GK_INLINE V add_halves(V a, V b, std::index_sequence<kLane...>) {
-  constexpr size_t kHalf = kGroup / 2;
-  const Lanes<V> low{(kLane / kHalf * kGroup + kLane % kHalf)...};
-  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, low + static_cast<int>(kHalf));
+// Adds every second of the runs of `kRun` lanes to the one before it, within blocks of `kBlock`
+// lanes: of a in a block's first half, of b in its second.
+template <int kRun, int kBlock, typename V, size_t... kLane>
+GK_INLINE V add_pairs(V a, V b, std::index_sequence<kLane...>) {
+  constexpr auto from = [](size_t lane) {
+    const size_t at = lane % (kBlock / 2), block = lane / kBlock * kBlock;
+    const size_t source = lane % kBlock < kBlock / 2 ? 0 : kLanes;
+    return source + block + at / kRun * 2 * kRun + at % kRun;
+  };
+  const Lanes<V> low{from(kLane)...};
+  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, low + kRun);
 }
 
-// The lanes' sum of v[0] in lane 0, of v[1] in lane 1 and so on; v is used up.
-template <int kGroup = kLanes, typename V>
+// The lanes' sum of v[0] in lane 0, of v[1] in lane 1 and so on; v is used up. Lanes are first
+// added within blocks of 4, for which AVX has shuffles of one instruction, then the blocks.
+template <int kStep = 1, typename V>
 GK_INLINE V sum_each(V* v) {
-  for (int i = 0; i < kGroup / 2; i++)
-    v[i] = add_halves<kGroup>(v[2 * i], v[2 * i + 1], std::make_index_sequence<kLanes>{});
-  if constexpr (kGroup > 2) return sum_each<kGroup / 2>(v);
+  constexpr int kRun = kStep < 4 ? 1 : 4, kBlock = kStep < 4 ? 4 : kLanes;
+  for (int i = 0; i < kLanes / kStep / 2; i++)
+    v[i] = add_pairs<kRun, kBlock>(v[2 * i], v[2 * i + 1], std::make_index_sequence<kLanes>{});
+  if constexpr (kStep * 2 < kLanes) return sum_each<kStep * 2>(v);
   return v[0];
 }
 
@@ -84,9 +92,25 @@ void square_styles(const Shape& shape, const void* styles, int dtype, S* squares
     }
 }
 
+// Σ_k w² of kLanes channels of kTaps, all of which lie in memory, and kLanes elements behind them.
+template <int kTaps, typename T>
+GK_INLINE Vec<T> square_taps(const T* w) {
+  using V = Vec<T>;
+  V sums[kLanes] = {};
+  for (int c = 0; c < kLanes; c++)
+    for (int k = 0; k < kTaps; k += kLanes) {
+      V v = load(w + c * kTaps + k);
+      if (kTaps - k < kLanes) v = lane_numbers<V>() < splat<Lanes<V>>(kTaps - k) ? v : V{};
+      sums[c] += v * v;
+    }
+  return sum_each(sums);
+}
+
 // Σ_k w² of channels i .. i + kLanes - 1 of a row [I, K]; `left` elements may be read from w on.
 template <typename T>
 GK_INLINE Vec<T> square_rows(const T* w, const Shape& shape, int64_t i, int64_t left) {
+  if (shape.K == 9 && i + kLanes <= shape.I && (i + kLanes) * 9 + kLanes <= left)
+    return square_taps<9>(w + i * 9);
   using V = Vec<T>;
   V sums[kLanes] = {};
   for (int c = 0; c < kLanes && i + c < shape.I; c++)
@@ -134,11 +158,16 @@ int forward(const Shape& shape, const T* w, const void* styles, int styles_dtype
       for (int64_t i = 0; i < shape.I; i += kLanes)
         store(&row[i], shape.rows ? square_rows(at, shape, i, left) : square_columns(at, shape, i));
       memcpy(q + o * shape.I, &row[0], static_cast<size_t>(shape.I) * sizeof(S));
-      for (int64_t n = 0; n < shape.N; n++) {
-        V sum{};
-        for (int64_t i = 0; i < width; i += kLanes)
-          sum += load(&squares[n * width + i]) * load(&row[i]);
-        d[n * shape.O + o] = S(1) / std::sqrt(sum_lanes(sum) + eps);
+      for (int64_t n0 = 0; n0 < shape.N; n0 += kSamples) {
+        const int64_t samples = shape.N - n0 < kSamples ? shape.N - n0 : kSamples;
+        V sums[kSamples] = {};
+        for (int64_t i = 0; i < width; i += kLanes) {
+          const V v = load(&row[i]);
+          for (int j = 0; j < kSamples; j++)
+            if (j < samples) sums[j] += load(&squares[(n0 + j) * width + i]) * v;
+        }
+        for (int64_t j = 0; j < samples; j++)
+          d[(n0 + j) * shape.O + o] = S(1) / std::sqrt(sum_lanes(sums[j]) + eps);
       }
     }
   });
@@ -199,8 +228,6 @@ void weight_grad(const Shape& shape, const Scalar<T>* g, const Scalar<T>* square
     }
   });
 }
-
-constexpr int kSamples = 4, kWide = 2;  // of a tile of ds: samples, and vectors of channels
 
 // Σ_o g q of kSamples samples and up to kWide vectors of channels.
 template <typename V, typename S, bool kPart>

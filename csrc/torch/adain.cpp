@@ -49,12 +49,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Tensor& sca
                   dtype_name(scale_in.scalar_type()), " like scale, got ",
                   dtype_name(shift_in.scalar_type()));
   const Tensor x = planes(x_in);
-  const Tensor scale = torch::stable::contiguous(scale_in);
-  const Tensor shift = torch::stable::contiguous(shift_in);
+  const Tensor scale = row_major(scale_in);
+  const Tensor shift = row_major(shift_in);
   Tensor y = fresh_like(x);
-  const std::vector<int64_t> sizes{x.size(0), x.size(1)};
-  Tensor mean = torch::stable::new_empty(x, sizes, statistic_type(x));
-  Tensor rstd = torch::stable::new_empty(x, sizes, statistic_type(x));
+  Tensor mean = empty_beside(x, {x.size(0), x.size(1)}, statistic_type(x));
+  Tensor rstd = fresh_like(mean);
   if (x.numel() == 0) {
     torch::stable::zero_(mean);
     torch::stable::zero_(rstd);
@@ -82,11 +81,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& x
                   kOp, ": mean and rstd must be ", dtype_name(statistic_type(x_in)));
   const int style = param_code(kOp, "scale", scale_in, code);
   const Tensor x = planes(x_in), dy = laid_out_like(dy_in, x);
-  const Tensor scale = torch::stable::contiguous(scale_in);
-  const Tensor mean = torch::stable::contiguous(mean_in);
-  const Tensor rstd = torch::stable::contiguous(rstd_in);
+  const Tensor scale = row_major(scale_in);
+  const Tensor mean = row_major(mean_in);
+  const Tensor rstd = row_major(rstd_in);
   Tensor dx = fresh_like(x);
-  Tensor dscale = torch::stable::empty_like(scale), dshift = torch::stable::empty_like(scale);
+  Tensor dscale = fresh_like(scale), dshift = fresh_like(scale);
   if (x.numel() == 0) {
     torch::stable::zero_(dscale);
     torch::stable::zero_(dshift);

@@ -31,7 +31,7 @@ Tensor forward(const Tensor& x_in, const MaybeTensor& b_in, int64_t dim, int64_t
   const int code = dtype_code(kOp, "x", x_in);
   const int b_code = check_bias(x_in, b_in, dim, code);
   const Tensor x = dense(x_in);
-  const MaybeTensor b = b_in ? MaybeTensor(torch::stable::contiguous(*b_in)) : std::nullopt;
+  const MaybeTensor b = b_in ? MaybeTensor(row_major(*b_in)) : std::nullopt;
   Tensor y = fresh_like(x);
   const Around a = around(x, dim);
   const Launch launch(x);
@@ -49,12 +49,12 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& ref_in,
   const int b_code = check_bias(ref_in, b_in, dim, code);
   STD_TORCH_CHECK(same_sizes(dy_in, ref_in), kOp, ": dy must have y's shape");
   const Tensor ref = dense(ref_in), dy = laid_out_like(dy_in, ref);
-  const MaybeTensor b = b_in ? MaybeTensor(torch::stable::contiguous(*b_in)) : std::nullopt;
+  const MaybeTensor b = b_in ? MaybeTensor(row_major(*b_in)) : std::nullopt;
   Tensor dx = fresh_like(ref);
   const Around a = around(ref, dim);
   const auto b_type = b ? b->scalar_type() : ref.scalar_type();
   const int64_t bytes = needs_db ? kernels::bias_act_bwd_workspace(code, a.outer, a.C, a.inner) : 0;
-  WithWorkspace db = empty_with_workspace(ref, needs_db ? a.C : 0, b_type, bytes);
+  WithWorkspace db = empty_with_workspace(ref, {needs_db ? a.C : 0}, b_type, bytes);
   if (ref.numel() == 0 && needs_db) torch::stable::zero_(db.out);
   const Launch launch(ref);
   launch.check(kOp, kernels::bias_act_bwd(
@@ -73,7 +73,7 @@ Tensor backward2(const Tensor& dy_in, const Tensor& v_in, const Tensor& ref_in,
   STD_TORCH_CHECK(same_sizes(dy_in, ref_in) && same_sizes(v_in, ref_in), kOp,
                   ": dy and v must have y's shape");
   const Tensor ref = dense(ref_in), dy = laid_out_like(dy_in, ref), v = laid_out_like(v_in, ref);
-  const MaybeTensor b = b_in ? MaybeTensor(torch::stable::contiguous(*b_in)) : std::nullopt;
+  const MaybeTensor b = b_in ? MaybeTensor(row_major(*b_in)) : std::nullopt;
   Tensor dref = fresh_like(ref);
   const Around a = around(ref, dim);
   const Launch launch(ref);

@@ -152,13 +152,32 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// Torch's own stable functions look an operator up by its name at every call, which takes longer
+// than what most of them do: they are called where there is something to copy, and not to allocate.
+inline Tensor row_major(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
 inline Tensor dense(const Tensor& t) { return is_dense(t) ? t : torch::stable::contiguous(t); }
 
-// t in the memory layout of `like`, copied only if it has another one.
-inline Tensor laid_out_like(const Tensor& t, const Tensor& like) {
-  if (same_strides(t, like)) return t;
-  Tensor out = torch::stable::empty_like(like);
-  return torch::stable::copy_(out, t);
+// Uninitialised, contiguous, of t's device and, unless another is given, its dtype.
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+inline Tensor empty_beside(const Tensor& t, Sizes sizes, ScalarType dtype) {
+  auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle out = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(t.get(), sizes.data(),
+                                                   static_cast<int64_t>(sizes.size()), &code,
+                                                   nullptr, nullptr, 0, nullptr, &out));
+  return Tensor(out);
+}
+inline Tensor empty_beside(const Tensor& t, Sizes sizes) {
+  return empty_beside(t, sizes, t.scalar_type());
+}
+
+// t's memory seen with other sizes and strides.
+inline Tensor view_of(const Tensor& t, Sizes sizes, Sizes strides) {
+  AtenTensorHandle out = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_as_strided(t.get(), sizes.data(), strides.data(), &out));
+  return Tensor(out);
 }
 
 // NCHW in channels-last memory (and not also contiguous).
@@ -219,25 +238,42 @@ inline Tensor fresh(Tensor t) {
 #endif
   return t;
 }
-inline Tensor fresh_like(const Tensor& t) { return fresh(torch::stable::empty_like(t)); }
-
-// Uninitialised n elements of `dtype` on t's device.
-inline Tensor empty_1d(const Tensor& t, int64_t n, ScalarType dtype) {
-  return torch::stable::new_empty(t, {n}, dtype);
+inline Tensor fresh_like(const Tensor& t) {
+  return fresh(t.is_contiguous() ? empty_beside(t, t.sizes()) : torch::stable::empty_like(t));
 }
 
-// An output of n elements, followed in the same allocation by `bytes` of scratch for the kernel.
+// t in the memory layout of `like`, copied only if it has another one.
+inline Tensor laid_out_like(const Tensor& t, const Tensor& like) {
+  if (same_strides(t, like)) return t;
+  Tensor out = fresh_like(like);
+  return torch::stable::copy_(out, t);
+}
+
+// Fresh images (N, C, H, W) of t's dtype, in channels-last memory or contiguous.
+inline Tensor fresh_images(const Tensor& t, int64_t N, int64_t C, int64_t H, int64_t W, bool last) {
+  if (!last) return fresh(empty_beside(t, {N, C, H, W}));
+  const Tensor y = fresh(empty_beside(t, {N, H, W, C}));
+  const Sizes s = y.strides();
+  return view_of(y, {N, C, H, W}, {s[0], s[3], s[1], s[2]});
+}
+
+// An output, followed in the same allocation by `bytes` of scratch for the kernel.
 struct WithWorkspace {
   Tensor out;
   void* workspace;
 };
-inline WithWorkspace empty_with_workspace(const Tensor& like, int64_t n, ScalarType dtype,
+inline WithWorkspace empty_with_workspace(const Tensor& like, Sizes sizes, ScalarType dtype,
                                           int64_t bytes) {
+  if (bytes == 0) return {empty_beside(like, sizes, dtype), nullptr};
+  int64_t n = 1, stride = 1;
+  std::vector<int64_t> strides(sizes.size());
+  for (size_t i = sizes.size(); i-- > 0; n *= sizes[i], stride *= std::max<int64_t>(sizes[i], 1))
+    strides[i] = stride;
   const int64_t size = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
   const int64_t padded = (n * size + 15) / 16 * 16;
-  Tensor all = empty_1d(like, (padded + (bytes + 15) / 16 * 16) / size, dtype);
+  Tensor all = empty_beside(like, {(padded + (bytes + 15) / 16 * 16) / size}, dtype);
   char* base = static_cast<char*>(all.mutable_data_ptr());
-  return {torch::stable::narrow(all, 0, 0, n), base + padded};
+  return {view_of(all, sizes, strides), base + padded};
 }
 
 }  // namespace gankern

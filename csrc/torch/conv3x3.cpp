@@ -38,22 +38,14 @@ int64_t out_size(int64_t in, int64_t stride, int64_t pad, bool transposed, int64
   return transposed ? (in - 1) * stride + 3 - 2 * pad + rest : (in + 2 * pad - 3) / stride + 1;
 }
 
-Tensor empty_images(const Tensor& like, int64_t channels, int64_t h, int64_t w, bool last) {
-  const int64_t N = like.size(0);
-  if (!last) return fresh(torch::stable::new_empty(like, {N, channels, h, w}));
-  const Tensor y = fresh(torch::stable::new_empty(like, {N, h, w, channels}));
-  return torch::stable::transpose(torch::stable::transpose(y, 2, 3), 1, 2);
-}
-
 Tensor forward(const Tensor& x_in, const Tensor& w_in, int64_t stride, int64_t pad_y, int64_t pad_x,
                bool transposed, int64_t rest_y, int64_t rest_x) {
   check("x", x_in);
   check("w", w_in);
   check_stride(stride, pad_y, pad_x);
   const bool last = is_channels_last(x_in);
-  const Tensor x = last ? x_in : torch::stable::contiguous(x_in);
-  const Tensor w =
-      w_in.stride(3) == 1 && w_in.stride(2) == 3 ? w_in : torch::stable::contiguous(w_in);
+  const Tensor x = last ? x_in : row_major(x_in);
+  const Tensor w = w_in.stride(3) == 1 && w_in.stride(2) == 3 ? w_in : row_major(w_in);
   const int in_dim = transposed ? 0 : 1;
   const int64_t N = x.size(0), I = x.size(1), O = w.size(1 - in_dim);
   STD_TORCH_CHECK(w.size(in_dim) == I && w.size(2) == 3 && w.size(3) == 3, kOp, ": w must have ", I,
@@ -67,7 +59,7 @@ Tensor forward(const Tensor& x_in, const Tensor& w_in, int64_t stride, int64_t p
   const auto run = [last](auto... args) {
     return last ? kernels::conv3x3_last(kF32, args...) : kernels::conv3x3(kF32, args...);
   };
-  Tensor y = empty_images(x, O, out_h, out_w, last);
+  Tensor y = fresh_images(x, N, O, out_h, out_w, last);
   if (y.numel())
     run(x.const_data_ptr(), w.const_data_ptr(), y.mutable_data_ptr(), N, I, x.size(2), x.size(3), O,
         out_h, out_w, w.stride(1 - in_dim), w.stride(in_dim), static_cast<int>(stride), transposed,
@@ -81,13 +73,13 @@ Tensor weight_gradient(const Tensor& dy_in, const Tensor& x_in, int64_t stride, 
   check("x", x_in);
   check_stride(stride, pad_y, pad_x);
   const bool last = is_channels_last(dy_in) && is_channels_last(x_in);
-  const Tensor dy = last ? dy_in : torch::stable::contiguous(dy_in);
-  const Tensor x = last ? x_in : torch::stable::contiguous(x_in);
+  const Tensor dy = last ? dy_in : row_major(dy_in);
+  const Tensor x = last ? x_in : row_major(x_in);
   const int64_t N = x.size(0), O = dy.size(1), I = x.size(1);
   STD_TORCH_CHECK(dy.size(0) == N && dy.size(2) <= out_size(x.size(2), stride, pad_y, false, 0) &&
                       dy.size(3) <= out_size(x.size(3), stride, pad_x, false, 0),
                   kOp, ": dy must have the shape of the convolution's output");
-  Tensor dw = torch::stable::new_empty(x, {O, I, 3, 3});
+  Tensor dw = empty_beside(x, {O, I, 3, 3});
   const auto run = [last](auto... args) {
     return last ? kernels::conv3x3_last_weight_gradient(kF32, args...)
                 : kernels::conv3x3_weight_gradient(kF32, args...);

@@ -17,8 +17,8 @@ constexpr const char* kOp = "demod_coefs";
 struct Operands {
   Operands(const Tensor& weight_in, const Tensor& styles_in)
       : channels_last(is_channels_last(weight_in)),
-        weight(channels_last ? weight_in : torch::stable::contiguous(weight_in)),
-        styles(torch::stable::contiguous(styles_in)),
+        weight(channels_last ? weight_in : row_major(weight_in)),
+        styles(row_major(styles_in)),
         code(dtype_code(kOp, "weight", weight)),
         styles_code(dtype_code(kOp, "styles", styles)) {
     STD_TORCH_CHECK(weight.dim() == 4, kOp, ": weight must be (O, I, kh, kw), got ", weight.dim(),
@@ -42,8 +42,8 @@ struct Operands {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& weight, const Tensor& styles, double eps) {
   const Operands a(weight, styles);
-  Tensor d = torch::stable::new_empty(a.weight, {a.N, a.O}, a.sum_type());
-  Tensor q = torch::stable::new_empty(a.weight, {a.O, a.I}, a.sum_type());
+  Tensor d = empty_beside(a.weight, {a.N, a.O}, a.sum_type());
+  Tensor q = empty_beside(a.weight, {a.O, a.I}, a.sum_type());
   const Launch launch(a.weight);
   launch.check(kOp, kernels::demod_coefs(a.code, a.styles_code, a.weight.const_data_ptr(),
                                          a.styles.const_data_ptr(), d.mutable_data_ptr(),
@@ -61,14 +61,12 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dd_in, const Tensor& d_in, con
                         t.scalar_type() == a.sum_type(),
                     kOp, ": ", name, " must be (", rows, ", ", columns, ") ",
                     dtype_name(a.sum_type()));
-    return torch::stable::contiguous(t);
+    return row_major(t);
   };
   const Tensor dd = check("dd", dd_in, a.N, a.O), d = check("d", d_in, a.N, a.O),
                q = check("q", q_in, a.O, a.I);
-  Tensor dweight =
-      needs_dweight ? torch::stable::empty_like(a.weight) : torch::stable::new_empty(a.weight, {0});
-  Tensor dstyles =
-      needs_dstyles ? torch::stable::empty_like(a.styles) : torch::stable::new_empty(a.styles, {0});
+  Tensor dweight = needs_dweight ? fresh_like(a.weight) : empty_beside(a.weight, {0});
+  Tensor dstyles = needs_dstyles ? fresh_like(a.styles) : empty_beside(a.styles, {0});
   const Launch launch(a.weight);
   launch.check(kOp, kernels::demod_coefs_bwd(a.code, a.styles_code, dd.const_data_ptr(),
                                              d.const_data_ptr(), q.const_data_ptr(),

@@ -28,44 +28,42 @@ int check(const Tensor& x, int64_t groups, int64_t num_channels) {
 
 // Uninitialised and of `channels` channels, otherwise like x, which is contiguous or channels-last.
 Tensor empty_with_channels(const Tensor& x, int64_t channels, bool last) {
-  if (last)
-    return torch::stable::transpose(
-        torch::stable::transpose(
-            torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(3), channels}), 2, 3),
-        1, 2);
-  std::vector<int64_t> sizes{x.size(0), channels};
-  for (int64_t d = 2; d < x.dim(); d++) sizes.push_back(x.size(d));
-  return torch::stable::new_empty(x, sizes);
+  if (last) return fresh_images(x, x.size(0), channels, x.size(2), x.size(3), last);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes[1] = channels;
+  return fresh(empty_beside(x, sizes));
 }
 
 Tensor forward(const Tensor& x_in, int64_t groups, int64_t num_channels) {
   const int code = check(x_in, groups, num_channels);
   const bool last = is_channels_last(x_in);
-  const Tensor x = last ? x_in : torch::stable::contiguous(x_in);
+  const Tensor x = last ? x_in : row_major(x_in);
   const int64_t n = x.size(0), c = x.size(1);
   const int64_t pixels = x.numel() ? x.numel() / (n * c) : 0;
   Tensor y = empty_with_channels(x, c + num_channels, last);
   const int64_t bytes =
       kernels::minibatch_stddev_workspace(code, n, c, pixels, groups, num_channels, last);
-  Tensor workspace = empty_1d(x, (bytes + 3) / 4, ScalarType::Float);
+  MaybeTensor workspace;
+  if (bytes) workspace = empty_beside(x, {(bytes + 3) / 4}, ScalarType::Float);
   const Launch launch(x);
-  launch.check(kOp, kernels::minibatch_stddev(code, x.const_data_ptr(), y.mutable_data_ptr(),
-                                              workspace.mutable_data_ptr(), n, c, pixels, groups,
-                                              num_channels, last, launch.stream));
+  launch.check(kOp,
+               kernels::minibatch_stddev(code, x.const_data_ptr(), y.mutable_data_ptr(),
+                                         workspace ? workspace->mutable_data_ptr() : nullptr, n, c,
+                                         pixels, groups, num_channels, last, launch.stream));
   return y;
 }
 
 Tensor backward(const Tensor& dy_in, const Tensor& x_in, int64_t groups, int64_t num_channels) {
   const int code = check(x_in, groups, num_channels);
   const bool last = is_channels_last(x_in);
-  const Tensor x = last ? x_in : torch::stable::contiguous(x_in);
+  const Tensor x = last ? x_in : row_major(x_in);
   const int64_t n = x.size(0), c = x.size(1);
   STD_TORCH_CHECK(dy_in.dim() == x.dim() && dy_in.size(0) == n &&
                       dy_in.size(1) == c + num_channels &&
                       dy_in.numel() * c == x.numel() * (c + num_channels) &&
                       dy_in.scalar_type() == x.scalar_type(),
                   kOp, ": dy must have y's shape and dtype");
-  const Tensor dy = !last ? torch::stable::contiguous(dy_in)
+  const Tensor dy = !last ? row_major(dy_in)
                     : is_channels_last(dy_in)
                         ? dy_in
                         : laid_out_like(dy_in, empty_with_channels(x, c + num_channels, last));

@@ -26,7 +26,7 @@ constexpr const char* kOp = "synthesis_epilogue";
 const void* data(const MaybeTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
 MaybeTensor contiguous(const MaybeTensor& t) {
-  return t ? MaybeTensor(torch::stable::contiguous(*t)) : std::nullopt;
+  return t ? MaybeTensor(row_major(*t)) : std::nullopt;
 }
 
 // Checked operands as the kernels want them, and the sizes that follow from them.
@@ -40,7 +40,7 @@ struct Operands {
   Operands(const Tensor& x_in, const MaybeTensor& f_in, const MaybeTensor& d_in,
            const MaybeTensor& noise_in, const MaybeTensor& strength_in, const MaybeTensor& b_in,
            int64_t x0, int64_t x1, int64_t y0, int64_t y1)
-      : x(is_channels_last(x_in) ? x_in : torch::stable::contiguous(x_in)),
+      : x(is_channels_last(x_in) ? x_in : row_major(x_in)),
         f(contiguous(f_in)),
         d(contiguous(d_in)),
         noise(contiguous(noise_in)),
@@ -83,9 +83,7 @@ struct Operands {
 
 // An NCHW tensor of x's dtype and memory format.
 Tensor empty_images(const Operands& o, int64_t h, int64_t w) {
-  if (!o.last) return fresh(torch::stable::new_empty(o.x, {o.N, o.C, h, w}));
-  return torch::stable::transpose(
-      torch::stable::transpose(fresh(torch::stable::new_empty(o.x, {o.N, h, w, o.C})), 2, 3), 1, 2);
+  return fresh_images(o.x, o.N, o.C, h, w, o.last);
 }
 
 Tensor forward(const Tensor& x, const MaybeTensor& f, const MaybeTensor& d,
@@ -123,8 +121,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const auto acc = o.code == kF64 ? ScalarType::Double : ScalarType::Float;
   const int64_t bytes = kernels::synthesis_epilogue_bwd_workspace(
       o.code, o.N, o.C, o.H, o.W, o.f.has_value(), o.noise.has_value(), o.last);
-  WithWorkspace dd = empty_with_workspace(o.x, o.N * o.C, acc, bytes);
-  Tensor db = empty_1d(o.x, o.C, acc), ds = empty_1d(o.x, o.C, acc);
+  WithWorkspace dd = empty_with_workspace(o.x, {o.N, o.C}, acc, bytes);
+  Tensor db = empty_beside(o.x, {o.C}, acc), ds = fresh_like(db);
   if (o.N * o.C * o.out_h * o.out_w * o.H * o.W == 0)
     for (Tensor* t : {&dx, &dd.out, &db, &ds}) torch::stable::zero_(*t);
   else {
@@ -138,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
                      o.separable, o.noise_n, o.strength_n, x0, y0, flip, filter_gain, o.last,
                      static_cast<int>(act), alpha, gain, clamp, launch.stream));
   }
-  return {dx, torch::stable::view(dd.out, {o.N, o.C}), db, ds};
+  return {dx, dd.out, db, ds};
 }
 
 }  // namespace

@@ -13,8 +13,8 @@ namespace {
 
 constexpr const char* kOp = "upfirdn2d";
 
-Tensor forward(const Tensor& x_in, const Tensor& f_in, std::vector<int64_t> up,
-               std::vector<int64_t> down, std::vector<int64_t> padding, bool flip_filter,
+Tensor forward(const Tensor& x_in, const Tensor& f_in, int64_t up_x, int64_t up_y, int64_t down_x,
+               int64_t down_y, int64_t x0, int64_t x1, int64_t y0, int64_t y1, bool flip_filter,
                double gain) {
   const int code = dtype_code(kOp, "x", x_in);
   STD_TORCH_CHECK(x_in.dim() == 4, kOp, ": x must be a tensor of shape (N, C, H, W), got ",
@@ -25,34 +25,26 @@ Tensor forward(const Tensor& x_in, const Tensor& f_in, std::vector<int64_t> up,
   const ScalarType f_type = code == kF64 ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(f_in.scalar_type() == f_type, kOp, ": f must be ", dtype_name(f_type), ", got ",
                   dtype_name(f_in.scalar_type()));
-  STD_TORCH_CHECK(up.size() == 2 && up[0] > 0 && up[1] > 0, kOp, ": up must be 2 positive ints");
-  STD_TORCH_CHECK(down.size() == 2 && down[0] > 0 && down[1] > 0, kOp,
-                  ": down must be 2 positive ints");
-  STD_TORCH_CHECK(padding.size() == 4, kOp, ": padding must be 4 ints, got ", padding.size(),
-                  " values");
+  STD_TORCH_CHECK(up_x > 0 && up_y > 0, kOp, ": up must be 2 positive ints");
+  STD_TORCH_CHECK(down_x > 0 && down_y > 0, kOp, ": down must be 2 positive ints");
 
   const bool separable = f_in.dim() == 1;
   const int64_t taps_y = f_in.size(0), taps_x = f_in.size(separable ? 0 : 1);
   const int64_t N = x_in.size(0), C = x_in.size(1), H = x_in.size(2), W = x_in.size(3);
-  const int64_t width = W * up[0] + padding[0] + padding[1] - taps_x;
-  const int64_t height = H * up[1] + padding[2] + padding[3] - taps_y;
+  const int64_t width = W * up_x + x0 + x1 - taps_x;
+  const int64_t height = H * up_y + y0 + y1 - taps_y;
   STD_TORCH_CHECK(width >= 0 && height >= 0, kOp, ": padding must leave at least the ", taps_y, "x",
                   taps_x, " samples of f, got ", height + taps_y, "x", width + taps_x);
-  const int64_t out_w = width / down[0] + 1, out_h = height / down[1] + 1;
+  const int64_t out_w = width / down_x + 1, out_h = height / down_y + 1;
 
   const bool last = is_channels_last(x_in);
-  const Tensor x = last ? x_in : torch::stable::contiguous(x_in);
-  const Tensor f = torch::stable::contiguous(f_in);
-  Tensor y = last ? torch::stable::transpose(
-                        torch::stable::transpose(
-                            fresh(torch::stable::new_empty(x, {N, out_h, out_w, C})), 2, 3),
-                        1, 2)
-                  : fresh(torch::stable::new_empty(x, {N, C, out_h, out_w}));
+  const Tensor x = last ? x_in : row_major(x_in), f = row_major(f_in);
+  Tensor y = fresh_images(x, N, C, out_h, out_w, last);
   const Launch launch(x);
-  launch.check(kOp, kernels::upfirdn2d(code, x.const_data_ptr(), f.const_data_ptr(),
-                                       y.mutable_data_ptr(), last, N, C, H, W, out_h, out_w, taps_y,
-                                       taps_x, separable, up[0], up[1], down[0], down[1],
-                                       padding[0], padding[2], flip_filter, gain, launch.stream));
+  launch.check(
+      kOp, kernels::upfirdn2d(code, x.const_data_ptr(), f.const_data_ptr(), y.mutable_data_ptr(),
+                              last, N, C, H, W, out_h, out_w, taps_y, taps_x, separable, up_x, up_y,
+                              down_x, down_y, x0, y0, flip_filter, gain, launch.stream));
   return y;
 }
 
@@ -60,8 +52,8 @@ Tensor forward(const Tensor& x_in, const Tensor& f_in, std::vector<int64_t> up,
 
 GANKERN_SCHEMAS(m) {
   m.def(
-      "upfirdn2d(Tensor x, Tensor f, int[] up, int[] down, int[] padding, bool flip_filter, "
-      "float gain) -> Tensor");
+      "upfirdn2d(Tensor x, Tensor f, int up_x, int up_y, int down_x, int down_y, int x0, int x1, "
+      "int y0, int y1, bool flip_filter, float gain) -> Tensor");
 }
 
 GANKERN_IMPLS(m) { m.impl("upfirdn2d", TORCH_BOX(&forward)); }

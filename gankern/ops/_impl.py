@@ -22,11 +22,13 @@ except ImportError:  # no wheel for this platform
 
 IMPLS = ("cuda", "triton", "cpu", "reference")
 NAMESPACES = {"cuda": "gankern", "cpu": "gankern", "triton": "gankern_triton"}
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PACKAGE = Path(__file__).resolve().parents[1]
 
 LIBRARIES: dict[str, str] = {}  # "cpu", "cuda": "" where loaded, else the reason why not
 _fakes: dict[str, Callable] = {}
 _overloads: dict[tuple[str, str], Any] = {}
+_libraries: list[torch.library.Library] = []  # a registration lives as long as its library
 
 
 def load_libraries() -> None:
@@ -63,6 +65,11 @@ def register_fake(name: str, fake: Callable) -> None:
 def _register_fake_in(namespace: str, name: str) -> None:
     if namespace != "gankern_triton" and hasattr(getattr(torch.ops, namespace), name):
         torch.library.register_fake(f"{namespace}::{name}", _fakes[name])
+        # Autograd is outside, in the ops' Functions: no call shall pass through the dispatcher's
+        # fallback for ops without a gradient.
+        library = torch.library.Library(namespace, "IMPL")
+        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        _libraries.append(library)
 
 
 def _look_up(impl: str, name: str) -> None:
@@ -146,17 +153,30 @@ def choose(op_name: str, impl: str | None, x: torch.Tensor) -> str:
         ValueError: impl is unknown.
         RuntimeError: impl was named and cannot run here; the text says why and what to do.
     """
+    device = "cpu" if x.is_cpu else x.device.type  # the first is read at a fifth of the cost
     if impl is None:
-        found = default_impl(op_name, x.device.type)
+        found = default_impl(op_name, device)
         return "reference" if found == "triton" and x.dtype == torch.float64 else found
+    if impl == device and (impl, op_name) in _overloads and not LIBRARIES[impl]:
+        return impl
     if impl not in IMPLS and impl not in NAMESPACES:
         raise ValueError(f"{op_name}: impl must be None or one of {', '.join(IMPLS)}, got {impl!r}")
-    reason = why_not(impl, x.device.type, op_name)
+    reason = why_not(impl, device, op_name)
     if impl == "triton" and x.dtype == torch.float64:
         reason = "Triton kernels compute in float32, x is float64: use impl=None"
     if reason:
         raise RuntimeError(f"{op_name}: impl={impl!r} cannot run: {reason}")
     return impl
+
+
+def records(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd records an op on these tensors. A Function costs more than a small kernel:
+    it is entered only then."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def set_cpu_isa(level: int) -> int:
@@ -169,7 +189,7 @@ def check_float(op_name: str, name: str, t: Any) -> None:
     """Raise TypeError unless t is a tensor of a supported floating dtype."""
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{op_name}: {name} must be a tensor, got {type(t).__name__}")
-    if t.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+    if t.dtype not in FLOATS:
         raise TypeError(
             f"{op_name}: {name} must be float32, float16, bfloat16 or float64, got {t.dtype}"
         )

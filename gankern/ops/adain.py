@@ -46,7 +46,7 @@ def adain(
     chosen = _impl.choose("adain", impl, x)
     if chosen == "reference":
         return adain_reference(x, scale, shift, eps)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, scale, shift)):
+    if _impl.records(x, scale, shift):
         return _Adain.apply(x, scale, shift, float(eps), chosen)
     return _impl.op(chosen, "adain")(x, scale, shift, float(eps))[0]
 
@@ -56,18 +56,19 @@ def _check(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> None:
         _impl.check_float("adain", name, t)
     if x.dim() < 3:
         raise ValueError(f"adain: x must be (N, C, *), got {x.dim()} dimensions {tuple(x.shape)}")
+    channels, device = x.shape[:2], x.device
     for name, t in (("scale", scale), ("shift", shift)):
-        if t.shape != x.shape[:2]:
+        if t.shape != channels:
             raise ValueError(
-                f"adain: {name} must be (N, C) = {tuple(x.shape[:2])}, got {tuple(t.shape)}"
+                f"adain: {name} must be (N, C) = {tuple(channels)}, got {tuple(t.shape)}"
             )
-        if t.device != x.device:
-            raise ValueError(f"adain: {name} must be on x's device {x.device}, got {t.device}")
+        if t.device != device:
+            raise ValueError(f"adain: {name} must be on x's device {device}, got {t.device}")
     if scale.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"adain: scale must be {x.dtype} or torch.float32, got {scale.dtype}")
     if shift.dtype != scale.dtype:
         raise TypeError(f"adain: shift must be {scale.dtype} like scale, got {shift.dtype}")
-    if isinstance(eps, bool) or not isinstance(eps, int | float):
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"adain: eps must be a number, got {type(eps).__name__}")
     if not eps >= 0:
         raise ValueError(f"adain: eps must be at least 0, got {eps}")

@@ -81,12 +81,13 @@ def _check(x, b, dim, act, alpha, gain, clamp) -> tuple[int, tuple[float, float,
     _impl.check_float("bias_act", "x", x)
     if act not in ACTS:
         raise ValueError(f"bias_act: act must be one of {', '.join(ACTS)}, got {act!r}")
-    if not -x.dim() <= dim < x.dim():
+    ndim = x.dim()
+    if not -ndim <= dim < ndim:
         raise ValueError(f"bias_act: dim must be a dimension of x {tuple(x.shape)}, got {dim}")
-    dim %= x.dim()
+    dim %= ndim
     if b is not None:
         _impl.check_float("bias_act", "b", b)
-        if b.dim() != 1 or b.shape[0] != x.shape[dim]:
+        if b.shape != x.shape[dim : dim + 1]:
             raise ValueError(f"bias_act: b must have shape ({x.shape[dim]},), got {tuple(b.shape)}")
         if b.dtype not in (x.dtype, torch.float32):
             raise TypeError(f"bias_act: b must be {x.dtype} or torch.float32, got {b.dtype}")
@@ -338,13 +339,12 @@ _impl.register_fake("bias_act_bwd", _fake_bwd)
 _impl.register_fake("bias_act_bwd2", _fake_bwd2)
 
 
-# --- Autograd, once for all implementations. A Function costs more than a small kernel: it is
-# entered only where a gradient is recorded.
+# --- Autograd, once for all implementations.
 
 
 def _fwd(x: Tensor, b: Tensor | None, dim: int, act: str, *args) -> Tensor:
-    if torch.is_grad_enabled() and (x.requires_grad or (b is not None and b.requires_grad)):
-        return _BiasAct.apply(x, b, dim, act, *args)
+    if _impl.records(x, b):
+        return _BiasAct.apply(x, b, (dim, act, *args))
     return _impl.op(args[-1], "bias_act")(x, b, dim, ACTS[act].code, *args[:-1])
 
 
@@ -360,7 +360,8 @@ class _BiasAct(torch.autograd.Function):
     """y from x and b. The gradient's reference is y wherever y determines act'(x + b)."""
 
     @staticmethod
-    def forward(ctx: Any, x, b, dim, act, alpha, gain, clamp, impl):
+    def forward(ctx: Any, x, b, args):
+        dim, act, alpha, gain, clamp, impl = args
         y = _impl.op(impl, "bias_act")(x, b, dim, ACTS[act].code, alpha, gain, clamp)
         from_x = act == "swish" or (act == "lrelu" and alpha < 0)
         ctx.save_for_backward(x if from_x else y, b)
@@ -372,7 +373,7 @@ class _BiasAct(torch.autograd.Function):
         ref, b = ctx.saved_tensors
         needs_db = ctx.needs_input_grad[1]
         dx, db = _bwd(dy, ref, b, needs_db, *ctx.args)
-        return dx, db if needs_db else None, None, None, None, None, None, None
+        return dx, db if needs_db else None, None
 
 
 class _BiasActBwd(torch.autograd.Function):

@@ -50,19 +50,18 @@ def demod_coefs(
 def _check(weight: Tensor, styles: Tensor, eps: float) -> None:
     _impl.check_float("demod_coefs", "weight", weight)
     _impl.check_float("demod_coefs", "styles", styles)
-    if weight.dim() != 4:
+    shape = weight.shape
+    if len(shape) != 4:
+        raise ValueError(f"demod_coefs: weight must be (O, I, kh, kw), got shape {tuple(shape)}")
+    if styles.dim() != 2 or styles.shape[1] != shape[1]:
         raise ValueError(
-            f"demod_coefs: weight must be (O, I, kh, kw), got shape {tuple(weight.shape)}"
-        )
-    if styles.dim() != 2 or styles.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"demod_coefs: styles must be (N, {weight.shape[1]}), got shape {tuple(styles.shape)}"
+            f"demod_coefs: styles must be (N, {shape[1]}), got shape {tuple(styles.shape)}"
         )
     if styles.device != weight.device:
         raise ValueError(
             f"demod_coefs: styles must be on weight's device {weight.device}, got {styles.device}"
         )
-    if isinstance(eps, bool) or not isinstance(eps, int | float):
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"demod_coefs: eps must be a number, got {type(eps).__name__}")
     if not eps >= 0:
         raise ValueError(f"demod_coefs: eps must be at least 0, got {eps}")
@@ -217,7 +216,7 @@ _impl.register_fake("demod_coefs_bwd", _fake_bwd)
 
 
 def _fwd(weight: Tensor, styles: Tensor, eps: float, impl: str) -> Tensor:
-    if torch.is_grad_enabled() and (weight.requires_grad or styles.requires_grad):
+    if (weight.requires_grad or styles.requires_grad) and torch.is_grad_enabled():
         return _DemodCoefs.apply(weight, styles, eps, impl)
     return _impl.op(impl, "demod_coefs")(weight, styles, eps)[0]
 

@@ -51,16 +51,17 @@ def minibatch_stddev(
     if chosen == "reference":
         return minibatch_stddev_reference(x, group_size, num_channels)
     groups = _groups(x.shape[0], group_size)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if x.requires_grad and torch.is_grad_enabled():
         return _MinibatchStddev.apply(x, groups, num_channels, chosen)
     return _impl.op(chosen, "minibatch_stddev")(x, groups, num_channels)
 
 
 def _check(x: Tensor, group_size: int | None, num_channels: int) -> None:
     _impl.check_float("minibatch_stddev", "x", x)
-    if x.dim() < 2 or x.shape[1] == 0:
+    shape = x.shape
+    if len(shape) < 2 or shape[1] == 0:
         raise ValueError(
-            f"minibatch_stddev: x must be (N, C, *) with at least one channel, got {tuple(x.shape)}"
+            f"minibatch_stddev: x must be (N, C, *) with at least one channel, got {tuple(shape)}"
         )
     for name, value, wanted in (
         ("group_size", group_size, "an int or None"),
@@ -73,9 +74,9 @@ def _check(x: Tensor, group_size: int | None, num_channels: int) -> None:
             raise TypeError(f"minibatch_stddev: {name} must be {wanted}, got {got}")
         if value < 1:
             raise ValueError(f"minibatch_stddev: {name} must be at least 1, got {value}")
-    if x.shape[1] % num_channels:
+    if shape[1] % num_channels:
         raise ValueError(
-            f"minibatch_stddev: num_channels must divide the {x.shape[1]} channels of x, "
+            f"minibatch_stddev: num_channels must divide the {shape[1]} channels of x, "
             f"got {num_channels}"
         )
 

@@ -46,13 +46,14 @@ def _check(x: Tensor, dim: int, eps: float) -> int:
     _impl.check_float("pixel_norm", "x", x)
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise TypeError(f"pixel_norm: dim must be an int, got {type(dim).__name__}")
-    if not -x.dim() <= dim < x.dim():
+    ndim = x.dim()
+    if not -ndim <= dim < ndim:
         raise ValueError(f"pixel_norm: dim must be a dimension of x {tuple(x.shape)}, got {dim}")
-    if isinstance(eps, bool) or not isinstance(eps, int | float):
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"pixel_norm: eps must be a number, got {type(eps).__name__}")
     if not eps >= 0:
         raise ValueError(f"pixel_norm: eps must be at least 0, got {eps}")
-    return dim % x.dim()
+    return dim % ndim
 
 
 # --- Reference: plain PyTorch, differentiable to any order.
@@ -170,12 +171,11 @@ _impl.register_fake(
 )
 
 
-# --- Autograd, once for all implementations. A Function costs more than a small kernel: it is
-# entered only where a gradient is recorded.
+# --- Autograd, once for all implementations.
 
 
 def _fwd(x: Tensor, *args) -> Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
+    if x.requires_grad and torch.is_grad_enabled():
         return _PixelNorm.apply(x, *args)
     return _impl.op(args[-1], "pixel_norm")(x, *args[:-1])
 

@@ -100,7 +100,7 @@ def _check(x, f, d, noise, strength, b, padding, act, alpha, gain, clamp):
     if x.ndim != 4:
         raise ValueError(f"{OP}: x must be [N, C, H, W], got shape {tuple(x.shape)}")
     n, c, h, w = x.shape
-    pads = parse_padding(OP, padding)
+    pads = [padding] * 4 if type(padding) is int else parse_padding(OP, padding)
     taps_y, taps_x = (1, 1) if f is None else _check_filter(x, f)
     out = h + pads[2] + pads[3] - taps_y + 1, w + pads[0] + pads[1] - taps_x + 1
     if min(out) < 0 or (min(out) == 0 and min(h, w) > 0):
@@ -108,10 +108,14 @@ def _check(x, f, d, noise, strength, b, padding, act, alpha, gain, clamp):
             f"{OP}: padding must leave an output of at least 1x1 for x {tuple(x.shape)} and "
             f"{taps_y}x{taps_x} taps, got {tuple(pads)}"
         )
-    _check_operand(x, "d", d, [(n, c)])
-    _check_operand(x, "noise", noise, [(n, 1, *out), (1, 1, *out), out])
-    _check_operand(x, "noise_strength", strength, [(), (1,), (c,)])
-    _check_operand(x, "b", b, [(c,)])
+    if d is not None:
+        _check_operand(x, "d", d, (n, c))
+    if noise is not None:
+        _check_operand(x, "noise", noise, (n, 1, *out), (1, 1, *out), out)
+    if strength is not None:
+        _check_operand(x, "noise_strength", strength, (), (1,), (c,))
+    if b is not None:
+        _check_operand(x, "b", b, (c,))
     if act not in ACTS:
         raise ValueError(f"{OP}: act must be one of {', '.join(ACTS)}, got {act!r}")
     if clamp is not None and not clamp >= 0:
@@ -134,18 +138,19 @@ def _check_filter(x: Tensor, f: Tensor) -> tuple[int, int]:
     return f.shape[0], f.shape[-1]
 
 
-def _check_operand(x: Tensor, name: str, t: Any, shapes: list[tuple[int, ...]]) -> None:
-    if t is None:
-        return
+def _check_operand(x: Tensor, name: str, t: Any, *shapes: tuple[int, ...]) -> None:
     _impl.check_float(OP, name, t)
     if t.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"{OP}: {name} must be {x.dtype} or torch.float32, got {t.dtype}")
     if t.device != x.device:
         raise ValueError(f"{OP}: {name} must be on x's device {x.device}, got {t.device}")
     # Lengths first: a traced batch size must not be compared with a noise map's height.
-    if not any(len(t.shape) == len(s) and tuple(t.shape) == s for s in shapes):
-        wanted = " or ".join(str(s) for s in dict.fromkeys(shapes))
-        raise ValueError(f"{OP}: {name} must have shape {wanted}, got {tuple(t.shape)}")
+    shape = t.shape
+    for s in shapes:
+        if len(shape) == len(s) and shape == s:
+            return
+    wanted = " or ".join(str(s) for s in dict.fromkeys(shapes))
+    raise ValueError(f"{OP}: {name} must have shape {wanted}, got {tuple(shape)}")
 
 
 # --- Reference: plain PyTorch, differentiable to any order.
@@ -330,7 +335,7 @@ if _impl.triton is not None:
             taps_y, taps_x = f.shape[0], f.shape[-1]
             pads = [taps_x - 1 - x0, taps_x - 1 - x1, taps_y - 1 - y0, taps_y - 1 - y1]
             du = _impl.op("triton", "upfirdn2d")(
-                du, f, [1, 1], [1, 1], pads, not flip_filter, filter_gain
+                du, f, 1, 1, 1, 1, *pads, not flip_filter, filter_gain
             )
         return du, sums[0], sums[1].sum(0), sums[2].sum(0)
 
@@ -366,21 +371,21 @@ _impl.register_fake(OP, _fake_fwd)
 _impl.register_fake(OP + "_bwd", _fake_bwd)
 
 
-# --- Autograd, once for all implementations. A Function costs more than a small kernel: it is
-# entered only where a gradient is recorded.
+# --- Autograd, once for all implementations.
 
 _ACT = 6  # the place of act in the arguments behind the tensors
 
 
-def _codes(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (*args[:_ACT], ACTS[args[_ACT]].code, *args[_ACT + 1 :])
+def _call(name: str, *tensors_args) -> Any:
+    *tensors, args = tensors_args
+    code = ACTS[args[_ACT]].code
+    return _impl.op(args[-1], name)(*tensors, *args[:_ACT], code, *args[_ACT + 1 : -1])
 
 
 def _fwd(x: Tensor, f, d, noise, strength, b, args: tuple[Any, ...]) -> Tensor:
-    tensors = (x, f, d, noise, strength, b)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Epilogue.apply(*tensors, args)
-    return _impl.op(args[-1], OP)(*tensors, *_codes(args[:-1]))
+    if _impl.records(x, f, d, noise, strength, b):
+        return _Epilogue.apply(x, f, d, noise, strength, b, args)
+    return _call(OP, x, f, d, noise, strength, b, args)
 
 
 class _Epilogue(torch.autograd.Function):
@@ -390,12 +395,12 @@ class _Epilogue(torch.autograd.Function):
     def forward(ctx: Any, x, f, d, noise, strength, b, args):  # torch.compile counts parameters
         ctx.save_for_backward(x, f, d, noise, strength, b)
         ctx.args = args
-        return _impl.op(args[-1], OP)(x, f, d, noise, strength, b, *_codes(args[:-1]))
+        return _call(OP, x, f, d, noise, strength, b, args)
 
     @staticmethod
     def backward(ctx: Any, dy):
-        _, _, d, _, strength, b = ctx.saved_tensors
-        dx, dd, db, ds = _bwd(dy, *ctx.saved_tensors, ctx.args)
+        x, f, d, noise, strength, b = ctx.saved_tensors
+        dx, dd, db, ds = _bwd(dy, x, f, d, noise, strength, b, ctx.args)
         needs = ctx.needs_input_grad
         dd = dd.to(d.dtype) if needs[2] else None
         db = db.to(b.dtype) if needs[5] else None
@@ -407,8 +412,7 @@ class _Epilogue(torch.autograd.Function):
 def _bwd(*tensors_args):
     if torch.is_grad_enabled():
         return _EpilogueBwd.apply(*tensors_args)
-    *tensors, args = tensors_args
-    return _impl.op(args[-1], OP + "_bwd")(*tensors, *_codes(args[:-1]))
+    return _call(OP + "_bwd", *tensors_args)
 
 
 class _EpilogueBwd(torch.autograd.Function):
@@ -419,7 +423,7 @@ class _EpilogueBwd(torch.autograd.Function):
         ctx.save_for_backward(dy, x, f, d, noise, strength, b)
         ctx.args = args
         ctx.set_materialize_grads(False)
-        return _impl.op(args[-1], OP + "_bwd")(dy, x, f, d, noise, strength, b, *_codes(args[:-1]))
+        return _call(OP + "_bwd", dy, x, f, d, noise, strength, b, args)
 
     @staticmethod
     def backward(ctx: Any, *cotangents):

@@ -73,7 +73,7 @@ def upfirdn2d(
         chosen = "reference"
     if chosen == "reference" or x.numel() == 0:
         return upfirdn2d_reference(x, f, *args)
-    return _run(x, f, *args, chosen)
+    return _run(x, f, (*args, chosen))
 
 
 def setup_filter(
@@ -213,14 +213,18 @@ def _check(
         raise ValueError(f"{op}: f must be on the device of x, {x.device}, got {f.device}")
     up, down = _pair(up, "up", op), _pair(down, "down", op)
     pads = _padding(padding, op)
-    size = [x.shape[3 - i] * up[i] + pads[2 * i] + pads[2 * i + 1] for i in (0, 1)]
-    if size[0] < taps[0] or size[1] < taps[1]:
+    _, _, h, w = x.shape
+    width, height = w * up[0] + pads[0] + pads[1], h * up[1] + pads[2] + pads[3]
+    if width < taps[0] or height < taps[1]:
         raise ValueError(
             f"{op}: padding must leave at least the {taps[1]}x{taps[0]} samples of f, "
-            f"got {size[1]}x{size[0]} from padding {pads}"
+            f"got {height}x{width} from padding {pads}"
         )
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    f = torch.ones([1, 1], dtype=dtype, device=x.device) if f is None else f.to(dtype)
+    if f is None:
+        f = torch.ones([1, 1], dtype=dtype, device=x.device)
+    elif f.dtype != dtype:
+        f = f.to(dtype)
     return f, (up, down, pads, bool(flip), float(gain))
 
 
@@ -235,6 +239,8 @@ def _taps(f: Tensor | None, op: str) -> tuple[int, int]:
 
 
 def _pair(value: Pair, name: str, op: str) -> tuple[int, int]:
+    if isinstance(value, int) and value > 0:
+        return value, value
     pair = _ints(value)
     if pair is None or len(pair) != 2 or min(pair) < 1:
         raise ValueError(f"{op}: {name} must be a positive int or 2 of them [x, y], got {value}")
@@ -242,6 +248,8 @@ def _pair(value: Pair, name: str, op: str) -> tuple[int, int]:
 
 
 def _padding(value: Pair, op: str) -> Pads:
+    if isinstance(value, int):
+        return value, value, value, value
     pads = _ints(value)
     if pads is None:
         raise TypeError(f"{op}: padding must be an int, 2 or 4 ints, got {value}")
@@ -255,10 +263,14 @@ def _padding(value: Pair, op: str) -> Pads:
 
 def _ints(value: Pair) -> tuple[int, ...] | None:
     """An int as a pair, a sequence as a tuple, None for anything that is not made of ints."""
-    values = (value, value) if isinstance(value, int) else value
-    if not isinstance(values, Sequence) or not all(isinstance(v, int) for v in values):
+    if isinstance(value, int):
+        return value, value
+    if not isinstance(value, (list, tuple, Sequence)):  # in the order of their cost
         return None
-    return tuple(values)
+    for v in value:
+        if not isinstance(v, int):
+            return None
+    return tuple(value)
 
 
 def _what(value: object) -> str:
@@ -352,21 +364,21 @@ if _impl.triton is not None:
 
     @torch.library.triton_op("gankern_triton::upfirdn2d", mutates_args=())
     def _triton(
-        x: Tensor, f: Tensor, up: Sequence[int], down: Sequence[int], padding: Sequence[int],
-        flip_filter: bool, gain: float,
+        x: Tensor, f: Tensor, up_x: int, up_y: int, down_x: int, down_y: int, x0: int, x1: int,
+        y0: int, y1: int, flip_filter: bool, gain: float,
     ) -> Tensor:  # fmt: skip
         last = _memory_format(x) == torch.channels_last
         x, f = x if last else x.contiguous(), f.contiguous()
-        y = _fake(x, f, up, down, padding, flip_filter, gain)
+        y = _fake(x, f, up_x, up_y, down_x, down_y, x0, x1, y0, y1, flip_filter, gain)
         (n, c, h, w), (oh, ow) = x.shape, y.shape[2:]
         images, c = (n, c) if last else (n * c, 1)
         block_x = min(128, triton.next_power_of_2(ow * c))
         block_y = min(1024 // block_x, triton.next_power_of_2(oh))
         grid = (triton.cdiv(ow * c, block_x) * triton.cdiv(oh, block_y), images)
         torch.library.wrap_triton(upfirdn2d_kernel)[grid](
-            x, f, y, h, w, oh, ow, padding[0], padding[2], flip_filter, gain,
+            x, f, y, h, w, oh, ow, x0, y0, flip_filter, gain,
             C=c, TAPS_X=f.shape[-1], TAPS_Y=f.shape[0], SEPARABLE=f.ndim == 1,
-            UP_X=up[0], UP_Y=up[1], DOWN_X=down[0], DOWN_Y=down[1],
+            UP_X=up_x, UP_Y=up_y, DOWN_X=down_x, DOWN_Y=down_y,
             BLOCK_X=block_x, BLOCK_Y=block_y,
         )  # fmt: skip
         return y
@@ -375,10 +387,10 @@ if _impl.triton is not None:
 # --- Shape function of the registered op.
 
 
-def _fake(x, f, up, down, padding, flip_filter, gain):
+def _fake(x, f, up_x, up_y, down_x, down_y, x0, x1, y0, y1, flip_filter, gain):
     n, c, h, w = x.shape
-    out_w = (w * up[0] + padding[0] + padding[1] - f.shape[-1]) // down[0] + 1
-    out_h = (h * up[1] + padding[2] + padding[3] - f.shape[0]) // down[1] + 1
+    out_w = (w * up_x + x0 + x1 - f.shape[-1]) // down_x + 1
+    out_h = (h * up_y + y0 + y1 - f.shape[0]) // down_y + 1
     return torch.empty(
         (n, c, out_h, out_w), dtype=x.dtype, device=x.device, memory_format=_memory_format(x)
     )
@@ -387,26 +399,29 @@ def _fake(x, f, up, down, padding, flip_filter, gain):
 _impl.register_fake("upfirdn2d", _fake)
 
 
-# --- Autograd, once for all implementations. A Function costs more than a small kernel: it is
-# entered only where a gradient is recorded.
+# --- Autograd, once for all implementations.
 
 
-def _run(x: Tensor, f: Tensor, *args) -> Tensor:
-    if torch.is_grad_enabled() and (x.requires_grad or f.requires_grad):
-        return _Upfirdn2d.apply(x, f, *args)
-    return _impl.op(args[-1], "upfirdn2d")(x, f, *args[:-1])
+def _run(x: Tensor, f: Tensor, args: tuple[Any, ...]) -> Tensor:
+    """args: up, down, padding, flip_filter, gain, impl."""
+    if (x.requires_grad or f.requires_grad) and torch.is_grad_enabled():
+        return _Upfirdn2d.apply(x, f, args)
+    return _call(x, f, *args)
+
+
+def _call(x, f, up, down, padding, flip_filter, gain, impl) -> Tensor:
+    return _impl.op(impl, "upfirdn2d")(x, f, *up, *down, *padding, flip_filter, gain)
 
 
 class _Upfirdn2d(torch.autograd.Function):
     """y from x and f; the gradient in x is the same function with up and down swapped."""
 
     @staticmethod
-    def forward(ctx: Any, x, f, up, down, padding, flip_filter, gain, impl):
-        y = _impl.op(impl, "upfirdn2d")(x, f, up, down, padding, flip_filter, gain)
+    def forward(ctx: Any, x, f, args):
         ctx.save_for_backward(x if f.requires_grad else None, f)
-        ctx.size, ctx.out_size = x.shape[2:], y.shape[2:]
-        ctx.args = (up, down, padding, flip_filter, gain, impl)
-        return y
+        ctx.shape = x.shape
+        ctx.args = args
+        return _call(x, f, *args)
 
     @staticmethod
     def backward(ctx: Any, dy):
@@ -416,13 +431,13 @@ class _Upfirdn2d(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             adjoint = []
             for i, taps in enumerate((f.shape[-1], f.shape[0])):  # x, then y
-                size, out = ctx.size[1 - i], ctx.out_size[1 - i]
+                size, out = ctx.shape[3 - i], dy.shape[3 - i]
                 adjoint += [taps - pads[2 * i] - 1]
                 adjoint += [size * up[i] - out * down[i] + pads[2 * i] - up[i] + 1]
-            dx = _run(dy, f, down, up, adjoint, not flip_filter, gain, impl)
+            dx = _run(dy, f, (down, up, adjoint, not flip_filter, gain, impl))
         if ctx.needs_input_grad[1]:
             df = _filter_gradient(x, f, dy, *ctx.args[:-1])
-        return dx, df, *(None,) * 6
+        return dx, df, None
 
 
 def _filter_gradient(x, f, dy, up, down, padding, flip_filter, gain) -> Tensor:

@@ -173,7 +173,7 @@ inline Tensor empty_beside(const Tensor& t, Sizes sizes) {
   return empty_beside(t, sizes, t.scalar_type());
 }
 
-// t's memory seen with other sizes and strides.
+// t's memory seen with as many other sizes and strides.
 inline Tensor view_of(const Tensor& t, Sizes sizes, Sizes strides) {
   AtenTensorHandle out = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_as_strided(t.get(), sizes.data(), strides.data(), &out));
@@ -265,15 +265,13 @@ struct WithWorkspace {
 inline WithWorkspace empty_with_workspace(const Tensor& like, Sizes sizes, ScalarType dtype,
                                           int64_t bytes) {
   if (bytes == 0) return {empty_beside(like, sizes, dtype), nullptr};
-  int64_t n = 1, stride = 1;
-  std::vector<int64_t> strides(sizes.size());
-  for (size_t i = sizes.size(); i-- > 0; n *= sizes[i], stride *= std::max<int64_t>(sizes[i], 1))
-    strides[i] = stride;
+  int64_t n = 1;
+  for (const int64_t s : sizes) n *= s;
   const int64_t size = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
   const int64_t padded = (n * size + 15) / 16 * 16;
   Tensor all = empty_beside(like, {(padded + (bytes + 15) / 16 * 16) / size}, dtype);
   char* base = static_cast<char*>(all.mutable_data_ptr());
-  return {view_of(all, sizes, strides), base + padded};
+  return {torch::stable::view(torch::stable::narrow(all, 0, 0, n), sizes), base + padded};
 }
 
 }  // namespace gankern

@@ -145,7 +145,7 @@ PRESETS: dict[str, Options] = {
         "fade_kimg": 1.0,
         "stable_kimg": 1.0,
         "sample_ticks": 1,
-        "kimg": 10.0,
+        "kimg": 24.0,
     },
     "stylegan2": _STYLE
     | _CRITIC
@@ -163,7 +163,7 @@ PRESETS: dict[str, Options] = {
         "g_lr": 2e-3,
         "d_lr": 2e-3,
         "sample_ticks": 2,
-        "kimg": 10.0,
+        "kimg": 28.0,
     },
     # The papers' own, for GPUs.
     "pggan-1024": _CRITIC

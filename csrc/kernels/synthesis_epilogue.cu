@@ -91,7 +91,7 @@ Plan plan_strips(int V, bool last, bool noise, int64_t planes, int channels, int
   for (int strips = static_cast<int>(ceil_div(height, longest));; strips *= 2) {
     t.tile_h = static_cast<int>(ceil_div(height, strips));
     t.tiles_y = static_cast<int>(ceil_div(height, t.tile_h));
-    if (t.tiles() * planes >= sms || t.tile_h <= 4) break;
+    if (t.tiles() * planes >= 3 * sms / 4 || t.tile_h <= 4) break;
   }
   const int rows = t.tile_h + kHalo, most = max(1, (V == 2 ? 256 : kMaxThreads / part) / t.pieces);
   t.step = static_cast<int>(ceil_div(rows, ceil_div(rows, most)));
@@ -168,13 +168,14 @@ struct Launcher {
   Args<T> a;
   ActArgs<Acc<T>> p;
   Plan plan;
-  bool last, filtered;
+  bool last, filtered, strips;
   void* stream;
 
   dim3 grid() const {
     const int step = (last ? 2 * kVec<T> : 1) * (filtered ? 1 : plan.rows) * plan.groups;
-    return dim3(static_cast<unsigned>(plan.tiles()), static_cast<unsigned>(ceil_div(a.C, step)),
-                static_cast<unsigned>(min(a.N, 65535)));
+    const unsigned tiles = static_cast<unsigned>(plan.tiles() * (strips ? a.N : 1));
+    return dim3(tiles, static_cast<unsigned>(ceil_div(a.C, step)),
+                strips ? 1 : static_cast<unsigned>(min(a.N, 65535)));
   }
 
   template <typename Kernel>
@@ -205,8 +206,9 @@ struct Launcher {
   int backward() {
     constexpr int V = kVec<T>, kPlanes = kLast ? V / kPiece<T> : V;
     if (!filtered) return launch(synthesis_epilogue_bwd_kernel<T, kLast, kPwl>, 0);
+    const int sums = V > 4 ? 3 * kPiece<T> * plan.threads : 0;
     const int words =
-        kPlanes * (a.plane + a.plane2) + (kLast ? 0 : 1 + V * (a.noise_plane + 2 * a.step));
+        kPlanes * (a.plane + a.plane2) + (kLast ? sums : 1 + V * (a.noise_plane + 2 * a.step));
     return launch(synthesis_epilogue_bwd_filter_kernel<T, kLast, kPwl>,
                   words * static_cast<int>(sizeof(Acc<T>)));
   }
@@ -243,7 +245,7 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
   using A = Acc<T>;
   constexpr int V = kVec<T>;
   Launcher<T> l{};
-  l.last = last, l.filtered = f != nullptr, l.stream = stream;
+  l.last = last, l.filtered = f != nullptr, l.strips = backward && f != nullptr, l.stream = stream;
   const double slope = act == kLinear ? 1.0 : act == kRelu ? 0.0 : alpha;
   l.p = ActArgs<A>{act, A(slope), A(gain), A(0), A(clamp), true};
   const Plan t = l.plan =
@@ -263,8 +265,9 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
   a.tile_h = t.tile_h, a.tile_w = t.tile_w, a.groups = t.groups;
   while ((1 << a.lanes_log2) < t.lanes) a.lanes_log2++;
   const int cols = t.tile_w + kHalo;
-  if (backward && l.filtered) {
+  if (l.strips) {
     a.step = t.step, a.ring = t.step + kHalo, a.lap = t.pieces;
+    a.lap_magic = magic_of(a.lap);
     a.across = last ? cols : static_cast<int>(ceil_div(cols, V));
     a.pitch = last ? pitch_last(t.pieces / 2 + kHalo, t.pieces) : t.pieces;
     a.pitch2 = t.pieces;
@@ -359,6 +362,7 @@ int synthesis_epilogue_bwd(int dtype, int f32, const void* dy, const void* x, co
     a.ds = static_cast<Acc<T>*>(ds);
     a.partials = static_cast<Acc<T>*>(workspace);
     a.tickets = reinterpret_cast<int*>(a.partials + 3 * N * C * l.plan.tiles());
+    if (l.strips && l.plan.tiles() * N > INT32_MAX) return static_cast<int>(cudaErrorInvalidValue);
     const cudaError_t e =
         cudaMemsetAsync(a.tickets, 0, l.grid().y * sizeof(int), static_cast<cudaStream_t>(stream));
     if (e != cudaSuccess) return static_cast<int>(e);

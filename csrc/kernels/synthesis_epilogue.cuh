@@ -47,10 +47,10 @@ struct Args {
   int N, C, H, W, out_h, out_w;
   int taps_y, taps_x, x0, y0;
   int tiles, tiles_x, tile_h, tile_w, groups, lanes_log2;
-  int pitch, magic, pitch2;  // a row of x, and of dy, in shared memory: words, or granules (last)
-  int plane, plane2;         // words from one plane of these rows to the next
-  int across, lap;           // backward: pieces, or pixels, of a row of dv, and threads for them
-  int step, ring;            // rows that a block makes at once, and rows of shared memory
+  int pitch, magic, pitch2;    // a row of x, and of dy, in shared memory: words, or granules (last)
+  int plane, plane2;           // words from one plane of these rows to the next
+  int across, lap, lap_magic;  // backward: pieces, or pixels, of a row of dv, and threads for them
+  int step, ring;              // rows that a block makes at once, and rows of shared memory
   int noise_pieces, noise_magic, noise_plane;
   int row_bits, warp_bits;  // see place()
   int f32;
@@ -75,12 +75,23 @@ __device__ __forceinline__ Place place(const Args<T>& a) {
   return {lx, (gy & ~all) | apart | (gy & all) >> a.warp_bits, 0};
 }
 
+// threadIdx.x, read again where it is asked for.
+__device__ __forceinline__ unsigned thread_again() {
+#ifdef GANKERN_SIMT
+  return threadIdx.x;
+#else
+  unsigned t;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+  return t;
+#endif
+}
+
 // The taps in the order of a correlation, times the gain, padded with zeros to 4x4; then reversed,
 // for the adjoint.
 template <typename T>
-__device__ __forceinline__ void load_taps(Acc<T>* taps, const Args<T>& a) {
-  const int t = threadIdx.x, ky = t / kTaps, kx = t % kTaps;
-  if (t >= kTaps * kTaps) return;
+__device__ __forceinline__ void load_taps(Acc<T>* taps, const Args<T>& a, int t) {
+  const int ky = t / kTaps, kx = t % kTaps;
+  if (t < 0 || t >= kTaps * kTaps) return;
   Acc<T> tap = 0;
   if (ky < a.taps_y && kx < a.taps_x) {
     const int fy = a.flip ? ky : a.taps_y - 1 - ky, fx = a.flip ? kx : a.taps_x - 1 - kx;
@@ -256,11 +267,11 @@ __device__ __forceinline__ Acc<T> param(const Args<T>& a, int which, int n, int 
   return !a.strength ? Acc<T>(1) : load_param<T>(a.strength, a.f32 & 4, a.one_strength ? 0 : c);
 }
 
-// Those of `count` channels from c0 on, in rows of kStride.
+// Those of `count` channels from c0 on, in rows of kStride; t: the thread, counted from any.
 template <typename T, int kStride>
 __device__ __forceinline__ void share_params(Acc<T>* params, const Args<T>& a, int64_t n,
-                                             int64_t c0, int count = kStride) {
-  for (int t = threadIdx.x; t < 3 * kStride; t += blockDim.x)
+                                             int64_t c0, int t, int count = kStride) {
+  for (; t < 3 * kStride; t += blockDim.x)
     if (t % kStride < count) params[t] = param(a, t / kStride, n, c0 + t % kStride);
 }
 

@@ -17,12 +17,31 @@ struct Sums {
     of[2][q] += dv * noise;
   }
 
+  // To and from shared memory, 16 bytes a thread and sum.
+  __device__ __forceinline__ void load(const Acc<T>* s) {
+#pragma unroll
+    for (int k = 0; k < 3; k++) {
+      const auto v = load_pack<Acc<T>, K>(s + (k * blockDim.x + thread_again()) * K);
+#pragma unroll
+      for (int e = 0; e < K; e++) of[k][e] = v.v[e];
+    }
+  }
+  __device__ __forceinline__ void store(Acc<T>* s) const {
+#pragma unroll
+    for (int k = 0; k < 3; k++) {
+      Pack<Acc<T>, K> v;
+#pragma unroll
+      for (int e = 0; e < K; e++) v.v[e] = of[k][e];
+      store_pack<Acc<T>, K>(s + (k * blockDim.x + thread_again()) * K, v);
+    }
+  }
+
   // Adds up the threads of a warp, into scratch; `part`: the first of the channels. Channels-last:
   // kLanes neighbours have channels of their own, which begin `apart`.
   template <int kLanes = kLast ? 2 : 1>
   __device__ __forceinline__ void reduce(Acc<T>* scratch, int part = 0, int apart = kVec<T>) const {
     constexpr int kStep = kChannels<T, kLast>;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int t = thread_again(), warp = t / 32, lane = t % 32;
 #pragma unroll
     for (int k = 0; k < 3; k++)
 #pragma unroll
@@ -50,15 +69,15 @@ __device__ __forceinline__ void write_warp_partials(const S& sums, const Args<T>
 // Adds up the warps: the block's partial sums of channels c0 and on.
 template <typename T, bool kLast>
 __device__ __forceinline__ void write_partials(const Acc<T>* scratch, const Args<T>& a, int n,
-                                               int c0) {
+                                               int c0, int tile) {
   constexpr int kStep = kChannels<T, kLast>;
   __syncthreads();
-  const int t = threadIdx.x, warps = (blockDim.x + 31) / 32;
+  const int t = thread_again(), warps = (blockDim.x + 31) / 32;
   if (t < 3 * kStep && c0 + t % kStep < a.C) {
     Acc<T> sum = 0;
     for (int w = 0; w < warps; w++) sum += scratch[w * 3 * kStep + t];
     const int64_t channel = (static_cast<int64_t>(t / kStep) * a.N + n) * a.C + c0 + t % kStep;
-    a.partials[channel * a.tiles + blockIdx.x] = sum;
+    a.partials[channel * a.tiles + tile] = sum;
   }
   __syncthreads();
 }
@@ -129,7 +148,8 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       __syncthreads();
       if (a.noise) share_noise(noises, a, n, tile);
       const int span = a.groups * a.tile_h;
-      share_params<T, kStride>(params, a, n, static_cast<int64_t>(blockIdx.y) * span, span);
+      share_params<T, kStride>(params, a, n, static_cast<int64_t>(blockIdx.y) * span, threadIdx.x,
+                               span);
       __syncthreads();
     }
     for (int g = 0; g < a.groups; g++) {
@@ -137,7 +157,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       const int c0 = kLast ? group * kStep : group * a.tile_h + at.gy;
       if (c0 >= a.C) break;
       const int c = c0 + (kLast ? at.half * V : 0);
-      if (kLast) share_params<T, kStride>(params, a, n, c0);
+      if (kLast) share_params<T, kStride>(params, a, n, c0, threadIdx.x);
       if (kLast) __syncthreads();
       const Params<T, kLast, kStride> q(params + (kLast ? at.half * V : g * a.tile_h + at.gy));
 #pragma unroll
@@ -169,7 +189,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
         else
           write_warp_partials<T>(sums, a, n, c);
       }
-      if (kLast) write_partials<T, kLast>(scratch, a, n, c0);
+      if (kLast) write_partials<T, kLast>(scratch, a, n, c0, blockIdx.x);
     }
   }
   finish<T>(a, a.groups * (kLast ? kStep : a.tile_h));
@@ -187,21 +207,26 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   // At once: more would not fit into registers. Channels-last: threads with sums of a pixel.
   constexpr int kPart = kPiece<T>, kParts = kLast ? 2 * V / kPart : V / kPart;
   constexpr int kLanes = kLast ? kParts : 1;
+  constexpr bool kStored = kLast && V > 4;  // the sums wait in shared memory
   GK_DYNAMIC_SHARED(A, shared);
   __shared__ __align__(16) A taps[2 * kTaps * kTaps];
   __shared__ A scratch[kThreads<T> / 32 * 3 * kStep], params[3 * kStep];
-  const int tile_y = blockIdx.x / a.tiles_x, tile_x = blockIdx.x - tile_y * a.tiles_x;
-  // What threads look up again and again, since registers are short: the tile's row and column, and
-  // the rows and columns of dv whose sums are this block's.
-  __shared__ volatile int kept[6];
+  // What threads look up again and again, since registers are short: the tile's row and column, the
+  // rows and columns of dv whose sums are this block's, and the sample.
+  __shared__ volatile int kept[7];
   const auto row0 = [&] { return kept[0]; };
   const auto col0 = [&] { return kept[1]; };
   const auto orow0 = [&] { return kept[0] + a.y0 - kHalo; };  // of dv
   const auto ocol0 = [&] { return kept[1] + a.x0 - kHalo; };
   const auto width = [&] { return min(a.tile_w, a.W - kept[1]); };
   const auto height = [&] { return min(a.tile_h, a.H - kept[0]); };
+  const auto n = [&] { return kept[6]; };
   if (threadIdx.x == 0) {
+    const int sample = static_cast<int>(blockIdx.x) / a.tiles;
+    const int tile = static_cast<int>(blockIdx.x) - sample * a.tiles;
+    const int tile_y = tile / a.tiles_x, tile_x = tile - tile_y * a.tiles_x;
     const int r = tile_y * a.tile_h, c = tile_x * a.tile_w;
+    kept[6] = sample;
     kept[0] = r;
     kept[1] = c;
     kept[2] = (tile_y ? r : 0) - (r + a.y0 - kHalo);
@@ -214,211 +239,221 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   A* dus = xs + kPlanes * a.plane + (kLast ? 0 : 1);
   A* noises = dus + kPlanes * a.plane2;
   A* edges = noises + V * a.noise_plane;  // of rows of dx
-  const int row = static_cast<int>(threadIdx.x) / a.lap;
-  int at = threadIdx.x - row * a.lap;
+  A* stored = noises;
+  // The thread's row and its place in it, computed again in each phase rather than kept.
+  int row, at;
+  const auto locate = [&] {
+    const unsigned t = thread_again();
+    row = static_cast<int>(t * static_cast<unsigned>(a.lap_magic) >> 20);
+    at = static_cast<int>(t) - row * a.lap;
+  };
+  locate();
   const auto lx = [&] { return kLast ? at >> 1 : at; };
   const auto half = [&] { return kLast ? at & 1 : 0; };
-  const bool idle = row >= a.step;
+  const auto c_first = [&] { return static_cast<int>(blockIdx.y) * a.groups * kStep; };
   const auto slot = [&](int i) { return i < a.ring ? i : i - a.ring; };
   const auto granule = [&](int pixel) { return (2 * pixel + half()) * kPiece<T>; };
 
-  load_taps(taps, a);
   for (int i = threadIdx.x; i < kPlanes * (a.plane + a.plane2) + (kLast ? 0 : 1); i += blockDim.x)
     shared[i] = A(0);
   __syncthreads();
-  unsigned own = 0;  // NCHW: this thread's columns among them
-  for (int e = 0; e < (kLast ? 0 : V); e++)
-    own |= (lx() * V + e >= kept[4] && lx() * V + e < kept[5] ? 1u : 0u) << e;
-  for (int n = blockIdx.z; n < a.N; n += gridDim.z) {
-    if (!kLast && a.noise) {
-      const int64_t plane = a.one_noise ? 0 : static_cast<int64_t>(n) * a.out_h * a.out_w;
-      const int64_t all = (a.one_noise ? int64_t(1) : a.N) * a.out_h * a.out_w;
-      const int rows = height() + kHalo, cols = a.tile_w + kHalo;
-      if (a.f32 & 2) {
-        const float* z = static_cast<const float*>(a.noise);
-        load_tile_planes<A, float, V>(noises, z + plane, z, z + all, a.out_h, a.out_w, orow0(),
-                                      ocol0(), rows, cols, a.noise_pieces, a.noise_magic, a.pitch,
-                                      a.noise_plane);
-      } else {
-        const T* z = static_cast<const T*>(a.noise);
-        load_tile_planes<A, T, V>(noises, z + plane, z, z + all, a.out_h, a.out_w, orow0(), ocol0(),
-                                  rows, cols, a.pitch, a.magic, a.pitch, a.noise_plane);
-      }
+  // Taps and parameters are read by other threads than the first rows of x, at the same time.
+  load_taps(taps, a, static_cast<int>(blockDim.x) / 2 - 1 - static_cast<int>(threadIdx.x));
+  for (int c0 = c_first(); c0 < min(a.C, c_first() + a.groups * kStep); c0 += kStep) {
+    const auto c = [&] { return c0 + half() * V; };
+    Sums<T, kLast, kLast ? kPart : 1> sums;
+    if constexpr (kStored) sums.store(stored);
+    // NCHW: the columns of the image among those of the tile of x, and of dy.
+    const auto x_lo = [&] { return max(0, kHalo - col0()); };
+    const auto x_hi = [&] { return min(a.tile_w + 2 * kHalo, a.W + kHalo - col0()); };
+    const auto y_lo = [&] { return max(0, -ocol0()); };
+    const auto y_hi = [&] { return min(a.tile_w + kHalo, a.out_w - ocol0()); };
+    // Row j of x to where row i of the ring is, and of dy.
+    const auto fetch_x = [&](int j, int l) {
+      if constexpr (kLast)
+        return fetch_pixel<T>(a.x + offset<true>(a.C, n(), 0, a.H, a.W, 0, 0), a.C, c(), a.vec_x,
+                              a.H, a.W, row0() - kHalo + j, col0() - kHalo + l);
+      else
+        return fetch_piece<T>(a.x + offset<false>(a.C, n(), c0, a.H, a.W, 0, 0), a.x, a.x_end, a.H,
+                              a.W, row0() - kHalo + j, col0() - kHalo, x_lo(), x_hi(), l);
+    };
+    const auto put_x = [&](int i, int l, const auto& v) {
+      if constexpr (kLast)
+        put_pixel<T>(xs + i * a.pitch * kPiece<T> + granule(l), v, a.plane);
+      else
+        put_piece<A, V>(xs + i * a.pitch, v, x_lo(), x_hi(), a.pitch, a.plane);
+    };
+    const auto fetch_dy = [&](int j) {
+      if constexpr (kLast)
+        return fetch_pixel<T>(a.dy + offset<true>(a.C, n(), 0, a.out_h, a.out_w, 0, 0), a.C, c(),
+                              a.vec_x, a.out_h, a.out_w, orow0() + j, ocol0() + lx());
+      else
+        return fetch_piece<T>(a.dy + offset<false>(a.C, n(), c0, a.out_h, a.out_w, 0, 0), a.dy,
+                              a.dy_end, a.out_h, a.out_w, orow0() + j, ocol0(), y_lo(), y_hi(),
+                              lx());
+    };
+    const auto put_dy = [&](int i, const auto& v) {
+      if constexpr (kLast)
+        put_pixel<T>(dus + i * a.pitch2 * kPiece<T> + granule(lx()), v, a.plane2);
+      else
+        put_piece<A, V>(dus + i * a.pitch2, v, y_lo(), y_hi(), a.pitch2, a.plane2);
+    };
+    // NCHW: a piece of the noise, read with the first channel, whose type may be float32.
+    const auto fetch_noise = [&](const auto* noise, int j, int l) {
+      const int64_t area = static_cast<int64_t>(a.out_h) * a.out_w;
+      const auto* plane = noise + (a.one_noise ? 0 : n() * area);
+      return fetch_piece(plane, noise, noise + (a.one_noise ? 1 : a.N) * area, a.out_h, a.out_w,
+                         orow0() + j, ocol0(), y_lo(), y_hi(), l);
+    };
+    const auto put_noise = [&](const auto& v, int j) {
+      put_piece<A, V>(noises + j * a.pitch, v, y_lo(), y_hi(), a.pitch, a.noise_plane);
+    };
+    const auto extra = [&] { return kLast && at < 2 * kHalo; };  // pixels of x beyond those of dv
+    share_params<T, kStep>(params, a, n(), c0, static_cast<int>(blockDim.x - 1 - thread_again()));
+    for (int r = row; row < a.step && r < kHalo; r += a.step) {
+      put_x(r, lx(), fetch_x(r, lx()));
+      if (extra()) put_x(r, lx() + a.lap / 2, fetch_x(r, lx() + a.lap / 2));
     }
-    for (int g = 0; g < a.groups; g++) {
-      const int c0 = (static_cast<int>(blockIdx.y) * a.groups + g) * kStep;
-      if (c0 >= a.C) break;
-      const auto c = [&] { return c0 + half() * V; };
-      share_params<T, kStep>(params, a, n, c0);
-      Sums<T, kLast, kLast ? kPart : 1> sums;
-      int sample = n;
-      // NCHW: the columns of the image among those of the tile of x, and of dy.
-      const auto x_lo = [&] { return max(0, kHalo - col0()); };
-      const auto x_hi = [&] { return min(a.tile_w + 2 * kHalo, a.W + kHalo - col0()); };
-      const auto y_lo = [&] { return max(0, -ocol0()); };
-      const auto y_hi = [&] { return min(a.tile_w + kHalo, a.out_w - ocol0()); };
-      // Row j of x to where row i of the ring is, and of dy.
-      const auto fetch_x = [&](int j, int l) {
-        if constexpr (kLast)
-          return fetch_pixel<T>(a.x + offset<true>(a.C, sample, 0, a.H, a.W, 0, 0), a.C, c(),
-                                a.vec_x, a.H, a.W, row0() - kHalo + j, col0() - kHalo + l);
-        else
-          return fetch_piece<T>(a.x + offset<false>(a.C, sample, c0, a.H, a.W, 0, 0), a.x, a.x_end,
-                                a.H, a.W, row0() - kHalo + j, col0() - kHalo, x_lo(), x_hi(), l);
-      };
-      const auto put_x = [&](int i, int l, const auto& v) {
-        if constexpr (kLast)
-          put_pixel<T>(xs + i * a.pitch * kPiece<T> + granule(l), v, a.plane);
-        else
-          put_piece<A, V>(xs + i * a.pitch, v, x_lo(), x_hi(), a.pitch, a.plane);
-      };
-      const auto fetch_dy = [&](int j) {
-        if constexpr (kLast)
-          return fetch_pixel<T>(a.dy + offset<true>(a.C, sample, 0, a.out_h, a.out_w, 0, 0), a.C,
-                                c(), a.vec_x, a.out_h, a.out_w, orow0() + j, ocol0() + lx());
-        else
-          return fetch_piece<T>(a.dy + offset<false>(a.C, sample, c0, a.out_h, a.out_w, 0, 0), a.dy,
-                                a.dy_end, a.out_h, a.out_w, orow0() + j, ocol0(), y_lo(), y_hi(),
-                                lx());
-      };
-      const auto put_dy = [&](int i, const auto& v) {
-        if constexpr (kLast)
-          put_pixel<T>(dus + i * a.pitch2 * kPiece<T> + granule(lx()), v, a.plane2);
-        else
-          put_piece<A, V>(dus + i * a.pitch2, v, y_lo(), y_hi(), a.pitch2, a.plane2);
-      };
-      for (int i = row; !idle && i < kHalo; i += a.step) {
-        put_x(i, lx(), fetch_x(i, lx()));
-        if (kLast && at < 2 * kHalo) put_x(i, lx() + a.lap / 2, fetch_x(i, lx() + a.lap / 2));
+    int i = row;  // of row j in the rings
+    for (int j = row; j - row < height() + kHalo; j += a.step, i = slot(i + a.step)) {
+      locate();
+      const bool busy = row < a.step && j < height() + kHalo;
+      if (busy) {
+        const auto x_piece = fetch_x(j + kHalo, lx());
+        const auto dy_piece = fetch_dy(j);
+        constexpr bool kF32 = sizeof(T) == 4;
+        const bool noise = !kLast && a.noise && c0 == c_first();
+        if constexpr (!kLast)
+          if (noise && (kF32 || !(a.f32 & 2)))
+            put_noise(fetch_noise(static_cast<const T*>(a.noise), j, lx()), j);
+        put_x(slot(i + kHalo), lx(), x_piece);
+        put_dy(i, dy_piece);
+        if constexpr (!kLast && !kF32)
+          if (noise && a.f32 & 2)
+            for (int l = lx(); l < a.noise_pieces; l += a.lap)
+              put_noise(fetch_noise(static_cast<const float*>(a.noise), j, l), j);
+        if (extra()) put_x(slot(i + kHalo), lx() + a.lap / 2, fetch_x(j + kHalo, lx() + a.lap / 2));
       }
-      int i = row;  // of row j in the rings
-      for (int j = row; j - row < height() + kHalo; j += a.step, i = slot(i + a.step)) {
-        forget(sample);  // addresses are computed again rather than kept
-        forget(at);
-        const bool busy = !idle && j < height() + kHalo;
-        if (busy) {
-          const auto x_piece = fetch_x(j + kHalo, lx());
-          const auto dy_piece = fetch_dy(j);
-          put_x(slot(i + kHalo), lx(), x_piece);
-          put_dy(i, dy_piece);
-          if (kLast && at < 2 * kHalo)
-            put_x(slot(i + kHalo), lx() + a.lap / 2, fetch_x(j + kHalo, lx() + a.lap / 2));
-        }
-        __syncthreads();
-        const bool row_own = j >= kept[2] && j < kept[3];
-        // Outside of the image dy is zero, and so is dv.
-        const auto make_du = [&](A dy, A u, A z, const auto& k, int e, bool is_own) {
-          const A dv = grad<kPwl>(dy, u * k.d(e) + (z * k.s(e) + k.b(e)), p);
-          if (is_own) sums.add(kLast ? e : 0, dv, u, z);
-          return dv * k.d(e);
-        };
-        if constexpr (kLast) {
+      __syncthreads();
+      locate();
+      const auto j_own = [&](int e) { return lx() * V + e >= kept[4] && lx() * V + e < kept[5]; };
+      const bool row_own = j >= kept[2] && j < kept[3];
+      // Outside of the image dy is zero, and so is dv.
+      const auto make_du = [&](A dy, A u, A z, const auto& k, int e, bool is_own) {
+        const A dv = grad<kPwl>(dy, u * k.d(e) + (z * k.s(e) + k.b(e)), p);
+        if (is_own) sums.add(kLast ? e : 0, dv, u, z);
+        return dv * k.d(e);
+      };
+      if constexpr (kLast) {
 #pragma unroll 1
-          for (int pass = 0; pass < V / kPart; pass++) {
-            const int t = at + pass * a.lap;
-            if (!busy || t >= kParts * a.across) break;
-            forget(i);
-            const int pixel = t / kParts, part = t % kParts * kPart, col = ocol0() + pixel;
-            const int cell = (2 * pixel + part / V) * kPiece<T>, plane = part % V / kPiece<T>;
-            A z = 0;
-            if (a.noise && orow0() + j >= 0 && orow0() + j < a.out_h && col >= 0 && col < a.out_w)
-              load_noise<T, true>(&z, a, n, orow0() + j, col, 1);
-            A u[1][kPart];
-            filter<kLast>(u, taps, [&](A* v, int q, int kx) {
-              const A* line = xs + plane * a.plane + slot(i + q) * a.pitch * kPiece<T>;
-              read_pixel<T, kPart>(v, line + cell + 2 * kx * kPiece<T>, a.plane);
-            });
-            A* at_du = dus + plane * a.plane2 + i * a.pitch2 * kPiece<T> + cell;
-            Piece<T> du = *reinterpret_cast<const Piece<T>*>(at_du);
-            const Params<T, kLast, kStep> k(params + part);
-            const bool is_own = row_own && pixel >= kept[4] && pixel < kept[5];
+        for (int pass = 0; pass < V / kPart; pass++) {
+          const int t = at + pass * a.lap;
+          if (!busy || t >= kParts * a.across) break;
+          forget(i);
+          if constexpr (kStored) sums.load(stored);
+          const int pixel = t / kParts, part = t % kParts * kPart, col = ocol0() + pixel;
+          const int cell = (2 * pixel + part / V) * kPiece<T>, plane = part % V / kPiece<T>;
+          A z = 0;
+          if (a.noise && orow0() + j >= 0 && orow0() + j < a.out_h && col >= 0 && col < a.out_w)
+            load_noise<T, true>(&z, a, n(), orow0() + j, col, 1);
+          A u[1][kPart];
+          filter<kLast>(u, taps, [&](A* v, int q, int kx) {
+            const A* line = xs + plane * a.plane + slot(i + q) * a.pitch * kPiece<T>;
+            read_pixel<T, kPart>(v, line + cell + 2 * kx * kPiece<T>, a.plane);
+          });
+          A* at_du = dus + plane * a.plane2 + i * a.pitch2 * kPiece<T> + cell;
+          Piece<T> du = *reinterpret_cast<const Piece<T>*>(at_du);
+          const Params<T, kLast, kStep> k(params + part);
+          const bool is_own = row_own && pixel >= kept[4] && pixel < kept[5];
 #pragma unroll
-            for (int e = 0; e < kPart; e++) du.v[e] = make_du(du.v[e], u[0][e], z, k, e, is_own);
-            *reinterpret_cast<Piece<T>*>(at_du) = du;
-          }
-        } else if (busy && lx() < a.across) {
-          const Params<T, kLast, kStep> k(params);
-#pragma unroll
-          for (int part = 0; part < V; part += kPart) {
-            forget(i);
-            A u[1][kPart];
-            filter<kLast>(u, taps, [&](A* v, int q, int) {
-              read_planes<T, kPart + kHalo>(v, xs + slot(i + q) * a.pitch + lx(), part, a.plane);
-            });
-#pragma unroll
-            for (int e = 0; e < kPart; e++) {
-              A* cell = dus + (part + e) * a.plane2 + i * a.pitch2 + lx();
-              const int in_noise = (part + e) * a.noise_plane + j * a.pitch + lx();
-              const A z =
-                  a.noise && lx() * V + part + e < a.tile_w + kHalo ? noises[in_noise] : A(0);
-              *cell = make_du(*cell, u[0][e], z, k, 0, row_own && own >> (part + e) & 1);
-            }
-          }
+          for (int e = 0; e < kPart; e++) du.v[e] = make_du(du.v[e], u[0][e], z, k, e, is_own);
+          *reinterpret_cast<Piece<T>*>(at_du) = du;
+          if constexpr (kStored) sums.store(stored);
         }
-        __syncthreads();
-        const int h = j - kHalo;  // row of dx
-        forget(at);
-        if (busy && h >= 0 && h < height()) {
-          const int from = slot(i + a.step);  // row h in the ring
-          if constexpr (kLast) {
-            const int count = lx() < width() ? min(a.C - c(), V) : 0;
-            Pack<T, V> dx;
+      } else if (busy && lx() < a.across) {
+        const Params<T, kLast, kStep> k(params);
 #pragma unroll
-            for (int part = 0; part < V && count > 0; part += kPart) {
-              A sum[1][kPart];
-              filter<kLast>(sum, taps + kTaps * kTaps, [&](A* v, int q, int kx) {
-                const A* line = dus + slot(from + q) * a.pitch2 * kPiece<T> + granule(lx() + kx);
-                read_pixel<T, kPart>(v, line + part / kPiece<T> * a.plane2, a.plane2);
-              });
+        for (int part = 0; part < V; part += kPart) {
+          forget(i);
+          A u[1][kPart];
+          filter<kLast>(u, taps, [&](A* v, int q, int) {
+            read_planes<T, kPart + kHalo>(v, xs + slot(i + q) * a.pitch + lx(), part, a.plane);
+          });
 #pragma unroll
-              for (int e = 0; e < kPart; e++) dx.v[part + e] = from_acc<T>(sum[0][e]);
-            }
-            store_packed<T, V>(
-                a.out + offset<kLast>(a.C, sample, c(), a.H, a.W, row0() + h, col0() + lx()), dx,
-                a.vec_out, count);
-          } else {
-            // The thread's 16 bytes begin where memory's do, whatever the alignment of the row.
-            T* out = a.out + offset<kLast>(a.C, sample, c0, a.H, a.W, row0() + h, col0());
-            const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(out) / sizeof(T) % V);
-            const int first = lx() * V - shift;
-            if (first < width()) {
-              int word[V];
-#pragma unroll
-              for (int e = 0; e < V; e++)
-                word[e] = ((e - shift) & (V - 1)) * a.plane2 + lx() + (e < shift ? -1 : 0);
-              A dx[1][V];
-              filter<kLast>(dx, taps + kTaps * kTaps, [&](A* v, int q, int) {
-                const A* line = dus + slot(from + q) * a.pitch2;
-#pragma unroll
-                for (int e = 0; e < V + kHalo; e++) v[e] = line[word[e % V] + e / V];
-              });
-              Pack<T, V> packed;
-#pragma unroll
-              for (int e = 0; e < V; e++) packed.v[e] = from_acc<T>(dx[0][e]);
-              if (first >= 0 && first + V <= width()) {
-                store_pack<T, V>(out + first, packed);
-              } else {
-#pragma unroll
-                for (int e = 0; e < V; e++) edges[(2 * row + (first >= 0)) * V + e] = dx[0][e];
-              }
-            }
+          for (int e = 0; e < kPart; e++) {
+            A* cell = dus + (part + e) * a.plane2 + i * a.pitch2 + lx();
+            const int in_noise = (part + e) * a.noise_plane + j * a.pitch + lx();
+            const A z = a.noise && lx() * V + part + e < a.tile_w + kHalo ? noises[in_noise] : A(0);
+            *cell = make_du(*cell, u[0][e], z, k, 0, row_own && j_own(part + e));
           }
-        }
-        __syncthreads();
-        // NCHW: what lies beside the whole 16 bytes of a row, together with its neighbours.
-        for (int t = threadIdx.x; !kLast && t < 2 * V * a.step; t += blockDim.x) {
-          const int r = j - row + t / (2 * V) - kHalo;
-          if (r < 0 || r >= height()) continue;
-          T* out = a.out + offset<kLast>(a.C, sample, c0, a.H, a.W, row0() + r, col0());
-          const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(out) / sizeof(T) % V);
-          const bool right = t / V % 2;
-          const int first = (right ? (width() + shift) / V * V : 0) - shift, col = first + t % V;
-          if (right == (first >= 0) && col >= 0 && col < width()) out[col] = from_acc<T>(edges[t]);
         }
       }
-      sums.template reduce<kLanes>(scratch, 0, kPart);
-      write_partials<T, kLast>(scratch, a, n, c0);
+      __syncthreads();
+      const int h = j - kHalo;  // row of dx
+      locate();
+      if (busy && h >= 0 && h < height()) {
+        int from = slot(i + a.step);  // row h in the ring
+        if constexpr (kLast) {
+          const int count = lx() < width() ? min(a.C - c(), V) : 0;
+          Pack<T, V> dx;
+#pragma unroll
+          for (int part = 0; part < V && count > 0; part += kPart) {
+            forget(from);
+            A sum[1][kPart];
+            filter<kLast>(sum, taps + kTaps * kTaps, [&](A* v, int q, int kx) {
+              const A* line = dus + slot(from + q) * a.pitch2 * kPiece<T> + granule(lx() + kx);
+              read_pixel<T, kPart>(v, line + part / kPiece<T> * a.plane2, a.plane2);
+            });
+#pragma unroll
+            for (int e = 0; e < kPart; e++) dx.v[part + e] = from_acc<T>(sum[0][e]);
+          }
+          store_packed<T, V>(
+              a.out + offset<kLast>(a.C, n(), c(), a.H, a.W, row0() + h, col0() + lx()), dx,
+              a.vec_out, count);
+        } else {
+          // The thread's 16 bytes begin where memory's do, whatever the alignment of the row.
+          T* out = a.out + offset<kLast>(a.C, n(), c0, a.H, a.W, row0() + h, col0());
+          const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(out) / sizeof(T) % V);
+          const int first = lx() * V - shift;
+          if (first < width()) {
+            int word[V];
+#pragma unroll
+            for (int e = 0; e < V; e++)
+              word[e] = ((e - shift) & (V - 1)) * a.plane2 + lx() + (e < shift ? -1 : 0);
+            A dx[1][V];
+            filter<kLast>(dx, taps + kTaps * kTaps, [&](A* v, int q, int) {
+              const A* line = dus + slot(from + q) * a.pitch2;
+#pragma unroll
+              for (int e = 0; e < V + kHalo; e++) v[e] = line[word[e % V] + e / V];
+            });
+            Pack<T, V> packed;
+#pragma unroll
+            for (int e = 0; e < V; e++) packed.v[e] = from_acc<T>(dx[0][e]);
+            if (first >= 0 && first + V <= width()) {
+              store_pack<T, V>(out + first, packed);
+            } else {
+#pragma unroll
+              for (int e = 0; e < V; e++) edges[(2 * row + (first >= 0)) * V + e] = dx[0][e];
+            }
+          }
+        }
+      }
+      __syncthreads();
+      // NCHW: what lies beside the whole 16 bytes of a row, together with its neighbours.
+      for (int t = threadIdx.x; !kLast && t < 2 * V * a.step; t += blockDim.x) {
+        const int r = j - row + t / (2 * V) - kHalo;
+        if (r < 0 || r >= height()) continue;
+        T* out = a.out + offset<kLast>(a.C, n(), c0, a.H, a.W, row0() + r, col0());
+        const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(out) / sizeof(T) % V);
+        const bool right = t / V % 2;
+        const int first = (right ? (width() + shift) / V * V : 0) - shift, col = first + t % V;
+        if (right == (first >= 0) && col >= 0 && col < width()) out[col] = from_acc<T>(edges[t]);
+      }
+      locate();
     }
+    if constexpr (kStored) sums.load(stored);
+    sums.template reduce<kLanes>(scratch, 0, kPart);
+    write_partials<T, kLast>(scratch, a, n(), c0, static_cast<int>(blockIdx.x) - n() * a.tiles);
   }
   finish<T>(a, a.groups * kStep);
 }

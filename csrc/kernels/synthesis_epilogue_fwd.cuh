@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     if (!kLast) {
       __syncthreads();
       if (a.noise) share_noise(noises, a, n, first);
-      share_params<T, kStride>(params, a, n, c_block, span);
+      share_params<T, kStride>(params, a, n, c_block, threadIdx.x, span);
       __syncthreads();
       if constexpr (!kLast)
         if (a.noise) read_pieces<T>(noise, noises, piece_pitch<T>(a.tile_w), col - first);
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     for (int g = 0, c = c_first; g < a.groups; g++, c += c_step, i += i_step) {
       if (kLast) {
         __syncthreads();
-        share_params<T, kStride>(params, a, n, c_block + g * c_step);
+        share_params<T, kStride>(params, a, n, c_block + g * c_step, threadIdx.x);
         __syncthreads();
       }
       const Pack<T, V> x = next;
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   A* noises = tile + (kLast ? V / kPiece<T> : V) * a.plane + threadIdx.x;
   const int first = kLast ? (at.gy * kRows * a.pitch + 2 * at.lx + at.half) * kPiece<T>
                           : at.gy * kRows * a.pitch + at.lx;
-  load_taps(taps, a);
+  load_taps(taps, a, threadIdx.x);
   for (int n = blockIdx.z; n < a.N; n += gridDim.z) {
     if (a.noise)
 #pragma unroll
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       if (c0 >= a.C) break;
       const int c = c0 + (kLast ? at.half * V : 0);
       __syncthreads();
-      share_params<T, kStep>(params, a, n, c0);
+      share_params<T, kStep>(params, a, n, c0, threadIdx.x);
       if (kLast) {
         load_tile_last<T>(tile, a.x + offset<true>(a.C, n, 0, a.H, a.W, 0, 0), a.C, c0, a.vec_x,
                           a.H, a.W, row0 - a.y0, col0 - a.x0, a.tile_h + kHalo, a.tile_w + kHalo,

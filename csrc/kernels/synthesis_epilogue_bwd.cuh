@@ -426,11 +426,13 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
 #pragma unroll
               for (int e = 0; e < V + kHalo; e++) v[e] = line[word[e % V] + e / V];
             });
-            Pack<T, V> packed;
-#pragma unroll
-            for (int e = 0; e < V; e++) packed.v[e] = from_acc<T>(dx[0][e]);
             if (first >= 0 && first + V <= width()) {
-              store_pack<T, V>(out + first, packed);
+              Pack<T, V> packed;
+#pragma unroll
+              for (int e = 0; e < V; e++) packed.v[e] = from_acc<T>(dx[0][e]);
+              int to = first;
+              forget(to);  // else the compiler splits the store
+              store_pack<T, V>(out + to, packed);
             } else {
 #pragma unroll
               for (int e = 0; e < V; e++) edges[(2 * row + (first >= 0)) * V + e] = dx[0][e];

@@ -15,6 +15,7 @@ namespace {
 // A tile of lanes x rows of threads; each thread has kRows rows.
 struct Plan {
   int lanes, rows, per_thread, tile_w, tile_h, tiles_x, tiles_y, threads, groups;
+  int pieces, step;  // strips: of a row, and rows of dv that a block makes at once
   int64_t tiles() const { return static_cast<int64_t>(tiles_x) * tiles_y; }
 };
 
@@ -36,6 +37,15 @@ Plan tiled(int V, bool last, int width, int height, int max_lanes, int per_threa
   return t;
 }
 
+// Channels that a block has one after another, so that it reads the noise once for all.
+int shared_groups(const Plan& t, bool noise, int64_t planes, int channels) {
+  int groups = 1;
+  while (noise && groups < 8 && groups < channels &&
+         t.tiles() * planes / (2 * groups) >= sm_count())
+    groups *= 2;
+  return groups;
+}
+
 // Bytes that a block can have: 64 KiB on Turing, 99 and more since.
 int shared_limit() {
   int device = 0, most = 48 * 1024;
@@ -46,23 +56,47 @@ int shared_limit() {
 
 // The largest tile (least halo) of which there are enough to fill the machine; then several
 // channels a block, which read the noise once.
-Plan plan_filter(int V, bool last, bool backward, bool pwl, bool noise, int64_t planes,
-                 int channels, int width, int height) {
-  const int sms = sm_count(), lanes = last ? 32 : backward ? 128 / V : 256 / V;
-  const int most = !pwl ? 1 : backward ? (V == 4 ? 2 : 1) : 16 / V > 4 ? 1 : 16 / V;
-  // A backward's tiles of x, dy and noise take up to 70 KiB.
-  const bool small = V == 2 || (backward && shared_limit() < 72 * 1024);
-  const int most_threads = small ? 256 : kMaxThreads;
+Plan plan_filter(int V, bool last, bool pwl, bool noise, int64_t planes, int channels, int width,
+                 int height) {
+  const int sms = sm_count(), most = !pwl || 16 / V > 4 ? 1 : 16 / V;
   Plan t{};
   const auto enough = [&](const Plan& plan) { return plan.tiles() * planes >= 3 * sms / 4; };
   for (const int per_thread : {most, 1})
-    for (int threads = most_threads; threads >= 64; threads /= 2) {
+    for (int threads = V == 2 ? 256 : kMaxThreads; threads >= 64; threads /= 2) {
       if (t.threads && enough(t)) break;
-      t = tiled(V, last, width, height, lanes, per_thread, threads);
+      t = tiled(V, last, width, height, last ? 32 : 256 / V, per_thread, threads);
     }
-  t.groups = 1;
-  while (noise && t.groups < 8 && t.groups < channels && t.tiles() * planes / (2 * t.groups) >= sms)
-    t.groups *= 2;
+  t.groups = shared_groups(t, noise, planes, channels);
+  return t;
+}
+
+// NCHW: 16-byte pieces of a row of `cols` elements at any alignment, an even number. Each has a
+// thread, so that warps go on from row to row without bank conflicts.
+int pieces_of(int cols, int V) { return static_cast<int>(ceil_div(cols + 2 * V - 1, 2 * V)) * 2; }
+
+// The backward with a filter: strips as wide as a row where shared memory allows, and the longest
+// of which there are enough.
+Plan plan_strips(int V, bool last, bool noise, int64_t planes, int channels, int width,
+                 int height) {
+  // Where a multiprocessor has at most 100 KiB of shared memory, blocks of half the size.
+  const int sms = sm_count(), part = shared_limit() < 128 * 1024 ? 2 : 1;
+  const int widest = last ? (V == 8 ? 40 : 56) : (V == 2 ? 128 : 272 / part);
+  Plan t{};
+  t.tiles_x = static_cast<int>(ceil_div(width, widest));
+  t.tile_w = static_cast<int>(ceil_div(width, t.tiles_x));
+  t.pieces = last ? 2 * ((t.tile_w + kHalo + 1) / 2 * 2)
+                  : pieces_of(static_cast<int>(ceil_div(t.tile_w + kHalo, V)) * V + kHalo, V);
+  // NCHW: the noise of a strip lies in shared memory.
+  const int longest = noise && !last ? 33 : 65;
+  for (int strips = static_cast<int>(ceil_div(height, longest));; strips *= 2) {
+    t.tile_h = static_cast<int>(ceil_div(height, strips));
+    t.tiles_y = static_cast<int>(ceil_div(height, t.tile_h));
+    if (t.tiles() * planes >= 3 * sms / 4 || t.tile_h <= 4) break;
+  }
+  const int rows = t.tile_h + kHalo, most = max(1, (V == 2 ? 256 : kMaxThreads / part) / t.pieces);
+  t.step = static_cast<int>(ceil_div(rows, ceil_div(rows, most)));
+  t.threads = static_cast<int>(ceil_div(t.step * t.pieces, 32)) * 32;
+  t.groups = shared_groups(t, noise, planes, channels);
   return t;
 }
 
@@ -104,19 +138,17 @@ Plan make_plan(int dtype, bool last, bool backward, bool filtered, bool pwl, boo
   const int V = vec_of(dtype), channels = static_cast<int>(ceil_div(C, last ? 2 * V : 1));
   if (!filtered)
     return plan_flat(V, last, backward, noise, N * channels, channels, static_cast<int>(H * W));
-  return plan_filter(V, last, backward, pwl, noise, N * channels, channels, static_cast<int>(W),
-                     static_cast<int>(H));
+  const int width = static_cast<int>(W), height = static_cast<int>(H);
+  if (backward) return plan_strips(V, last, noise, N * channels, channels, width, height);
+  return plan_filter(V, last, pwl, noise, N * channels, channels, width, height);
 }
 
-// Channels-last: words of a row of a channel in shared memory, at least n, so that the halves of a
-// sector fall into different banks.
-int pitch_last(int n, int V) {
-  while (V * n % 32 != 16) n++;
-  return n;
-}
+// Channels-last: granules of 16 bytes of a row of n pixels, of which `threads` follow each other in
+// the banks, also from row to row.
+int pitch_last(int n, int threads) { return 2 * n + ((threads - 2 * n) % 8 + 8) % 8; }
 
-// NCHW: 16-byte pieces, and words of a plane, of a row of `cols` elements at any alignment. 4 more
-// than a multiple of 8: rows that are 8 apart, or fewer, lie in different banks.
+// NCHW: words of a plane of a row, at any alignment. 4 more than a multiple of 8: rows that are 8
+// apart, or fewer, lie in different banks.
 int pitch_planes(int cols, int V) {
   const int n = (cols + 2 * V - 1 + V - 1) / V;
   return (n + 3) / 8 * 8 + 4;
@@ -126,6 +158,9 @@ int pitch_planes(int cols, int V) {
 // follow each other in the banks.
 int plane_words(int rows, int pitch) { return (rows * pitch + 31) / 32 * 32; }
 
+// Channels-last: likewise, with the next plane in the other half of the banks.
+int plane_last(int granules, int piece) { return (granules * piece + 15) / 32 * 32 + 16; }
+
 int magic_of(int n) { return ((1 << 20) + n - 1) / n; }
 
 template <typename T>
@@ -133,13 +168,14 @@ struct Launcher {
   Args<T> a;
   ActArgs<Acc<T>> p;
   Plan plan;
-  bool last, filtered;
+  bool last, filtered, strips;
   void* stream;
 
   dim3 grid() const {
     const int step = (last ? 2 * kVec<T> : 1) * (filtered ? 1 : plan.rows) * plan.groups;
-    return dim3(static_cast<unsigned>(plan.tiles()), static_cast<unsigned>(ceil_div(a.C, step)),
-                static_cast<unsigned>(min(a.N, 65535)));
+    const unsigned tiles = static_cast<unsigned>(plan.tiles() * (strips ? a.N : 1));
+    return dim3(tiles, static_cast<unsigned>(ceil_div(a.C, step)),
+                strips ? 1 : static_cast<unsigned>(min(a.N, 65535)));
   }
 
   template <typename Kernel>
@@ -157,7 +193,7 @@ struct Launcher {
   int forward() {
     constexpr int V = kVec<T>, kMost = 16 / V > 4 ? 1 : 16 / V;
     if (!filtered) return launch(synthesis_epilogue_fwd_kernel<T, kLast, kPwl>, 0);
-    const int words = (kLast ? (plan.tile_h + kHalo) * a.pitch * 2 * V : V * a.plane) +
+    const int words = (kLast ? V / kPiece<T> : V) * a.plane +
                       (a.noise ? plan.per_thread * (kLast ? 1 : V) * plan.threads : 0);
     const int bytes = words * static_cast<int>(sizeof(Acc<T>));
     if constexpr (kPwl)
@@ -168,16 +204,13 @@ struct Launcher {
 
   template <bool kLast, bool kPwl>
   int backward() {
-    constexpr int V = kVec<T>, kMost = V == 4 ? 2 : 1;
+    constexpr int V = kVec<T>, kPlanes = kLast ? V / kPiece<T> : V;
     if (!filtered) return launch(synthesis_epilogue_bwd_kernel<T, kLast, kPwl>, 0);
+    const int sums = V > 4 ? 3 * kPiece<T> * plan.threads : 0;
     const int words =
-        kLast ? ((plan.tile_h + 2 * kHalo) * a.pitch + (plan.tile_h + kHalo) * a.pitch2) * 2 * V
-              : V * (a.plane + a.plane2 * (a.noise ? 2 : 1));
-    const int bytes = words * static_cast<int>(sizeof(Acc<T>));
-    if constexpr (kPwl)
-      if (plan.per_thread > 1)
-        return launch(synthesis_epilogue_bwd_filter_kernel<T, kLast, kPwl, kMost>, bytes);
-    return launch(synthesis_epilogue_bwd_filter_kernel<T, kLast, kPwl, 1>, bytes);
+        kPlanes * (a.plane + a.plane2) + (kLast ? sums : 1 + V * (a.noise_plane + 2 * a.step));
+    return launch(synthesis_epilogue_bwd_filter_kernel<T, kLast, kPwl>,
+                  words * static_cast<int>(sizeof(Acc<T>)));
   }
 
   template <bool kBackward, bool kLast>
@@ -212,7 +245,7 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
   using A = Acc<T>;
   constexpr int V = kVec<T>;
   Launcher<T> l{};
-  l.last = last, l.filtered = f != nullptr, l.stream = stream;
+  l.last = last, l.filtered = f != nullptr, l.strips = backward && f != nullptr, l.stream = stream;
   const double slope = act == kLinear ? 1.0 : act == kRelu ? 0.0 : alpha;
   l.p = ActArgs<A>{act, A(slope), A(gain), A(0), A(clamp), true};
   const Plan t = l.plan =
@@ -231,27 +264,31 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
   a.tiles = static_cast<int>(t.tiles()), a.tiles_x = t.tiles_x;
   a.tile_h = t.tile_h, a.tile_w = t.tile_w, a.groups = t.groups;
   while ((1 << a.lanes_log2) < t.lanes) a.lanes_log2++;
-  const int cols2 = t.tile_w + kHalo;
-  a.across = last ? cols2 : static_cast<int>(ceil_div(cols2, V));
-  const int cols = backward ? a.across * (last ? 1 : V) + kHalo : cols2;
-  if (last) {
-    a.pitch = pitch_last(cols, V), a.pitch2 = pitch_last(cols2, V);
-    a.magic = magic_of(cols), a.magic2 = magic_of(cols2);
-    a.lap = a.across;
-  } else {
-    // Both tiles alike, and a thread for each piece: warps wrap from row to row without conflicts.
-    a.lap = a.pitch = a.pitch2 = pitch_planes(cols, V);
-    a.magic = a.magic2 = magic_of(a.pitch);
-    a.plane = plane_words(t.tile_h + (backward ? 2 : 1) * kHalo, a.pitch);
-    a.plane2 = plane_words(t.tile_h + kHalo, a.pitch);
-    a.noise_pieces = V == 4 ? a.pitch : ((cols2 + 10) / 4 + 1) / 2 * 2;  // of float32
+  const int cols = t.tile_w + kHalo;
+  if (l.strips) {
+    a.step = t.step, a.ring = t.step + kHalo, a.lap = t.pieces;
+    a.lap_magic = magic_of(a.lap);
+    a.across = last ? cols : static_cast<int>(ceil_div(cols, V));
+    a.pitch = last ? pitch_last(t.pieces / 2 + kHalo, t.pieces) : t.pieces;
+    a.pitch2 = t.pieces;
+    a.plane = last ? plane_last(a.ring * a.pitch, kPiece<T>) : plane_words(a.ring, a.pitch);
+    a.plane2 = last ? plane_last(a.ring * a.pitch2, kPiece<T>) : a.plane;
+    a.magic = magic_of(a.pitch);
+    a.noise_plane = noise ? plane_words(t.tile_h + kHalo, a.pitch) : 0;
+    a.noise_pieces = V == 4 ? a.pitch : ((cols + 10) / 4 + 1) / 2 * 2;  // of float32
     a.noise_magic = magic_of(a.noise_pieces);
+  } else if (last) {
+    a.pitch = pitch_last(cols, 2 * t.lanes), a.magic = magic_of(cols);
+    a.plane = plane_last((t.tile_h + kHalo) * a.pitch, kPiece<T>);
+  } else {
+    // A thread for each piece: warps wrap from row to row without conflicts.
+    a.pitch = pitch_planes(cols, V), a.magic = magic_of(a.pitch);
+    a.plane = plane_words(t.tile_h + kHalo, a.pitch);
     // The pitch sends rows that are 8 / per_thread thread rows apart over all banks.
     const int row_bits = 3 - log2_of(t.per_thread), warp_bits = 5 - a.lanes_log2;
     if (l.filtered && warp_bits > 0 && row_bits > warp_bits && t.rows % (1 << row_bits) == 0)
       a.row_bits = row_bits, a.warp_bits = warp_bits;
   }
-  a.lap_magic = magic_of(a.lap);
   a.f32 = f32;
   a.filter_gain = static_cast<A>(filter_gain);
   a.separable = separable, a.flip = flip;
@@ -325,6 +362,7 @@ int synthesis_epilogue_bwd(int dtype, int f32, const void* dy, const void* x, co
     a.ds = static_cast<Acc<T>*>(ds);
     a.partials = static_cast<Acc<T>*>(workspace);
     a.tickets = reinterpret_cast<int*>(a.partials + 3 * N * C * l.plan.tiles());
+    if (l.strips && l.plan.tiles() * N > INT32_MAX) return static_cast<int>(cudaErrorInvalidValue);
     const cudaError_t e =
         cudaMemsetAsync(a.tickets, 0, l.grid().y * sizeof(int), static_cast<cudaStream_t>(stream));
     if (e != cudaSuccess) return static_cast<int>(e);

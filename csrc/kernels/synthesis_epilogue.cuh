@@ -25,6 +25,12 @@ constexpr int kBlocks = 2;
 template <typename T>
 constexpr int kVec = 16 / static_cast<int>(sizeof(T));
 
+// Values of 16 bytes of shared memory.
+template <typename T>
+constexpr int kPiece = kVec<T> < 4 ? kVec<T> : 4;
+template <typename T>
+using Piece = Pack<Acc<T>, kPiece<T>>;
+
 // Channels that a block has in work at once.
 template <typename T, bool kLast>
 constexpr int kChannels = kLast ? 2 * kVec<T> : 1;
@@ -41,10 +47,11 @@ struct Args {
   int N, C, H, W, out_h, out_w;
   int taps_y, taps_x, x0, y0;
   int tiles, tiles_x, tile_h, tile_w, groups, lanes_log2;
-  int pitch, magic, pitch2, magic2;  // of the tiles of x and of dy
-  int plane, plane2;                 // NCHW: words from one plane of these tiles to the next
-  int across, lap, lap_magic;        // a thread's pieces in a row of the tile of dy; its threads
-  int noise_pieces, noise_magic;
+  int pitch, magic, pitch2;    // a row of x, and of dy, in shared memory: words, or granules (last)
+  int plane, plane2;           // words from one plane of these rows to the next
+  int across, lap, lap_magic;  // backward: pieces, or pixels, of a row of dv, and threads for them
+  int step, ring;              // rows that a block makes at once, and rows of shared memory
+  int noise_pieces, noise_magic, noise_plane;
   int row_bits, warp_bits;  // see place()
   int f32;
   Acc<T> filter_gain;
@@ -68,12 +75,23 @@ __device__ __forceinline__ Place place(const Args<T>& a) {
   return {lx, (gy & ~all) | apart | (gy & all) >> a.warp_bits, 0};
 }
 
+// threadIdx.x, read again where it is asked for.
+__device__ __forceinline__ unsigned thread_again() {
+#ifdef GANKERN_SIMT
+  return threadIdx.x;
+#else
+  unsigned t;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+  return t;
+#endif
+}
+
 // The taps in the order of a correlation, times the gain, padded with zeros to 4x4; then reversed,
 // for the adjoint.
 template <typename T>
-__device__ __forceinline__ void load_taps(Acc<T>* taps, const Args<T>& a) {
-  const int t = threadIdx.x, ky = t / kTaps, kx = t % kTaps;
-  if (t >= kTaps * kTaps) return;
+__device__ __forceinline__ void load_taps(Acc<T>* taps, const Args<T>& a, int t) {
+  const int ky = t / kTaps, kx = t % kTaps;
+  if (t < 0 || t >= kTaps * kTaps) return;
   Acc<T> tap = 0;
   if (ky < a.taps_y && kx < a.taps_x) {
     const int fy = a.flip ? ky : a.taps_y - 1 - ky, fx = a.flip ? kx : a.taps_x - 1 - kx;
@@ -82,90 +100,144 @@ __device__ __forceinline__ void load_taps(Acc<T>* taps, const Args<T>& a) {
   taps[t] = taps[2 * kTaps * kTaps - 1 - t] = tap * a.filter_gain;
 }
 
+// 16 bytes of a row of a plane; j: the column, of those that a block wants, of their first element.
+template <typename Src>
+struct RowPiece {
+  Pack<Src, 16 / sizeof(Src)> v;
+  int j;
+};
+
+// Piece `piece` of row r from column col0 on, of which columns [lo, hi) are wanted: zeros outside
+// of the image. Pieces cover a row whatever its alignment: they begin at sectors, and a sector is
+// read as a whole or not at all. [begin, end): the tensor.
+template <typename Src>
+__device__ __forceinline__ RowPiece<Src> fetch_piece(const Src* plane, const Src* begin,
+                                                     const Src* end, int H, int W, int r, int col0,
+                                                     int lo, int hi, int piece) {
+  constexpr int L = 16 / static_cast<int>(sizeof(Src));
+  const Src* start = plane + (static_cast<int64_t>(r) * W + col0);
+  const int shift =
+      static_cast<int>(reinterpret_cast<uintptr_t>(start) / sizeof(Src)) & (2 * L - 1);
+  const int j = piece * L - shift, sector = j - (piece & 1) * L;
+  RowPiece<Src> out;
+  uint4 raw = make_uint4(0, 0, 0, 0);
+  const bool inside = r >= 0 && r < H && sector < hi && sector + 2 * L > lo;
+  const bool whole = start + j >= begin && start + j + L <= end;
+  if (inside && whole) raw = *reinterpret_cast<const uint4*>(start + j);
+  *reinterpret_cast<uint4*>(&out.v) = raw;
+  if (inside && !whole)
+    unrolled<L>([&](auto which) {
+      constexpr int e = decltype(which)::value;
+      if (j + e >= lo && j + e < hi) out.v.v[e] = start[j + e];
+    });
+  out.j = j;
+  return out;
+}
+
+// The piece, in float32, in a row of shared memory: element k of the row lies in plane k % V.
+template <typename A, int V, typename Src>
+__device__ __forceinline__ void put_piece(A* row, const RowPiece<Src>& piece, int lo, int hi,
+                                          int pitch, int plane_words) {
+  constexpr int L = 16 / static_cast<int>(sizeof(Src));
+  unrolled<L>([&](auto which) {
+    constexpr int e = decltype(which)::value;
+    const int k = piece.j + e;
+    if (k < 0 || (L > V && k >= pitch * V)) return;
+    const A value = k >= lo && k < hi ? static_cast<A>(to_acc(piece.v.v[e])) : A(0);
+    row[(k & (V - 1)) * plane_words + k / V] = value;
+  });
+}
+
 // Rows [row0, row0 + rows) of a plane, and columns from col0 on, into shared memory: `cols` of them
-// and zeros, also outside of the plane. Element k of a row goes to plane k % V. `pieces` of 16
-// bytes cover a row whatever its alignment; they begin at sectors, and are an even number. magic =
-// 2^20 / pieces, rounded up: i * magic >> 20 = i / pieces. [begin, end): the tensor.
+// and zeros, also outside of the plane. `pieces`, an even number, cover a row; magic = 2^20 /
+// pieces, rounded up: i * magic >> 20 = i / pieces.
 template <typename A, typename Src, int V>
 __device__ __forceinline__ void load_tile_planes(A* s, const Src* plane, const Src* begin,
                                                  const Src* end, int H, int W, int row0, int col0,
                                                  int rows, int cols, int pieces, int magic,
                                                  int pitch, int plane_words) {
-  constexpr int L = 16 / static_cast<int>(sizeof(Src));
   const int lo = max(0, -col0), hi = min(cols, W - col0);
 #pragma unroll 2
   for (int i = threadIdx.x; i < rows * pieces; i += blockDim.x) {
     const int row = static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(magic) >> 20);
-    const int r = row0 + row, piece = i - row * pieces;
-    const Src* start = plane + (static_cast<int64_t>(r) * W + col0);
-    const int shift =
-        static_cast<int>(reinterpret_cast<uintptr_t>(start) / sizeof(Src)) & (2 * L - 1);
-    const int j = piece * L - shift;  // column in the tile of the piece's first element
-    const int sector = j - (piece & 1) * L;
-    const bool inside = r >= 0 && r < H && sector < hi && sector + 2 * L > lo;
-    const bool whole = start + j >= begin && start + j + L <= end;
-    uint4 raw = make_uint4(0, 0, 0, 0);
-    if (inside && whole) raw = *reinterpret_cast<const uint4*>(start + j);
-    Pack<Src, L> v;
-    *reinterpret_cast<uint4*>(&v) = raw;
-    unrolled<L>([&](auto which) {
-      constexpr int e = decltype(which)::value;
-      const int k = j + e;
-      if (k < 0 || (L > V && k >= pitch * V)) return;
-      A value = A(0);
-      if (inside && k >= lo && k < hi) value = static_cast<A>(to_acc(whole ? v.v[e] : start[k]));
-      s[(k & (V - 1)) * plane_words + row * pitch + k / V] = value;
-    });
+    const auto piece =
+        fetch_piece<Src>(plane, begin, end, H, W, row0 + row, col0, lo, hi, i - row * pieces);
+    put_piece<A, V>(s + row * pitch, piece, lo, hi, pitch, plane_words);
   }
 }
 
-// The same of 2 * V channels of channels-last memory; pieces = cols.
+// V channels from c on of a pixel of channels-last memory; zeros outside of the image.
+template <typename T>
+__device__ __forceinline__ Pack<T, kVec<T>> fetch_pixel(const T* sample, int C, int c, bool vec,
+                                                        int H, int W, int r, int col) {
+  constexpr int V = kVec<T>;
+  if (r < 0 || r >= H || col < 0 || col >= W || c >= C) return {};
+  const T* p = sample + (static_cast<int64_t>(r) * W + col) * C + c;
+  if (vec) return load_pack<T, V>(p);
+  Pack<T, V> v{};
+  for (int e = 0; e < V && c + e < C; e++) v.v[e] = p[e];
+  return v;
+}
+
+// Them in shared memory, in float32: 16 bytes in each of V / kPiece planes.
+template <typename T>
+__device__ __forceinline__ void put_pixel(Acc<T>* s, const Pack<T, kVec<T>>& v, int plane_words) {
+#pragma unroll
+  for (int k = 0; k < kVec<T> / kPiece<T>; k++) {
+    Piece<T> piece;
+#pragma unroll
+    for (int e = 0; e < kPiece<T>; e++) piece.v[e] = to_acc(v.v[k * kPiece<T> + e]);
+    *reinterpret_cast<Piece<T>*>(s + k * plane_words) = piece;
+  }
+}
+
+// Rows and columns like those of load_tile_planes, of 2 * V channels from c on.
 template <typename T>
 __device__ __forceinline__ void load_tile_last(Acc<T>* s, const T* sample, int C, int c, bool vec,
                                                int H, int W, int row0, int col0, int rows, int cols,
-                                               int magic, int pitch) {
-  constexpr int V = kVec<T>;
+                                               int magic, int pitch, int plane_words) {
   const int half = threadIdx.x & 1;
-  c += half * V;
 #pragma unroll 2
   for (int i = threadIdx.x / 2; i < rows * cols; i += blockDim.x / 2) {
     const int row = static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(magic) >> 20);
-    const int j = i - row * cols, r = row0 + row, col = col0 + j;
-    Pack<T, V> v{};
-    if (r >= 0 && r < H && col >= 0 && col < W && c < C) {
-      const T* p = sample + (static_cast<int64_t>(r) * W + col) * C + c;
-      if (vec)
-        v = load_pack<T, V>(p);
-      else
-        for (int e = 0; e < V && c + e < C; e++) v.v[e] = p[e];
-    }
-#pragma unroll
-    for (int e = 0; e < V; e++)
-      s[row * pitch * 2 * V + (half * V + e) * pitch + j] = to_acc(v.v[e]);
+    const int j = i - row * cols;
+    const auto v = fetch_pixel<T>(sample, C, c + half * kVec<T>, vec, H, W, row0 + row, col0 + j);
+    put_pixel<T>(s + (row * pitch + 2 * j + half) * kPiece<T>, v, plane_words);
   }
 }
 
-// out[row][e] = the filter in kRows rows from row 0 of s on, at V pixels of a thread's from its
-// `first` on; channels-last: at V of a sector's channels, of one pixel. `plane`: NCHW, the words
-// from one of the planes of s to the next.
-template <typename T, bool kLast, int kRows, int V>
-__device__ __forceinline__ void filter(Acc<T> (&out)[kRows][V], const Acc<T>* s, int pitch,
-                                       int plane, int lx, int first, const Acc<T>* taps) {
-  using A = Acc<T>;
-  constexpr int kWide = kLast ? V : V + kHalo, kLine = kLast ? 2 * kVec<T> : 1;
+// Elements [first, first + N) of a thread's, whose first lies at s in plane 0 of its row.
+template <typename T, int N, typename A>
+__device__ __forceinline__ void read_planes(A* v, const A* s, int first, int plane_words) {
+  constexpr int V = kVec<T>;
+#pragma unroll
+  for (int i = 0; i < N; i++) v[i] = s[(first + i) % V * plane_words + (first + i) / V];
+}
+
+// N channels of a pixel.
+template <typename T, int N, typename A>
+__device__ __forceinline__ void read_pixel(A* v, const A* s, int plane_words) {
+#pragma unroll
+  for (int k = 0; k < N / kPiece<T>; k++) {
+    const auto piece = *reinterpret_cast<const Piece<T>*>(s + k * plane_words);
+#pragma unroll
+    for (int e = 0; e < kPiece<T>; e++) v[k * kPiece<T> + e] = piece.v[e];
+  }
+}
+
+// out[row][e] = the filter in kRows rows, at N pixels of a row or N channels of a pixel (kLast).
+// read(v, q, kx) fetches row q of the input: N + 3 pixels of it, or the channels of pixel kx.
+template <bool kLast, int kRows, int N, typename A, typename Read>
+__device__ __forceinline__ void filter(A (&out)[kRows][N], const A* taps, Read read) {
+  constexpr int kWide = kLast ? N : N + kHalo;
 #pragma unroll
   for (int row = 0; row < kRows; row++)
 #pragma unroll
-    for (int e = 0; e < V; e++) out[row][e] = A(0);
+    for (int e = 0; e < N; e++) out[row][e] = A(0);
 #pragma unroll
   for (int q = 0; q < kRows + kHalo; q++) {
-    const A* line = s + q * pitch * kLine;
     A v[kWide];
-    if (!kLast) {
-#pragma unroll
-      for (int i = 0; i < kWide; i++)
-        v[i] = line[(first + i) % kVec<T> * plane + lx + (first + i) / kVec<T>];
-    }
+    if (!kLast) read(v, q, 0);
     Pack<A, kTaps> tap[kRows];
 #pragma unroll
     for (int row = 0; row < kRows; row++)
@@ -173,15 +245,12 @@ __device__ __forceinline__ void filter(Acc<T> (&out)[kRows][V], const Acc<T>* s,
         tap[row] = *reinterpret_cast<const Pack<A, kTaps>*>(taps + (q - row) * kTaps);
 #pragma unroll
     for (int kx = 0; kx < kTaps; kx++) {
-      if (kLast) {
-#pragma unroll
-        for (int e = 0; e < V; e++) v[e] = line[(first + e) * pitch + lx + kx];
-      }
+      if (kLast) read(v, q, kx);
 #pragma unroll
       for (int row = 0; row < kRows; row++) {
         if (q < row || q - row >= kTaps) continue;
 #pragma unroll
-        for (int e = 0; e < V; e++) out[row][e] += tap[row].v[kx] * v[kLast ? e : e + kx];
+        for (int e = 0; e < N; e++) out[row][e] += tap[row].v[kx] * v[kLast ? e : e + kx];
       }
     }
   }
@@ -198,11 +267,11 @@ __device__ __forceinline__ Acc<T> param(const Args<T>& a, int which, int n, int 
   return !a.strength ? Acc<T>(1) : load_param<T>(a.strength, a.f32 & 4, a.one_strength ? 0 : c);
 }
 
-// Those of `count` channels from c0 on, in rows of kStride.
+// Those of `count` channels from c0 on, in rows of kStride; t: the thread, counted from any.
 template <typename T, int kStride>
 __device__ __forceinline__ void share_params(Acc<T>* params, const Args<T>& a, int64_t n,
-                                             int64_t c0, int count = kStride) {
-  for (int t = threadIdx.x; t < 3 * kStride; t += blockDim.x)
+                                             int64_t c0, int t, int count = kStride) {
+  for (; t < 3 * kStride; t += blockDim.x)
     if (t % kStride < count) params[t] = param(a, t / kStride, n, c0 + t % kStride);
 }
 
@@ -294,9 +363,6 @@ __device__ __forceinline__ void load_noise(Acc<T>* out, const Args<T>& a, int n,
 // piece_pitch words apart, so that neighbours meet neighbouring words, piece by piece and one by
 // one.
 template <typename T>
-constexpr int kPiece = kVec<T> < 4 ? kVec<T> : 4;
-
-template <typename T>
 __device__ __forceinline__ int piece_pitch(int tile_w) {
   return tile_w / kVec<T> * kPiece<T> | 16;
 }
@@ -322,35 +388,9 @@ template <typename T>
 __device__ __forceinline__ void read_pieces(Acc<T>* out, const Acc<T>* row, int pitch, int at) {
 #pragma unroll
   for (int k = 0; k < kVec<T>; k += kPiece<T>) {
-    const auto v =
-        *reinterpret_cast<const Pack<Acc<T>, kPiece<T>>*>(row + piece_at<T>(at + k, pitch));
+    const auto v = *reinterpret_cast<const Piece<T>*>(row + piece_at<T>(at + k, pitch));
 #pragma unroll
     for (int e = 0; e < kPiece<T>; e++) out[k + e] = v.v[e];
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ void write_pieces(Acc<T>* row, const Acc<T>* in, int pitch, int at) {
-#pragma unroll
-  for (int k = 0; k < kVec<T>; k += kPiece<T>) {
-    Pack<Acc<T>, kPiece<T>> v;
-#pragma unroll
-    for (int e = 0; e < kPiece<T>; e++) v.v[e] = in[k + e];
-    *reinterpret_cast<Pack<Acc<T>, kPiece<T>>*>(row + piece_at<T>(at + k, pitch)) = v;
-  }
-}
-
-// Writes rows of a plane that do not begin at 16 bytes, each by a warp, whose accesses begin where
-// a sector does. line: words from one row to the next.
-template <typename T>
-__device__ __forceinline__ void store_lines(T* out, int64_t out_row, const Acc<T>* lines, int line,
-                                            int pitch, int rows, int cols) {
-  constexpr int kSector = 32 / static_cast<int>(sizeof(T));
-  for (int r = threadIdx.x / 32; r < rows; r += blockDim.x / 32) {
-    T* to = out + r * out_row;
-    const int before = static_cast<int>(reinterpret_cast<uintptr_t>(to) / sizeof(T) % kSector);
-    for (int c = static_cast<int>(threadIdx.x % 32) - before; c < cols; c += 32)
-      if (c >= 0) to[c] = from_acc<T>(lines[r * line + piece_at<T>(c, pitch)]);
   }
 }
 

@@ -17,10 +17,31 @@ struct Sums {
     of[2][q] += dv * noise;
   }
 
-  // Adds up the threads of a warp, into scratch; `part`: the first of the channels.
-  __device__ __forceinline__ void reduce(Acc<T>* scratch, int part) const {
-    constexpr int kStep = kChannels<T, kLast>, kLanes = kLast ? 2 : 1;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // To and from shared memory, 16 bytes a thread and sum.
+  __device__ __forceinline__ void load(const Acc<T>* s) {
+#pragma unroll
+    for (int k = 0; k < 3; k++) {
+      const auto v = load_pack<Acc<T>, K>(s + (k * blockDim.x + thread_again()) * K);
+#pragma unroll
+      for (int e = 0; e < K; e++) of[k][e] = v.v[e];
+    }
+  }
+  __device__ __forceinline__ void store(Acc<T>* s) const {
+#pragma unroll
+    for (int k = 0; k < 3; k++) {
+      Pack<Acc<T>, K> v;
+#pragma unroll
+      for (int e = 0; e < K; e++) v.v[e] = of[k][e];
+      store_pack<Acc<T>, K>(s + (k * blockDim.x + thread_again()) * K, v);
+    }
+  }
+
+  // Adds up the threads of a warp, into scratch; `part`: the first of the channels. Channels-last:
+  // kLanes neighbours have channels of their own, which begin `apart`.
+  template <int kLanes = kLast ? 2 : 1>
+  __device__ __forceinline__ void reduce(Acc<T>* scratch, int part = 0, int apart = kVec<T>) const {
+    constexpr int kStep = kChannels<T, kLast>;
+    const int t = thread_again(), warp = t / 32, lane = t % 32;
 #pragma unroll
     for (int k = 0; k < 3; k++)
 #pragma unroll
@@ -28,7 +49,7 @@ struct Sums {
         Acc<T> v = of[k][e];
 #pragma unroll
         for (int step = 16; step >= kLanes; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
-        if (lane < kLanes) scratch[(warp * 3 + k) * kStep + lane * kVec<T> + part + e] = v;
+        if (lane < kLanes) scratch[(warp * 3 + k) * kStep + lane * apart + part + e] = v;
       }
   }
 };
@@ -48,15 +69,15 @@ __device__ __forceinline__ void write_warp_partials(const S& sums, const Args<T>
 // Adds up the warps: the block's partial sums of channels c0 and on.
 template <typename T, bool kLast>
 __device__ __forceinline__ void write_partials(const Acc<T>* scratch, const Args<T>& a, int n,
-                                               int c0) {
+                                               int c0, int tile) {
   constexpr int kStep = kChannels<T, kLast>;
   __syncthreads();
-  const int t = threadIdx.x, warps = (blockDim.x + 31) / 32;
+  const int t = thread_again(), warps = (blockDim.x + 31) / 32;
   if (t < 3 * kStep && c0 + t % kStep < a.C) {
     Acc<T> sum = 0;
     for (int w = 0; w < warps; w++) sum += scratch[w * 3 * kStep + t];
     const int64_t channel = (static_cast<int64_t>(t / kStep) * a.N + n) * a.C + c0 + t % kStep;
-    a.partials[channel * a.tiles + blockIdx.x] = sum;
+    a.partials[channel * a.tiles + tile] = sum;
   }
   __syncthreads();
 }
@@ -127,7 +148,8 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       __syncthreads();
       if (a.noise) share_noise(noises, a, n, tile);
       const int span = a.groups * a.tile_h;
-      share_params<T, kStride>(params, a, n, static_cast<int64_t>(blockIdx.y) * span, span);
+      share_params<T, kStride>(params, a, n, static_cast<int64_t>(blockIdx.y) * span, threadIdx.x,
+                               span);
       __syncthreads();
     }
     for (int g = 0; g < a.groups; g++) {
@@ -135,7 +157,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       const int c0 = kLast ? group * kStep : group * a.tile_h + at.gy;
       if (c0 >= a.C) break;
       const int c = c0 + (kLast ? at.half * V : 0);
-      if (kLast) share_params<T, kStride>(params, a, n, c0);
+      if (kLast) share_params<T, kStride>(params, a, n, c0, threadIdx.x);
       if (kLast) __syncthreads();
       const Params<T, kLast, kStride> q(params + (kLast ? at.half * V : g * a.tile_h + at.gy));
 #pragma unroll
@@ -167,146 +189,273 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
         else
           write_warp_partials<T>(sums, a, n, c);
       }
-      if (kLast) write_partials<T, kLast>(scratch, a, n, c0);
+      if (kLast) write_partials<T, kLast>(scratch, a, n, c0, blockIdx.x);
     }
   }
   finish<T>(a, a.groups * (kLast ? kStep : a.tile_h));
 }
 
-// With a filter: the tile of dx needs dv in a halo of 3 and x in a halo of 6.
-template <typename T, bool kLast, bool kPwl, int kRows>
+// With a filter: a block walks down a strip of dx, `step` rows at a time, a row of threads each.
+// Row j of the strip's dv needs rows j to j + 3 of x, and row j - 3 of dx rows j - 3 to j of du =
+// dv * d. Both lie in rings of step + 3 rows, so that the halo along y is that of the whole strip;
+// rows of dy become du in place.
+template <typename T, bool kLast, bool kPwl>
 __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     synthesis_epilogue_bwd_filter_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
-  constexpr int V = kVec<T>, kStep = kChannels<T, kLast>, kLine = kLast ? 2 * V : 1;
-  constexpr int kPart = V > 4 ? 4 : V;  // at once: more would not fit into registers
+  constexpr int V = kVec<T>, kStep = kChannels<T, kLast>, kPlanes = kLast ? V / kPiece<T> : V;
+  // At once: more would not fit into registers. Channels-last: threads with sums of a pixel.
+  constexpr int kPart = kPiece<T>, kParts = kLast ? 2 * V / kPart : V / kPart;
+  constexpr int kLanes = kLast ? kParts : 1;
+  constexpr bool kStored = kLast && V > 4;  // the sums wait in shared memory
   GK_DYNAMIC_SHARED(A, shared);
   __shared__ __align__(16) A taps[2 * kTaps * kTaps];
   __shared__ A scratch[kThreads<T> / 32 * 3 * kStep], params[3 * kStep];
-  const int tile_y = blockIdx.x / a.tiles_x, tile_x = blockIdx.x - tile_y * a.tiles_x;
-  const int tiles_y = a.tiles / a.tiles_x;
-  const int row0 = tile_y * a.tile_h, col0 = tile_x * a.tile_w;
-  const int orow0 = row0 + a.y0 - kHalo, ocol0 = col0 + a.x0 - kHalo;  // of the tile of dv
-  const int x_rows = a.tile_h + 2 * kHalo, x_cols = a.across * (kLast ? 1 : V) + kHalo;
-  const int o_rows = a.tile_h + kHalo, o_cols = a.tile_w + kHalo;
+  // What threads look up again and again, since registers are short: the tile's row and column, the
+  // rows and columns of dv whose sums are this block's, and the sample.
+  __shared__ volatile int kept[7];
+  const auto row0 = [&] { return kept[0]; };
+  const auto col0 = [&] { return kept[1]; };
+  const auto orow0 = [&] { return kept[0] + a.y0 - kHalo; };  // of dv
+  const auto ocol0 = [&] { return kept[1] + a.x0 - kHalo; };
+  const auto width = [&] { return min(a.tile_w, a.W - kept[1]); };
+  const auto height = [&] { return min(a.tile_h, a.H - kept[0]); };
+  const auto n = [&] { return kept[6]; };
+  if (threadIdx.x == 0) {
+    const int sample = static_cast<int>(blockIdx.x) / a.tiles;
+    const int tile = static_cast<int>(blockIdx.x) - sample * a.tiles;
+    const int tile_y = tile / a.tiles_x, tile_x = tile - tile_y * a.tiles_x;
+    const int r = tile_y * a.tile_h, c = tile_x * a.tile_w;
+    kept[6] = sample;
+    kept[0] = r;
+    kept[1] = c;
+    kept[2] = (tile_y ? r : 0) - (r + a.y0 - kHalo);
+    kept[3] = (r + a.tile_h < a.H ? r + a.tile_h : a.out_h) - (r + a.y0 - kHalo);
+    kept[4] = (tile_x ? c : 0) - (c + a.x0 - kHalo);
+    kept[5] = (c + a.tile_w < a.W ? c + a.tile_w : a.out_w) - (c + a.x0 - kHalo);
+  }
+  // NCHW: a word before the first, which pieces of dx that begin left of the strip read.
   A* xs = shared;
-  A* dys = xs + (kLast ? x_rows * kLine * a.pitch : V * a.plane);
-  A* noises = dys + V * a.plane2;  // NCHW
-  const Place at = place<kLast>(a);
-  // Rows and columns of dv whose sums are this block's. Where registers are short (sm_86, sm_89 and
-  // sm_120 would spill one) they come from shared memory each time.
-  constexpr bool kKept = !kLast && kPwl && sizeof(T) == 4;
-  __shared__ volatile int kept[4];
-  const auto bound = [&](int i) {
-    return i == 0   ? (tile_y ? row0 : 0)
-           : i == 1 ? (tile_y + 1 < tiles_y ? row0 + a.tile_h : a.out_h)
-           : i == 2 ? (tile_x ? col0 : 0)
-                    : (tile_x + 1 < a.tiles_x ? col0 + a.tile_w : a.out_w);
+  A* dus = xs + kPlanes * a.plane + (kLast ? 0 : 1);
+  A* noises = dus + kPlanes * a.plane2;
+  A* edges = noises + V * a.noise_plane;  // of rows of dx
+  A* stored = noises;
+  // The thread's row and its place in it, computed again in each phase rather than kept.
+  int row, at;
+  const auto locate = [&] {
+    const unsigned t = thread_again();
+    row = static_cast<int>(t * static_cast<unsigned>(a.lap_magic) >> 20);
+    at = static_cast<int>(t) - row * a.lap;
   };
-  if (kKept && threadIdx.x == 0)
-    for (int i = 0; i < 4; i++) kept[i] = bound(i);
-  const int own_r0 = kKept ? 0 : bound(0), own_c0 = kKept ? 0 : bound(2);
-  const int own_r1 = kKept ? 0 : bound(1), own_c1 = kKept ? 0 : bound(3);
-  load_taps(taps, a);
-  for (int n = blockIdx.z; n < a.N; n += gridDim.z) {
-    if (!kLast && a.noise) {
-      const int64_t plane = a.one_noise ? 0 : static_cast<int64_t>(n) * a.out_h * a.out_w;
-      const int64_t all = (a.one_noise ? int64_t(1) : a.N) * a.out_h * a.out_w;
-      if (a.f32 & 2) {
-        const float* z = static_cast<const float*>(a.noise);
-        load_tile_planes<A, float, V>(noises, z + plane, z, z + all, a.out_h, a.out_w, orow0, ocol0,
-                                      o_rows, o_cols, a.noise_pieces, a.noise_magic, a.pitch2,
-                                      a.plane2);
-      } else {
-        const T* z = static_cast<const T*>(a.noise);
-        load_tile_planes<A, T, V>(noises, z + plane, z, z + all, a.out_h, a.out_w, orow0, ocol0,
-                                  o_rows, o_cols, a.pitch2, a.magic2, a.pitch2, a.plane2);
-      }
+  locate();
+  const auto lx = [&] { return kLast ? at >> 1 : at; };
+  const auto half = [&] { return kLast ? at & 1 : 0; };
+  const auto c_first = [&] { return static_cast<int>(blockIdx.y) * a.groups * kStep; };
+  const auto slot = [&](int i) { return i < a.ring ? i : i - a.ring; };
+  const auto granule = [&](int pixel) { return (2 * pixel + half()) * kPiece<T>; };
+
+  for (int i = threadIdx.x; i < kPlanes * (a.plane + a.plane2) + (kLast ? 0 : 1); i += blockDim.x)
+    shared[i] = A(0);
+  __syncthreads();
+  // Taps and parameters are read by other threads than the first rows of x, at the same time.
+  load_taps(taps, a, static_cast<int>(blockDim.x) / 2 - 1 - static_cast<int>(threadIdx.x));
+  for (int c0 = c_first(); c0 < min(a.C, c_first() + a.groups * kStep); c0 += kStep) {
+    const auto c = [&] { return c0 + half() * V; };
+    Sums<T, kLast, kLast ? kPart : 1> sums;
+    if constexpr (kStored) sums.store(stored);
+    // NCHW: the columns of the image among those of the tile of x, and of dy.
+    const auto x_lo = [&] { return max(0, kHalo - col0()); };
+    const auto x_hi = [&] { return min(a.tile_w + 2 * kHalo, a.W + kHalo - col0()); };
+    const auto y_lo = [&] { return max(0, -ocol0()); };
+    const auto y_hi = [&] { return min(a.tile_w + kHalo, a.out_w - ocol0()); };
+    // Row j of x to where row i of the ring is, and of dy.
+    const auto fetch_x = [&](int j, int l) {
+      if constexpr (kLast)
+        return fetch_pixel<T>(a.x + offset<true>(a.C, n(), 0, a.H, a.W, 0, 0), a.C, c(), a.vec_x,
+                              a.H, a.W, row0() - kHalo + j, col0() - kHalo + l);
+      else
+        return fetch_piece<T>(a.x + offset<false>(a.C, n(), c0, a.H, a.W, 0, 0), a.x, a.x_end, a.H,
+                              a.W, row0() - kHalo + j, col0() - kHalo, x_lo(), x_hi(), l);
+    };
+    const auto put_x = [&](int i, int l, const auto& v) {
+      if constexpr (kLast)
+        put_pixel<T>(xs + i * a.pitch * kPiece<T> + granule(l), v, a.plane);
+      else
+        put_piece<A, V>(xs + i * a.pitch, v, x_lo(), x_hi(), a.pitch, a.plane);
+    };
+    const auto fetch_dy = [&](int j) {
+      if constexpr (kLast)
+        return fetch_pixel<T>(a.dy + offset<true>(a.C, n(), 0, a.out_h, a.out_w, 0, 0), a.C, c(),
+                              a.vec_x, a.out_h, a.out_w, orow0() + j, ocol0() + lx());
+      else
+        return fetch_piece<T>(a.dy + offset<false>(a.C, n(), c0, a.out_h, a.out_w, 0, 0), a.dy,
+                              a.dy_end, a.out_h, a.out_w, orow0() + j, ocol0(), y_lo(), y_hi(),
+                              lx());
+    };
+    const auto put_dy = [&](int i, const auto& v) {
+      if constexpr (kLast)
+        put_pixel<T>(dus + i * a.pitch2 * kPiece<T> + granule(lx()), v, a.plane2);
+      else
+        put_piece<A, V>(dus + i * a.pitch2, v, y_lo(), y_hi(), a.pitch2, a.plane2);
+    };
+    // NCHW: a piece of the noise, read with the first channel, whose type may be float32.
+    const auto fetch_noise = [&](const auto* noise, int j, int l) {
+      const int64_t area = static_cast<int64_t>(a.out_h) * a.out_w;
+      const auto* plane = noise + (a.one_noise ? 0 : n() * area);
+      return fetch_piece(plane, noise, noise + (a.one_noise ? 1 : a.N) * area, a.out_h, a.out_w,
+                         orow0() + j, ocol0(), y_lo(), y_hi(), l);
+    };
+    const auto put_noise = [&](const auto& v, int j) {
+      put_piece<A, V>(noises + j * a.pitch, v, y_lo(), y_hi(), a.pitch, a.noise_plane);
+    };
+    const auto extra = [&] { return kLast && at < 2 * kHalo; };  // pixels of x beyond those of dv
+    share_params<T, kStep>(params, a, n(), c0, static_cast<int>(blockDim.x - 1 - thread_again()));
+    for (int r = row; row < a.step && r < kHalo; r += a.step) {
+      put_x(r, lx(), fetch_x(r, lx()));
+      if (extra()) put_x(r, lx() + a.lap / 2, fetch_x(r, lx() + a.lap / 2));
     }
-    for (int g = 0; g < a.groups; g++) {
-      const int c0 = (static_cast<int>(blockIdx.y) * a.groups + g) * kStep;
-      if (c0 >= a.C) break;
-      const int c = c0 + (kLast ? at.half * V : 0);
-      share_params<T, kStep>(params, a, n, c0);
-      if (kLast) {
-        load_tile_last<T>(xs, a.x + offset<true>(a.C, n, 0, a.H, a.W, 0, 0), a.C, c0, a.vec_x, a.H,
-                          a.W, row0 - kHalo, col0 - kHalo, x_rows, x_cols, a.magic, a.pitch);
-        load_tile_last<T>(dys, a.dy + offset<true>(a.C, n, 0, a.out_h, a.out_w, 0, 0), a.C, c0,
-                          a.vec_x, a.out_h, a.out_w, orow0, ocol0, o_rows, o_cols, a.magic2,
-                          a.pitch2);
-      } else {
-        load_tile_planes<A, T, V>(xs, a.x + offset<false>(a.C, n, c0, a.H, a.W, 0, 0), a.x, a.x_end,
-                                  a.H, a.W, row0 - kHalo, col0 - kHalo, x_rows,
-                                  a.tile_w + 2 * kHalo, a.pitch, a.magic, a.pitch, a.plane);
-        load_tile_planes<A, T, V>(dys, a.dy + offset<false>(a.C, n, c0, a.out_h, a.out_w, 0, 0),
-                                  a.dy, a.dy_end, a.out_h, a.out_w, orow0, ocol0, o_rows, o_cols,
-                                  a.pitch2, a.magic2, a.pitch2, a.plane2);
+    int i = row;  // of row j in the rings
+    for (int j = row; j - row < height() + kHalo; j += a.step, i = slot(i + a.step)) {
+      locate();
+      const bool busy = row < a.step && j < height() + kHalo;
+      if (busy) {
+        const auto x_piece = fetch_x(j + kHalo, lx());
+        const auto dy_piece = fetch_dy(j);
+        constexpr bool kF32 = sizeof(T) == 4;
+        const bool noise = !kLast && a.noise && c0 == c_first();
+        if constexpr (!kLast)
+          if (noise && (kF32 || !(a.f32 & 2)))
+            put_noise(fetch_noise(static_cast<const T*>(a.noise), j, lx()), j);
+        put_x(slot(i + kHalo), lx(), x_piece);
+        put_dy(i, dy_piece);
+        if constexpr (!kLast && !kF32)
+          if (noise && a.f32 & 2)
+            for (int l = lx(); l < a.noise_pieces; l += a.lap)
+              put_noise(fetch_noise(static_cast<const float*>(a.noise), j, l), j);
+        if (extra()) put_x(slot(i + kHalo), lx() + a.lap / 2, fetch_x(j + kHalo, lx() + a.lap / 2));
       }
       __syncthreads();
-      const Params<T, kLast, kStep> k(params + at.half * V);
-      // dv and then du, in place of dy; each part of a thread's elements in a pass of its own.
-      Sums<T, kLast, kLast ? kPart : 1> sums;
-#pragma unroll
-      for (int part = 0; part < V; part += kPart) {
-        for (int i = threadIdx.x >> (kLast ? 1 : 0); i < o_rows * a.lap;
-             i += blockDim.x >> (kLast ? 1 : 0)) {
-          const int row =
-              static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(a.lap_magic) >> 20);
-          const int lx = i - row * a.lap, r = orow0 + row;
-          if (!kLast && lx >= a.across) continue;
-          const bool row_own = r >= (kKept ? kept[0] : own_r0) && r < (kKept ? kept[1] : own_r1);
-          A pixel_noise = 0;
-          if (kLast && a.noise && r >= 0 && r < a.out_h && ocol0 + lx >= 0 && ocol0 + lx < a.out_w)
-            load_noise<T, true>(&pixel_noise, a, n, r, ocol0 + lx, 1);
+      locate();
+      const auto j_own = [&](int e) { return lx() * V + e >= kept[4] && lx() * V + e < kept[5]; };
+      const bool row_own = j >= kept[2] && j < kept[3];
+      // Outside of the image dy is zero, and so is dv.
+      const auto make_du = [&](A dy, A u, A z, const auto& k, int e, bool is_own) {
+        const A dv = grad<kPwl>(dy, u * k.d(e) + (z * k.s(e) + k.b(e)), p);
+        if (is_own) sums.add(kLast ? e : 0, dv, u, z);
+        return dv * k.d(e);
+      };
+      if constexpr (kLast) {
+#pragma unroll 1
+        for (int pass = 0; pass < V / kPart; pass++) {
+          const int t = at + pass * a.lap;
+          if (!busy || t >= kParts * a.across) break;
+          forget(i);
+          if constexpr (kStored) sums.load(stored);
+          const int pixel = t / kParts, part = t % kParts * kPart, col = ocol0() + pixel;
+          const int cell = (2 * pixel + part / V) * kPiece<T>, plane = part % V / kPiece<T>;
+          A z = 0;
+          if (a.noise && orow0() + j >= 0 && orow0() + j < a.out_h && col >= 0 && col < a.out_w)
+            load_noise<T, true>(&z, a, n(), orow0() + j, col, 1);
           A u[1][kPart];
-          const int plane = kLast ? at.half * V + part : part;
-          filter<T, kLast>(u, xs + row * kLine * a.pitch, a.pitch, a.plane, lx, plane, taps);
+          filter<kLast>(u, taps, [&](A* v, int q, int kx) {
+            const A* line = xs + plane * a.plane + slot(i + q) * a.pitch * kPiece<T>;
+            read_pixel<T, kPart>(v, line + cell + 2 * kx * kPiece<T>, a.plane);
+          });
+          A* at_du = dus + plane * a.plane2 + i * a.pitch2 * kPiece<T> + cell;
+          Piece<T> du = *reinterpret_cast<const Piece<T>*>(at_du);
+          const Params<T, kLast, kStep> k(params + part);
+          const bool is_own = row_own && pixel >= kept[4] && pixel < kept[5];
+#pragma unroll
+          for (int e = 0; e < kPart; e++) du.v[e] = make_du(du.v[e], u[0][e], z, k, e, is_own);
+          *reinterpret_cast<Piece<T>*>(at_du) = du;
+          if constexpr (kStored) sums.store(stored);
+        }
+      } else if (busy && lx() < a.across) {
+        const Params<T, kLast, kStep> k(params);
+#pragma unroll
+        for (int part = 0; part < V; part += kPart) {
+          forget(i);
+          A u[1][kPart];
+          filter<kLast>(u, taps, [&](A* v, int q, int) {
+            read_planes<T, kPart + kHalo>(v, xs + slot(i + q) * a.pitch + lx(), part, a.plane);
+          });
 #pragma unroll
           for (int e = 0; e < kPart; e++) {
-            const int j = kLast ? lx : lx * V + part + e, col = ocol0 + j;
-            if (!kLast && j >= o_cols) continue;
-            const int q = part + e;
-            const int cell = kLast ? (row * kLine + plane + e) * a.pitch2 + lx
-                                   : (plane + e) * a.plane2 + row * a.pitch2 + lx;
-            const A z = kLast ? pixel_noise : a.noise ? noises[cell] : A(0);
-            // Outside of the image dy is zero, and so is dv.
-            const A dv = grad<kPwl>(dys[cell], u[0][e] * k.d(q) + (z * k.s(q) + k.b(q)), p);
-            if (row_own && col >= (kKept ? kept[2] : own_c0) && col < (kKept ? kept[3] : own_c1))
-              sums.add(kLast ? e : 0, dv, u[0][e], z);
-            dys[cell] = dv * k.d(q);
+            A* cell = dus + (part + e) * a.plane2 + i * a.pitch2 + lx();
+            const int in_noise = (part + e) * a.noise_plane + j * a.pitch + lx();
+            const A z = a.noise && lx() * V + part + e < a.tile_w + kHalo ? noises[in_noise] : A(0);
+            *cell = make_du(*cell, u[0][e], z, k, 0, row_own && j_own(part + e));
           }
         }
-        if (kLast || part + kPart == V) sums.reduce(scratch, kLast ? part : 0);
-        if (kLast) sums = {};
-      }
-      write_partials<T, kLast>(scratch, a, n, c0);  // its barriers also make du visible
-      const int row = at.gy * kRows, col = col0 + (kLast ? at.lx : at.lx * V);
-      const int count = col >= a.W ? 0 : kLast ? min(a.C - c, V) : a.W - col;
-      // Where rows of dx do not begin at 16 bytes they take the way through x's place.
-      const bool through_shared = !kLast && !a.vec_out;
-      const int pitch = piece_pitch<T>(a.tile_w);
-      const int line = (V / kPiece<T> - 1) * pitch + a.tile_w / V * kPiece<T>;
-      if (row < a.tile_h && count > 0) {
-        A dx[kRows][V];
-        filter<T, kLast>(dx, dys + row * kLine * a.pitch2, a.pitch2, a.plane2, at.lx,
-                         kLast ? at.half * V : 0, taps + kTaps * kTaps);
-#pragma unroll
-        for (int r = 0; r < kRows; r++) {
-          if (row0 + row + r >= a.H) break;
-          if (through_shared)
-            write_pieces<T>(xs + (row + r) * line, dx[r], pitch, at.lx * V);
-          else
-            store_some<T>(a.out + offset<kLast>(a.C, n, c, a.H, a.W, row0 + row + r, col), dx[r],
-                          a.vec_out, count);
-        }
-      }
-      if (through_shared) {
-        __syncthreads();
-        store_lines<T>(a.out + offset<kLast>(a.C, n, c, a.H, a.W, row0, col0), a.W, xs, line, pitch,
-                       min(a.tile_h, a.H - row0), min(a.tile_w, a.W - col0));
       }
       __syncthreads();
+      const int h = j - kHalo;  // row of dx
+      locate();
+      if (busy && h >= 0 && h < height()) {
+        int from = slot(i + a.step);  // row h in the ring
+        if constexpr (kLast) {
+          const int count = lx() < width() ? min(a.C - c(), V) : 0;
+          Pack<T, V> dx;
+#pragma unroll
+          for (int part = 0; part < V && count > 0; part += kPart) {
+            forget(from);
+            A sum[1][kPart];
+            filter<kLast>(sum, taps + kTaps * kTaps, [&](A* v, int q, int kx) {
+              const A* line = dus + slot(from + q) * a.pitch2 * kPiece<T> + granule(lx() + kx);
+              read_pixel<T, kPart>(v, line + part / kPiece<T> * a.plane2, a.plane2);
+            });
+#pragma unroll
+            for (int e = 0; e < kPart; e++) dx.v[part + e] = from_acc<T>(sum[0][e]);
+          }
+          store_packed<T, V>(
+              a.out + offset<kLast>(a.C, n(), c(), a.H, a.W, row0() + h, col0() + lx()), dx,
+              a.vec_out, count);
+        } else {
+          // The thread's 16 bytes begin where memory's do, whatever the alignment of the row.
+          T* out = a.out + offset<kLast>(a.C, n(), c0, a.H, a.W, row0() + h, col0());
+          const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(out) / sizeof(T) % V);
+          const int first = lx() * V - shift;
+          if (first < width()) {
+            int word[V];
+#pragma unroll
+            for (int e = 0; e < V; e++)
+              word[e] = ((e - shift) & (V - 1)) * a.plane2 + lx() + (e < shift ? -1 : 0);
+            A dx[1][V];
+            filter<kLast>(dx, taps + kTaps * kTaps, [&](A* v, int q, int) {
+              const A* line = dus + slot(from + q) * a.pitch2;
+#pragma unroll
+              for (int e = 0; e < V + kHalo; e++) v[e] = line[word[e % V] + e / V];
+            });
+            if (first >= 0 && first + V <= width()) {
+              Pack<T, V> packed;
+#pragma unroll
+              for (int e = 0; e < V; e++) packed.v[e] = from_acc<T>(dx[0][e]);
+              int to = first;
+              forget(to);  // else the compiler splits the store
+              store_pack<T, V>(out + to, packed);
+            } else {
+#pragma unroll
+              for (int e = 0; e < V; e++) edges[(2 * row + (first >= 0)) * V + e] = dx[0][e];
+            }
+          }
+        }
+      }
+      __syncthreads();
+      // NCHW: what lies beside the whole 16 bytes of a row, together with its neighbours.
+      for (int t = threadIdx.x; !kLast && t < 2 * V * a.step; t += blockDim.x) {
+        const int r = j - row + t / (2 * V) - kHalo;
+        if (r < 0 || r >= height()) continue;
+        T* out = a.out + offset<kLast>(a.C, n(), c0, a.H, a.W, row0() + r, col0());
+        const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(out) / sizeof(T) % V);
+        const bool right = t / V % 2;
+        const int first = (right ? (width() + shift) / V * V : 0) - shift, col = first + t % V;
+        if (right == (first >= 0) && col >= 0 && col < width()) out[col] = from_acc<T>(edges[t]);
+      }
+      locate();
     }
+    if constexpr (kStored) sums.load(stored);
+    sums.template reduce<kLanes>(scratch, 0, kPart);
+    write_partials<T, kLast>(scratch, a, n(), c0, static_cast<int>(blockIdx.x) - n() * a.tiles);
   }
   finish<T>(a, a.groups * kStep);
 }

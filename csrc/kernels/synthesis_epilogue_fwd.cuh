@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     if (!kLast) {
       __syncthreads();
       if (a.noise) share_noise(noises, a, n, first);
-      share_params<T, kStride>(params, a, n, c_block, span);
+      share_params<T, kStride>(params, a, n, c_block, threadIdx.x, span);
       __syncthreads();
       if constexpr (!kLast)
         if (a.noise) read_pieces<T>(noise, noises, piece_pitch<T>(a.tile_w), col - first);
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     for (int g = 0, c = c_first; g < a.groups; g++, c += c_step, i += i_step) {
       if (kLast) {
         __syncthreads();
-        share_params<T, kStride>(params, a, n, c_block + g * c_step);
+        share_params<T, kStride>(params, a, n, c_block + g * c_step, threadIdx.x);
         __syncthreads();
       }
       const Pack<T, V> x = next;
@@ -65,8 +65,7 @@ template <typename T, bool kLast, bool kPwl, int kRows>
 __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     synthesis_epilogue_fwd_filter_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
-  constexpr int V = kVec<T>, kStep = kChannels<T, kLast>, kLine = kLast ? 2 * V : 1;
-  constexpr int kNoise = kLast ? 1 : V;
+  constexpr int V = kVec<T>, kStep = kChannels<T, kLast>, kNoise = kLast ? 1 : V;
   GK_DYNAMIC_SHARED(A, tile);
   __shared__ __align__(16) A taps[2 * kTaps * kTaps];
   __shared__ A params[3 * kStep];
@@ -75,8 +74,10 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   const Place at = place<kLast>(a);
   const int col = col0 + (kLast ? at.lx : at.lx * V), row = row0 + at.gy * kRows;
   // A thread's noise waits in shared memory, where no other thread looks at it.
-  A* noises = tile + (kLast ? (a.tile_h + kHalo) * kLine * a.pitch : V * a.plane) + threadIdx.x;
-  load_taps(taps, a);
+  A* noises = tile + (kLast ? V / kPiece<T> : V) * a.plane + threadIdx.x;
+  const int first = kLast ? (at.gy * kRows * a.pitch + 2 * at.lx + at.half) * kPiece<T>
+                          : at.gy * kRows * a.pitch + at.lx;
+  load_taps(taps, a, threadIdx.x);
   for (int n = blockIdx.z; n < a.N; n += gridDim.z) {
     if (a.noise)
 #pragma unroll
@@ -91,11 +92,11 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       if (c0 >= a.C) break;
       const int c = c0 + (kLast ? at.half * V : 0);
       __syncthreads();
-      share_params<T, kStep>(params, a, n, c0);
+      share_params<T, kStep>(params, a, n, c0, threadIdx.x);
       if (kLast) {
         load_tile_last<T>(tile, a.x + offset<true>(a.C, n, 0, a.H, a.W, 0, 0), a.C, c0, a.vec_x,
                           a.H, a.W, row0 - a.y0, col0 - a.x0, a.tile_h + kHalo, a.tile_w + kHalo,
-                          a.magic, a.pitch);
+                          a.magic, a.pitch, a.plane);
       } else {
         load_tile_planes<A, T, V>(tile, a.x + offset<false>(a.C, n, c0, a.H, a.W, 0, 0), a.x,
                                   a.x_end, a.H, a.W, row0 - a.y0, col0 - a.x0, a.tile_h + kHalo,
@@ -105,8 +106,12 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       const int count = col >= a.out_w ? 0 : kLast ? min(a.C - c, V) : a.out_w - col;
       if (count <= 0) continue;
       A u[kRows][V];
-      filter<T, kLast>(u, tile + at.gy * kRows * a.pitch * kLine, a.pitch, a.plane, at.lx,
-                       kLast ? at.half * V : 0, taps);
+      filter<kLast>(u, taps, [&](A* v, int q, int kx) {
+        if constexpr (kLast)
+          read_pixel<T, V>(v, tile + first + (q * a.pitch + 2 * kx) * kPiece<T>, a.plane);
+        else
+          read_planes<T, V + kHalo>(v, tile + first + q * a.pitch, 0, a.plane);
+      });
       const Params<T, kLast, kStep> k(params + at.half * V);
       T* out = a.out + offset<kLast>(a.C, n, c, a.out_h, a.out_w, row, col);
 #pragma unroll

@@ -3,9 +3,11 @@
 // A block computes a tile of pixels, for several channels one after another, so that the noise is
 // read once for all of them. NCHW: a thread owns 16 bytes of neighbouring pixels; channels-last: 16
 // bytes of channels of one pixel, and two threads a 32-byte sector. The filter has 4x4 taps (fewer
-// are padded with zeros) and reads its input from shared memory in float32, where pixel j of a row
-// lies in plane j % V (NCHW) so that neighbouring threads read neighbouring words whatever the
-// alignment of the row; global memory is read in whole sectors, 16 bytes a thread.
+// are padded with zeros) and reads its input from shared memory. NCHW: in float32, pixel j of a row
+// in plane j % V, so that neighbouring threads read neighbouring words whatever the alignment of
+// the row. Channels-last: in granules of 16 bytes, as they came. Global memory is read in whole
+// sectors, 16 bytes a thread. The filtered backward walks down a strip, and keeps in shared memory
+// the rows that the next ones need: the halo above and below is paid once a strip.
 #include "synthesis_epilogue_bwd.cuh"
 #include "synthesis_epilogue_fwd.cuh"
 
@@ -276,7 +278,6 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
     a.magic = magic_of(a.pitch);
     a.noise_plane = noise ? plane_words(t.tile_h + kHalo, a.pitch) : 0;
     a.noise_pieces = V == 4 ? a.pitch : ((cols + 10) / 4 + 1) / 2 * 2;  // of float32
-    a.noise_magic = magic_of(a.noise_pieces);
   } else if (last) {
     a.pitch = pitch_last(cols, 2 * t.lanes), a.magic = magic_of(cols);
     a.plane = plane_last((t.tile_h + kHalo) * a.pitch, kPiece<T>);

@@ -144,9 +144,8 @@ struct Forward {
 template <typename T>
 struct Work {
   using A = Acc<T>;
-  const T* w;  // the weights and square sums of the output channel
-  A* q;
-  A *stage, *styles;
+  int64_t row;  // the output channel's first square sum
+  A* styles;
   int part;     // it takes every step of the channels that is `part` modulo 1 << log_parts
   bool active;  // there is such an output channel
   int n0, samples;
@@ -156,18 +155,22 @@ struct Work {
 template <typename S, typename T>
 __device__ __forceinline__ void square_packs(const Forward<T>& a, const Work<T>& k) {
   using A = Acc<T>;
-  const S* from = static_cast<const S*>(a.styles.p) + static_cast<int64_t>(k.n0) * a.shape.I + k.i0;
   for (int i = threadIdx.x * 4; i < k.channels; i += blockDim.x * 4) {
-    Pack<S, 4> x[kSamples] = {};
+#pragma unroll 1
+    for (int n0 = 0; n0 < kSamples; n0 += 4) {  // more at a time would not fit into registers
+      Pack<S, 4> x[4] = {};
+      int64_t at = static_cast<int64_t>(k.n0 + n0) * a.shape.I + k.i0 + i;
+      forget(at);
 #pragma unroll
-    for (int n = 0; n < kSamples; n++)
-      if (n < k.samples) x[n] = load_pack<S, 4>(from + static_cast<int64_t>(n) * a.shape.I + i);
+      for (int n = 0; n < 4; n++, at += a.shape.I)
+        if (n0 + n < k.samples) x[n] = load_pack<S, 4>(static_cast<const S*>(a.styles.p) + at);
 #pragma unroll
-    for (int n = 0; n < kSamples; n++) {
-      Pack<A, 4> squares;
+      for (int n = 0; n < 4; n++) {
+        Pack<A, 4> squares;
 #pragma unroll
-      for (int j = 0; j < 4; j++) squares.v[j] = to_acc(x[n].v[j]) * to_acc(x[n].v[j]);
-      if (n < k.samples) store_pack<A, 4>(k.styles + n * kStyles<A> + i, squares);
+        for (int j = 0; j < 4; j++) squares.v[j] = to_acc(x[n].v[j]) * to_acc(x[n].v[j]);
+        if (n0 + n < k.samples) store_pack<A, 4>(k.styles + (n0 + n) * kStyles<A> + i, squares);
+      }
     }
   }
 }
@@ -213,39 +216,47 @@ __device__ __forceinline__ void add(const Work<T>& k, int i, const Pack<Acc<T>, 
 
 // A chunk of weights [I, K]. The next step's are under way while this one's are added up.
 template <typename T, int N>
-__device__ __forceinline__ void sum_rows(const Forward<T>& a, const Work<T>& k,
+__device__ __forceinline__ void sum_rows(const Forward<T>& a, const Work<T>& k, Acc<T>* stage,
                                          Acc<T> (&sums)[kSamples]) {
   using A = Acc<T>;
-  constexpr int kLoads = (kStage<A> / N + 31) / 32;
+  constexpr int kLoads = N == 1 ? 4 : (kStage<A> / N + 31) / 32;
   const int lane = threadIdx.x % 32, K = a.shape.K, stride = a.staged << a.log_parts;
-  Pack<T, N> x[kLoads] = {};
-  const auto load = [&](int first) {
-    const int packs = min(a.staged, k.channels - first) * K / N;
-    const T* from = k.w + static_cast<int64_t>(k.i0 + first) * K;
+  Pack<T, N> x[kLoads];
+  const auto load = [&](int first, int p, int packs) {
+    int64_t at = (k.row + k.i0 + first) * K + p * N;
+    forget(at);
 #pragma unroll
     for (int j = 0; j < kLoads; j++)
-      if (lane + 32 * j < packs) x[j] = load_pack<T, N>(from + (lane + 32 * j) * N);
+      if (p + 32 * j < packs) x[j] = load_pack<T, N>(a.w + at + 32 * N * j);
   };
+  const auto packs_of = [&](int first) { return min(a.staged, k.channels - first) * K / N; };
   int first = k.part * a.staged;
-  if (k.active) load(first);
+  if (k.active) load(first, lane, packs_of(first));
   square_styles(a, k);
   if (!k.active) return;
   for (; first < k.channels; first += stride) {
-    const int count = min(a.staged, k.channels - first), packs = count * K / N;
+    const int packs = packs_of(first);
+    for (int p = lane;;) {
 #pragma unroll
-    for (int j = 0; j < kLoads; j++) {
-      A squares[N];
+      for (int j = 0; j < kLoads; j++)
+        if (p + 32 * j < packs) {
+          A squares[N];
 #pragma unroll
-      for (int e = 0; e < N; e++) squares[e] = to_acc(x[j].v[e]) * to_acc(x[j].v[e]);
-      if (lane + 32 * j < packs) store_parts<N>(k.stage + (lane + 32 * j) * N, squares);
+          for (int e = 0; e < N; e++) squares[e] = to_acc(x[j].v[e]) * to_acc(x[j].v[e]);
+          store_parts<N>(stage + (p + 32 * j) * N, squares);
+        }
+      p += 32 * kLoads;
+      if (N > 1 || p >= packs) break;  // packs are all there
+      load(first, p, packs);
     }
     __syncwarp();
-    load(first + stride);
-    for (int c = lane; c < count; c += 32) {
+    load(first + stride, lane, packs_of(first + stride));
+#pragma unroll 1
+    for (int c = lane; c < min(a.staged, k.channels - first); c += 32) {
       Pack<A, 1> q = {};
-#pragma unroll 9
-      for (int e = 0; e < K; e++) q.v[0] += k.stage[c * K + e];
-      k.q[k.i0 + first + c] = q.v[0];
+#pragma unroll 3
+      for (int e = 0; e < K; e++) q.v[0] += stage[c * K + e];
+      a.q[k.row + k.i0 + first + c] = q.v[0];
       add(k, first + c, q, sums);
     }
     __syncwarp();
@@ -260,10 +271,10 @@ __device__ __forceinline__ void sum_long_rows(const Forward<T>& a, const Work<T>
   square_styles(a, k);
   if (!k.active) return;
   for (int c = k.part * 32 + threadIdx.x % 32; c < k.channels; c += 32 << a.log_parts) {
-    const T* from = k.w + static_cast<int64_t>(k.i0 + c) * a.shape.K;
+    const T* from = a.w + (k.row + k.i0 + c) * a.shape.K;
     Pack<A, 1> q = {};
     for (int e = 0; e < a.shape.K; e++) q.v[0] += to_acc(from[e]) * to_acc(from[e]);
-    k.q[k.i0 + c] = q.v[0];
+    a.q[k.row + k.i0 + c] = q.v[0];
     add(k, c, q, sums);
   }
 }
@@ -300,12 +311,14 @@ __device__ __forceinline__ void sum_columns(const Forward<T>& a, const Work<T>& 
   Pack<T, N> x[S::kTaps];
   const auto load = [&](int first, int tap) {
     const bool inside = first + column * N < k.channels;
-    const T* from = k.w + k.i0 + first + column * N;
+    const int64_t step = static_cast<int64_t>(S::kGroups) * a.shape.I;
+    int64_t at = k.row * K + static_cast<int64_t>(tap + group) * a.shape.I;
+    at += k.i0 + first + column * N;
+    forget(at);
 #pragma unroll
-    for (int t = 0; t < S::kTaps; t++) {
-      const int here = tap + t * S::kGroups + group;
+    for (int t = 0; t < S::kTaps; t++, at += step) {
       x[t] = Pack<T, N>{};
-      if (inside && here < K) x[t] = load_pack<T, N>(from + static_cast<int64_t>(here) * a.shape.I);
+      if (inside && tap + t * S::kGroups + group < K) x[t] = load_pack<T, N>(a.w + at);
     }
   };
   int first = k.part * S::kChannels;
@@ -328,7 +341,7 @@ __device__ __forceinline__ void sum_columns(const Forward<T>& a, const Work<T>& 
     Pack<A, kOwn> own;
     const int i = first + share(q, own);
     if (i < k.channels) {
-      store_pack<A, kOwn>(k.q + k.i0 + i, own);
+      store_pack<A, kOwn>(a.q + k.row + k.i0 + i, own);
       add(k, i, own, sums);
     }
   }
@@ -340,11 +353,12 @@ __device__ __forceinline__ void sum_again(const Forward<T>& a, const Work<T>& k,
                                           Acc<T> (&sums)[kSamples]) {
   square_styles(a, k);
   if (!k.active) return;
+#pragma unroll 1
   for (int c = k.part * 32 + threadIdx.x % 32; c < k.channels; c += 32 << a.log_parts)
-    add(k, c, Pack<Acc<T>, 1>{k.q[k.i0 + c]}, sums);
+    add(k, c, Pack<Acc<T>, 1>{a.q[k.row + k.i0 + c]}, sums);
 }
 
-template <typename T>
+template <typename T, int N, bool kRows>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) demod_coefs_fwd_kernel(Forward<T> a) {
   using A = Acc<T>;
   __shared__ __align__(16) A stages[kWarps * kStage<A>];
@@ -352,11 +366,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) demod_coefs_fwd_kernel(F
   __shared__ A of_warps[kWarps][kSamples];
   const int I = a.shape.I, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t o0 = static_cast<int64_t>(blockIdx.x) << a.log_outs;
-  const int64_t row = (o0 + (warp >> a.log_parts)) * I;
   Work<T> k;
-  k.w = a.w + row * a.shape.K;
-  k.q = a.q + row;
-  k.stage = stages + warp * kStage<A>;
+  k.row = (o0 + (warp >> a.log_parts)) * I;
   k.styles = styles;
   k.part = warp & ((1 << a.log_parts) - 1);
   k.active = o0 + (warp >> a.log_parts) < a.shape.O;
@@ -367,16 +378,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) demod_coefs_fwd_kernel(F
       k.channels = min(kStyles<A>, I - k.i0);
       if (k.n0 > 0)
         sum_again(a, k, sums);
-      else if (a.shape.rows && a.staged == 0)
-        sum_long_rows(a, k, sums);
-      else if (a.shape.rows && a.shape.packed)
-        sum_rows<T, kPack<T>>(a, k, sums);
-      else if (a.shape.rows)
-        sum_rows<T, 1>(a, k, sums);
-      else if (a.shape.packed)
-        sum_columns<T, kPack<T>>(a, k, sums);
+      else if (!kRows)
+        sum_columns<T, N>(a, k, sums);
+      else if (N > 1 || a.staged > 0)
+        sum_rows<T, N>(a, k, stages + warp * kStage<A>, sums);
       else
-        sum_columns<T, 1>(a, k, sums);
+        sum_long_rows(a, k, sums);
     }
     A four[4], two[2], one[1];
     halve(sums, four, lane >> 4 & 1, 16);
@@ -417,10 +424,11 @@ struct Backward {
   bool q_packed;
 };
 
+// Element `at` of g [N, O].
 template <typename T>
-__device__ __forceinline__ Acc<T> grad(const Backward<T>& a, int n, int64_t o) {
-  const Acc<T> d = a.d[n * a.shape.O + o];
-  return -a.dd[n * a.shape.O + o] * (d * d * d);
+__device__ __forceinline__ Acc<T> grad(const Backward<T>& a, int64_t at) {
+  const Acc<T> d = a.d[at];
+  return -a.dd[at] * (d * d * d);
 }
 
 // A tile of dW, of packs of N: each warp takes every kWarps-th of its output channels.
@@ -453,7 +461,7 @@ struct Tile {
       const bool more = e < samples << a.log_outs;
       A s = A(0), of_out = A(0);
       if (c < channels) s = load_style<A>(a.styles, static_cast<int64_t>(n) * a.shape.I + i0 + c);
-      if (more && o0 + out < a.shape.O) of_out = grad(a, m, o0 + out);
+      if (more && o0 + out < a.shape.O) of_out = grad(a, m * a.shape.O + o0 + out);
       styles[e] = s * s;
       if (more) g[e] = of_out;
     }
@@ -536,10 +544,11 @@ __device__ __forceinline__ void weight_columns(const Backward<T>& a, const Tile<
     const int64_t at = (tile.o0 + row) * K * I + tile.i0 + column * N;
     Pack<T, N> x[S::kTaps];
     const auto load = [&](int k) {
+      int64_t from = at + static_cast<int64_t>(k) * I;
+      forget(from);
 #pragma unroll
-      for (int t = 0; t < S::kTaps; t++)
-        if (active && k + t * S::kGroups < K)
-          x[t] = load_pack<T, N>(a.w + at + static_cast<int64_t>(k + t * S::kGroups) * I);
+      for (int t = 0; t < S::kTaps; t++, from += static_cast<int64_t>(S::kGroups) * I)
+        if (active && k + t * S::kGroups < K) x[t] = load_pack<T, N>(a.w + from);
     };
     load(group);
     A factor[N] = {};
@@ -550,12 +559,15 @@ __device__ __forceinline__ void weight_columns(const Backward<T>& a, const Tile<
       for (int j = 0; j < N; j++) factor[j] += g * s[j];
     });
     for (int k = group; active && k < K;) {
+      int64_t to = at + static_cast<int64_t>(k) * I;
+      forget(to);
 #pragma unroll
-      for (int t = 0; t < S::kTaps; t++, k += S::kGroups)
+      for (int t = 0; t < S::kTaps;
+           t++, k += S::kGroups, to += static_cast<int64_t>(S::kGroups) * I)
         if (k < K) {
 #pragma unroll
           for (int j = 0; j < N; j++) x[t].v[j] = from_acc<T>(to_acc(x[t].v[j]) * factor[j]);
-          store_pack<T, N>(a.dw + at + static_cast<int64_t>(k) * I, x[t]);
+          store_pack<T, N>(a.dw + to, x[t]);
         }
       load(k);
     }
@@ -574,25 +586,32 @@ __device__ __forceinline__ void style_tile(const Backward<T>& a, Acc<T>* shared)
   const int lines = kThreads >> a.log_packs;
   const bool inside = i0 + tx * N < I;
   A sums[kSamples][N] = {};
-  for (int64_t o0 = 0; o0 < a.shape.O; o0 += kChunk) {
-    const int chunk = static_cast<int>(min(static_cast<int64_t>(kChunk), a.shape.O - o0));
-    const A* q = a.q + o0 * I + i0 + tx * N;
+  const unsigned outs = static_cast<unsigned>(a.shape.O);  // under 2**31
+  for (unsigned o0 = 0; o0 < outs; o0 += kChunk) {
+    const int chunk = min(kChunk, static_cast<int>(outs - o0));
     Pack<A, N> x[kAhead] = {};
     const auto load = [&](int o) {
+      int64_t at = static_cast<int64_t>(o0 + o) * I + i0 + tx * N;
+      forget(at);
 #pragma unroll
-      for (int t = 0; t < kAhead; t++)
-        if (inside && o + t * lines < chunk)
-          x[t] = load_pack<A, N>(q + static_cast<int64_t>(o + t * lines) * I);
+      for (int t = 0; t < kAhead; t++, at += static_cast<int64_t>(lines) * I)
+        if (inside && o + t * lines < chunk) x[t] = load_pack<A, N>(a.q + at);
     };
     load(ty);
     __syncthreads();
     const int mine = threadIdx.x;
     if (mine < chunk) {
-      A g[kSamples] = {};
+      constexpr int kSize = kPart<kSamples, A>;
+#pragma unroll 1
+      for (int first = 0; first < kSamples; first += kSize) {  // all at once would spill
+        int64_t at = static_cast<int64_t>(n0 + first) * a.shape.O + o0 + mine;
+        forget(at);
+        Pack<A, kSize> g = {};
 #pragma unroll
-      for (int j = 0; j < kSamples; j++)
-        if (n0 + j < a.shape.N) g[j] = grad(a, n0 + j, o0 + mine);
-      store_parts<kSamples>(shared + mine * kSamples, g);
+        for (int j = 0; j < kSize; j++, at += a.shape.O)
+          if (n0 + first + j < a.shape.N) g.v[j] = grad(a, at);
+        store_pack<A, kSize>(shared + mine * kSamples + first, g);
+      }
     }
     __syncthreads();
     for (int o = ty; o < chunk; o += kAhead * lines) {
@@ -640,12 +659,12 @@ __device__ __forceinline__ void style_tile(const Backward<T>& a, Acc<T>* shared)
 }
 
 template <typename T>
-constexpr int kStylePack = sizeof(T) == 8 ? 1 : 4;  // of q
-constexpr int kMostPacks = 16;                      // across a tile of ds
+constexpr int kStylePack = sizeof(T) == 8 ? 1 : 2;  // of q
+constexpr int kMostPacks = 32;                      // across a tile of ds
 
-template <typename T>
+template <typename T, int N, bool kRows>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) demod_coefs_bwd_kernel(Backward<T> a) {
-  constexpr int kChannels = Step<kPack<T>>::kChannels;
+  constexpr int kChannels = Step<N>::kChannels;
   constexpr int kOfStyles = kWarps * kSamples * kMostPacks * kStylePack<T>;
   constexpr int kOfWeights = kHeld * (kMostOuts + kChannels) + kWarps * kChannels;
   constexpr int kOfSums = kOfStyles > kOfWeights ? kOfStyles : kOfWeights;
@@ -658,15 +677,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) demod_coefs_bwd_kernel(B
       style_tile<T, 1>(a, shared);
     return;
   }
-  const unsigned index = blockIdx.x - a.style_blocks;
-  if (a.shape.rows && a.shape.packed)
-    weight_rows(a, Tile<T, kPack<T>>(a, index, shared));
-  else if (a.shape.rows)
-    weight_rows(a, Tile<T, 1>(a, index, shared));
-  else if (a.shape.packed)
-    weight_columns(a, Tile<T, kPack<T>>(a, index, shared));
+  const Tile<T, N> tile(a, blockIdx.x - a.style_blocks, shared);
+  if (kRows)
+    weight_rows(a, tile);
   else
-    weight_columns(a, Tile<T, 1>(a, index, shared));
+    weight_columns(a, tile);
 }
 
 template <typename T>
@@ -677,6 +692,21 @@ Shape shape_of(const void* w, const void* dw, int64_t N, int64_t O, int64_t I, i
   const bool whole = (I * (shape.rows ? K : 1)) % kPack<T> == 0;  // no pack is in two rows
   shape.packed = kPack<T> > 1 && whole && aligned16(w) && aligned16(dw);
   return shape;
+}
+
+// launch(elements of a pack, whether weights are [O, I, K]), as types.
+template <typename T, typename F>
+void by_shape(const Shape& shape, F launch) {
+  const auto by_layout = [&](auto n) {
+    if (shape.rows)
+      launch(n, std::true_type{});
+    else
+      launch(n, std::false_type{});
+  };
+  if (shape.packed)
+    by_layout(std::integral_constant<int, kPack<T>>{});
+  else
+    by_layout(std::integral_constant<int, 1>{});
 }
 
 // Output channels of a block of the forward, as a power of two: at most one a warp. Each block
@@ -715,13 +745,16 @@ int demod_coefs(int dtype, int styles_dtype, const void* w, const void* styles, 
     // A multiple of 8 channels, so that each stage begins with a whole pack.
     const int64_t fitting = kStage<A> / max(K, int64_t(1)) / 8 * 8;
     a.staged = static_cast<int>(min(fitting, int64_t(64)));
+    if (a.staged == 0) a.shape.packed &= !a.shape.rows;
     a.log_outs = log_outs_of(a.shape, I * K * int64_t(sizeof(T)));
     const int step = a.shape.rows && a.staged ? a.staged : a.shape.packed ? 64 : 32;
     a.log_parts =
         log2_of(pow2_between(ceil_div(min(I, int64_t(kStyles<A>)), step), 1, kWarps >> a.log_outs));
-    GK_LAUNCH((demod_coefs_fwd_kernel<T>),
-              dim3(static_cast<unsigned>(ceil_div(O, int64_t(1) << a.log_outs))),
-              dim3(32 << (a.log_outs + a.log_parts)), 0, stream, a);
+    const auto blocks = static_cast<unsigned>(ceil_div(O, int64_t(1) << a.log_outs));
+    by_shape<T>(a.shape, [&](auto n, auto rows) {
+      GK_LAUNCH((demod_coefs_fwd_kernel<T, decltype(n)::value, decltype(rows)::value>),
+                dim3(blocks), dim3(32 << (a.log_outs + a.log_parts)), 0, stream, a);
+    });
     return static_cast<int>(cudaGetLastError());
   });
 }
@@ -744,7 +777,7 @@ int demod_coefs_bwd(int dtype, int styles_dtype, const void* dd, const void* d, 
     a.shape = shape_of<T>(w, dw, N, O, I, K, channels_last);
     // Wide tiles read g seldom; where ds is all there is to do, narrow ones fill the machine.
     a.q_packed = kStylePack<T> > 1 && I % kStylePack<T> == 0 && aligned16(q);
-    a.log_packs = dw ? log2_of(kMostPacks) : 2;
+    a.log_packs = dw ? log2_of(kMostPacks) : 3;
     a.style_tiles =
         static_cast<unsigned>(ceil_div(I, (a.q_packed ? kStylePack<T> : 1) << a.log_packs));
     a.style_blocks = ds ? a.style_tiles * static_cast<unsigned>(ceil_div(N, kSamples)) : 0;
@@ -754,8 +787,10 @@ int demod_coefs_bwd(int dtype, int styles_dtype, const void* dd, const void* d, 
     int64_t blocks = a.style_blocks;
     if (dw) blocks += a.weight_tiles * ceil_div(O, int64_t(1) << a.log_outs);
     if (blocks == 0) return 0;
-    GK_LAUNCH((demod_coefs_bwd_kernel<T>), dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
-              stream, a);
+    by_shape<T>(a.shape, [&](auto n, auto rows) {
+      GK_LAUNCH((demod_coefs_bwd_kernel<T, decltype(n)::value, decltype(rows)::value>),
+                dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, a);
+    });
     return static_cast<int>(cudaGetLastError());
   });
 }

@@ -24,7 +24,6 @@ constexpr int kMaxWarps = 4, kMaxFlatWarps = 16;
 // Warps of a block. Flat spans are 4 KiB of a sample at most.
 template <typename T, bool kFlat>
 constexpr int kMostWarps = kFlat ? 32 / static_cast<int>(sizeof(T)) : kMaxWarps;
-constexpr int kEach = 5;  // elements of y that a thread has under way: four, ends and gaps
 constexpr double kEps = 1e-8;
 
 __device__ __forceinline__ float sqrt_(float v) { return sqrtf(v); }
@@ -143,18 +142,6 @@ __device__ __forceinline__ Deviation<Acc<T>> deviation(const Pack<T, N> (&held)[
   return {origin, mean, with_eps(var * inv_size)};
 }
 
-// For the gradient: those of a pack, with slope / std in place of the variance.
-template <typename T, int N>
-__device__ __forceinline__ void deviations(const Pack<T, N> (&held)[kHold],
-                                           Deviation<Acc<T>> (&d)[N], int size, Acc<T> inv_size,
-                                           Acc<T> slope) {
-#pragma unroll
-  for (int j = 0; j < N; j++) {
-    d[j] = deviation<T, N>(held, j, size, inv_size);
-    d[j].var = slope * rsqrt_(d[j].var);
-  }
-}
-
 // Sums of d and d² of one pack, d = x - the first sample: no cancellation, whatever the mean.
 template <typename T, int N>
 struct Moments {
@@ -178,13 +165,6 @@ struct Moments {
   __device__ Deviation<A> deviation(int j, A inv_size) const {
     const A d = sum[j] * inv_size;
     return {origin[j], d, with_eps(square[j] * inv_size - d * d)};
-  }
-  __device__ void get(Deviation<A> (&d)[N], A inv_size, A slope) const {
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-      d[j] = deviation(j, inv_size);
-      d[j].var = slope * rsqrt_(d[j].var);
-    }
   }
 };
 
@@ -275,8 +255,8 @@ __device__ __forceinline__ Acc<T> copy_flat(const T* x, T* y, const Layout& a, c
         for (int k = 0; k < kHold; k++)
           if (k0 + k < at.size) to[v + k * a.y_step] = stage[k * size + e];
       };
-      unrolled<kEach>([&](auto i) { copy(v + decltype(i)::value * step); });
-      for (v += kEach * step; v < span.count + a.gaps; v += step) copy(v);
+      unrolled<5>([&](auto i) { copy(v + decltype(i)::value * step); });
+      for (v += 5 * step; v < span.count + a.gaps; v += step) copy(v);
       if (kSmall && inside)
 #pragma unroll
         for (int j = 0; j < 4; j++) total += sqrt_(deviation<T, 4>(held, j, at.size, inv_size).var);
@@ -323,17 +303,19 @@ __global__ void __launch_bounds__(32 * kMostWarps<T, kFlat>, 32 / kMostWarps<T, 
     for (int64_t p = lane; p < a.pixels; p += 32) plane[k * a.y_step + p * a.plane_p] = value;
 }
 
-// dx of one pack of up to kHold samples, dy + slope / std * (x - mean), in place of dy.
-template <typename T, int N>
-__device__ __forceinline__ void differentiate(const Pack<T, N> (&x)[kHold],
-                                              Pack<T, N> (&grad)[kHold],
-                                              const Deviation<Acc<T>> (&d)[N]) {
+// dx of one pack of M samples, dy + slope / std * (x - mean), in place of dy.
+template <typename T, int N, int M, typename F>
+__device__ __forceinline__ void differentiate(const Pack<T, N> (&x)[M], Pack<T, N> (&grad)[M],
+                                              Acc<T> slope, F deviation_of) {
 #pragma unroll
-  for (int j = 0; j < N; j++)
+  for (int j = 0; j < N; j++) {
+    const Deviation<Acc<T>> d = deviation_of(j);
+    const Acc<T> factor = slope * rsqrt_(d.var);
 #pragma unroll
-    for (int k = 0; k < kHold; k++)
-      grad[k].v[j] = from_acc<T>(to_acc(grad[k].v[j]) +
-                                 d[j].var * ((to_acc(x[k].v[j]) - d[j].origin) - d[j].mean));
+    for (int k = 0; k < M; k++)
+      grad[k].v[j] =
+          from_acc<T>(to_acc(grad[k].v[j]) + factor * ((to_acc(x[k].v[j]) - d.origin) - d.mean));
+  }
 }
 
 // Σ dy over the group's statistic, over what it is divided by.
@@ -353,7 +335,7 @@ template <typename T, int N, bool kSmall>
 __device__ __forceinline__ void differentiate_rows(const T* dy, const T* x, T* dx, const Layout& a,
                                                    const Place& at) {
   using A = Acc<T>;
-  constexpr int kSegment = 32 * N;
+  constexpr int kSegment = 32 * N, kBatch = kSmall ? kHold : 2;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const A inv_size = A(1) / A(at.size), slope = slope_of(dy, a, at);
   const int64_t x_first = at.m * a.x_sample + at.f * a.L + lane * N;
@@ -366,27 +348,25 @@ __device__ __forceinline__ void differentiate_rows(const T* dy, const T* x, T* d
     int64_t from = x_first + row * a.x_row + begin;
     const T* dy_from = dy_group + row * a.y_row + begin;
     if (begin + lane * N < a.L) {
-      Deviation<A> d[N];
-      if constexpr (!kSmall) {
-        // More samples than registers hold: x is read again, from cache.
-        Moments<T, N> moments(load_pack<T, N>(x + from));
+      Moments<T, N> moments(kSmall ? Pack<T, N>{} : load_pack<T, N>(x + from));
+      if constexpr (!kSmall)
 #pragma unroll 2
         for (int k = 0; k < at.size; k++) moments.add(load_pack<T, N>(x + from + k * a.x_step));
-        moments.get(d, inv_size, slope);
-      }
-      for (int k0 = 0; k0 < (kSmall ? 1 : at.size); k0 += kHold) {
-        Pack<T, N> held[kHold] = {}, grad[kHold] = {};
+      for (int k0 = 0; k0 < (kSmall ? 1 : at.size); k0 += kBatch) {
+        Pack<T, N> held[kBatch] = {}, grad[kBatch] = {};
 #pragma unroll
-        for (int k = 0; k < kHold; k++)
-          if (k0 + k < at.size) {
-            held[k] = load_pack<T, N>(x + from + (k0 + k) * a.x_step);
-            grad[k] = load_pack<T, N>(dy_from + (k0 + k) * a.y_step);
-          }
-        if (kSmall) deviations<T, N>(held, d, at.size, inv_size, slope);
-        differentiate<T, N>(held, grad, d);
+        for (int k = 0; k < kBatch; k++)
+          if (k0 + k < at.size) held[k] = load_pack<T, N>(x + from + (k0 + k) * a.x_step);
+#pragma unroll
+        for (int k = 0; k < kBatch; k++)
+          if (k0 + k < at.size) grad[k] = load_pack<T, N>(dy_from + (k0 + k) * a.y_step);
+        differentiate(held, grad, slope, [&](int j) {
+          if constexpr (kSmall) return deviation<T, N>(held, j, at.size, inv_size);
+          return moments.deviation(j, inv_size);
+        });
         forget(from);
 #pragma unroll
-        for (int k = 0; k < kHold; k++)
+        for (int k = 0; k < kBatch; k++)
           if (k0 + k < at.size) store_pack<T, N>(dx + from + (k0 + k) * a.x_step, grad[k]);
       }
     }
@@ -404,62 +384,78 @@ __device__ __forceinline__ void differentiate_flat(const T* dy, const T* x, T* d
                                                    const Place& at, T* stage) {
   using A = Acc<T>;
   const A inv_size = A(1) / A(at.size);
+  // Samples at a time, of them dy's at a time, and elements of each: what registers have room for.
+  constexpr int kBatch = kSmall ? kHold : 2, kTaken = sizeof(T) == 4 ? 2 : kBatch, kEach = 4;
   const int mine = threadIdx.x * 4, size = blockDim.x * 4, step = blockDim.x;
-  const int64_t x_first = at.m * a.x_sample + at.f * a.L + mine;
-  const T* dy_group = dy + at.m * a.y_sample + at.f * a.L;
-  A slope = A(0);
-  bool known = false;
+  // Elements before the group's statistic's; computed again where needed, for the registers.
+  const auto first = [&](int64_t sample) {
+    int m = at.m;
+    forget(m);
+    return m * sample + at.f * a.L;
+  };
+  const A slope = slope_of(dy, a, at);
   for (Span span(a, at.chunk); span.count > 0; span.advance(a)) {
     const bool inside = mine < span.count;
-    const int64_t begin = x_first + span.u;
-    Moments<T, 4> moments(inside && !kSmall ? load_pack<T, 4>(x + begin) : Pack<T, 4>{});
+    const T* begin = x + first(a.x_sample) + mine + span.u;
+    Moments<T, 4> moments(inside && !kSmall ? load_pack<T, 4>(begin) : Pack<T, 4>{});
     if constexpr (!kSmall)
 #pragma unroll 2
       for (int k = 0; k < at.size; k++)
-        if (inside) moments.add(load_pack<T, 4>(x + begin + k * a.x_step));
-    for (int k0 = 0; k0 < (kSmall ? 1 : at.size); k0 += kHold) {
-      int64_t here = begin + k0 * a.x_step;
-      const T* from = dy_group + span.u + span.row + k0 * a.y_step;
-      Pack<T, 4> held[kHold] = {}, grad[kHold] = {};
+        if (inside) moments.add(load_pack<T, 4>(begin + k * a.x_step));
+    for (int k0 = 0; k0 < (kSmall ? 1 : at.size); k0 += kBatch) {
+      int64_t origin = first(a.y_sample) + span.u + span.row + k0 * a.y_step;
+      forget(origin);
+      const T* from = dy + origin;
+      const int start = first_of(from);
+      __syncthreads();  // the packs before these were read
+#pragma unroll 1
+      for (int k1 = 0; k1 < kBatch; k1 += kTaken) {
+        T taken[kTaken][kEach];
 #pragma unroll
-      for (int k = 0; k < kHold; k++)
+        for (int k = 0; k < kTaken; k++, origin += a.y_step) {
+          forget(origin);
+          unrolled<kEach>([&](auto index) {
+            constexpr int i = decltype(index)::value;
+            const int v = start + i * step;
+            if (k0 + k1 + k < at.size && span.at(a, v) >= 0) taken[k][i] = dy[origin + v];
+          });
+        }
+        int v = start;
+        forget(v);
+#pragma unroll
+        for (int i = 0; i < kEach; i++, v += step) {
+          const int e = span.at(a, v);
+#pragma unroll
+          for (int k = 0; k < kTaken; k++)
+            if (e >= 0 && k0 + k1 + k < at.size) stage[(k1 + k) * size + e] = taken[k][i];
+        }
+      }
+      // Only now: registers have no room for these and dy's.
+      int64_t here = first(a.x_sample) + mine + span.u + k0 * a.x_step;
+      Pack<T, 4> held[kBatch] = {}, grad[kBatch] = {};
+#pragma unroll
+      for (int k = 0; k < kBatch; k++)
         if (inside && k0 + k < at.size) held[k] = load_pack<T, 4>(x + here + k * a.x_step);
-      int v = first_of(from), e[kEach];
-      T taken[kEach][kHold];
-      unrolled<kEach>([&](auto index) {
-        constexpr int i = decltype(index)::value;
-        e[i] = span.at(a, v + i * step);
-#pragma unroll
-        for (int k = 0; k < kHold; k++)
-          if (e[i] >= 0 && k0 + k < at.size) taken[i][k] = from[v + i * step + k * a.y_step];
-      });
-      if (!known) slope = slope_of(dy, a, at), known = true;  // while those are under way
-      __syncthreads();                                        // the packs before these were read
-#pragma unroll
-      for (int i = 0; i < kEach; i++)
-#pragma unroll
-        for (int k = 0; k < kHold; k++)
-          if (e[i] >= 0 && k0 + k < at.size) stage[k * size + e[i]] = taken[i][k];
-      for (v += kEach * step; v < span.count + a.gaps; v += step) {
-        const int more = span.at(a, v);
-        if (more < 0) continue;
-        for (int k = 0; k < kHold && k0 + k < at.size; k++)
-          stage[k * size + more] = from[v + k * a.y_step];
+      // The ends and gaps of the span.
+#pragma unroll 1
+      for (int v = start + kEach * step; v < span.count + a.gaps; v += step) {
+        const int e = span.at(a, v);
+        if (e < 0) continue;
+        for (int k = 0; k < kBatch && k0 + k < at.size; k++)
+          stage[k * size + e] = from[v + k * a.y_step];
       }
       __syncthreads();
       if (!inside) continue;
-      Deviation<A> d[4];
-      if constexpr (kSmall)
-        deviations<T, 4>(held, d, at.size, inv_size, slope);
-      else
-        moments.get(d, inv_size, slope);
 #pragma unroll
-      for (int k = 0; k < kHold; k++)
+      for (int k = 0; k < kBatch; k++)
         if (k0 + k < at.size) grad[k] = load_pack<T, 4>(stage + k * size + mine);
-      differentiate<T, 4>(held, grad, d);
+      differentiate(held, grad, slope, [&](int j) {
+        if constexpr (kSmall) return deviation<T, 4>(held, j, at.size, A(1) / A(at.size));
+        return moments.deviation(j, inv_size);
+      });
       forget(here);
 #pragma unroll
-      for (int k = 0; k < kHold; k++)
+      for (int k = 0; k < kBatch; k++)
         if (k0 + k < at.size) store_pack<T, 4>(dx + here + k * a.x_step, grad[k]);
     }
   }

@@ -420,7 +420,7 @@ struct Backward {
   Shape shape;
   unsigned style_blocks, style_tiles;  // tiles of ds: in all, and along the input channels
   unsigned weight_tiles;               // of dW, along the input channels
-  int log_packs, log_outs;  // packs of q across a tile of ds, output channels of a tile of dW
+  int log_outs;                        // output channels of a tile of dW
   bool q_packed;
 };
 
@@ -574,30 +574,29 @@ __device__ __forceinline__ void weight_columns(const Backward<T>& a, const Tile<
   }
 }
 
-// A tile of ds: some packs of input channels, kSamples samples; the threads share the output
-// channels.
+// A tile of ds: 32 packs of input channels, kSamples samples; the warps share the output channels.
 template <typename T, int N>
 __device__ __forceinline__ void style_tile(const Backward<T>& a, Acc<T>* shared) {
   using A = Acc<T>;
   const unsigned batch = blockIdx.x / a.style_tiles;
-  const int n0 = static_cast<int>(batch) * kSamples, I = a.shape.I, columns = N << a.log_packs;
-  const int i0 = static_cast<int>(blockIdx.x - batch * a.style_tiles) * columns;
-  const int tx = threadIdx.x & ((1 << a.log_packs) - 1), ty = threadIdx.x >> a.log_packs;
-  const int lines = kThreads >> a.log_packs;
-  const bool inside = i0 + tx * N < I;
+  const int n0 = static_cast<int>(batch) * kSamples, I = a.shape.I;
+  constexpr int kColumns = N * 32;
+  const int i0 = static_cast<int>(blockIdx.x - batch * a.style_tiles) * kColumns;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const bool inside = i0 + lane * N < I;
   A sums[kSamples][N] = {};
   const unsigned outs = static_cast<unsigned>(a.shape.O);  // under 2**31
   for (unsigned o0 = 0; o0 < outs; o0 += kChunk) {
     const int chunk = min(kChunk, static_cast<int>(outs - o0));
     Pack<A, N> x[kAhead] = {};
     const auto load = [&](int o) {
-      int64_t at = static_cast<int64_t>(o0 + o) * I + i0 + tx * N;
+      int64_t at = static_cast<int64_t>(o0 + o) * I + i0 + lane * N;
       forget(at);
 #pragma unroll
-      for (int t = 0; t < kAhead; t++, at += static_cast<int64_t>(lines) * I)
-        if (inside && o + t * lines < chunk) x[t] = load_pack<A, N>(a.q + at);
+      for (int t = 0; t < kAhead; t++, at += static_cast<int64_t>(kWarps) * I)
+        if (inside && o + t * kWarps < chunk) x[t] = load_pack<A, N>(a.q + at);
     };
-    load(ty);
+    load(warp);
     __syncthreads();
     const int mine = threadIdx.x;
     if (mine < chunk) {
@@ -614,14 +613,14 @@ __device__ __forceinline__ void style_tile(const Backward<T>& a, Acc<T>* shared)
       }
     }
     __syncthreads();
-    for (int o = ty; o < chunk; o += kAhead * lines) {
+    for (int o = warp; o < chunk; o += kAhead * kWarps) {
 #pragma unroll
       for (int t = 0; t < kAhead; t++)
-        if (o + t * lines < chunk) {
+        if (o + t * kWarps < chunk) {
           constexpr int kSize = kPart<kSamples, A>;
 #pragma unroll
           for (int part = 0; part < kSamples; part += kSize) {
-            const A* from = shared + (o + t * lines) * kSamples + part;
+            const A* from = shared + (o + t * kWarps) * kSamples + part;
             const Pack<A, kSize> g = load_pack<A, kSize>(from);
 #pragma unroll
             for (int j = 0; j < kSize; j++)
@@ -629,30 +628,23 @@ __device__ __forceinline__ void style_tile(const Backward<T>& a, Acc<T>* shared)
               for (int e = 0; e < N; e++) sums[part + j][e] += g.v[j] * x[t].v[e];
           }
         }
-      load(o + kAhead * lines);
+      load(o + kAhead * kWarps);
     }
   }
-  for (int offset = 1 << a.log_packs; offset < 32; offset *= 2)
-#pragma unroll
-    for (int j = 0; j < kSamples; j++)
-#pragma unroll
-      for (int e = 0; e < N; e++) sums[j][e] += __shfl_xor_sync(0xffffffffu, sums[j][e], offset);
   __syncthreads();
-  const int warp = threadIdx.x / 32;
-  if (threadIdx.x % 32 == tx)
 #pragma unroll
-    for (int j = 0; j < kSamples; j++) {
-      Pack<A, N> out;
+  for (int j = 0; j < kSamples; j++) {
+    Pack<A, N> out;
 #pragma unroll
-      for (int e = 0; e < N; e++) out.v[e] = sums[j][e];
-      store_pack<A, N>(shared + (warp * kSamples + j) * columns + tx * N, out);
-    }
+    for (int e = 0; e < N; e++) out.v[e] = sums[j][e];
+    store_pack<A, N>(shared + (warp * kSamples + j) * kColumns + lane * N, out);
+  }
   __syncthreads();
-  for (int e = threadIdx.x; e < kSamples * columns; e += kThreads) {
-    const int n = n0 + (e >> a.log_packs) / N, i = i0 + (e & (columns - 1));
+  for (int e = threadIdx.x; e < kSamples * kColumns; e += kThreads) {
+    const int n = n0 + e / kColumns, i = i0 + e % kColumns;
     if (n >= a.shape.N || i >= I) continue;
     A total = A(0);
-    for (int w = 0; w < kWarps; w++) total += shared[w * kSamples * columns + e];
+    for (int w = 0; w < kWarps; w++) total += shared[w * kSamples * kColumns + e];
     const int64_t at = static_cast<int64_t>(n) * I + i;
     store_style<A>(a.ds, a.styles.dtype, at, load_style<A>(a.styles, at) * total);
   }
@@ -660,12 +652,11 @@ __device__ __forceinline__ void style_tile(const Backward<T>& a, Acc<T>* shared)
 
 template <typename T>
 constexpr int kStylePack = sizeof(T) == 8 ? 1 : 2;  // of q
-constexpr int kMostPacks = 32;                      // across a tile of ds
 
 template <typename T, int N, bool kRows>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) demod_coefs_bwd_kernel(Backward<T> a) {
   constexpr int kChannels = Step<N>::kChannels;
-  constexpr int kOfStyles = kWarps * kSamples * kMostPacks * kStylePack<T>;
+  constexpr int kOfStyles = kThreads * kSamples * kStylePack<T>;
   constexpr int kOfWeights = kHeld * (kMostOuts + kChannels) + kWarps * kChannels;
   constexpr int kOfSums = kOfStyles > kOfWeights ? kOfStyles : kOfWeights;
   constexpr int kMost = kOfSums > kChunk * kSamples ? kOfSums : kChunk * kSamples;
@@ -775,11 +766,8 @@ int demod_coefs_bwd(int dtype, int styles_dtype, const void* dd, const void* d, 
     a.dw = static_cast<T*>(dw);
     a.ds = ds;
     a.shape = shape_of<T>(w, dw, N, O, I, K, channels_last);
-    // Wide tiles read g seldom; where ds is all there is to do, narrow ones fill the machine.
     a.q_packed = kStylePack<T> > 1 && I % kStylePack<T> == 0 && aligned16(q);
-    a.log_packs = dw ? log2_of(kMostPacks) : 3;
-    a.style_tiles =
-        static_cast<unsigned>(ceil_div(I, (a.q_packed ? kStylePack<T> : 1) << a.log_packs));
+    a.style_tiles = static_cast<unsigned>(ceil_div(I, 32 * (a.q_packed ? kStylePack<T> : 1)));
     a.style_blocks = ds ? a.style_tiles * static_cast<unsigned>(ceil_div(N, kSamples)) : 0;
     a.weight_tiles = static_cast<unsigned>(ceil_div(I, a.shape.packed ? 64 : 32));
     a.log_outs = log2_of(kWarps);

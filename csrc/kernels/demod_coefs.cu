@@ -474,7 +474,7 @@ struct Tile {
     for (int n0 = 0; n0 < a.shape.N; n0 += kHeld) {
       if (row < kWarps || a.shape.N > kHeld) hold(a, n0);
       const int count = min(kHeld, a.shape.N - n0);
-#pragma unroll 4
+#pragma unroll 2
       for (int n = 0; n < count; n++) f(n, g[(n << a.log_outs) + row]);
     }
   }
@@ -490,9 +490,10 @@ __device__ __forceinline__ void weight_rows(const Backward<T>& a, const Tile<T, 
   const int first_k = lane * N - first_c * K, skip_k = 32 * N - skip_c * K;
   for (int row = threadIdx.x / 32; row < 1 << a.log_outs; row += kWarps) {
     const bool active = tile.o0 + row < a.shape.O;
-    const int64_t at = ((tile.o0 + row) * a.shape.I + tile.i0) * K;
+    int64_t at = ((tile.o0 + row) * a.shape.I + tile.i0) * K;
     Pack<T, N> x[kLoads];
     const auto load = [&](int p) {
+      forget(at);
 #pragma unroll
       for (int j = 0; j < kLoads; j++)
         if (active && p + 32 * j < packs) x[j] = load_pack<T, N>(a.w + at + (p + 32 * j) * N);

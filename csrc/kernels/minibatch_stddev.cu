@@ -385,7 +385,7 @@ __device__ __forceinline__ void differentiate_flat(const T* dy, const T* x, T* d
   using A = Acc<T>;
   const A inv_size = A(1) / A(at.size);
   // Samples at a time, of them dy's at a time, and elements of each: what registers have room for.
-  constexpr int kBatch = kSmall ? kHold : 2, kTaken = sizeof(T) == 4 ? 2 : kBatch, kEach = 4;
+  constexpr int kBatch = kSmall ? kHold : 2, kTaken = 2, kEach = 4;
   const int mine = threadIdx.x * 4, size = blockDim.x * 4, step = blockDim.x;
   // Elements before the group's statistic's; computed again where needed, for the registers.
   const auto first = [&](int64_t sample) {

@@ -130,13 +130,13 @@ MUTATIONS = [
     ),
     Mutation(
         "demod_coefs", "index: a chunk's last output channel is left out", "demod_coefs.cu",
-        "for (int o = ty; o < chunk; o += kThreads / kColumns) {",
-        "for (int o = ty; o < chunk - 1; o += kThreads / kColumns) {",
+        "if (o + t * kWarps < chunk) {",
+        "if (o + t * kWarps < chunk - 1) {",
     ),
     Mutation(
         "demod_coefs", "barrier: warps' sums are read at once", "demod_coefs.cu",
-        "tx] = sums[j];\n  __syncthreads();",
-        "tx] = sums[j];",
+        "lane * N, out);\n  }\n  __syncthreads();",
+        "lane * N, out);\n  }",
         "race",
     ),
     Mutation(

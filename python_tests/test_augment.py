@@ -197,6 +197,12 @@ def test_each_transform_acts_with_probability_p():
     y = pipe(torch.ones(2000, 1, 8, 8))
     acted = int((y == 0).any(3).any(2).any(1).sum())
     assert binomtest(acted, 2000, 0.3).pvalue > 1e-4
+    pipe = make(0.3, "blit")
+    place = torch.zeros(4000, 1, 64, 64)
+    place[:, 0, 31:33, 31:33] = 1  # stays where it is under flips and quarter turns
+    moved = (pipe._blit(place) != place).flatten(1).any(1)
+    both_zero = (1 / 16) ** 2  # shifts that round to none: half a pixel of 8 either way, twice
+    assert binomtest(int(moved.sum()), 4000, 0.3 * (1 - both_zero)).pvalue > 1e-4
     pipe = make(0.3, "geometry")
     turned = pipe._geometry(torch.zeros(4000, 1, 8, 8))
     turned = (turned[:, 0, 1] != 0) | (turned[:, 1, 0] != 0)  # by one rotation or both

@@ -86,13 +86,17 @@ def test_processes_compute_the_step_of_one(model, request, tmp_path):
         # After one step Adam's mean is (1 - beta1) times the gradient.
         a, b = newest(one, f"optimizer_{name}"), newest(two, f"optimizer_{name}")
         assert a.keys() == b.keys()
+        share = 1 - make_config().beta1
+        gradients = {key: (a[key] / share, b[key] / share) for key in a if key.endswith("exp_avg")}
+        largest = max(alone.abs().max().item() for alone, _ in gradients.values())
+        assert largest > 0
         scalars = 0
-        for key in (key for key in a if key.endswith("exp_avg")):
-            if not a[key].ndim:  # a noise strength: each process draws its own noise
+        for key, (alone, ours) in gradients.items():
+            if not alone.ndim:  # a noise strength: each process draws its own noise
                 scalars += 1
                 continue
-            torch.testing.assert_close(b[key], a[key], rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
-        assert sum(a[key].abs().sum() for key in a if key.endswith("exp_avg")) > 0
+            limit = 1e-6 * max(1.0, largest)
+            torch.testing.assert_close(ours, alone, rtol=0, atol=limit, msg=f"{name} {key}")
         assert scalars == (5 if (model, name) == ("stylegan2", "G") else 0)
     for key, value in newest(one, "G").items():
         if "running" in key or "w_avg" in key:
@@ -150,7 +154,9 @@ def test_a_process_that_dies_stops_the_run_which_then_resumes(tmp_path):
         "checkpoint_ticks": 2,
     }
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    # torchrun looks seldom enough that the process that is left can speak before it is ended.
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += ["--monitor-interval", "10", "-m"]
     command = [sys.executable, "-m", *launch, "gankern", "train", *flags, f"--out={tmp_path}"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
@@ -162,7 +168,7 @@ def test_a_process_that_dies_stops_the_run_which_then_resumes(tmp_path):
     os.kill(int(listing.stdout.split()[-1]), signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "has lost another of the 2: go on with --resume" in err or "SIGKILL" in err
+    assert "has lost another of the 2: go on with --resume" in err
     (run,) = tmp_path.iterdir()
     reached = int(checkpoint.list_checkpoints(run)[-1].name)
     again = [*command[: command.index("train") + 1], "--resume", str(run)]

@@ -115,9 +115,10 @@ class Ada:
             turns = turns // 2 * 2
         all_turns = [x.rot90(k, (2, 3)) if h == w or k % 2 == 0 else x for k in range(4)]
         x = torch.stack(all_turns)[turns, torch.arange(len(x), device=x.device)]
+        shifts = self._pick((_uniform(x, 2) * 2 - 1) * 0.125, 0)
         for axis, size in ((2, h), (3, w)):
-            shift = (self._pick((_uniform(x) * 2 - 1) * 0.125, 0) * size).round().long()
-            index = _mirror(torch.arange(size, device=x.device) - shift[:, None], size)
+            shift = (shifts[:, axis - 2, None] * size).round().long()  # [N, 1]
+            index = _mirror(torch.arange(size, device=x.device) - shift, size)
             shape = [len(x), 1, 1, 1]
             shape[axis] = size
             x = x.gather(axis, index.reshape(shape).expand_as(x))

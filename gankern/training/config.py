@@ -106,7 +106,19 @@ class TrainConfig(
     def _check_together(self) -> None:
         """Options that exclude each other."""
         style, grows = self.model in STYLE_BASED, self.model in GROWING
+        conv = self.model == "dcgan" or (self.model == "wgan" and self.form == "conv")
+        which = f"--model {self.model}" + (" --form fc" if self.form == "fc" else "")
         needs = [
+            ("form", self.model == "wgan", f"conv with --model {self.model}"),
+            ("upsample", conv, f"transposed with {which}"),
+            ("d_norm", conv, f"batch, which says nothing, with {which}"),
+            ("spectral_norm", conv, f"none with {which}"),
+            ("attention", conv, f"0 with {which}"),
+            ("minibatch_kernels", conv, f"0 with {which}"),
+            ("d_condition", conv or self.form == "fc" or self.model == "vanilla",
+             f"projection with {which}"),
+            ("gp_weight", not conv or self.d_norm != "batch",
+             "0 with --d-norm batch, by which images of a batch share a gradient"),
             ("label_smoothing", LOSSES[self.loss].smooths, f"0 with --loss {self.loss}"),
             ("pl_weight", style, f"0 with --model {self.model}, which has no styles"),
             ("style_mixing", style, f"0 with --model {self.model}, which has no styles"),
@@ -120,7 +132,7 @@ class TrainConfig(
         ]  # fmt: skip
         for name, allowed, wanted in needs:
             value = getattr(self, name)
-            if value and not allowed:
+            if value != type(self).__dataclass_fields__[name].default and not allowed:
                 raise TrainError(f"{flag(name)} must be {wanted}, got {str(value).lower()}")
         from gankern.training.augment import check_transforms
         from gankern.training.schedule import parse_schedule

@@ -12,7 +12,6 @@ from gankern.training.config import TrainConfig
 from gankern.training.distributed import average_gradients
 
 FP16_SCALE = 2.0**16  # of losses at the start; it doubles every 2,000 finite steps
-NEVER = 2**31 - 1
 
 
 class Updater:
@@ -46,12 +45,9 @@ class Updater:
             self.optimizer = torch.optim.Adam(net.parameters(), 0.0, betas, fused=True)
         else:
             self.optimizer = torch.optim.RMSprop(net.parameters(), 0.0)
-        scaled = config.precision == "fp16"
-        self.scaler = torch.amp.GradScaler(
-            device.type,
-            init_scale=FP16_SCALE if scaled else 1.0,
-            growth_interval=2000 if scaled else NEVER,
-        )
+        self.scaled = config.precision == "fp16"
+        scale = FP16_SCALE if self.scaled else 1.0
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=scale, growth_interval=2000)
 
     def backward(
         self,
@@ -84,7 +80,8 @@ class Updater:
         if self.config.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
         self.scaler.step(self.optimizer)
-        self.scaler.update()
+        # Without float16 a step that was skipped says nothing of the scale, which stays.
+        self.scaler.update(None if self.scaled else 1.0)
         return {"grad_norm": norm, "skipped": ~norm.isfinite()}
 
 

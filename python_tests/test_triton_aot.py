@@ -94,6 +94,7 @@ KERNELS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 
+OPTIONS = ("num_warps", "num_stages")  # of the launch, beside the arguments
 FLOATS = {"alpha", "gain", "inv_gain", "clamp", "eps", "filter_gain"}
 BOOLS = {"flip"}
 # Pointers to float32 whatever x is.
@@ -137,8 +138,10 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, capabilit
     signature = {name: signature[name] for name in kernel.arg_names}
     aligned = [name for name in runtime if signature[name] == "i32" or name.endswith("_ptr")]
     attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    options = {name: constants[name] for name in OPTIONS if name in constants}
+    constants = {name: value for name, value in constants.items() if name not in OPTIONS}
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def compile_all(capability: int) -> Iterator[dict[str, Any]]:

@@ -15,10 +15,12 @@ from gankern import _toolchain
 
 PACKAGE = Path(gankern.__file__).parent
 DEVICES = ("cpu", "cuda")
-# Ops without kernels of their own, and the one whose kernels they run around PyTorch's convolution.
+# Ops that impl=None composes, and the one whose kernels they then run around PyTorch's convolution.
+# Of these modulated_gemm has a kernel of its own, which runs where impl names it.
 COMPOSED = {
     "conv2d_resample": "upfirdn2d",
     "modulated_conv2d": "upfirdn2d",
+    "modulated_gemm": "synthesis_epilogue",
     "synthesis_layer": "synthesis_epilogue",
 }
 CPU_ONLY = {"conv3x3"}  # on a GPU, the reference: cuDNN has algorithms of its own

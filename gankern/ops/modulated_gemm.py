@@ -169,15 +169,17 @@ if _impl.triton is not None:
         tl.store(at, y.to(y_ptr.dtype.element_ty), inside)
 
     def _blocks(samples: int, pixels: int, outs: int, ins: int, width: int) -> dict[str, int]:
-        """The kernel's blocks for elements of `width` bytes: the largest that give 128 programs."""
-        most = 128 if width == 2 else 64  # products of float32 run without tensor cores
-        m = max(16, min(most, triton.next_power_of_2(pixels)))
-        n = max(16, min(most, triton.next_power_of_2(outs)))
-        while max(m, n) > 32 and samples * triton.cdiv(pixels, m) * triton.cdiv(outs, n) < 128:
-            m, n = (m // 2, n) if m >= n else (m, n // 2)
-        k = max(16, min(64 if width == 2 else 16, triton.next_power_of_2(max(ins, 1))))
-        blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}
-        return blocks | {"num_warps": 8 if m * n == 128 * 128 else 4, "num_stages": 3}
+        """The kernel's blocks for elements of `width` bytes: the largest of which less than half
+        is idle and that make 128 programs, about as many as a GPU has multiprocessors."""
+        tile = (128, 32) if outs <= 32 and pixels > 64 else (16, 64)
+        # Products of float32 run without tensor cores: a larger tile would not fit in registers.
+        for m, n in ((64, 64), (128, 128))[: 2 if width == 2 else 1]:
+            programs = samples * triton.cdiv(pixels, m) * triton.cdiv(outs, n)
+            if pixels > m // 2 and outs > n // 2 and programs >= 128:
+                tile = m, n
+        k = 16 if width == 4 or ins <= 16 else 32 if ins <= 32 else 64
+        blocks = {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "BLOCK_K": k, "GROUP": 8}
+        return blocks | {"num_warps": 8 if tile == (128, 128) else 4, "num_stages": 3}
 
     @torch.library.triton_op("gankern_triton::modulated_gemm", mutates_args=())
     def _triton_fwd(

@@ -102,6 +102,12 @@ def layer(x, weight, styles, b, strength, noise, impl):
     return ops.synthesis_layer(x, weight, styles, b, noise, strength, up, 1, f, impl=impl)
 
 
+def gemm(x, weight, styles, b, strength, noise, impl):
+    # Triton's products of float32 are exact, and are compared with cuDNN's that are so too.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return ops.modulated_gemm(x, weight, styles, b, noise, strength, impl=impl)
+
+
 def epilogue_inputs(m, res, c, pixels):
     return [m(c, pixels, pixels), m(c).float(), m.vector(c), m.vector(1), m(1, res, res)]
 
@@ -140,6 +146,9 @@ ROWS = [
         layer, "x", frozen=1),
     Row("synthesis_layer", "up 2", lambda m, res, c: layer_inputs(m, res, c, res // 2, 2 * c),
         layer, "x", frozen=1),
+    # triton: one launch; the others: torch's convolution and their epilogue.
+    Row("modulated_gemm", "", lambda m, res, c: layer_inputs(m, res, c, res, c),
+        gemm, "x", frozen=1),
 ]  # fmt: skip
 
 # Batch, side, channels: StyleGAN2 with 16384 / side channels at the last resolution.
@@ -178,6 +187,8 @@ def implementations(device: str) -> list[str]:
 def usable(row: Row, impl: str, device: str) -> str:
     """Why `impl` cannot run the row here, or ""."""
     parts = {"synthesis_layer": "synthesis_epilogue"}
+    if impl != "triton":
+        parts["modulated_gemm"] = "synthesis_epilogue"
     return _impl.why_not(impl, device, parts.get(row.op, row.op))
 
 

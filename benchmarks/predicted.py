@@ -60,7 +60,8 @@ GPUS = {
 }
 LAUNCH = 2e-6  # seconds from a kernel to the next in a stream: an assumption, on no data sheet
 
-ROWS = [row for row in ops.ROWS if row.op != "synthesis_layer"]  # composed of the others
+COMPOSED = ("synthesis_layer", "modulated_gemm")  # of the others and a convolution
+ROWS = [row for row in ops.ROWS if row.op not in COMPOSED]
 # Kernels of bias_act are named by a number: 0 is forward, 1 and 2 are backward.
 FORWARD = r"fwd|Forward|bias_act_\w+_kernel<0|upfirdn2d"
 BACKWARD = r"bwd|Backward<|bias_act_\w+_kernel<1|upfirdn2d"

@@ -48,7 +48,7 @@ LAST = torch.channels_last
 
 F12 = ops.ops.setup_filter([1, 3, 8, 15, 22, 26, 26, 22, 15, 8, 3, 1])
 # Composed of other rows, or the same passes: each way of resampling is the other's gradient.
-REPEATED = ("synthesis_layer", "synthesis_layer up 2", "upfirdn2d down 2")
+REPEATED = ("synthesis_layer", "synthesis_layer up 2", "modulated_gemm", "upfirdn2d down 2")
 ROWS = [row for row in ops.ROWS if row.name not in REPEATED] + [
     Row("upfirdn2d", "up 2, 12 taps", lambda m, res, c: [m(c, res // 2, res // 2), F12],
         filtered(2, 1, [6, 5, 6, 5]), "", frozen=1),

@@ -225,6 +225,7 @@ def test_doctor_tells_versions_libraries_and_cures() -> None:
     assert torch.__version__ in told.output
     rows = {line.split()[0]: line.split()[1:] for line in told.output.splitlines() if line.strip()}
     assert rows["bias_act"] == [_impl.default_impl("bias_act", d) for d in ("cpu", "cuda")]
+    assert rows["modulated_gemm"] == ["as", "synthesis_layer"] * 2
     for impl in ("cpu", "cuda"):
         assert f"_{impl}.so" in rows
         if _impl.LIBRARIES[impl]:

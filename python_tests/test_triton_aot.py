@@ -39,9 +39,13 @@ FILTER = {"HAS_F": True, **TAPS, **OPERANDS, "ACT": 2, "CLAMPED": True}
 NO_FILTER = {**FILTER, "HAS_F": False, "TAPS_X": 1, "TAPS_Y": 1}
 PLANES = {"LAST": False, "BLOCK": 1024, "BLOCK_C": 1}
 PIXELS = {"LAST": True, "BLOCK": 32, "BLOCK_C": 32}
+GEMM = {"SIZE": 3, **OPERANDS, "ACT": 2, "CLAMPED": True, "WIDEN": False, "GROUP": 8}
+GEMM |= {"num_warps": 4, "num_stages": 3}
+GEMM32 = {**GEMM, "BLOCK_K": 16, "DTYPES": ["fp32"]}
+GEMM16 = {**GEMM, "BLOCK_K": 64, "DTYPES": ["fp16", "bf16"]}
 
 # The compile-time arguments of each kernel at the models' shapes, by name. A size that is 1 is one
-# of them: Triton compiles for it.
+# of them: Triton compiles for it. DTYPES: the row is of these alone.
 KERNELS: dict[str, list[dict[str, Any]]] = {
     "bias_act_fwd_kernel": [
         {"ACT": 2, "HAS_B": True, "CLAMPED": True, "BLOCK": 1024},
@@ -92,8 +96,15 @@ KERNELS: dict[str, list[dict[str, Any]]] = {
         {"BLOCK_P": 4096, "BLOCK_V": 1, "inner": 1},
         {"BLOCK_P": 128, "BLOCK_V": 32},
     ],
+    "modulated_gemm_kernel": [
+        *({**GEMM32, "BLOCK_M": m, "BLOCK_N": n} for m, n in ((16, 64), (128, 32), (64, 64))),
+        {**GEMM16, "BLOCK_M": 16, "BLOCK_N": 64, "N": 1, "H": 1, "W": 1, "strength_step": 1},
+        *({**GEMM16, "BLOCK_M": m, "BLOCK_N": n} for m, n in ((16, 64), (128, 32), (64, 64))),
+        {**GEMM16, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8},
+    ],
 }
 
+OPTIONS = ("num_warps", "num_stages")  # of a launch, beside the arguments
 FLOATS = {"alpha", "gain", "inv_gain", "clamp", "eps", "filter_gain"}
 BOOLS = {"flip"}
 # Pointers to float32 whatever x is.
@@ -131,6 +142,8 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, capabilit
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    options = {name: constants[name] for name in OPTIONS if name in constants}
+    constants = {k: v for k, v in constants.items() if k not in (*OPTIONS, "DTYPES")}
     runtime = [name for name in kernel.arg_names if name not in constants]
     signature = {name: argument_type(name, dtype) for name in runtime}
     signature |= dict.fromkeys(constants, "constexpr")
@@ -138,7 +151,7 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, capabilit
     aligned = [name for name in runtime if signature[name] == "i32" or name.endswith("_ptr")]
     attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def compile_all(capability: int) -> Iterator[dict[str, Any]]:
@@ -146,7 +159,7 @@ def compile_all(capability: int) -> Iterator[dict[str, Any]]:
     for name, kernel in kernels().items():
         if name not in KERNELS:
             yield {"kernel": name}
-        variants = KERNELS.get(name, [])
+        variants = [v for v in KERNELS.get(name, []) if dtype in v.get("DTYPES", [dtype])]
         for constants in variants if which == "all" else variants[-1:]:
             compiled = compile_kernel(kernel, constants, dtype, capability)
             row = {"kernel": name, "constants": constants, "dtype": dtype}

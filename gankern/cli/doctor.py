@@ -22,6 +22,8 @@ COMPOSED = {
     "synthesis_layer": "synthesis_epilogue",
 }
 CPU_ONLY = {"conv3x3"}  # on a GPU, the reference: cuDNN has algorithms of its own
+# Ops with a Triton kernel alone, which runs where impl names it, and what they are without.
+OPT_IN = {"modulated_gemm": "synthesis_layer"}
 NOT_BUILT = "reinstall gankern, or in a clone: python setup.py build_ext --inplace"
 
 
@@ -95,11 +97,12 @@ def cures(build: dict[str, Any]) -> list[str]:
     """One line for each implementation that cannot run, with the ops that it concerns."""
     from gankern.ops import _impl
 
+    lacking = {"cpu": OPT_IN.keys(), "cuda": CPU_ONLY | OPT_IN.keys(), "triton": CPU_ONLY}
     kernels = [name for name in op_names() if name not in COMPOSED]
     ops_by_reason: dict[tuple[str, str], list[str]] = {}
     count = {}
     for impl, device in (("cpu", "cpu"), ("cuda", "cuda"), ("triton", "cuda")):
-        names = [name for name in kernels if impl == "cpu" or name not in CPU_ONLY]
+        names = [name for name in kernels if name not in lacking[impl]]
         count[impl] = len(names)
         for name in names:
             if reason := _impl.why_not(impl, device, name):
@@ -131,7 +134,9 @@ def command() -> None:
     chosen = [
         (name, *(_impl.default_impl(COMPOSED.get(name, name), d) for d in DEVICES))
         for name in op_names()
+        if name not in OPT_IN
     ]
+    chosen += [(name, f"as {other}", f"as {other}") for name, other in OPT_IN.items()]
     click.echo("\nImplementation that impl=None takes\n" + table([("", *DEVICES), *chosen]))
     if lines := cures(build):
         click.echo("\nWhat cannot run, and what to do\n" + "\n".join(f"  {line}" for line in lines))

@@ -6,6 +6,7 @@ from gankern.ops.conv2d_resample import conv2d_resample
 from gankern.ops.demod_coefs import demod_coefs
 from gankern.ops.minibatch_stddev import minibatch_stddev
 from gankern.ops.modulated_conv2d import modulated_conv2d
+from gankern.ops.modulated_gemm import modulated_gemm
 from gankern.ops.pixel_norm import pixel_norm
 from gankern.ops.synthesis_epilogue import synthesis_epilogue
 from gankern.ops.synthesis_layer import conv2d_layer, synthesis_layer
@@ -21,6 +22,7 @@ __all__ = [
     "filter2d",
     "minibatch_stddev",
     "modulated_conv2d",
+    "modulated_gemm",
     "pixel_norm",
     "setup_filter",
     "synthesis_epilogue",

@@ -95,13 +95,20 @@ def modulate(
     x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool, impl: str | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Input and weights of the convolution, both in its dtype, and what scales its output."""
+    x, weight, styles, d = modulation(x, weight, styles, demodulate, impl)
+    return x * styles[:, :, None, None], weight, d
+
+
+def modulation(
+    x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool, impl: str | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Image, weights and styles in the convolution's dtype, and what scales its output."""
     dtype = conv_dtype(x)
     weight = gate(weight)
     d = demod_coefs(weight, styles, impl=impl) if demodulate else None
     weight, styles, d = _into_range(weight, styles, d, dtype)
     d = None if d is None else d.to(torch.promote_types(dtype, torch.float32))
-    x = x.to(dtype) * styles.to(dtype)[:, :, None, None]
-    return x, weight.to(dtype), d
+    return x.to(dtype), weight.to(dtype), styles.to(dtype), d
 
 
 def _into_range(

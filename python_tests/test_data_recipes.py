@@ -274,6 +274,26 @@ def test_installed_fonts_by_name(tmp_path, monkeypatch):
     assert find_fonts(["notosanscjk-regular:2"]) == [(copy, 2)]
 
 
+@pytest.mark.parametrize("there", ["NotoSansCJK-Regular", "NotoSerifCJK-Regular"])
+def test_one_font_of_a_pair_is_reported(tmp_path, monkeypatch, there):
+    monkeypatch.setattr("gankern.data.glyphs.font_folders", lambda: [tmp_path / "fonts"])
+    (tmp_path / "fonts").mkdir()
+    (tmp_path / f"fonts/{there}.ttc").write_bytes(SANS.read_bytes())
+    code, output = gankern("data", "glyphs", tmp_path / "a", "--chars", "41-43")
+    assert code == 0
+    absent = ({"NotoSansCJK-Regular", "NotoSerifCJK-Regular"} - {there}).pop()
+    assert f"no pairs, as {absent} is not installed (apt install fonts-noto-cjk)" in output
+    assert open_dataset(tmp_path / "a").class_names == [there]
+    code, output = gankern("data", "glyphs", tmp_path / "b", "--chars", "41-43", "--font", there)
+    assert code == 0
+    assert "no pairs" not in output
+    (tmp_path / f"fonts/{absent}.ttc").write_bytes(SERIF.read_bytes())
+    code, output = gankern("data", "glyphs", tmp_path / "c", "--chars", "41-43")
+    assert code == 0
+    assert "no pairs" not in output
+    assert len(open_dataset(tmp_path / "c")) == 6
+
+
 def test_character_sets():
     assert len(parse_characters("cjk")) == 20992
     assert parse_characters("latin,U+41-U+43,digits")[-10:] == list("0123456789")

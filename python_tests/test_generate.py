@@ -7,11 +7,13 @@ import json
 import shutil
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image, ImageSequence
+from safetensors.numpy import save_file
 from torch import nn
 
 from gankern import models
@@ -33,6 +35,7 @@ from gankern.metrics.digits_classifier import (
     train_classifier,
 )
 from gankern.training import checkpoint, make_config
+from gankern.training.load import seed_vectors
 from gankern.training.run import write_config
 
 
@@ -227,6 +230,73 @@ def test_classes(run, tmp_path, monkeypatch):
         code, output = gankern("generate", run, *args, "--class", wanted)
         assert code == 2
         assert message in output
+
+
+class Vectors(Conditional):
+    """Images whose brightness is the first number of their condition."""
+
+    c_dim = 3
+
+    def forward(self, z, c=None):
+        return c[:, 0, None, None, None].expand(-1, 1, 2, 2) + self.anchor
+
+
+@pytest.fixture
+def vectors(tmp_path, monkeypatch):
+    """A generator whose conditions are vectors, and its data set: label i is (i/8 - 1, 0, 0)."""
+    labels = np.zeros((16, 3), np.float32)
+    labels[:, 0] = np.arange(16) / 8 - 1
+    data = tmp_path / "vectors.safetensors"
+    arrays = {"images": np.zeros((16, 1, 4, 4), np.uint8), "labels": labels}
+    save_file(arrays, data, {"format": "gankern-dataset-1"})
+    config = make_config(data=str(data))
+    config.label_dim = 3
+    monkeypatch.setattr("gankern.training.load_generator", lambda run: (Vectors(), config))
+    return config
+
+
+def test_vectors_are_drawn_by_the_seeds(run, tmp_path, vectors):
+    args = ("--seeds", "0-15", "--out", tmp_path / "a", "--batch", 4, "--arithmetic", "3-1")
+    strips = ("--interpolate", "--steps", 3, "--walk", "--tiles", 2, "--format", "gif")
+    code, output = gankern("generate", run, *args, *strips)
+    assert code == 0, output
+    drawn = seed_vectors(vectors, range(16))
+    assert drawn.shape == (16, 3)
+    assert drawn[:, 0].unique().numel() > 6
+    shades = [int(pixels(tmp_path / f"a/seed{i:04}.png")[0, 0]) for i in range(16)]
+    assert np.allclose(shades, (drawn[:, 0].numpy() + 1) * 127.5, atol=0.51)
+    strip = pixels(tmp_path / "a/interpolation.png")  # a strip has the vector of its first seed
+    assert strip.shape == (16, 6)
+    assert strip[::2, ::2].tolist() == [[shade] * 3 for shade in shades[::2]]
+    with Image.open(tmp_path / "a/walk.gif") as movie:  # so has a walk, here of four seeds
+        first = np.asarray(movie.convert("L")).astype(int)
+    corners = first[[0, 0, -1, -1], [0, -1, 0, -1]]
+    assert np.abs(corners - shades[::4]).max() <= 2
+    assert gankern("generate", run, "--seeds", "9", "--no-grid", "--out", tmp_path / "b")[0] == 0
+    assert pixels(tmp_path / "b/seed0009.png")[0, 0] == shades[9]
+
+
+def test_vectors_that_cannot_be_drawn(run, vectors):
+    code, output = gankern("generate", run, "--class", "1")
+    assert code == 2
+    assert "--class: this generator was trained with vectors, which seeds draw" in output
+    vectors.label_dim = 5
+    code, output = gankern("generate", run)
+    assert code == 2
+    assert "labels must be vectors of length 5, as in training, got length 3" in output
+    Path(vectors.data).unlink()
+    code, output = gankern("generate", run)
+    assert code == 2
+    assert "conditions are drawn from the run's data set, which cannot be opened: " in output
+    assert "vectors.safetensors: no such data set" in output
+    assert output.count("\n") == 1
+    assert not (run / "generated").exists()
+
+
+def test_every_option_has_help():
+    for name in ("generate", "project"):
+        command = main.get_command(None, name)
+        assert not [p.name for p in command.params if isinstance(p, click.Option) and not p.help]
 
 
 def test_errors(run, tmp_path):

@@ -6,25 +6,29 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from gankern import models
 from gankern.cli import main
+from gankern.cli.project import start
+from gankern.data.grid import save_grid
 from gankern.data.latents import arithmetic, lerp, mix_layers, render, seed_latents, styles
 from gankern.training import TrainError, checkpoint, load_generator, make_config
+from gankern.training.load import seed_vectors
 from gankern.training.project import correlation, pixel_distance, project
 from gankern.training.run import write_config
 
 
-def make_run(folder: Path, model="stylegan2", **values) -> Path:
+def make_run(folder: Path, model="stylegan2", label_dim=0, num_classes=0, **values) -> Path:
     """A run of an untrained generator whose images differ visibly."""
     folder.mkdir()
     size = {"channel_base": 64, "channel_max": 8, "mapping_layers": 2, "w_dim": 8, "z_dim": 8}
     config = make_config(model=model, **size | values)
     config.resolution, config.channels = (16, 16), 1
+    config.label_dim, config.num_classes = label_dim, num_classes
     torch.manual_seed(0)
     G, D = models.build(config)
-    G(torch.randn(64, 8), *([torch.eye(10)[torch.arange(64) % 10]] if config.c_dim else []))
+    G(torch.randn(64, 8), *([torch.randn(64, config.c_dim)] if config.c_dim else []))
     write_config(folder, config)
     checkpoint.save(folder, 1000, config, {"G_ema": G, "D": D}, {})
     return folder
@@ -154,6 +158,90 @@ def test_project_command(run, tmp_path):
     code, text = gankern("project", run, tmp_path / "none.png")
     assert code == 2
     assert "none.png: No such file" in text
+
+
+@pytest.fixture
+def vectors(tmp_path):
+    """A run whose conditions are vectors of a data set, and the file of that."""
+    data = tmp_path / "vectors.safetensors"
+    labels = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    tensors = {"images": torch.zeros(8, 1, 16, 16, dtype=torch.uint8), "labels": labels}
+    save_file(tensors, data, {"format": "gankern-dataset-1"})
+    return make_run(tmp_path / "run", label_dim=3, data=str(data)), data
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.new("L", (16, 16), "gray").save(path)
+    return path
+
+
+def test_styles_of_vectors(vectors, tmp_path):
+    run, _ = vectors
+    args = (
+        "--seeds",
+        "0-3",
+        "--mix",
+        "0-1:2-3",
+        "--psi",
+        "0.7",
+        "--arithmetic",
+        "3-1",
+        "--no-images",
+    )
+    code, text = gankern("generate", run, *args, "--out", tmp_path / "out")
+    assert code == 0, text
+    G, config = load_generator(run)
+    z, c = seed_latents(range(4), 8), seed_vectors(config, range(4))
+    torch.testing.assert_close(styles(G, z, c), G.mapping(z, c))
+    torch.testing.assert_close(render(G, styles(G, z, c)), render(G, z, c))
+    save_grid(render(G, styles(G, z, c, 0.7)), tmp_path / "wanted.png")
+    assert (tmp_path / "out/grid.png").read_bytes() == (tmp_path / "wanted.png").read_bytes()
+
+
+def test_projection_starts_from_a_vector_of_the_data_set(vectors, picture, monkeypatch):
+    run, data = vectors
+    args = ("project", run, picture, "--steps", "2", "--features", "discriminator")
+    starts = []
+
+    def spy(G, target, steps, lr, c, *rest, **options):
+        starts.append(c)
+        return project(G, target, steps, lr, c, *rest, **options)
+
+    monkeypatch.setattr("gankern.training.project.project", spy)
+    for seed in (0, 1, 0):
+        code, text = gankern(*args, "--seed", seed, "--device", "cpu")
+        assert code == 0, text
+    labels = load_file(data)["labels"]
+    assert all((c == labels).all(1).any() for c in starts)
+    assert torch.equal(starts[0], starts[2])
+    assert not torch.equal(starts[0], starts[1])
+    for extra, wanted in (
+        (("--class", "1"), "--class: this generator was trained with vectors, which seeds draw"),
+        (("--device", "tpu"), "--device must be cpu, cuda or cuda:N, got 'tpu'"),
+    ):
+        code, text = gankern(*args, *extra)
+        assert code == 2
+        assert wanted in text
+    data.unlink()
+    code, text = gankern(*args)
+    assert code == 2
+    assert "conditions are drawn from the run's data set, which cannot be opened: " in text
+    assert text.count("\n") == 1
+
+
+def test_projection_starts_between_classes_or_from_one(tmp_path, picture):
+    run = make_run(tmp_path / "run", num_classes=4)
+    assert start(load_generator(run)[1], None, 0).tolist() == [[0.25] * 4]
+    assert start(load_generator(run)[1], 2, 0).tolist() == [[0, 0, 1, 0]]
+    assert gankern("project", run, picture, "--steps", "2", "--class", "3")[0] == 0
+    code, text = gankern("project", run, picture, "--class", "4")
+    assert code == 2
+    assert "--class must be in 0..3, got 4" in text
+    code, text = gankern("project", make_run(tmp_path / "plain"), picture, "--class", "0")
+    assert code == 2
+    assert "--class: this generator was trained without classes" in text
 
 
 def test_correlation_of_noise():

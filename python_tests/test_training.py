@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import subprocess
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 
 from gankern import models
 from gankern.cli import main
+from gankern.cli import train as train_command
+from gankern.cli.train import as_given
 from gankern.data import DataError
 from gankern.models import dcgan
 from gankern.training import TrainConfig, TrainError, checkpoint, load_generator, make_config, train
@@ -22,6 +25,7 @@ from gankern.training.losses import LOSSES
 from gankern.training.memory import memory_table
 from gankern.training.noise import derive_seed, latents
 from gankern.training.run import read_config, read_stats
+from gankern.training.schedule import Schedule
 
 TINY = {
     "width": 2,
@@ -142,6 +146,20 @@ def test_help_shows_every_option_with_its_default(capsys):
         default = str(f.default).lower() if kind is bool else str(f.default) or "none"
         assert f"default: {default}]" in text
         assert f.metadata["help"] in text
+        assert f"[{f.metadata['unit']}; default: {default}]" in text or not f.metadata["unit"]
+    units = {f.name: f.metadata["unit"] for f, _ in TrainConfig.options()}
+    for name, unit in (("width", "channels"), ("z_dim", "numbers"), ("mapping_layers", "layers")):
+        assert units[name] == unit
+    for name in ("preset NAME", "resume RUN", "dry-run"):
+        assert re.search(rf"--{name} [^\[]+\[default: ", text)
+
+
+def test_presets_in_the_help_can_be_typed():
+    main_command = train_command.command
+    for values in models.PRESETS.values():
+        words = [word for pair in values.items() for word in as_given(*pair).split()]
+        parsed = main_command.make_context("train", words).params
+        assert {name: parsed[name] for name in values} == values
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
@@ -155,6 +173,29 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--model", "pggan", "--fade-kimg", "1", "--grow-from", "64"], "--grow-from must be at"),
+        (["--device", "cpu", "--cuda-graphs"], "--cuda-graphs cannot be used: the device is cpu"),
+        (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
+        (["--batch-gpu", "5"], "--batch-gpu must divide a process's share of a batch, 16, got 5"),
+        (["--held-out", "5000"], "images held out must be fewer than 5000"),
+    ],
+)
+def test_dry_run_refuses_what_training_does(args, text, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for dry in (["--dry-run"], []):
+        assert text in fail(capsys, "train", *dry, *args)
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_refuses_a_batch_that_processes_cannot_share(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    text = fail(capsys, "train", "--dry-run", "--device", "cpu")
+    assert "--batch must be a multiple of 3 processes, got 16" in text
+
+
 def test_memory_table_counts_weights_and_what_is_saved():
     config = make_config(model="vanilla", conditional=False, batch=8, g_optimizer="rmsprop")
     config.resolution, config.channels = (4, 4), 1
@@ -166,6 +207,43 @@ def test_memory_table_counts_weights_and_what_is_saved():
     activations = rows["activations of 8 images, the larger pass"]
     assert 8 * 4 * (256 + 512 + 1024) <= activations <= 8 * 4 * 20_000
     assert rows["together"] == sum(rows.values()) / 2
+
+
+def activations(world=1, **values):
+    """The line of the memory table, and its bytes."""
+    config = make_config(z_dim=8, channel_base=64, channel_max=8, mbstd_group=1, **values)
+    config.resolution, config.channels = (16, 16), 1
+    return memory_table(config, world)[3]
+
+
+def test_memory_table_takes_the_largest_batch():
+    what, size = activations(batch=8, batch_schedule="0:4,50:32,60:16,9999:64")
+    assert what == "activations of 32 images, the larger pass"
+    assert size == pytest.approx(activations(batch=32)[1])
+    assert activations(batch=8, batch_schedule="50:32", batch_gpu=4)[0].split()[2] == "4"
+    assert activations(world=2, batch=8, batch_schedule="50:32")[0].split()[2] == "16"
+
+
+@pytest.mark.parametrize("model", ["pggan", "stylegan"])
+def test_memory_table_takes_the_level_that_needs_most(model):
+    grow = {"model": model, "fade_kimg": 10.0, "stable_kimg": 10.0, "w_dim": 8, "batch": 2}
+    small, _ = activations(**grow, level_batch="4:512,8:8,16:2")
+    assert small == "activations of 512 images of 4x4, the larger pass"
+    large, size = activations(**grow, level_batch="4:4,8:2")
+    assert large == "activations of 2 images of 16x16, the larger pass"
+    early, least = activations(**grow, level_batch="4:4,8:2", kimg=20.0)  # 8x8 begins to fade in
+    assert early == "activations of 2 images of 8x8, the larger pass"
+    assert least < size
+
+
+def test_stages_of_a_schedule():
+    grow = {"model": "pggan", "fade_kimg": 2.0, "stable_kimg": 1.0}
+    config = make_config(**grow, batch_schedule="4.5:32", level_batch="16:8", kimg=100.0)
+    stages = Schedule(config, [4, 8, 16]).stages()
+    assert [(math.ceil(growth), growth % 1 > 0, batch) for growth, batch in stages] == [
+        (0, False, 16), (1, True, 16), (1, False, 16), (2, True, 8), (2, False, 8),
+    ]  # fmt: skip
+    assert Schedule(make_config(batch_schedule="1:2"), []).stages() == [(0.0, 16), (0.0, 2)]
 
 
 # What a run leaves behind.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gankern.cli.parameters import progress_bar
+from gankern.cli.parameters import progress_bar, require_classes, usable_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +70,7 @@ class Terms(click.ParamType):
 @click.option("--grid/--no-grid", default=True, show_default=True, help="All images in one PNG.")
 @click.option("--cols", type=click.IntRange(1), help="Images a row of the grid; default square.")
 @click.option("--images/--no-images", default=True, show_default=True, help="A PNG each.")
-@click.option("--class", "wanted", help="Class by number or name; default one drawn by the seed.")
+@click.option("--class", "wanted", help="Class by number or name; [by seeds]")
 @click.option("--interpolate", is_flag=True, help="Strips from seed to seed, in a PNG.")
 @click.option("--walk", is_flag=True, help="An animated walk through the seeds and back.")
 @click.option(
@@ -78,7 +78,13 @@ class Terms(click.ParamType):
     type=click.IntRange(2, 1000),
     help="Images a strip (default 10), frames between two seeds (default 24).",
 )
-@click.option("--fps", type=click.IntRange(1, 50), default=24, show_default=True)
+@click.option(
+    "--fps",
+    type=click.IntRange(1, 50),
+    default=24,
+    show_default=True,
+    help="Of the walk, frames a second.",
+)
 @click.option("--tiles", type=click.IntRange(1, 16), help="Walks a row and a column; [by seeds]")
 @click.option(
     "--format",
@@ -105,7 +111,9 @@ class Terms(click.ParamType):
 )
 @click.option("--arithmetic", type=Terms(), help="Signed sum of seeds, as 3-1+2, and its terms.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1.")
-@click.option("--batch", type=click.IntRange(1), default=16, show_default=True)
+@click.option(
+    "--batch", type=click.IntRange(1), default=16, show_default=True, help="Images at a time."
+)
 def command(
     run: Path,
     seeds: list[int],
@@ -143,13 +151,13 @@ def command(
         raise click.UsageError(f"--walk needs {2 * (tiles or 1) ** 2} seeds or more")
     G: Any
     G, config = load_generator(run)
-    G = G.to(_device(device))
+    G = G.to(usable_device(device))
     styled = hasattr(G, "mapping")
     if not styled and (space == "w" or mix or psi != 1 or cutoff is not None):
         raise click.UsageError(
             f"--space w, --mix, --psi and --cutoff need styles, which {config.model} has not"
         )
-    classes = _classes(G, config, seeds, wanted)
+    classes = _conditions(G, config, seeds, wanted)
     z = seed_latents(seeds, G.z_dim)
     if styled and (psi != 1 or space == "w"):
         z = styles(G, z, classes, psi, cutoff)  # [N, num_ws, w_dim]
@@ -168,7 +176,9 @@ def command(
     if interpolate:
         pairs = z[: min(len(z) // 2, _STRIPS) * 2]
         path = interpolation(pairs, steps or 10, curve)  # [P, steps, ...]
-        c = None if classes is None else classes[: len(pairs) : 2].repeat_interleave(path.shape[1])
+        c = None
+        if classes is not None:  # a strip keeps the class or vector of its first seed
+            c = classes[: len(pairs) : 2].repeat_interleave(path.shape[1], 0)
         with progress_bar("strips") as bar:
             x = render(G, path.flatten(0, 1), c, batch, bar)
         save_grid(x, out / "interpolation.png", path.shape[1])
@@ -186,38 +196,26 @@ def command(
         _arithmetic(G, config, arithmetic, wanted, space, psi, cutoff, out, batch)
 
 
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise click.UsageError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise click.UsageError(f"--device {name}: this machine has no usable GPU")
-    return name
-
-
 def _range(seeds: list[int]) -> str:
     if len(seeds) > 1 and seeds == list(range(seeds[0], seeds[0] + len(seeds))):
         return f"{seeds[0]}-{seeds[-1]}"
     return ",".join(map(str, seeds[:8])) + (",..." if len(seeds) > 8 else "")
 
 
-def _classes(G: Any, config: Any, seeds: list[int], wanted: str | None) -> Tensor | None:
-    """The class of each seed, int64 [N]; None for an unconditional generator."""
+def _conditions(G: Any, config: Any, seeds: list[int], wanted: str | None) -> Tensor | None:
+    """The class int64 [N] or vector float32 [N, c_dim] of each seed; None without conditions."""
     import torch
 
     from gankern.data import DataError, open_dataset
     from gankern.data.latents import seed_classes
+    from gankern.training.load import seed_vectors
 
-    if config.c_dim and config.label_dim:
-        raise click.UsageError("this generator draws vectors, not classes: call it from Python")
     count: int = G.c_dim
+    if wanted is None and not count:
+        return None
     if wanted is None:
-        return seed_classes(seeds, count) if count else None
-    if not count:
-        raise click.UsageError("--class: this generator was trained without classes")
+        return seed_vectors(config, seeds) if config.label_dim else seed_classes(seeds, count)
+    require_classes(count, config.label_dim)
     if not wanted.isdecimal():
         try:
             names = open_dataset(config.data).class_names
@@ -264,8 +262,8 @@ def _walk(
     curve = lerp if z.ndim == 3 else slerp
     path = torch.stack([closed_walk(key, steps, curve) for key in keys], 1)  # [frames, tiles², ...]
     c = None
-    if classes is not None:  # a walk keeps the class of its first seed
-        c = classes[: keys.shape[0] * keys.shape[1] : keys.shape[1]].repeat(len(path))
+    if classes is not None:  # a walk keeps the class or vector of its first seed
+        c = torch.cat([classes[: keys.shape[0] * keys.shape[1] : keys.shape[1]]] * len(path))
     with progress_bar("frames") as bar:
         x = render(G, path.flatten(0, 1), c, batch, bar)
     frames = [make_grid(frame, tiles) for frame in x.split(tiles**2)]
@@ -300,7 +298,7 @@ def _mixing(
     if max(layers) >= G.num_ws:
         raise click.UsageError(f"--mix-styles must be in 0..{G.num_ws - 1}, got {max(layers)}")
     rows, cols = (
-        styles(G, seed_latents(s, G.z_dim), _classes(G, config, s, wanted), psi, cutoff)
+        styles(G, seed_latents(s, G.z_dim), _conditions(G, config, s, wanted), psi, cutoff)
         for s in seeds
     )
     mixed = mix_layers(rows, cols, layers)  # [R, C, num_ws, w_dim]
@@ -331,7 +329,7 @@ def _arithmetic(
     from gankern.data.latents import arithmetic, render, seed_latents, styles
 
     seeds, signs = [seed for seed, _ in terms], [sign for _, sign in terms]
-    classes = _classes(G, config, seeds, wanted)
+    classes = _conditions(G, config, seeds, wanted)
     z = seed_latents(seeds, G.z_dim)
     if hasattr(G, "mapping") and (space == "w" or psi != 1):
         z = styles(G, z, classes, psi, cutoff)

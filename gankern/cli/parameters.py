@@ -1,4 +1,4 @@
-"""What several data commands share: kinds of arguments, the progress bar, the report."""
+"""What several commands share: kinds of arguments, the progress bar, the report."""
 
 from __future__ import annotations
 
@@ -40,6 +40,29 @@ class Colour(click.ParamType):
         except ValueError:
             self.fail(f"must be a colour as white or #a0b0c0, got {value!r}", param, ctx)
         return red, green, blue
+
+
+def usable_device(name: str) -> str:
+    """The value of --device; auto is a GPU if there is one."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise click.UsageError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise click.UsageError(f"--device {name}: this machine has no usable GPU")
+    return name
+
+
+def require_classes(c_dim: int, label_dim: int) -> None:
+    """Refuses --class for a generator without conditions, or with vectors as conditions."""
+    if not c_dim:
+        raise click.UsageError("--class: this generator was trained without classes")
+    if label_dim:
+        raise click.UsageError(
+            "--class: this generator was trained with vectors, which seeds draw, not with classes"
+        )
 
 
 @contextmanager

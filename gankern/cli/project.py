@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from gankern.cli.parameters import progress_bar
+from gankern.cli.parameters import progress_bar, require_classes, usable_device
 
 
 @click.command()
@@ -26,7 +26,14 @@ from gankern.cli.parameters import progress_bar
     show_default=True,
     help="Distance: of pixels alone, or also of the logit's inputs in the run's discriminator.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of latents and noise, and of the condition if conditions are vectors.",
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1.")
 def command(
     run: Path,
     image: Path,
@@ -38,6 +45,7 @@ def command(
     noise: bool,
     features: str,
     seed: int,
+    device: str,
 ) -> None:
     """Find styles of RUN (stylegan or stylegan2) whose image is near to IMAGE.
 
@@ -52,16 +60,13 @@ def command(
     from gankern.training.project import project
 
     G: Any
+    on = usable_device(device)
     G, config = load_generator(run)
-    if wanted is not None and wanted >= G.c_dim:
-        raise click.UsageError(f"--class must be in 0..{G.c_dim - 1}, got {wanted}")
+    c = start(config, wanted, seed)
+    c = None if c is None else c.to(on)
+    G = G.to(on)
     target = read_image(image, config.channels, config.resolution)
-    c = None
-    if G.c_dim:
-        c = torch.full((1, G.c_dim), 1 / G.c_dim)  # between all classes
-        if wanted is not None:
-            c = torch.eye(G.c_dim)[wanted : wanted + 1]
-    distance = discriminator_features(run, c) if features == "discriminator" else None
+    distance = discriminator_features(run, c, on) if features == "discriminator" else None
     with progress_bar("projecting") as bar:
         found = project(
             G, target, steps, lr, c, distance, per_layer=per_layer, optimise_noise=noise,
@@ -76,6 +81,25 @@ def command(
         f"{out / 'projected.png'}: distance {found.distances[0]:.4f} to {found.distances[-1]:.4f}"
         f" in {steps} steps"
     )
+
+
+def start(config: Any, wanted: int | None, seed: int) -> Any:
+    """The condition [1, c_dim] whose average style is the start; None without conditions."""
+    import torch
+
+    from gankern.training.load import seed_vectors
+
+    count = config.c_dim
+    if wanted is not None:
+        require_classes(count, config.label_dim)
+        if wanted >= count:
+            raise click.UsageError(f"--class must be in 0..{count - 1}, got {wanted}")
+        return torch.eye(count)[wanted : wanted + 1]
+    if not count:
+        return None
+    if config.label_dim:
+        return seed_vectors(config, [seed])
+    return torch.full((1, count), 1 / count)  # between all classes
 
 
 def read_image(path: Path, channels: int, resolution: tuple[int, int]) -> Any:
@@ -95,8 +119,11 @@ def read_image(path: Path, channels: int, resolution: tuple[int, int]) -> Any:
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None] / 127.5 - 1
 
 
-def discriminator_features(run: Path, c: Any) -> Any:
-    """Images to the inputs of the last layer of the run's discriminator, of unit length."""
+def discriminator_features(run: Path, c: Any, device: str) -> Any:
+    """Images to the inputs of the last layer of the run's discriminator, of unit length.
+
+    Args: the run; c, conditions [1, c_dim] of the images or None; device of the discriminator.
+    """
     import torch.nn.functional as F
 
     from gankern import models
@@ -109,6 +136,7 @@ def discriminator_features(run: Path, c: Any) -> Any:
         raise click.UsageError(f"{run}: no checkpoint yet")
     D = models.build(config)[1].eval().requires_grad_(False)
     load_module(D, saved.tensors["D"], saved.folder / "D.safetensors")
+    D = D.to(device)
     seen: dict[str, Any] = {}
     last: Any = D.b4.out if hasattr(D, "b4") else D.epilogue.out  # type: ignore[union-attr]
     last.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))

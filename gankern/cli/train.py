@@ -30,10 +30,17 @@ class TrainCommand(click.Command):
                 formatter.write_dl(records)
         with formatter.section("Presets"):
             presets = {
-                name: ", ".join(f"{flag(key)} {value}" for key, value in values.items())
+                name: ", ".join(as_given(key, value) for key, value in values.items())
                 for name, values in PRESETS.items()
             }
             formatter.write_dl([(name, text or "the defaults") for name, text in presets.items()])
+
+
+def as_given(name: str, value: Any) -> str:
+    """An option as it is typed: --batch 16, --mirror, --no-conditional."""
+    if isinstance(value, bool):
+        return flag(name) if value else f"--no-{flag(name)[2:]}"
+    return f"{flag(name)} {value}"
 
 
 def config_options() -> list[click.Option]:
@@ -58,17 +65,22 @@ def config_options() -> list[click.Option]:
 
 @click.command(cls=TrainCommand, params=config_options())
 @click.option(
-    "--preset", default="", metavar="NAME", help="Options that belong together, listed below."
+    "--preset",
+    default="",
+    metavar="NAME",
+    help="Options that belong together, listed below.  [default: none]",
 )
 @click.option(
     "--resume",
     type=click.Path(path_type=Path),
     metavar="RUN",
     help="Go on in this run folder; beside it only --kimg, --device, --on-alarm and"
-    " --max-rollbacks may be given.",
+    " --max-rollbacks may be given.  [default: none]",
 )
 @click.option(
-    "--dry-run", is_flag=True, help="Print configuration, networks, memory; write nothing."
+    "--dry-run",
+    is_flag=True,
+    help="Print configuration, networks, memory; write nothing.  [default: false]",
 )
 def command(preset: str, resume: Path | None, dry_run: bool, **options: Any) -> None:
     """Train a GAN; without arguments a DCGAN on 5,000 MNIST digits, in a folder below runs/.
@@ -111,18 +123,30 @@ def resumed_config(run: Path, preset: str, given: dict[str, Any]) -> TrainConfig
 
 
 def describe(config: TrainConfig) -> str:
-    """The resolved configuration, the parameters of both networks, and the memory, as text."""
+    """The resolved configuration, the parameters of both networks, and the memory, as text.
+
+    Raises:
+        ValueError: what training would refuse before it starts (TrainError, DataError).
+    """
     import torch
 
     from gankern import models
+    from gankern.data.subset import hold_out
+    from gankern.training.distributed import choose_device, rank_and_world
+    from gankern.training.graphs import check_graphs
     from gankern.training.loop import open_data
     from gankern.training.memory import memory_table
+    from gankern.training.schedule import Schedule, level_sides
 
-    open_data(config)
-    lines = [config.to_json()]
+    device, (_, world) = choose_device(config.device), rank_and_world()
+    hold_out(open_data(config), config.held_out, config.first_seed)
     with torch.device("meta"):
-        nets = models.build(config)
-    for name, net in zip("GD", nets, strict=True):
+        G, D = models.build(config)
+    Schedule(config, level_sides(D), world)
+    if config.cuda_graphs:
+        check_graphs(config, device, world)
+    lines = [config.to_json()]
+    for name, net in (("G", G), ("D", D)):
         total = sum(p.numel() for p in net.parameters())
         lines.append(f"{name}: {total:,} parameters ({4 * total / 2**20:.1f} MiB)")
         lines += [
@@ -130,5 +154,6 @@ def describe(config: TrainConfig) -> str:
             for key, p in net.named_parameters()
         ]
     lines.append("Memory of one process, about:")
-    lines += [f"  {what:<61} {size / 2**20:>8,.1f} MiB" for what, size in memory_table(config)]
+    rows = memory_table(config, world)
+    lines += [f"  {what:<61} {size / 2**20:>8,.1f} MiB" for what, size in rows]
     return "\n".join(lines)

@@ -81,7 +81,7 @@ def installed_fonts() -> dict[str, Path]:
 
 
 def find_fonts(names: Sequence[str]) -> list[tuple[Path, int]]:
-    """Files and indices of fonts; without names, the Sans and Serif of fonts-noto-cjk.
+    """Files and indices of fonts; without names, what there is of Noto's Sans and Serif CJK.
 
     Args:
         names: each a file, or the name of an installed font's file without suffix; ":2" behind it
@@ -185,7 +185,8 @@ def pack_glyphs(
         progress: called with (characters done, characters in all).
 
     Returns:
-        The report; skipped are the characters that a font does not have.
+        The report; skipped are the characters that a font does not have, and a note says which of
+        the fonts that are used without `fonts` is not installed.
 
     Raises:
         DataError: no such font, no character that all fonts have, bad arguments.
@@ -203,6 +204,9 @@ def pack_glyphs(
     if len(set(names)) < len(names):
         raise DataError(f"glyphs: fonts must differ, got {', '.join(names)}")
     report = Report()
+    if not fonts:
+        for name in set(_PREFERRED) - set(names):
+            report.notes[f"no pairs, as {name} is not installed (apt install fonts-noto-cjk)"] += 1
     characters_kept = _kept(order, number, drawers, names, report)
     kept = sorted(characters_kept)
 

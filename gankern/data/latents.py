@@ -103,9 +103,7 @@ def styles(
     Args: G with a mapping network; classes as `render`; psi and cutoff as `MappingNetwork`.
     """
     device = next(iter(G.parameters())).device
-    c = None
-    if classes is not None:
-        c = torch.nn.functional.one_hot(classes, G.c_dim).float().to(device)
+    c = None if classes is None else _conditions(G, classes).to(device)
     ws: Tensor = G.mapping(z.to(device), c, psi, cutoff)
     return ws.cpu()
 
@@ -141,11 +139,7 @@ def render(
     for start in range(0, len(z), batch):
         count = min(batch, len(z) - start)
         index = (torch.arange(batch) % count) + start
-        c = None
-        if classes is not None:
-            c = classes[index].to(device)
-            if not c.is_floating_point():
-                c = torch.nn.functional.one_hot(c, G.c_dim).float()
+        c = None if classes is None else _conditions(G, classes[index]).to(device)
         if z.ndim == 3:
             x = G.synthesis(z[index].to(device))
         else:
@@ -154,3 +148,10 @@ def render(
         if progress is not None:
             progress(start + count, len(z))
     return torch.cat(images)
+
+
+def _conditions(G: Any, classes: Tensor) -> Tensor:
+    """[N, c_dim] of classes int64 [N]; conditions stay as they are."""
+    if classes.is_floating_point():
+        return classes
+    return torch.nn.functional.one_hot(classes, G.c_dim).float()

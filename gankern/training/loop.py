@@ -32,7 +32,7 @@ from gankern.training.probe import SAMPLES
 from gankern.training.progress import Progress
 from gankern.training.rollback import roll_back
 from gankern.training.run import RunLog, create_run
-from gankern.training.schedule import Schedule
+from gankern.training.schedule import Schedule, level_sides
 from gankern.training.stats import TickStats
 
 
@@ -88,7 +88,7 @@ def _train(
     if config.channels_last:
         G, D = (net.to(memory_format=torch.channels_last) for net in (G, D))
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
-    schedule = Schedule(config, [min(size) for size in getattr(D, "sizes", [])], world)
+    schedule = Schedule(config, level_sides(D), world)
     inputs = Inputs(config, dataset, G, D, device, rank, world)
 
     # Losses, penalties, augmentation, optimizers.

@@ -68,9 +68,13 @@ class NetworkOptions:
     conditional: bool = network(
         True, "Draw the classes (or vectors) of the data set on request, if it has labels."
     )
-    z_dim: int = network(32, "Length of the latent vector.", at_least=1)
-    width: int = network(64, "Conv nets: channels of G nearest to the image.", at_least=1)
-    d_width: int = network(32, "Conv nets: channels of D nearest to the image.", at_least=1)
+    z_dim: int = network(32, "Length of the latent vector.", unit="numbers", at_least=1)
+    width: int = network(
+        64, "Conv nets: channels of G nearest to the image.", unit="channels", at_least=1
+    )
+    d_width: int = network(
+        32, "Conv nets: channels of D nearest to the image.", unit="channels", at_least=1
+    )
     form: str = network(
         "conv", "wgan: convolutional or fully connected nets.", choices=("conv", "fc")
     )
@@ -94,19 +98,23 @@ class NetworkOptions:
         0, "dcgan, wgan: self-attention at grids of this side; 0: none.", unit="pixels", at_least=0
     )
     minibatch_kernels: int = network(
-        0, "dcgan, wgan: kernels of minibatch discrimination in D; 0: none.", at_least=0
-    )
+        0, "dcgan, wgan: kernels of minibatch discrimination in D; 0: none.", unit="kernels",
+        at_least=0,
+    )  # fmt: skip
     d_dropout: float = network(
         0.1, "Share of D's activations set to zero.", at_least=0, at_most=0.99
     )
-    w_dim: int = network(512, "StyleGANs: length of the style vector.", at_least=1)
+    w_dim: int = network(512, "StyleGANs: length of the style vector.", unit="numbers", at_least=1)
     mapping_layers: int = network(
-        8, "StyleGANs: layers from z to w; StyleGAN2: of D for labels, too.", at_least=1
-    )
+        8, "StyleGANs: layers from z to w; StyleGAN2: of D for labels, too.", unit="layers",
+        at_least=1,
+    )  # fmt: skip
     channel_base: int = network(
         16384, "pggan, StyleGANs: channels of a level times its side.", at_least=1
     )
-    channel_max: int = network(512, "pggan, StyleGANs: most channels of a level.", at_least=1)
+    channel_max: int = network(
+        512, "pggan, StyleGANs: most channels of a level.", unit="channels", at_least=1
+    )
     mbstd_group: int = network(
         4, "pggan, StyleGANs: images whose deviation D sees.", unit="images", at_least=1
     )
@@ -170,7 +178,9 @@ class PenaltyOptions:
     clip_weights: float = penalty(0.0, "Largest magnitude of D's weights; 0: not clipped.")
     pl_weight: float = penalty(0.0, "StyleGANs: weight of path length.")
     pl_decay: float = penalty(0.01, "Share of a new batch in the mean path length.", at_most=1)
-    pl_batch_shrink: int = penalty(2, "Path length of one image in so many.", at_least=1)
+    pl_batch_shrink: int = penalty(
+        2, "Path length of one image in so many.", unit="images", at_least=1
+    )
     g_reg_interval: int = penalty(
         4, "Path length every so often, times as strong.", unit="steps", at_least=1
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from torch import nn
+
 from gankern.training.config import TrainConfig, TrainError, flag
 
 
@@ -23,6 +25,12 @@ def parse_schedule(name: str, text: str) -> dict[float, float]:
     if name.endswith(("batch", "batch_schedule")) and any(v % 1 for v in points.values()):
         raise TrainError(f"{flag(name)} must be of whole batches, got {text!r}")
     return dict(sorted(points.items()))
+
+
+def level_sides(D: nn.Module) -> list[int]:
+    """Shorter side of the images of each level of D, from the smallest; empty without levels."""
+    sizes: list[tuple[int, int]] = getattr(D, "sizes", [])
+    return [min(size) for size in sizes]
 
 
 class Schedule:
@@ -76,6 +84,20 @@ class Schedule:
         for kimg, value in self.batches.items():
             batch = value if cur_nimg >= kimg * 1000 else batch
         return int(self._of_level(self.level_batch, cur_nimg, batch))
+
+    def stages(self) -> list[tuple[float, int]]:
+        """(growth, batch) once for every combination of level, alone or fading in, and batch."""
+        starts = {0, *(math.ceil(kimg * 1000) for kimg in self.batches)}
+        if self.config.grows:
+            stable, fade = self.config.stable_kimg * 1000, self.config.fade_kimg * 1000
+            levels = [i * (stable + fade) for i in range(len(self.sides))]
+            starts |= {math.ceil(at) for at in levels}
+            starts |= {math.floor(at + stable) + 1 for at in levels}  # the next one fades in
+        found: dict[tuple[int, bool, int], tuple[float, int]] = {}
+        for nimg in sorted(start for start in starts if start < self.total):
+            growth, batch = self.growth(nimg), self.batch(nimg)
+            found.setdefault((math.ceil(growth), growth % 1 > 0, batch), (growth, batch))
+        return list(found.values())
 
     def lr(self, base: float, cur_nimg: int) -> float:
         """The learning rate that stands for `base` now."""

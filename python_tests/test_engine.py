@@ -235,15 +235,18 @@ def test_path_length_moves_its_mean_and_reaches_G():
     assert not phases.pl_mean.requires_grad
 
 
-def test_drift_joins_the_loss():
+def test_drift_joins_the_gradient():
     plain, drifting = make_phases()[0], make_phases(drift=10.0)[0]
     part = a_part()
     losses = []
     for phases in (plain, drifting):
         torch.manual_seed(0)
         losses.append(phases.main_D(part, lambda x: x))
-    added = losses[1]["loss_D"] - losses[0]["loss_D"]
-    assert added.item() == pytest.approx(10 * losses[0]["logit_real"].square().mean().item())
+        losses[-1]["grad"] = next(phases.D.parameters()).grad.clone()
+    expected = 10 * losses[0]["logit_real"].square().mean().item()
+    assert losses[1]["drift"].item() == pytest.approx(expected)
+    assert losses[1]["loss_D"].item() == pytest.approx(losses[0]["loss_D"].item())  # told apart
+    assert not torch.equal(losses[1]["grad"], losses[0]["grad"])
 
 
 def test_a_part_splits():

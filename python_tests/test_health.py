@@ -64,11 +64,15 @@ BAD = [
     ("loss spike", lambda i: {"loss_D": 9.0 if i == 3 else 1.0}, 3),
     ("D far ahead", {"logit_real": 7.0, "logit_fake": -6.0, "acc_D": 1.0}, 2),
     ("D far ahead", {"acc_D": 1.0, "grad_norm_G": 1e-3}, 2),
+    ("D far ahead", lambda i: {"r_t": 1.0, "grad_norm_G": 2.0 * 0.1**i}, 4),
     ("D inverted", {"logit_real": -1.0, "logit_fake": 1.0, "acc_D": 0.2}, 2),
     ("D overfits", {"judged_train": 3.0, "judged_held": -0.5, "judged_fake": -1.0}, 2),
     ("G collapsed", {"diversity": 0.2}, 3),
+    ("G collapsed", {"modes_seen": 0.1}, 3),
+    ("G collapsed", {"spread": 0.05}, 3),
     ("oscillation", lambda i: {"logit_real": 3 * (-1) ** i, "logit_fake": 3 * (-1) ** i}, 6),
     ("weights grow", lambda i: {"weight_norm_G": 60.0 * 1.1 ** (i + 1)}, 1),
+    ("weights grow", lambda i: {"weight_norm_G": 70.0 * 1.004**i}, 1),
     ("data stalls", {"data_share": 0.8}, 4),
     ("slower", {"img_per_s": 100.0}, 4),
 ]
@@ -286,6 +290,8 @@ def test_stop(forced, tmp_path, capsys):
     assert stop.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("gankern: stopped at 0.48 kimg by an alarm: D inverted since")
+    (run,) = tmp_path.iterdir()
+    assert alarms_of(run) == [(3, "D inverted")]  # told before it stops
 
 
 def test_rollback_goes_on_from_before(forced, tmp_path, capsys, monkeypatch):
@@ -344,6 +350,9 @@ def test_nan_weights_stop_even_with_warnings(tmp_path, monkeypatch):
     monkeypatch.setitem(LOSSES, "minimax", LOSSES["minimax"]._replace(g=lambda x: x.sum() / 0))
     with pytest.raises(TrainError, match=r"loss_G is .* training has diverged"):
         train(make_config(**TINY | {"loss": "minimax", "kimg": 0.32, "out": str(tmp_path)}))
+    (run,) = tmp_path.iterdir()
+    assert [kind for _, kind in alarms_of(run)] == ["not finite"]
+    assert read_stats(run)[-1]["loss_G"] is None
 
 
 # Quality while training.

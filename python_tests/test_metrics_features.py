@@ -166,6 +166,7 @@ def test_embedded_is_never_called_fid(embedded):
     assert features.shape == (2, 1280)
     assert logits.shape == (2, 1000)
     assert features.isfinite().all()
+    assert module_extractor(Means(), "Inception").label("fd") == "FD-Inception"
     named = module_extractor(Means(), "FID")
     assert named.label("fd") == "FD-FID"
 

@@ -37,16 +37,18 @@ class Extractor:
             [N, K]; without logits there is no inception score.
         identity: what decides its features, for the cache; empty: they are not cached.
         device: where the network lies.
+        fid: whether it is FID's own Inception; no other network's figures are called FID.
     """
 
     name: str
     network: Callable[[Tensor], Any]
     identity: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    fid: bool = False
 
     def label(self, metric: str) -> str:
         """The name of a figure ("fd", "kd", "is", "ppl"): FID only if the network is FID's."""
-        if self.name == INCEPTION_NAME and metric in _INCEPTION_NAMES:
+        if self.fid and metric in _INCEPTION_NAMES:
             return _INCEPTION_NAMES[metric]
         return f"{metric.upper()}-{self.name}"
 
@@ -104,7 +106,7 @@ def load_extractor(spec: str | os.PathLike[str], device: Any = "cpu") -> Extract
     network = InceptionV3()
     load_inception(network, _read_state(path), path)
     identity = f"inception-v3 of FID, TensorFlow 1 resampling, {sha256}"
-    return Extractor(INCEPTION_NAME, network.to(device), identity, device)
+    return Extractor(INCEPTION_NAME, network.to(device), identity, device, fid=True)
 
 
 def module_extractor(network: Callable[[Tensor], Any], name: str = "") -> Extractor:
@@ -213,7 +215,7 @@ def _torchscript(path: Path, sha256: str, device: torch.device) -> Extractor:
         raise MetricsError(f"{path}: TorchScript that cannot be loaded: {reason}") from error
     arguments = {argument.name for argument in script.forward.schema.arguments}
     if {"return_features", "no_output_bias"} <= arguments:
-        return Extractor(INCEPTION_NAME, _ScriptedInception(script), sha256, device)
+        return Extractor(INCEPTION_NAME, _ScriptedInception(script), sha256, device, fid=True)
     return Extractor(path.stem, script, sha256, device)
 
 

@@ -81,12 +81,12 @@ PRESETS: dict[str, Options] = {
         "n_critic": 5,
         "g_optimizer": "rmsprop",
         "d_optimizer": "rmsprop",
-        "g_lr": 2e-4,
-        "d_lr": 2e-4,
+        "g_lr": 5e-4,
+        "d_lr": 5e-4,
         "z_dim": 64,
         "batch": 64,
-        "kimg": 192.0,
-        "tick_kimg": 3.2,
+        "kimg": 1200.0,
+        "tick_kimg": 16.0,
     },
     "wgan-gp": _CRITIC
     | {

@@ -58,13 +58,16 @@ class Alarm:
         return out
 
 
+BEST = ("diversity", "spread", "modes_seen", "grad_norm_G")
+
+
 class Past(NamedTuple):
     """What a watch may look at.
 
     Attributes:
         rows: of the last ticks, the newest last.
         first: numbers from before the first step, and of the first tick.
-        best: the largest diversity so far.
+        best: the largest value so far of what BEST names.
         ticks: number of ticks so far.
         logistic: whether D's loss takes logits for probabilities.
     """
@@ -131,11 +134,10 @@ def loss_spike(past: Past) -> Figures | None:
 def d_ahead(past: Past) -> Figures | None:
     """D tells all images apart with a wide gap, or G's gradient has vanished beside it."""
     gap, accuracy = past.now("logit_real") - past.now("logit_fake"), past.now("acc_D")
-    before = past.earlier("grad_norm_G")
     gradient = past.now("grad_norm_G")
     wide = past.logistic and gap > 10
-    faded = len(before) >= WARM_UP and gradient < 0.01 * max(before)
-    if accuracy > 0.99 and (wide or faded):
+    faded = past.ticks >= WARM_UP and gradient < max(0.01 * past.best.get("grad_norm_G", 0.0), 1e-5)
+    if max(accuracy, past.now("r_t")) > 0.99 and (wide or faded):
         return {"gap": gap, "acc_D": accuracy, "r_t": past.now("r_t"), "grad_norm_G": gradient}
     return None
 
@@ -161,11 +163,16 @@ def d_overfits(past: Past) -> Figures | None:
 
 
 def collapse(past: Past) -> Figures | None:
-    """Samples of different latents look alike, measured against real images."""
+    """Samples of different latents look alike, or are of few modes, measured against real images.
+
+    Few sharp outputs lie as far apart as real images do: the modes that they find tell.
+    """
     if past.ticks < WARM_UP:
         return None
     now, best = past.now("diversity"), past.best.get("diversity", 0.0)
-    if now < 0.05 or now < 0.3 * min(best, 1.0):
+    least = {"diversity": 0.3, "modes_seen": 0.3, "spread": 0.1}
+    fell = [past.now(k) < share * min(past.best.get(k, 0.0), 1.0) for k, share in least.items()]
+    if now < 0.05 or any(fell):
         return {
             "diversity": now,
             "best": best,
@@ -191,7 +198,7 @@ def weights_grow(past: Past) -> Figures | None:
     """A network's weights are ten times as long as at the start, and still grow."""
     for name in ("weight_norm_G", "weight_norm_D"):
         start, now, before = past.first.get(name, 0.0), past.now(name), past.earlier(name)
-        if start > 0 and now > 10 * start and (not before or now > 1.005 * before[-1]):
+        if start > 0 and now > 10 * start and (not before or now > 1.02 * before[0]):
             return {name: now, "at the start": start}
     return None
 
@@ -323,18 +330,7 @@ class Health:
         self.ticks += 1
         for name, value in numbers.items():
             self.first.setdefault(name, value)
-            if (
-                name
-                in (
-                    "judged_train",
-                    "judged_held",
-                    "judged_fake",
-                    "diversity",
-                    "spread",
-                    "modes_seen",
-                )
-                and value == value
-            ):
+            if name in BEST and math.isfinite(value):
                 self.best[name] = max(value, self.best.get(name, 0.0))
         past = Past(self.rows, self.first, self.best, self.ticks, self.logistic)
         return [alarm for watch in WATCHES if (alarm := self._look(watch, past))]

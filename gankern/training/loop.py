@@ -210,13 +210,16 @@ def _train(
             monitor.fill(row, G, D, probes, probe_c)
             if evaluator and crossed(config.metrics_ticks):
                 row["metrics"] = evaluator(G_ema)
-            for alarm in monitor.look(row):
+            alarms, unhealthy = monitor.look(row)
+            for alarm in alarms:
                 progress.say(f"alarm: {alarm}")
             row |= {"rollbacks": notes} if notes else {}
             notes = []
             progress.tick(cur_nimg, row)
             if log:
                 log.write_stats(row, cur_nimg)
+            if unhealthy:  # told everywhere before
+                raise unhealthy
 
         # Samples.
         if log and crossed(config.sample_ticks):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 from typing import Any
@@ -18,6 +17,7 @@ from gankern.training.distributed import average
 from gankern.training.health import Alarm, Health
 from gankern.training.noise import derive_seed
 from gankern.training.probe import ANCHORS, SAMPLES, SIDE, Probe, weight_norm
+from gankern.training.stats import finite
 
 LOGISTIC = ("nonsaturating", "minimax")  # losses for which sigmoid(logit) is a probability
 JUDGED = 64  # training and held-out images that D judges at each tick
@@ -81,12 +81,11 @@ class Monitor:
             row |= self._judge(D, images, c)
         row["peak_mib"] = round(peak_memory(self.device) / 2**20, 1)
 
-    def look(self, row: dict[str, Any]) -> list[Alarm]:
-        """New alarms of a filled row, which they are added to.
+    def look(self, row: dict[str, Any]) -> tuple[list[Alarm], Unhealthy | None]:
+        """New alarms of a filled row, which they are added to, and why training cannot go on.
 
-        Raises:
-            Unhealthy: `--on-alarm` is stop or rollback and an alarm is severe, or a number of the
-                row is not finite, so that nothing is left to go on with.
+        That is so where `--on-alarm` is stop or rollback and an alarm is severe, or a number of the
+        row is not finite, so that nothing is left to go on with.
         """
         alarms = self.health.tick(row)
         if alarms:
@@ -103,8 +102,8 @@ class Monitor:
                     f"{broken[0]} is {row[broken[0]]} at {row['kimg']} kimg: training has diverged;"
                     " go on from the last checkpoint, or start again with a lower learning rate"
                 )
-            raise Unhealthy(alarm, text)
-        return alarms
+            return alarms, Unhealthy(alarm, text)
+        return alarms, None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -180,11 +179,6 @@ def decisions(real: Tensor, fake: Tensor, loss: str) -> dict[str, Tensor]:
         zero = (real.mean() + fake.mean()) / 2
     right = ((real > zero).float().mean() + (fake < zero).float().mean()) / 2
     return {"r_t": (real - zero).sign().mean(), "acc_D": right}
-
-
-def finite(value: Any) -> bool:
-    """False for a NaN or an infinity."""
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 def peak_memory(device: torch.device) -> int:

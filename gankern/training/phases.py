@@ -98,10 +98,12 @@ class Phases:
             real_logits = self.run_D(real, part.real_c).float()  # [n, 1]
             fake_logits = self.run_D(fake, part.c).float()
         loss = self.loss.d(real_logits, fake_logits, config.label_smoothing)
+        values = {"loss_D": loss, "logit_real": real_logits, "logit_fake": fake_logits}
         if config.drift:
-            loss = loss + penalties.drift(real_logits, config.drift)
+            values["drift"] = penalties.drift(real_logits, config.drift)
+            loss = loss + values["drift"]
         scale(loss).backward()
-        return {"loss_D": loss, "logit_real": real_logits, "logit_fake": fake_logits}
+        return values
 
     def regularise_D(self, part: Part, scale: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """R1, R2 and gradient penalty at the images that D sees, augmented ones included."""

@@ -51,9 +51,9 @@ def roll_back(error: Unhealthy, config: TrainConfig, run: Path | None) -> Path:
 
 
 def _remove_unhealthy(run: Path, since: int) -> int:
-    """Removes checkpoints from `since` on, but the last; images seen at the newest that is left."""
+    """Removes checkpoints from `since` on; images seen at the newest that is left, or 0."""
     folders = checkpoint.list_checkpoints(run)
-    healthy = [folder for folder in folders if int(folder.name) < since] or folders[:1]
+    healthy = [folder for folder in folders if int(folder.name) < since]
     for folder in folders:
         if folder not in healthy:
             checkpoint.remove(folder)

@@ -20,6 +20,7 @@ from gankern import __version__
 from gankern.data.files import atomic_path
 from gankern.data.grid import make_grid, save_png
 from gankern.training.config import TrainConfig, TrainError
+from gankern.training.stats import finite
 
 
 def create_run(config: TrainConfig, data_name: str) -> Path:
@@ -123,10 +124,13 @@ class RunLog:
     def write_stats(self, row: dict[str, Any], cur_nimg: int) -> None:
         """Appends one line of statistics, whole or not at all, and its numbers as events.
 
+        A number that is not finite becomes null in the line.
+
         Raises:
             OSError: the disk is full.
         """
-        data, size = (json.dumps(row) + "\n").encode(), self._stats.seek(0, os.SEEK_END)
+        plain = {name: value if finite(value) else None for name, value in row.items()}
+        data, size = (json.dumps(plain) + "\n").encode(), self._stats.seek(0, os.SEEK_END)
         try:
             while data:  # a write may be short; the next one then says why
                 data = data[self._stats.write(data) :]
@@ -137,7 +141,8 @@ class RunLog:
             if isinstance(value, (int, float)):
                 folder = "metrics/" if name in row.get("metrics", {}) else ""
                 self._events.add_scalar(folder + name, value, cur_nimg)
-        for alarm in row.get("alarms", []):
+        rolled_back = [note["alarm"] for note in row.get("rollbacks", [])]
+        for alarm in [*row.get("alarms", []), *rolled_back]:
             text = f"**{alarm['kind']}** since {alarm['since']:g} kimg: {alarm['seen']}"
             self._events.add_text("alarms", f"{text}. Usually done: {alarm['cure']}", cur_nimg)
 

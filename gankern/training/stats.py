@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,3 +57,8 @@ class TickStats:
         row |= {"tick_s": round(elapsed, 4), "data_share": round(self.waited / elapsed, 4)}
         self.sums, self.counts, self.images, self.waited = {}, {}, 0, 0.0
         return row
+
+
+def finite(value: Any) -> bool:
+    """False for a NaN or an infinity."""
+    return not isinstance(value, float) or math.isfinite(value)

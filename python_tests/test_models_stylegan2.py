@@ -162,7 +162,24 @@ def test_levels_of_images_that_are_not_square():
     assert [level.channels for level in levels] == [32, 32, 32, 16, 8]
 
 
-@pytest.mark.parametrize("resolution", [(4, 4), (15, 16), (64, 2), (1000, 1000)])
+@pytest.mark.parametrize(
+    ("resolution", "grid"), [((66, 66), (33, 33)), ((24, 1000), (6, 250))], ids=str
+)
+def test_first_grids_of_many_cells(resolution, grid):
+    options = {"channel_base": 16, "channel_max": 2}
+    G, D = tiny_pair(resolution, 1, **options)
+    assert G.synthesis.b4.const.shape[1:] == grid
+    img = G(torch.randn(2, 6))
+    assert img.shape == (2, 1, *resolution)
+    assert D(img).isfinite().all()
+
+
+def test_full_hd_is_a_row_of_levels():
+    levels = stylegan2.make_levels((1080, 1920), 512, 32)
+    assert [level.size for level in levels] == [(135, 240), (270, 480), (540, 960), (1080, 1920)]
+
+
+@pytest.mark.parametrize("resolution", [(4, 4), (15, 16), (64, 2), (1001, 1000)])
 def test_refuses_other_sizes(resolution):
     with pytest.raises(ValueError, match=f"resolution must be .*, got {resolution[0]}x"):
         stylegan2.make_levels(resolution, 512, 32)

@@ -91,8 +91,9 @@ class NetworkOptions:
         "none", "dcgan, wgan: weights divided by their norm.", choices=("none", "d", "both")
     )
     attention: int = network(
-        0, "dcgan, wgan: self-attention at grids of this side; 0: none.", unit="pixels", at_least=0
-    )
+        0, "dcgan, wgan: self-attention at grids of this shorter side; 0: none.", unit="pixels",
+        at_least=0,
+    )  # fmt: skip
     minibatch_kernels: int = network(
         0, "dcgan, wgan: kernels of minibatch discrimination in D; 0: none.", at_least=0
     )

@@ -111,6 +111,7 @@ class NetworkOptions:
     mbstd_group: int = network(
         4, "pggan, StyleGANs: images whose deviation D sees.", unit="images", at_least=1
     )
+    d_residual: bool = network(True, "stylegan2: D's levels have skips.")
 
 
 @dataclass

@@ -10,7 +10,7 @@ from gankern import models
 from gankern.models import stylegan2
 from gankern.nn import MappingNetwork
 from gankern.ops import _impl
-from gankern.training.config import TrainConfig
+from gankern.training.config import TrainConfig, make_config
 
 TINY = {"channel_base": 32, "channel_max": 8, "mapping_layers": 2}
 
@@ -162,7 +162,24 @@ def test_levels_of_images_that_are_not_square():
     assert [level.channels for level in levels] == [32, 32, 32, 16, 8]
 
 
-@pytest.mark.parametrize("resolution", [(4, 4), (15, 16), (64, 2), (1000, 1000)])
+@pytest.mark.parametrize(
+    ("resolution", "grid"), [((66, 66), (33, 33)), ((24, 1000), (6, 250))], ids=str
+)
+def test_first_grids_of_many_cells(resolution, grid):
+    options = {"channel_base": 16, "channel_max": 2}
+    G, D = tiny_pair(resolution, 1, **options)
+    assert G.synthesis.b4.const.shape[1:] == grid
+    img = G(torch.randn(2, 6))
+    assert img.shape == (2, 1, *resolution)
+    assert D(img).isfinite().all()
+
+
+def test_full_hd_is_a_row_of_levels():
+    levels = stylegan2.make_levels((1080, 1920), 512, 32)
+    assert [level.size for level in levels] == [(135, 240), (270, 480), (540, 960), (1080, 1920)]
+
+
+@pytest.mark.parametrize("resolution", [(4, 4), (15, 16), (64, 2), (1001, 1000)])
 def test_refuses_other_sizes(resolution):
     with pytest.raises(ValueError, match=f"resolution must be .*, got {resolution[0]}x"):
         stylegan2.make_levels(resolution, 512, 32)
@@ -223,6 +240,63 @@ def test_discriminator_sees_the_label():
     img = torch.randn(2, 3, 16, 16)
     first, second = D(img, torch.eye(3)[[0, 0]]), D(img, torch.eye(3)[[1, 1]])
     assert not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize("c_dim", [0, 3])
+def test_discriminator_without_skips(c_dim):
+    _, residual = tiny_pair(c_dim=c_dim)
+    torch.manual_seed(0)
+    D = stylegan2.Discriminator(c_dim, (16, 16), 3, d_residual=False, **TINY)
+    state = residual.state_dict()
+    skips = [name for name in state if ".skip." in name]
+    assert D.state_dict().keys() == state.keys() - set(skips)
+    assert len({name.split(".")[0] for name in skips}) == 2
+    D.load_state_dict({name: t for name, t in state.items() if name not in skips})
+    img, c = torch.randn(4, 3, 16, 16), labels(4, c_dim)
+    x = D.b16.fromrgb(img)
+    for block in (D.b16, D.b8):
+        x = block.conv1(block.conv0(x))
+    x = D.b4(x)
+    expected = (x * D.mapping(None, c)).sum(1, keepdim=True) / 8**0.5 if c_dim else x
+    torch.testing.assert_close(D(img, c), expected)
+    D(img, c).sum().backward()
+    assert all(p.grad.isfinite().all() for p in D.parameters())
+
+
+def test_published_names_without_skips():
+    G, _ = tiny_pair()
+    D, other = (stylegan2.Discriminator(0, (16, 16), d_residual=False, **TINY) for _ in range(2))
+    state = stylegan2.published(G, D)
+    assert {name for name in state if name.startswith("D.b8.")} == {
+        "D.b8.resample_filter",
+        "D.b8.conv0.weight", "D.b8.conv0.bias", "D.b8.conv0.resample_filter",
+        "D.b8.conv1.weight", "D.b8.conv1.bias", "D.b8.conv1.resample_filter",
+    }  # fmt: skip
+    stylegan2.load_published(G, other, state)
+    assert all(torch.equal(t, other.state_dict()[name]) for name, t in D.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("preset", "size", "values"),
+    [
+        ("cifar", 32, {"d_residual": False, "mbstd_group": 32, "r1_gamma": 0.01, "pl_weight": 0}),
+        ("512", 512, {"d_residual": True, "mbstd_group": 8, "r1_gamma": 0.5, "batch": 64,
+                      "ema_kimg": 20, "num_fp16_res": 4, "g_lr": 2.5e-3, "d_lr": 2.5e-3}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_presets_of_the_paper(preset, size, values):
+    config = make_config(f"stylegan2-{preset}", num_classes=0)
+    assert {name: getattr(config, name) for name in values} == values
+    assert (config.augment, config.channel_base, config.mirror) == ("ada", 32768, True)
+    config.resolution, config.channels = (size, size), 3
+    with torch.device("meta"):
+        _, D = models.build(config)
+    blocks = [getattr(D, name) for name in D.block_names]
+    assert all((block.skip is not None) == config.d_residual for block in blocks)
+    low = [block.dtype for block in blocks if block.dtype is not None]
+    assert low == [torch.float16] * config.num_fp16_res
+    assert D.b4.mbstd.group_size == config.mbstd_group
 
 
 # 16 bits.

@@ -148,10 +148,10 @@ def test_compiled_passes_train_as_plain_ones_do(tmp_path, monkeypatch):
             assert b[name] == pytest.approx(a[name], abs=1e-4)
 
 
-def vectors_file(path, n=40, value=0.5):
+def vectors_file(path, n=40, value=0.5, size=(16, 16)):
     rng = np.random.default_rng(0)
     arrays = {
-        "images": rng.integers(0, 256, (n, 3, 16, 16), dtype=np.uint8),
+        "images": rng.integers(0, 256, (n, 3, *size), dtype=np.uint8),
         "labels": np.full((n, 3), value, np.float32),
     }
     save_file(arrays, path, {"format": "gankern-dataset-1"})
@@ -165,6 +165,17 @@ def test_conditions_that_are_vectors(model, tmp_path):
     config = read_config(run)
     assert (config.c_dim, config.label_dim, config.num_classes) == (3, 3, 0)
     assert load_generator(run)[0](torch.zeros(2, 6), torch.zeros(2, 3)).shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"d_condition": "concat"}, {"model": "wgan", "attention": 8}, {"model": "stylegan2"}],
+    ids=str,
+)
+def test_images_that_are_not_square(values, tmp_path):
+    data = vectors_file(tmp_path / "vectors.safetensors", size=(24, 16))
+    run = run_of(values | {"data": data}, tmp_path / "runs", kimg=0.032)
+    assert load_generator(run)[0](torch.zeros(2, 6), torch.zeros(2, 3)).shape == (2, 3, 24, 16)
 
 
 def test_vectors_must_be_finite(tmp_path):

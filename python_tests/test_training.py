@@ -323,7 +323,7 @@ def test_other_forms_train(values, tmp_path):
     ("args", "text"),
     [
         (["--data", "missing.safetensors"], "missing.safetensors: no such data set"),
-        (["--data", "digits:30"], "resolution must be 28x28 or 16, 32, 64, 128 square, got 30x30"),
+        (["--data", "digits:15"], "resolution must be (h * 2^k) x (w * 2^k) with h, w >= 4 and"),
         (["--preset", "none"], "--preset must be one of"),
         (["--model", "none"], "'none' is not one of 'dcgan', 'pggan', "),
         (["--batch", "0"], "--batch must be at least 1, got 0"),

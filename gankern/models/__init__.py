@@ -32,6 +32,11 @@ _CONV_D = {
 }
 _LEVELS = {"channel_base": "channel_base", "channel_max": "channel_max"}
 _STYLES = {"z_dim": "z_dim", "w_dim": "w_dim", "mapping_layers": "mapping_layers"}
+_STYLEGAN2_D = {
+    "mbstd_group_size": "mbstd_group",
+    "mapping_layers": "mapping_layers",
+    "d_residual": "d_residual",
+}
 _LOW = {"num_fp16_res": "num_fp16_res", "low_dtype": "low_dtype"}
 
 # What the generator and the discriminator of each model take from the configuration.
@@ -53,7 +58,7 @@ MODELS: dict[str, tuple[Maker, dict[str, str], Maker, dict[str, str]]] = {
         stylegan2.Generator,
         _STYLES | _LEVELS | _LOW,
         stylegan2.Discriminator,
-        {"mbstd_group_size": "mbstd_group", "mapping_layers": "mapping_layers"} | _LEVELS | _LOW,
+        _STYLEGAN2_D | _LEVELS | _LOW,
     ),
     "vanilla": (
         vanilla.Generator,

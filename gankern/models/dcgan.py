@@ -1,13 +1,15 @@
 """DCGAN (Radford et al. 2015, arXiv:1511.06434): strided convolutions all the way.
 
-One pair of networks covers the paper's form at any 2^k from 16 to 128 (first grid 4x4) and the
-28x28 form (first grid 7x7: with width 64, 7x7x128 -> 14x14x64 -> 28x28x1). Channels double with
-every halving of the grid; `width` is the count nearest to the image. What later papers added to
-convolutional nets are options: see `Generator` and `Discriminator`.
+One pair of networks covers the paper's form at 2^k (first grid 4x4), the 28x28 form (first grid
+7x7: with width 64, 7x7x128 -> 14x14x64 -> 28x28x1) and any other size that can be halved, square or
+not (96x64: 6x4). Channels double with every halving of the grid, up to 16 times `width`, the count
+nearest to the image. What later papers added to convolutional nets are options: see `Generator` and
+`Discriminator`.
 """
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -15,20 +17,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from gankern.models.levels import grid_sizes
 from gankern.nn.attention import MinibatchDiscrimination, SelfAttention
 from gankern.nn.batch_norm import BatchNorm
 from gankern.nn.layers import Upsample
 from gankern.ops import bias_act
 
 
-def grid_and_doublings(resolution: tuple[int, int]) -> tuple[int, int]:
-    """First grid and number of doublings that make a square image: 64 -> (4, 4), 28 -> (7, 2)."""
-    forms = {(28, 28): (7, 2)} | {(4 << k, 4 << k): (4, k) for k in range(2, 6)}
-    height, width = resolution
-    if (height, width) not in forms:
-        size = "x".join(map(str, resolution))
-        raise ValueError(f"dcgan: resolution must be 28x28 or 16, 32, 64, 128 square, got {size}")
-    return forms[height, width]
+def grid_and_doublings(resolution: tuple[int, int]) -> tuple[tuple[int, int], int]:
+    """First grid (h, w) and number of doublings k that make an image of (h * 2^k) x (w * 2^k).
+
+    k is the largest with h and w whole and at least 4, so that the shorter side of the grid is 4 to
+    7 where it can be: 64x64 -> (4, 4), 4; 28x28 -> (7, 7), 2; 96x64 -> (6, 4), 4. It is longer
+    where a side is soon odd: 66x128 -> (33, 64), 1.
+
+    Raises:
+        ValueError: the image cannot be halved.
+    """
+    sizes = grid_sizes(resolution)
+    return sizes[0], len(sizes) - 1
+
+
+def widths_down(width: int, layers: int) -> list[int]:
+    """Channels from the image inwards; no more than 16 widths, which 128x128 has."""
+    return [width << min(k, 4) for k in range(layers)]
 
 
 class Generator(nn.Module):
@@ -36,14 +48,14 @@ class Generator(nn.Module):
 
     Args:
         z_dim: length of the latent vector.
-        resolution: (height, width) of the images, in pixels.
+        resolution: (height, width) of the images, in pixels; see `grid_and_doublings`.
         channels: channels of the images.
         width: channels of the layer nearest to the image.
         c_dim: length of the condition, which joins z; 0 for none.
         upsample: "transposed" (4x4, stride 2), or "bilinear": upsampling, then a 3x3 convolution,
             which leaves no checkerboards (Odena et al. 2016, doi:10.23915/distill.00003).
         spectral: weights divided by their spectral norm (Miyato et al. 2018, arXiv:1802.05957).
-        attention: side of the grid that has self-attention; 0 for none.
+        attention: shorter side of the grid that has self-attention; 0 for none.
     """
 
     def __init__(
@@ -60,15 +72,15 @@ class Generator(nn.Module):
         super().__init__()
         self.z_dim, self.c_dim = z_dim, c_dim
         self.grid, doublings = grid_and_doublings(resolution)
-        widths = [width << k for k in reversed(range(doublings))]
-        grids = [self.grid << k for k in range(doublings)]
-        self.project = nn.Linear(z_dim + c_dim, widths[0] * self.grid**2, bias=False)
+        widths = widths_down(width, doublings)[::-1]
+        sides = [min(self.grid) << k for k in range(doublings)]
+        self.project = nn.Linear(z_dim + c_dim, widths[0] * math.prod(self.grid), bias=False)
         self.norms = nn.ModuleList(BatchNorm(w) for w in widths)
         self.convs = nn.ModuleList(
             up_convolution(i, o, upsample) for i, o in pairwise([*widths, channels])
         )
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.attention = nn.ModuleDict(attention_at(attention, grids, widths, "G"))
+        self.attention = nn.ModuleDict(attention_at(attention, sides, widths, "G"))
         self.apply(init_weights)
         if spectral == "both":
             self.apply(limit)
@@ -76,11 +88,12 @@ class Generator(nn.Module):
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         if c is not None:
             z = torch.cat([z, c], 1)
-        x = self.project(z).unflatten(1, (-1, self.grid, self.grid))  # [N, C, grid, grid]
+        x = self.project(z).unflatten(1, (-1, *self.grid))  # [N, C, h, w]
         for norm, conv in zip(self.norms, self.convs, strict=True):
             x = bias_act(norm(x), act="relu", gain=1)
-            if str(x.shape[2]) in self.attention:
-                x = self.attention[str(x.shape[2])](x)
+            side = str(min(x.shape[2:]))
+            if side in self.attention:
+                x = self.attention[side](x)
             x = conv(x)  # [N, C/2, 2H, 2W]
         return bias_act(x, self.bias, act="tanh")
 
@@ -88,8 +101,10 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """[strided conv, (norm), LeakyReLU 0.2, (dropout)] ... -> dense -> logits.
 
+    The grid is halved, odd sides rounded down, until its shorter side is under 7.
+
     Args:
-        resolution: (height, width) of the images, in pixels.
+        resolution: (height, width) of the images, in pixels; see `grid_and_doublings`.
         channels: channels of the images.
         width: channels of the layer nearest to the image.
         norm: "batch" as in the paper, "layer" (Ba et al. 2016, arXiv:1607.06450) or "none"; every
@@ -118,19 +133,19 @@ class Discriminator(nn.Module):
         super().__init__()
         self.c_dim = c_dim
         self.concat = c_dim > 0 and condition == "concat"
-        grid, doublings = grid_and_doublings(resolution)
-        if grid == 7:  # one more layer, 7x7 -> 3x3: without it a feature sees 10 pixels of 28
-            grid, doublings = 3, doublings + 1
-        widths = [width << k for k in range(doublings)]
+        (h, w), halvings = grid_and_doublings(resolution)
+        while min(h, w) >= 7:  # at 28x28, a feature of the 7x7 grid sees 10 pixels only
+            h, w, halvings = h // 2, w // 2, halvings + 1
+        widths = widths_down(width, halvings)
         self.layers = nn.Sequential()
-        grids = [resolution[0] >> (k + 1) for k in range(doublings)]
-        here = attention_at(attention, grids, widths, "D")
+        sides = [min(resolution) >> (k + 1) for k in range(halvings)]
+        here = attention_at(attention, sides, widths, "D")
         pairs = pairwise([channels + c_dim * self.concat, *widths])
         for k, (i, o) in enumerate(pairs):
             self.layers.append(DownLayer(i, o, norm if k else "none", dropout))
-            if str(grids[k]) in here:
-                self.layers.append(here[str(grids[k])])
-        features = widths[-1] * grid**2
+            if str(sides[k]) in here:
+                self.layers.append(here[str(sides[k])])
+        features = widths[-1] * h * w
         self.others = None
         if minibatch_kernels:
             self.others = MinibatchDiscrimination(features, minibatch_kernels)
@@ -183,17 +198,17 @@ def up_convolution(channels_in: int, channels_out: int, upsample: str) -> nn.Mod
 
 
 def attention_at(
-    side: int, grids: list[int], widths: list[int], net: str
+    side: int, sides: list[int], widths: list[int], net: str
 ) -> dict[str, SelfAttention]:
-    """The attention layer by its grid; {} for side 0.
+    """The attention layer by its grid's shorter side, one of `sides`; {} for side 0.
 
     Raises:
         ValueError: the network has no such grid.
     """
-    if side and side not in grids:
-        known = ", ".join(map(str, sorted(grids)))
+    if side and side not in sides:
+        known = ", ".join(map(str, sorted(sides)))
         raise ValueError(f"dcgan: attention must be at one of {net}'s grids {known}, got {side}")
-    return {str(side): SelfAttention(widths[grids.index(side)])} if side else {}
+    return {str(side): SelfAttention(widths[sides.index(side)])} if side else {}
 
 
 def limit(module: nn.Module) -> None:

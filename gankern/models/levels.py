@@ -1,4 +1,7 @@
-"""What progressive GAN and the StyleGANs share: a row of levels, each twice the one before."""
+"""What the convolutional models share: a row of grids, each twice the one before.
+
+Progressive GAN and the StyleGANs have a level at each: its name, its channels, its dtype.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,30 @@ class Level(NamedTuple):
     dtype: torch.dtype | None
 
 
+def grid_sizes(resolution: tuple[int, int]) -> list[tuple[int, int]]:
+    """Grids from the first to the image, (height, width); every one doubles the one before.
+
+    The first is the smallest that halving reaches with both sides whole and at least 4: 4x4 for
+    256x256, 6x4 for 96x64, 7x7 for 28x28, 33x33 for 66x66.
+
+    Args:
+        resolution: (height, width) of the images: (h * 2^k, w * 2^k), h and w at least 4.
+
+    Raises:
+        ValueError: the image cannot be halved.
+    """
+    height, width = int(resolution[0]), int(resolution[1])
+    sizes = [(height, width)]
+    while all(side % 2 == 0 and side >= 8 for side in sizes[0]):
+        sizes.insert(0, (sizes[0][0] // 2, sizes[0][1] // 2))
+    if len(sizes) == 1:
+        raise ValueError(
+            "resolution must be (h * 2^k) x (w * 2^k) with h, w >= 4 and k >= 1, "
+            f"got {height}x{width}"
+        )
+    return sizes
+
+
 def make_levels(
     resolution: tuple[int, int],
     channel_base: int,
@@ -27,28 +54,19 @@ def make_levels(
     num_fp16_res: int = 0,
     low_dtype: torch.dtype = torch.float16,
 ) -> list[Level]:
-    """The levels from b4 to the image; the first grid is the smallest with both sides at least 4.
-
-    256x256 starts from 4x4, 96x64 from 6x4.
+    """The levels from b4 to the image, one for each of `grid_sizes`.
 
     Args:
-        resolution: (height, width) of the images: (h * 2^k, w * 2^k), h and w at least 4.
+        resolution: as `grid_sizes`.
         channel_base: channels of level b<r> are channel_base / r ...
         channel_max: ... and at most this many.
         num_fp16_res: how many of the highest levels run in 16 bits.
         low_dtype: their dtype.
 
     Raises:
-        ValueError: there is no such row of levels.
+        ValueError: the image cannot be halved.
     """
-    sizes = [(int(resolution[0]), int(resolution[1]))]
-    while all(side % 2 == 0 and side >= 8 for side in sizes[0]):
-        sizes.insert(0, (sizes[0][0] // 2, sizes[0][1] // 2))
-    if len(sizes) == 1 or math.prod(sizes[0]) > 1024:
-        raise ValueError(
-            "resolution must be (h * 2^k) x (w * 2^k) with h, w >= 4, h * w <= 1024 "
-            f"and k >= 1, got {resolution[0]}x{resolution[1]}"
-        )
+    sizes = grid_sizes(resolution)
     levels = []
     for i, size in enumerate(sizes):
         side = 4 << i

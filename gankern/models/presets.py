@@ -178,7 +178,7 @@ PRESETS: dict[str, Options] = {
         "fade_kimg": 800.0,
         "stable_kimg": 800.0,
         "level_batch": "4:16,256:14,512:6,1024:3",
-        "kimg": 12000.0,
+        "kimg": 15000.0,
     },
     "stylegan-1024": _STYLE
     | {
@@ -209,11 +209,23 @@ PRESETS: dict[str, Options] = {
         "num_fp16_res": 4,
         "augment": "ada",
     },
+    "stylegan2-512": _PAPER_STYLEGAN2
+    | {
+        "batch": 64,
+        "mbstd_group": 8,
+        "g_lr": 2.5e-3,
+        "d_lr": 2.5e-3,
+        "r1_gamma": 0.5,
+        "ema_kimg": 20.0,
+        "num_fp16_res": 4,
+        "augment": "ada",
+    },
     "stylegan2-1024": _PAPER_STYLEGAN2 | {"r1_gamma": 2.0, "num_fp16_res": 4, "augment": "ada"},
     "stylegan2-cifar": _PAPER_STYLEGAN2
     | {
         "batch": 64,
         "mbstd_group": 32,
+        "d_residual": False,
         "mapping_layers": 2,
         "g_lr": 2.5e-3,
         "d_lr": 2.5e-3,

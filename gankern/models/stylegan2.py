@@ -182,17 +182,23 @@ class Generator(nn.Module):
 class DiscriminatorBlock(nn.Module):
     """One level: (colours to features,) two layers, the second downsampling, and a skip.
 
-    y = (conv1(conv0(x)) + skip(x)) / sqrt(2): figure 7c.
+    y = (conv1(conv0(x)) + skip(x)) / sqrt(2): figure 7c. Without the skip, y = conv1(conv0(x)).
 
     Args:
         level: of x, [N, I, h, w].
         out_channels: of y, [N, O, h/2, w/2].
         channels: of the image, for the first level, which sees it; 0: others.
         clamp: as `SynthesisBlock`.
+        residual: whether there is a skip.
     """
 
     def __init__(
-        self, level: Level, out_channels: int, channels: int = 0, clamp: float | None = None
+        self,
+        level: Level,
+        out_channels: int,
+        channels: int = 0,
+        clamp: float | None = None,
+        residual: bool = True,
     ) -> None:
         super().__init__()
         _, _, width, self.dtype = level
@@ -201,12 +207,16 @@ class DiscriminatorBlock(nn.Module):
             self.fromrgb = EqualizedConv2d(channels, width, 1, act="lrelu", clamp=clamp)
         self.conv0 = EqualizedConv2d(width, width, act="lrelu", clamp=clamp)
         self.conv1 = EqualizedConv2d(width, out_channels, act="lrelu", down=2, clamp=clamp)
-        self.skip = EqualizedConv2d(width, out_channels, 1, bias=False, down=2)
+        self.skip = None
+        if residual:
+            self.skip = EqualizedConv2d(width, out_channels, 1, bias=False, down=2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = _cast(x, self.dtype, self.conv0.weight)
         if self.fromrgb is not None:
             x = self.fromrgb(x)
+        if self.skip is None:
+            return self.conv1(self.conv0(x))
         y = self.skip(x, gain=math.sqrt(0.5))
         return y + self.conv1(self.conv0(x), gain=math.sqrt(0.5))
 
@@ -253,7 +263,8 @@ class Discriminator(nn.Module):
     With labels, the logit is the projection <out, mapping(c)> / sqrt(features) (Miyato and Koyama
     2018, arXiv:1802.05637).
 
-    Args: as `Generator` and `DiscriminatorEpilogue`.
+    Args: as `Generator` and `DiscriminatorEpilogue`, and
+        d_residual: whether the levels have skips; StyleGAN2-ADA's CIFAR-10 networks have none.
     """
 
     def __init__(
@@ -269,6 +280,7 @@ class Discriminator(nn.Module):
         conv_clamp: float | None = CONV_CLAMP,
         mbstd_group_size: int | None = 4,
         mbstd_num_channels: int = 1,
+        d_residual: bool = True,
     ) -> None:
         super().__init__()
         self.c_dim = c_dim
@@ -277,7 +289,7 @@ class Discriminator(nn.Module):
         self.block_names = [level.name for level in levels[:0:-1]]
         for below, level in reversed(list(pairwise(levels))):
             sees = channels if level is levels[-1] else 0
-            block = DiscriminatorBlock(level, below.channels, sees, conv_clamp)
+            block = DiscriminatorBlock(level, below.channels, sees, conv_clamp, d_residual)
             self.add_module(level.name, block)
         if c_dim:
             self.mapping = MappingNetwork(0, c_dim, width, num_layers=mapping_layers)

@@ -95,8 +95,9 @@ class NetworkOptions:
         "none", "dcgan, wgan: weights divided by their norm.", choices=("none", "d", "both")
     )
     attention: int = network(
-        0, "dcgan, wgan: self-attention at grids of this side; 0: none.", unit="pixels", at_least=0
-    )
+        0, "dcgan, wgan: self-attention at grids of this shorter side; 0: none.", unit="pixels",
+        at_least=0,
+    )  # fmt: skip
     minibatch_kernels: int = network(
         0, "dcgan, wgan: kernels of minibatch discrimination in D; 0: none.", unit="kernels",
         at_least=0,
@@ -118,6 +119,7 @@ class NetworkOptions:
     mbstd_group: int = network(
         4, "pggan, StyleGANs: images whose deviation D sees.", unit="images", at_least=1
     )
+    d_residual: bool = network(True, "stylegan2: D's levels have skips.")
 
 
 @dataclass

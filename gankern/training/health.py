@@ -170,7 +170,7 @@ def collapse(past: Past) -> Figures | None:
     if past.ticks < WARM_UP:
         return None
     now, best = past.now("diversity"), past.best.get("diversity", 0.0)
-    least = {"diversity": 0.3, "modes_seen": 0.3, "spread": 0.1}
+    least = {"diversity": 0.3, "modes_seen": 0.25, "spread": 0.1}
     fell = [past.now(k) < share * min(past.best.get(k, 0.0), 1.0) for k, share in least.items()]
     if now < 0.05 or any(fell):
         return {

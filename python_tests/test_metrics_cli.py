@@ -105,6 +105,7 @@ def test_modes_of_real_digits(network, tmp_path, capsys, monkeypatch):
             "must be efficientnet-lite0 or a file",
         ),
         ([".", "--data", "none"], "none: no such data set"),
+        ([".", "--data", "digits", "--paths"], "--paths needs a generator"),
         ([".", "--data", "digits", "--device", "abacus"], "--device abacus"),
         ([".", "--data", "digits", "--images", "1"], "1 is not in the range"),
     ],
@@ -126,6 +127,13 @@ def test_packed_file_of_another_size(network, tmp_path, capsys):
     code, _, err = call(capsys, tmp_path / "digits.safetensors", *args)
     assert code == 2
     assert "images must be [1, 28, 28] as the real ones, got [1, 32, 32]" in err
+
+
+def test_generator_of_another_size(run, network, capsys):
+    code, _, err = call(capsys, run, "--data", "digits:16", "--extractor", network, "--images", 40)
+    assert code == 2
+    assert "images must be [1, 16, 16] as the real ones, got [1, 28, 28]" in err
+    assert "Traceback" not in err
 
 
 def test_few_images_are_an_error_not_a_number(network, tmp_path, capsys):

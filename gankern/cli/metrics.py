@@ -91,6 +91,8 @@ def command(
         G, trained_on = open_generator(source, on)
         if data is None and trained_on is None:
             raise click.UsageError("--data must be given with a folder of images")
+        if paths and G is None:
+            raise click.UsageError("--paths needs a generator, and this is a set of images")
         dataset = open_dataset(data or trained_on or "")
         extractor = load_extractor(spec, on)
         real_images = DatasetImages(dataset, real, seed)
@@ -142,18 +144,24 @@ def open_images(
     source: Path, G: Any, dataset: Dataset, count: int, labels: Any, seed: int
 ) -> Images:
     """What is measured: a generator's images, those of a packed file, or those of a folder."""
+    import numpy as np
+
     from gankern.data import open_dataset
     from gankern.metrics import DatasetImages, FolderImages, GeneratedImages, MetricsError
 
+    images: GeneratedImages | DatasetImages
     if G is not None:
-        return GeneratedImages(G, count, labels, seed)
-    if source.suffix == ".safetensors":
+        images = GeneratedImages(G, count, labels, seed)
+        got = list(images.batch(np.array([0])).shape[1:])
+    elif source.suffix == ".safetensors":
         packed = open_dataset(source)
-        if packed.images.shape[1:] != dataset.images.shape[1:]:
-            wanted, got = list(dataset.images.shape[1:]), list(packed.images.shape[1:])
-            raise MetricsError(f"{source}: images must be {wanted} as the real ones, got {got}")
-        return DatasetImages(packed, count, seed)
-    return FolderImages(source, dataset, count)
+        images, got = DatasetImages(packed, count, seed), list(packed.images.shape[1:])
+    else:
+        return FolderImages(source, dataset, count)
+    wanted = list(dataset.images.shape[1:])
+    if got != wanted:
+        raise MetricsError(f"{source}: images must be {wanted} as the real ones, got {got}")
+    return images
 
 
 def mode_figures(images: Images, batch: int) -> list[Figure]:

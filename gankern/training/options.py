@@ -242,7 +242,8 @@ class SpeedOptions:
 
     precision: str = speed(
         "fp32",
-        "Of the forward passes: fp32; bf16; fp16 with scaled losses. Penalties: fp32, but for --num-fp16-res.",
+        "Of the forward passes: fp32; bf16; fp16 with scaled losses. Penalties: fp32, but for"
+        " --num-fp16-res.",
         choices=("fp32", "bf16", "fp16"),
     )
     num_fp16_res: int = speed(

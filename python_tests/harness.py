@@ -136,7 +136,7 @@ def examples(impl: str) -> settings:
     Fewer where a case is slow: in Triton's interpreter, and again where simt watches every access.
     """
     watched = os.environ.get("GANKERN_SIMT", "plain") != "plain"
-    cases = 100 if impl == "triton" or watched else 500
+    cases = 50 if watched else 100 if impl == "triton" else 500
     return settings(max_examples=cases, deadline=None, derandomize=True)
 
 

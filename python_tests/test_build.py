@@ -206,12 +206,20 @@ def seconds_to_run(code: str) -> float:
 
 def test_import_is_quick_and_quiet() -> None:
     import_both = "import torch; start = time.perf_counter(); import gankern"
-    assert min(seconds_to_run(import_both) for _ in range(3)) < 0.3
+    assert any(seconds_to_run(import_both) < 0.3 for _ in range(3))
     code = (
         "import gankern, sys; print([m for m in sys.modules if m.startswith(('torch', 'numpy'))])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_operations_import_no_compiler_where_triton_cannot_run() -> None:
+    code = "import gankern.ops, torch, sys; print('torch._dynamo' in sys.modules, end=' '); "
+    code += "print(bool(torch.cuda.device_count()))"
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=plain, capture_output=True, text=True)
+    assert done.stdout.split() in (["False", "False"], ["True", "True"]), done
 
 
 def test_doctor_tells_versions_libraries_and_cures() -> None:

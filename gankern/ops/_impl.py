@@ -53,6 +53,14 @@ def _load(path: Path) -> str:
     return ""
 
 
+def triton_op(name: str) -> Callable[[Callable], Callable]:
+    """Register a function that launches Triton kernels as op `name`, where Triton can run: what
+    registers it imports torch._dynamo, which takes as long as torch itself."""
+    if triton_interpreted() or torch.cuda.device_count():
+        return torch.library.triton_op(f"gankern_triton::{name}", mutates_args=())
+    return lambda function: function
+
+
 def register_fake(name: str, fake: Callable) -> None:
     """Give op `name`, once defined, its shape function in every namespace that has the op."""
     _fakes[name] = fake

@@ -194,7 +194,7 @@ if _impl.triton is not None:
         nhwc = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
         return torch.channels_last if nhwc else torch.contiguous_format
 
-    @torch.library.triton_op("gankern_triton::adain", mutates_args=())
+    @_impl.triton_op("adain")
     def _triton_fwd(
         x: Tensor, scale: Tensor, shift: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,7 +211,7 @@ if _impl.triton is not None:
             )  # fmt: skip
         return y, mean, rstd
 
-    @torch.library.triton_op("gankern_triton::adain_bwd", mutates_args=())
+    @_impl.triton_op("adain_bwd")
     def _triton_bwd(
         dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -266,7 +266,7 @@ if _impl.triton is not None:
         """(outer, C, inner) of a contiguous x around dim."""
         return math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :])
 
-    @torch.library.triton_op("gankern_triton::bias_act", mutates_args=())
+    @_impl.triton_op("bias_act")
     def _triton_fwd(
         x: Tensor, b: Tensor | None, dim: int, act: int, alpha: float, gain: float, clamp: float
     ) -> Tensor:
@@ -303,14 +303,14 @@ if _impl.triton is not None:
         )  # fmt: skip
         return dx, sums.sum(0).to(db_dtype) if needs_db else sums.new_empty(0, dtype=db_dtype)
 
-    @torch.library.triton_op("gankern_triton::bias_act_bwd", mutates_args=())
+    @_impl.triton_op("bias_act_bwd")
     def _triton_bwd(
         dy: Tensor, ref: Tensor, b: Tensor | None, dim: int, act: int, alpha: float, gain: float,
         clamp: float, from_x: bool, needs_db: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         return _triton_grad(dy, None, ref, b, dim, act, alpha, gain, clamp, from_x, needs_db)
 
-    @torch.library.triton_op("gankern_triton::bias_act_bwd2", mutates_args=())
+    @_impl.triton_op("bias_act_bwd2")
     def _triton_bwd2(
         dy: Tensor, v: Tensor, ref: Tensor, b: Tensor | None, dim: int, act: int, alpha: float,
         gain: float, clamp: float, from_x: bool,

@@ -156,7 +156,7 @@ if _impl.triton is not None:
         last = last and not weight.is_contiguous()
         return (weight if last else weight.contiguous()), last
 
-    @torch.library.triton_op("gankern_triton::demod_coefs", mutates_args=())
+    @_impl.triton_op("demod_coefs")
     def _triton_fwd(weight: Tensor, styles: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         weight, last = _lay_out(weight)
         (o, i), k, n = weight.shape[:2], weight.shape[2] * weight.shape[3], styles.shape[0]
@@ -173,7 +173,7 @@ if _impl.triton is not None:
         )  # fmt: skip
         return d, q
 
-    @torch.library.triton_op("gankern_triton::demod_coefs_bwd", mutates_args=())
+    @_impl.triton_op("demod_coefs_bwd")
     def _triton_bwd(
         dd: Tensor, d: Tensor, q: Tensor, weight: Tensor, styles: Tensor, needs_dweight: bool,
         needs_dstyles: bool,

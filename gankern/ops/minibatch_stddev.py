@@ -231,7 +231,7 @@ if _impl.triton is not None:
         }
         return arguments, triton.cdiv(c // num_channels * pixels, BLOCK)
 
-    @torch.library.triton_op("gankern_triton::minibatch_stddev", mutates_args=())
+    @_impl.triton_op("minibatch_stddev")
     def _triton_fwd(x: Tensor, groups: int, num_channels: int) -> Tensor:
         layout = _layout(x)
         x = x.contiguous(memory_format=layout)
@@ -250,7 +250,7 @@ if _impl.triton is not None:
         y[:, c:] = statistic.reshape(n, num_channels, *[1] * (x.dim() - 2))
         return y
 
-    @torch.library.triton_op("gankern_triton::minibatch_stddev_bwd", mutates_args=())
+    @_impl.triton_op("minibatch_stddev_bwd")
     def _triton_bwd(dy: Tensor, x: Tensor, groups: int, num_channels: int) -> Tensor:
         layout = _layout(x)
         x, dy = x.contiguous(memory_format=layout), dy.contiguous(memory_format=layout)

@@ -181,7 +181,7 @@ if _impl.triton is not None:
         blocks = {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "BLOCK_K": k, "GROUP": 8}
         return blocks | {"num_warps": 8 if tile == (128, 128) else 4, "num_stages": 3}
 
-    @torch.library.triton_op("gankern_triton::modulated_gemm", mutates_args=())
+    @_impl.triton_op("modulated_gemm")
     def _triton_fwd(
         x: Tensor, weight: Tensor, styles: Tensor, d: Tensor | None, noise: Tensor | None,
         strength: Tensor | None, b: Tensor | None, act: int, alpha: float, gain: float,

@@ -146,15 +146,15 @@ if _impl.triton is not None:
         )  # fmt: skip
         return outputs
 
-    @torch.library.triton_op("gankern_triton::pixel_norm", mutates_args=())
+    @_impl.triton_op("pixel_norm")
     def _triton_fwd(x: Tensor, dim: int, eps: float) -> Tensor:
         return _launch(0, [x], dim, eps)[0]
 
-    @torch.library.triton_op("gankern_triton::pixel_norm_bwd", mutates_args=())
+    @_impl.triton_op("pixel_norm_bwd")
     def _triton_bwd(dy: Tensor, x: Tensor, dim: int, eps: float) -> Tensor:
         return _launch(1, [dy, x], dim, eps)[0]
 
-    @torch.library.triton_op("gankern_triton::pixel_norm_bwd2", mutates_args=())
+    @_impl.triton_op("pixel_norm_bwd2")
     def _triton_bwd2(
         g: Tensor, dy: Tensor, x: Tensor, dim: int, eps: float
     ) -> tuple[Tensor, Tensor]:

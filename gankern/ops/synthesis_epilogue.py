@@ -304,7 +304,7 @@ if _impl.triton is not None:
         )  # fmt: skip
         return sums
 
-    @torch.library.triton_op("gankern_triton::synthesis_epilogue", mutates_args=())
+    @_impl.triton_op("synthesis_epilogue")
     def _triton_fwd(
         x: Tensor, f: Tensor | None, d: Tensor | None, noise: Tensor | None,
         strength: Tensor | None, b: Tensor | None, x0: int, x1: int, y0: int, y1: int,
@@ -317,7 +317,7 @@ if _impl.triton is not None:
                     filter_gain, act, alpha, gain, clamp)  # fmt: skip
         return y
 
-    @torch.library.triton_op("gankern_triton::synthesis_epilogue_bwd", mutates_args=())
+    @_impl.triton_op("synthesis_epilogue_bwd")
     def _triton_bwd(
         dy: Tensor, x: Tensor, f: Tensor | None, d: Tensor | None, noise: Tensor | None,
         strength: Tensor | None, b: Tensor | None, x0: int, x1: int, y0: int, y1: int,

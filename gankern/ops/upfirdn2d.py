@@ -362,7 +362,7 @@ if _impl.triton is not None:
         y = y_ptr + image * out_h * out_w * C + oy.to(tl.int64) * out_w * C + e
         tl.store(y, (acc * gain).to(y_ptr.dtype.element_ty), (oy < out_h) & (e < out_w * C))
 
-    @torch.library.triton_op("gankern_triton::upfirdn2d", mutates_args=())
+    @_impl.triton_op("upfirdn2d")
     def _triton(
         x: Tensor, f: Tensor, up_x: int, up_y: int, down_x: int, down_y: int, x0: int, x1: int,
         y0: int, y1: int, flip_filter: bool, gain: float,

@@ -31,6 +31,14 @@ _overloads: dict[tuple[str, str], Any] = {}
 _libraries: list[torch.library.Library] = []  # a registration lives as long as its library
 
 
+def triton_interpreted() -> bool:
+    """True where Triton's interpreter runs kernels on the CPU (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+TRITON_RUNS = triton is not None and (triton_interpreted() or torch.cuda.device_count() > 0)
+
+
 def load_libraries() -> None:
     """Load the compiled libraries that this installation has; called once, on import."""
     for name in ("cpu", "cuda"):
@@ -56,7 +64,7 @@ def _load(path: Path) -> str:
 def triton_op(name: str) -> Callable[[Callable], Callable]:
     """Register a function that launches Triton kernels as op `name`, where Triton can run: what
     registers it imports torch._dynamo, which takes as long as torch itself."""
-    if triton_interpreted() or torch.cuda.device_count():
+    if TRITON_RUNS:
         return torch.library.triton_op(f"gankern_triton::{name}", mutates_args=())
     return lambda function: function
 
@@ -116,7 +124,7 @@ def _why_not_at_all(impl: str, device: str) -> str:
             return "triton is not installed: pip install triton"
         if device != "cuda" and not triton_interpreted():
             return f"Triton kernels need CUDA tensors, got {device}: use impl=None or 'cpu'"
-        return ""
+        return "" if TRITON_RUNS else "its kernels need a GPU, and PyTorch finds none"
     if impl in ("cpu", "cuda"):
         if device != impl:
             return f"its kernels need {impl.upper()} tensors, got {device}: use impl=None"
@@ -124,11 +132,6 @@ def _why_not_at_all(impl: str, device: str) -> str:
     if impl in NAMESPACES:
         return ""
     return f"it is not one of {', '.join(IMPLS)}"
-
-
-def triton_interpreted() -> bool:
-    """True where Triton's interpreter runs kernels on the CPU (TRITON_INTERPRET=1)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def _best(device: str, op_name: str) -> str:

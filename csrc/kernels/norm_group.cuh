@@ -52,6 +52,8 @@ __global__ void __launch_bounds__(kGroupThreads, 2)
   using Params = typename Op::Params;
   constexpr int kStats = Op::kSums + Op::kPivot, kEach = N / V;
   if constexpr (V == 1) inner = N, log_tx = 0;  // as constants
+  __builtin_assume(blockDim.x == kGroupThreads);
+  __builtin_assume(log_tx >= 0 && log_tx <= 5);
   GK_DYNAMIC_SHARED(A, all_shared);
   const int kept = steps - K;
   A* shared = all_shared +

@@ -17,7 +17,7 @@ struct Forward {
   using Elem = T;
   using A = Acc<T>;
   static constexpr int kIn = 1, kOut = 1, kSums = 2, kFactors = 3, kHold = sizeof(T) == 2 ? 4 : 8;
-  static constexpr int kGroupHold = kHold, kColumnHold = sizeof(T) == 2 ? 4 : 8, kColumnBytes = 8;
+  static constexpr int kColumnHold = sizeof(T) == 2 ? 4 : 8, kColumnBytes = 8;
   static constexpr bool kPivot = true, kShared = true;
   struct Params {
     A pivot;
@@ -58,7 +58,7 @@ struct Backward {
   using Elem = T;
   using A = Acc<T>;
   static constexpr int kIn = 2, kOut = 1, kSums = 2, kFactors = 4, kHold = 4;
-  static constexpr int kGroupHold = sizeof(T) == 2 ? 3 : 4, kColumnHold = 4, kColumnBytes = 8;
+  static constexpr int kColumnHold = 4, kColumnBytes = 8;
   static constexpr bool kPivot = false, kShared = true;
   struct Params {
     A mean, rstd;

@@ -16,8 +16,7 @@
 //                    cancellation
 //   kHold            packs of 16 bytes that a thread of a row keeps of each input
 //   kColumnHold, kColumnBytes  the same for columns, and the bytes of their packs
-//   kShared          vectors may be so long that shared memory helps, or several blocks; kGroupHold
-//                    is then what a thread of these keeps
+//   kShared          vectors may be so long that shared memory helps, or several blocks
 //   Params params(i) what add() needs to know of the i-th (outer, inner) vector
 //   add(v, p, s)     adds the kIn values v of one element to the kSums sums
 //   finish(i, s, p, inv_length, f, first)  turns sums into factors; `first` is true in one thread

@@ -83,6 +83,11 @@ constexpr int kRowPack = sizeof(typename Op::Elem) == 8 ? 1 : 16 / sizeof(typena
 template <typename Op>
 constexpr int kColumnPack = kRowPack<Op> == 1 ? 1 : Op::kColumnBytes / sizeof(typename Op::Elem);
 
+// Packs of each input that a thread of a group keeps; two inputs of 16 bits are many values at
+// once.
+template <typename Op>
+constexpr int kGroupHold = sizeof(typename Op::Elem) == 2 && Op::kIn > 1 ? 3 : Op::kColumnHold;
+
 // How groups of blocks share vectors; parts == 0 where one block keeps them, or no group can.
 // V, length and inner as group_kernel takes them.
 template <typename Op, int N, int K, int V>
@@ -151,9 +156,9 @@ int64_t with_group(int64_t outer, int64_t length, int64_t inner, F f) {
   constexpr int kRow = kRowPack<Op>, kColumn = kColumnPack<Op>;
   if constexpr (Op::kShared && kRow > 1) {
     if (inner == 1 && length % kRow == 0)
-      return f(Group<Op, kRow, Op::kGroupHold, 1>(outer, length / kRow, kRow));
+      return f(Group<Op, kRow, kGroupHold<Op>, 1>(outer, length / kRow, kRow));
     if (inner > 1 && inner % kColumn == 0)
-      return f(Group<Op, kColumn, Op::kGroupHold, kColumn>(outer, length, inner));
+      return f(Group<Op, kColumn, kGroupHold<Op>, kColumn>(outer, length, inner));
   }
   return 0;
 }

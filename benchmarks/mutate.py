@@ -98,8 +98,8 @@ MUTATIONS = [
     ),
     Mutation(
         "adain", "fence: other blocks' sums are read at once", "norm_group.cuh",
-        "      __threadfence();\n    });",
-        "    });",
+        "        __threadfence();  // the block's sums, which a barrier has made known here\n",
+        "",
         "race",
     ),
     Mutation(

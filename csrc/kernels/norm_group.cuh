@@ -143,10 +143,12 @@ __global__ void __launch_bounds__(kGroupThreads, 2)
 #pragma unroll
       for (int i = 0; i < Op::kSums; i++) to[i * V * row] = s[i];
       if constexpr (Op::kPivot) to[Op::kSums * V * row] = known[c].pivot;
-      __threadfence();
     });
     if (threadIdx.x == 0) {
-      if (*next == part) atomicAdd(exchange.published + group, 1);
+      if (*next == part) {
+        __threadfence();  // the block's sums, which a barrier has made known here
+        atomicAdd(exchange.published + group, 1);
+      }
       *next = next_part(claims, exchange.published + group, parts);
       __threadfence();
     }

@@ -127,6 +127,11 @@ class Group {
     const Exchange<A> exchange{partial, claims, claims + outer_ * columns_ * parts_};
     const int shared = scratch_ + (steps_ - K) * kStep;
     if (const int error = allow_shared((group_kernel<Op, N, K, V>), shared)) return error;
+    // Room for two blocks, where the driver would leave more of it to the cache.
+    if (const cudaError_t error = cudaFuncSetAttribute(
+            (group_kernel<Op, N, K, V>), cudaFuncAttributePreferredSharedMemoryCarveout,
+            cudaSharedmemCarveoutMaxShared))
+      return static_cast<int>(error);
     if (const cudaError_t error =
             cudaMemsetAsync(claims, 0, tickets() * sizeof(int), static_cast<cudaStream_t>(stream)))
       return static_cast<int>(error);

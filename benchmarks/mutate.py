@@ -40,7 +40,7 @@ class Mutation:
 TESTS = {
     "bias_act": "(test_forward_and_gradients and planes) or (test_layouts and planes and f32)",
     "pixel_norm": "test_layouts and f32 and (planes or wide)",
-    "adain": "test_layouts and f32 and planes",
+    "adain": "(test_layouts and f32 and planes) or test_planes_of_several_blocks",
     "minibatch_stddev": "test_layouts and f32",
     "demod_coefs": "test_layouts and f32 and (3x3 or odd)",
     "upfirdn2d": "test_forward_and_gradients and f32 and not strided",
@@ -95,6 +95,17 @@ MUTATIONS = [
         "adain", "constant: a sum for a mean", "adain.cu",
         "f[1] = s[0] * inv_length;",
         "f[1] = s[0];",
+    ),
+    Mutation(
+        "adain", "fence: other blocks' sums are read at once", "norm_group.cuh",
+        "        __threadfence();  // the block's sums, which a barrier has made known here\n",
+        "",
+        "race",
+    ),
+    Mutation(
+        "adain", "constant: parts of a plane about different means", "norm_group.cuh",
+        "own_pivot[j] -= mean[j][0];",
+        "own_pivot[j] = A(0);",
     ),
     Mutation(
         "minibatch_stddev", "index: the group's last sample is left out", "minibatch_stddev.cu",

@@ -22,6 +22,13 @@ SHAPES = {
     "small_planes": (2, 48, 4, 4),
     "volume": (1, 4, 3, 5, 6),
 }
+# Planes, or channels-last columns side by side, that one block of a GPU cannot keep.
+SHARED = {
+    "rows": ((1, 2, 320, 304), "contiguous", "f32"),
+    "columns": ((1, 20, 112, 120), "channels_last", "f32"),
+    "half_rows": ((1, 1, 512, 400), "contiguous", "f16"),
+    "half_columns": ((2, 24, 96, 100), "channels_last", "f16"),
+}
 
 
 def inputs(shape, device, dtype=torch.float32, layout="contiguous", style=None):
@@ -59,6 +66,53 @@ def test_layouts(impl, device, dtype, shape, layout):
     if layout == "channels_last":
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert dx.is_contiguous(memory_format=torch.channels_last)
+
+
+def shared_inputs(shape, device):
+    size, layout, dtype = SHARED[shape]
+    tensors = inputs(size, device, DTYPES[dtype], layout)
+    tensors[0][:, :, : size[2] // 16] += 20  # so that the blocks' means differ
+    return tensors
+
+
+@pytest.mark.parametrize("shape", SHARED)
+def test_planes_of_several_blocks(impl, device, shape):
+    if impl in ("reference", "cpu") or harness.interpreted(impl, device):
+        pytest.skip("blocks of a GPU's kernel")
+    compare(*ops(impl), shared_inputs(shape, device), what=shape)
+    if impl == "simt":  # too few multiprocessors for a group: x is read twice
+        import simt_build
+
+        simt_build.module().processors(1)
+        try:
+            compare(*ops(impl), shared_inputs(shape, device), what=shape)
+        finally:
+            simt_build.module().processors(132)
+
+
+@pytest.mark.parametrize("shape", SHARED)
+def test_blocks_that_come_late(impl, device, shape):
+    """The last block alone takes the sums of all parts: its own pixels have the same bits."""
+    if impl != "simt":
+        pytest.skip("only simt can keep blocks from running")
+    import simt_build
+
+    simt = simt_build.module()
+    x, scale, shift = shared_inputs(shape, device)
+    forward = functools.partial(_impl.op(impl, "adain"), x, scale, shift, 1e-5)
+    backward = functools.partial(_impl.op(impl, "adain_bwd"), x.flip(2), x, scale)
+    statistics = forward()[1:]
+    last = (-1, -1, slice(-3, None), slice(-3, None))
+    for run in (forward, functools.partial(backward, *statistics)):
+        whole = run()[0]
+        simt.reset()
+        simt.only_last(1)
+        try:
+            alone = run()[0]
+        finally:
+            simt.only_last(0)
+        assert simt.counters()["launch_list"][0]["grid"][0] > 1
+        assert torch.equal(alone[last], whole[last])
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])

@@ -162,6 +162,42 @@ def ticket_without_barrier(toys, simt):
     ticket(toys.ticket_without_barrier, simt)
 
 
+def others(launcher, simt, blocks, wanted, smem=16, processors=2):
+    numbers, sums = simt.empty([blocks], np.float32), simt.empty([blocks], np.float32)
+    simt.processors(processors)
+    try:
+        launcher(numbers, zeros(simt, 1, np.int32), sums, wanted, blocks, smem)
+    finally:
+        simt.processors(132)
+    np.testing.assert_array_equal(sums, blocks * (blocks + 1) / 2 + np.arange(1, blocks + 1) / 64)
+
+
+@case()
+def others_right(toys, simt):
+    others(toys.others_right, simt, 5, 5)
+    others(toys.others_right, simt, 64, 64)  # as many as two multiprocessors hold
+
+
+@case(message="deadlock: every block that runs waits", places="others_wait")
+def others_never_come(toys, simt):
+    others(toys.others_right, simt, 5, 6)
+
+
+@case(message="deadlock: every block that runs waits", places="others_wait")
+def others_without_room(toys, simt):
+    others(toys.others_right, simt, 5, 5, smem=48 * 1024, processors=1)
+
+
+@case("race", message="race on global memory", places="others_write others_read")
+def others_without_fence(toys, simt):
+    others(toys.others_without_fence, simt, 3, 3)
+
+
+@case("race", message="must keep its data in dynamic shared memory", places="others_wait")
+def others_static(toys, simt):
+    others(toys.others_static, simt, 3, 3)
+
+
 @case("race", message="race on global memory, byte 0", places="atomic_race_add atomic_race_read")
 def atomic_race(toys, simt):
     toys.atomic_race(zeros(simt, 1, np.int32), zeros(simt, 64, np.int32))

@@ -102,8 +102,12 @@ struct Backward {
 
 }  // namespace
 
+int64_t adain_workspace(int, int64_t, int64_t, int64_t) { return 0; }
+int64_t adain_bwd_workspace(int, int64_t, int64_t, int64_t) { return 0; }
+
 int adain(int dtype, int style_dtype, const void* x, const void* scale, const void* shift, void* y,
-          void* mean, void* rstd, int64_t outer, int64_t length, int64_t inner, double eps, void*) {
+          void* mean, void* rstd, void* /*workspace*/, int64_t outer, int64_t length, int64_t inner,
+          double eps, void*) {
   return by_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using S = Scalar<T>;
@@ -121,7 +125,7 @@ int adain(int dtype, int style_dtype, const void* x, const void* scale, const vo
 
 int adain_bwd(int dtype, int style_dtype, const void* dy, const void* x, const void* scale,
               const void* mean, const void* rstd, void* dx, void* dscale, void* dshift,
-              int64_t outer, int64_t length, int64_t inner, void*) {
+              void* /*workspace*/, int64_t outer, int64_t length, int64_t inner, void*) {
   return by_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using S = Scalar<T>;

@@ -1,8 +1,9 @@
 // adain: y = scale * (x - mean) * rstd + shift for each sample's channel, and its gradient.
 // With rstd = rsqrt(var + eps), h = (x - mean) rstd and P pixels,
 //   dshift = Σ dy,   dscale = Σ dy h,   dx = scale rstd (dy - Σ dy / P - h Σ dy h / P).
-// The sums over a plane are the only coupling between elements: csrc/kernels/norm.cuh. mean and
-// rstd go from the forward to the backward, so that it takes its sums in one pass.
+// The sums over a plane are the only coupling between elements: csrc/kernels/norm.cuh, and for
+// planes that no multiprocessor can hold csrc/kernels/norm_group.cuh. mean and rstd go from the
+// forward to the backward, so that it takes its sums in one pass.
 #include "norm_launch.cuh"
 
 namespace gankern {
@@ -33,6 +34,10 @@ struct Forward {
     const A d = v[0] - p.pivot;
     s[0] += d;
     s[1] += d * d;
+  }
+  __device__ static void move_pivot(A* s, A n, A d) {
+    s[1] += d * (s[0] + s[0] + n * d);
+    s[0] += n * d;
   }
   __device__ void finish(int64_t i, const A* s, const Params& p, A inv_length, A* f,
                          bool first) const {
@@ -89,10 +94,29 @@ struct Backward {
 
 namespace GANKERN_BACKEND {
 
+// Bytes of the workspace that adain() takes.
+int64_t adain_workspace(int dtype, int64_t outer, int64_t length, int64_t inner) {
+  int64_t bytes = 0;
+  by_dtype(dtype, [&](auto zero) {
+    bytes = norm_workspace<Forward<decltype(zero)>>(outer, length, inner);
+    return 0;
+  });
+  return bytes;
+}
+
+int64_t adain_bwd_workspace(int dtype, int64_t outer, int64_t length, int64_t inner) {
+  int64_t bytes = 0;
+  by_dtype(dtype, [&](auto zero) {
+    bytes = norm_workspace<Backward<decltype(zero)>>(outer, length, inner);
+    return 0;
+  });
+  return bytes;
+}
+
 // mean and rstd: [outer * inner] of the accumulation type, outputs.
 int adain(int dtype, int style_dtype, const void* x, const void* scale, const void* shift, void* y,
-          void* mean, void* rstd, int64_t outer, int64_t length, int64_t inner, double eps,
-          void* stream) {
+          void* mean, void* rstd, void* workspace, int64_t outer, int64_t length, int64_t inner,
+          double eps, void* stream) {
   return by_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
@@ -105,13 +129,13 @@ int adain(int dtype, int style_dtype, const void* x, const void* scale, const vo
     op.rstd = static_cast<A*>(rstd);
     op.eps = static_cast<A>(eps);
     op.style_f32 = style_dtype == kF32;
-    return launch_norm(op, outer, length, inner, stream);
+    return launch_norm(op, outer, length, inner, workspace, stream);
   });
 }
 
 int adain_bwd(int dtype, int style_dtype, const void* dy, const void* x, const void* scale,
               const void* mean, const void* rstd, void* dx, void* dscale, void* dshift,
-              int64_t outer, int64_t length, int64_t inner, void* stream) {
+              void* workspace, int64_t outer, int64_t length, int64_t inner, void* stream) {
   return by_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
@@ -125,10 +149,12 @@ int adain_bwd(int dtype, int style_dtype, const void* dy, const void* x, const v
     op.dscale = dscale;
     op.dshift = dshift;
     op.style_f32 = style_dtype == kF32;
-    return launch_norm(op, outer, length, inner, stream);
+    return launch_norm(op, outer, length, inner, workspace, stream);
   });
 }
 
+GK_EXPORT(adain_workspace);
+GK_EXPORT(adain_bwd_workspace);
 GK_EXPORT(adain);
 GK_EXPORT(adain_bwd);
 

@@ -6,7 +6,8 @@
 //   side
 //            along inner (at least one 32-byte sector), the others share the length.
 // What was read stays in registers between the sums and the map, or if that is not enough in shared
-// memory (kShared), so that each byte is read once; what fits into neither is read again, from L2.
+// memory (kShared), so that each byte is read once. Where one block cannot keep a vector, several
+// share it (norm_group.cuh); what does not fit even so is read again.
 // Sums are taken in a fixed order.
 //
 // An Op says what is computed:
@@ -15,11 +16,14 @@
 //                    cancellation
 //   kHold            packs of 16 bytes that a thread of a row keeps of each input
 //   kColumnHold, kColumnBytes  the same for columns, and the bytes of their packs
-//   kShared          vectors may be so long that shared memory helps
+//   kShared          vectors may be so long that shared memory helps, or several blocks
 //   Params params(i) what add() needs to know of the i-th (outer, inner) vector
 //   add(v, p, s)     adds the kIn values v of one element to the kSums sums
 //   finish(i, s, p, inv_length, f, first)  turns sums into factors; `first` is true in one thread
 //   map(v, f, y)     the kOut outputs of one element
+//   move_pivot(s, n, d)  with kPivot and kShared: makes sums of n elements those about a pivot that
+//   is
+//                    d less
 #pragma once
 
 #include "common.cuh"

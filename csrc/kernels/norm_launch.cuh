@@ -1,7 +1,7 @@
 // Launches the kernels of norm.cuh: which of them, how many threads a vector, what is kept where.
 #pragma once
 
-#include "norm.cuh"
+#include "norm_group.cuh"
 
 namespace gankern {
 namespace {
@@ -77,16 +77,118 @@ int launch_columns(const Op& op, int64_t outer, int64_t length, int64_t inner, v
   return static_cast<int>(cudaGetLastError());
 }
 
+// Elements of a pack of a row, and of columns; float64, which is for gradient checks, has no packs.
 template <typename Op>
-int launch_norm(const Op& op, int64_t outer, int64_t length, int64_t inner, void* stream) {
-  using T = typename Op::Elem;
+constexpr int kRowPack = sizeof(typename Op::Elem) == 8 ? 1 : 16 / sizeof(typename Op::Elem);
+template <typename Op>
+constexpr int kColumnPack = kRowPack<Op> == 1 ? 1 : Op::kColumnBytes / sizeof(typename Op::Elem);
+
+// Packs of each input that a thread of a group keeps; two inputs of 16 bits are many values at
+// once.
+template <typename Op>
+constexpr int kGroupHold = sizeof(typename Op::Elem) == 2 && Op::kIn > 1 ? 3 : Op::kColumnHold;
+
+// How groups of blocks share vectors; parts == 0 where one block keeps them, or no group can.
+// V, length and inner as group_kernel takes them.
+template <typename Op, int N, int K, int V>
+class Group {
+  using A = Acc<typename Op::Elem>;
+  static constexpr int kStep = Op::kIn * kGroupThreads * N * sizeof(typename Op::Elem);
+  static constexpr int kStats = Op::kSums + Op::kPivot;
+
+ public:
+  Group(int64_t outer, int64_t length, int64_t inner)
+      : length_(length), inner_(inner), outer_(outer) {
+    const int sector = max(1, 32 / static_cast<int>(N * sizeof(typename Op::Elem)));
+    const int tx = pow2_between(ceil_div(inner, N), 1, sector);
+    vectors_ = V * tx;
+    log_tx_ = log2_of(tx);
+    columns_ = ceil_div(inner, tx * N);
+    const int lines = kGroupThreads / 32;
+    scratch_ = 16 + vectors_ * static_cast<int>(sizeof(typename Op::Params) +
+                                                (lines * Op::kSums + Op::kFactors) * sizeof(A));
+    const int64_t alone = ceil_div(length, kMaxThreads / tx);  // steps of a block that is alone
+    if (K + keep<Op, N>(alone - K, 1, kMaxThreads, 2 * scratch_) >= alone) return;
+    const int64_t all = ceil_div(length, kGroupThreads / tx);
+    steps_ = K + static_cast<int>(max(0, (half_shared() - scratch_) / kStep));
+    steps_ = max(K, static_cast<int>(ceil_div(all, ceil_div(all, steps_))));  // parts of one size
+    const int64_t parts = ceil_div(all, steps_);
+    // A thread sums a part; and what waits longer than one round of blocks would better read twice.
+    const bool fits = parts <= min(kGroupThreads / tx, 2 * sm_count());
+    if (fits && outer <= 65535 && columns_ <= 65535) parts_ = static_cast<int>(parts);
+  }
+  int parts() const { return parts_; }
+  int64_t bytes() const {
+    return sums() * static_cast<int64_t>(sizeof(A)) + tickets() * static_cast<int64_t>(sizeof(int));
+  }
+  int launch(const Op& op, void* workspace, void* stream) const {
+    A* const partial = static_cast<A*>(workspace);
+    int* const claims = reinterpret_cast<int*>(partial + sums());
+    const Exchange<A> exchange{partial, claims, claims + outer_ * columns_ * parts_};
+    const int shared = scratch_ + (steps_ - K) * kStep;
+    if (const int error = allow_shared((group_kernel<Op, N, K, V>), shared)) return error;
+    // Room for two blocks, where the driver would leave more of it to the cache.
+    if (const cudaError_t error = cudaFuncSetAttribute(
+            (group_kernel<Op, N, K, V>), cudaFuncAttributePreferredSharedMemoryCarveout,
+            cudaSharedmemCarveoutMaxShared))
+      return static_cast<int>(error);
+    if (const cudaError_t error =
+            cudaMemsetAsync(claims, 0, tickets() * sizeof(int), static_cast<cudaStream_t>(stream)))
+      return static_cast<int>(error);
+    GK_LAUNCH((group_kernel<Op, N, K, V>), dim3(parts_, columns_, outer_), dim3(kGroupThreads),
+              shared, stream, op, length_, inner_, log_tx_, steps_, exchange);
+    return static_cast<int>(cudaGetLastError());
+  }
+
+ private:
+  int64_t sums() const { return outer_ * columns_ * parts_ * kStats * vectors_; }
+  int64_t tickets() const { return outer_ * columns_ * (parts_ + 1); }
+  // Of two blocks of a multiprocessor, less what the system takes.
+  static int half_shared() {
+    int device = 0, all = 64 * 1024;
+    if (cudaGetDevice(&device) == cudaSuccess)
+      cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    return all / 2 - 1024;
+  }
+
+  int64_t length_, inner_, outer_, columns_;
+  int parts_ = 0, steps_ = 0, log_tx_, vectors_, scratch_;
+};
+
+// f(group) where the data have whole packs, else 0.
+template <typename Op, typename F>
+int64_t with_group(int64_t outer, int64_t length, int64_t inner, F f) {
+  constexpr int kRow = kRowPack<Op>, kColumn = kColumnPack<Op>;
+  if constexpr (Op::kShared && kRow > 1) {
+    if (inner == 1 && length % kRow == 0)
+      return f(Group<Op, kRow, kGroupHold<Op>, 1>(outer, length / kRow, kRow));
+    if (inner > 1 && inner % kColumn == 0)
+      return f(Group<Op, kColumn, kGroupHold<Op>, kColumn>(outer, length, inner));
+  }
+  return 0;
+}
+
+// Bytes of the workspace that launch_norm() takes.
+template <typename Op>
+int64_t norm_workspace(int64_t outer, int64_t length, int64_t inner) {
+  if (outer * length * inner == 0) return 0;
+  return with_group<Op>(outer, length, inner,
+                        [](auto group) { return group.parts() ? group.bytes() : int64_t(0); });
+}
+
+// workspace: null, or norm_workspace() bytes.
+template <typename Op>
+int launch_norm(const Op& op, int64_t outer, int64_t length, int64_t inner, void* workspace,
+                void* stream) {
   if (outer * length * inner == 0) return 0;
   bool packed = true;
   for (int a = 0; a < Op::kIn; a++) packed = packed && aligned16(op.in[a]);
   for (int a = 0; a < Op::kOut; a++) packed = packed && aligned16(op.out[a]);
-  constexpr int kRow = sizeof(T) == 8 ? 1 : 16 / static_cast<int>(sizeof(T));
-  constexpr int kColumn = sizeof(T) == 8 ? 1 : Op::kColumnBytes / static_cast<int>(sizeof(T));
+  constexpr int kRow = kRowPack<Op>, kColumn = kColumnPack<Op>;
   if constexpr (kRow > 1) {
+    if (packed && workspace)
+      return static_cast<int>(with_group<Op>(
+          outer, length, inner, [&](auto group) { return group.launch(op, workspace, stream); }));
     if (packed && inner == 1 && length % kRow == 0)
       return launch_rows<Op, kRow, Op::kHold>(op, outer, length, stream);
     if (packed && inner > 1 && inner % kColumn == 0)

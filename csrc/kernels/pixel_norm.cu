@@ -94,7 +94,7 @@ int pixel_norm(int dtype, const void* x, void* y, int64_t outer, int64_t length,
     op.in[0] = static_cast<const T*>(x);
     op.out[0] = static_cast<T*>(y);
     op.eps = static_cast<Acc<T>>(eps);
-    return launch_norm(op, outer, length, inner, stream);
+    return launch_norm(op, outer, length, inner, nullptr, stream);
   });
 }
 
@@ -107,7 +107,7 @@ int pixel_norm_bwd(int dtype, const void* dy, const void* x, void* dx, int64_t o
     op.in[1] = static_cast<const T*>(x);
     op.out[0] = static_cast<T*>(dx);
     op.eps = static_cast<Acc<T>>(eps);
-    return launch_norm(op, outer, length, inner, stream);
+    return launch_norm(op, outer, length, inner, nullptr, stream);
   });
 }
 
@@ -122,7 +122,7 @@ int pixel_norm_bwd2(int dtype, const void* g, const void* dy, const void* x, voi
     op.out[0] = static_cast<T*>(d_dy);
     op.out[1] = static_cast<T*>(d_x);
     op.eps = static_cast<Acc<T>>(eps);
-    return launch_norm(op, outer, length, inner, stream);
+    return launch_norm(op, outer, length, inner, nullptr, stream);
   });
 }
 

@@ -91,11 +91,12 @@ static void check_global(const Access& a) {
 static void take(const void* p, size_t size, bool write, bool atomic, const void* pc) {
   if (!running.self) return;
   const uintptr_t address = reinterpret_cast<uintptr_t>(p);
-  if (stacks.contains(address)) return;
+  if (running.now->stacks.contains(address)) return;
   const uintptr_t offset = address - reinterpret_cast<uintptr_t>(running.shared);
   const bool dynamic = offset < running.launch->smem;
   const bool shared = dynamic || data.has(address);
   if (!shared && (library.has(address) || host_stack.has(address))) return;
+  if (shared && !dynamic) running.now->static_shared = true;
   const Access a{address, static_cast<int>(size), write, atomic, shared, pc};
   if (size <= 16 && (size & (size - 1)) == 0 && address % size)
     fail("misaligned access: " + std::to_string(size) + " bytes at an address that is " +
@@ -146,6 +147,7 @@ void launch_begins() {
   order::launch_begins();
   shadow::launch_begins();
 }
+void enter(int place) { order::enter(place); }
 void block_begins() { order::block_begins(); }
 void barrier() { order::barrier(); }
 void rendezvous(int warp, unsigned lanes) { order::rendezvous(warp, lanes); }

@@ -23,6 +23,7 @@ struct Event {
 
 namespace order {
 void launch_begins();
+void enter(int place);
 void block_begins();
 void barrier();
 void rendezvous(int warp, unsigned lanes);

@@ -39,14 +39,19 @@ struct Clocks {
   Knowledge knowledge;
 };
 
+struct State {
+  std::vector<Clocks> clocks;  // of the block's threads
+  uint32_t barriers;
+  // Fences that a barrier has made known to the block.
+  bool block_fenced;
+  uint32_t block_fence_barriers;
+  std::vector<uint32_t> block_fence_clock;  // by thread
+  bool any_knowledge;
+};
+
 static std::unordered_map<uintptr_t, Sync> syncs;
-static std::vector<Clocks> clocks;  // of the current block's threads
-static uint32_t barriers;
-// Fences that a barrier has made known to the block.
-static bool block_fenced;
-static uint32_t block_fence_barriers;
-static std::vector<uint32_t> block_fence_clock;  // by thread
-static bool any_knowledge;
+static std::unordered_map<int, State> states;  // by the block's place
+static State* here;
 
 static void tick(Clocks& c, int lane) {
   if ((++c.own & 0xffff) == 0) fail("simt: too many warp synchronisations between two barriers");
@@ -66,40 +71,42 @@ static void merge(Knowledge& into, const Knowledge& from) {
 
 void launch_begins() { syncs.clear(); }
 
+void enter(int place) { here = &states[place]; }
+
 void block_begins() {
-  clocks.resize(running.count);
-  barriers = 1;
+  here->clocks.resize(running.count);
+  here->barriers = 1;
   for (int i = 0; i < running.count; i++) {
-    Clocks& c = clocks[i];
+    Clocks& c = here->clocks[i];
     std::memset(c.lanes, 0, sizeof(c.lanes));
-    c.lanes[i % 32] = c.own = barriers << 16;
+    c.lanes[i % 32] = c.own = here->barriers << 16;
     c.fenced = false;
     c.knowledge.clear();
   }
-  any_knowledge = block_fenced = false;
-  block_fence_barriers = 0;
-  block_fence_clock.clear();
+  here->any_knowledge = here->block_fenced = false;
+  here->block_fence_barriers = 0;
+  here->block_fence_clock.clear();
 }
 
 void barrier() {
   Knowledge all;
   for (int i = 0; i < running.count; i++) {
-    Clocks& c = clocks[i];
-    if (any_knowledge) merge(all, c.knowledge);
+    Clocks& c = here->clocks[i];
+    if (here->any_knowledge) merge(all, c.knowledge);
     if (!c.fenced) continue;
-    block_fenced = true;
-    block_fence_clock.resize(running.count);
-    block_fence_barriers = std::max(block_fence_barriers, c.fence_barriers);
+    here->block_fenced = true;
+    here->block_fence_clock.resize(running.count);
+    here->block_fence_barriers = std::max(here->block_fence_barriers, c.fence_barriers);
     for (int j = 0; j < 32 && i / 32 * 32 + j < running.count; j++) {
-      uint32_t& known = block_fence_clock[i / 32 * 32 + j];
+      uint32_t& known = here->block_fence_clock[i / 32 * 32 + j];
       known = std::max(known, c.fence_lanes[j]);
     }
   }
-  barriers++;
-  if (barriers >> 16) fail("simt: too many barriers in one block");
+  here->barriers++;
+  if (here->barriers >> 16) fail("simt: too many barriers in one block");
   for (int i = 0; i < running.count; i++) {
-    clocks[i].lanes[i % 32] = clocks[i].own = barriers << 16;
-    if (any_knowledge) clocks[i].knowledge = all;
+    here->clocks[i].lanes[i % 32] = here->clocks[i].own = here->barriers << 16;
+    if (here->any_knowledge) here->clocks[i].knowledge = all;
   }
 }
 
@@ -108,81 +115,90 @@ void rendezvous(int warp, unsigned lanes) {
   Knowledge all;
   for (int i = 0; i < 32; i++) {
     if (!(lanes >> i & 1)) continue;
-    const Clocks& c = clocks[warp * 32 + i];
+    const Clocks& c = here->clocks[warp * 32 + i];
     for (int j = 0; j < 32; j++) joined[j] = std::max(joined[j], c.lanes[j]);
-    if (any_knowledge) merge(all, c.knowledge);
+    if (here->any_knowledge) merge(all, c.knowledge);
   }
   for (int i = 0; i < 32; i++) {
     if (!(lanes >> i & 1)) continue;
-    Clocks& c = clocks[warp * 32 + i];
+    Clocks& c = here->clocks[warp * 32 + i];
     std::memcpy(c.lanes, joined, sizeof(joined));
     tick(c, i);
-    if (any_knowledge) c.knowledge = all;
+    if (here->any_knowledge) c.knowledge = all;
   }
 }
 
 void fence() {
-  Clocks& c = clocks[running.self->id];
+  Clocks& c = here->clocks[running.self->id];
   c.fenced = true;
-  c.fence_barriers = barriers;
+  c.fence_barriers = here->barriers;
   std::memcpy(c.fence_lanes, c.lanes, sizeof(c.lanes));
   tick(c, running.self->id % 32);
 }
 
 void atomic(uintptr_t address) {
   const int id = running.self->id;
-  Clocks& c = clocks[id];
+  Clocks& c = here->clocks[id];
   Sync& sync = syncs[address];
-  if (c.fenced || block_fenced) {
-    const uint32_t passed = std::max(c.fenced ? c.fence_barriers : 0, block_fence_barriers);
+  if (c.fenced || here->block_fenced) {
+    const uint32_t passed = std::max(c.fenced ? c.fence_barriers : 0, here->block_fence_barriers);
     Release release{std::vector<uint32_t>(running.count, (passed << 16) - 1), c.knowledge};
     for (int i = 0; i < running.count; i++) {
       uint32_t& cover = release.cover[i];
-      if (block_fenced) cover = std::max(cover, block_fence_clock[i]);
+      if (here->block_fenced) cover = std::max(cover, here->block_fence_clock[i]);
       if (c.fenced && i / 32 == id / 32) cover = std::max(cover, c.fence_lanes[i % 32]);
     }
     sync.by_block[static_cast<uint32_t>(running.block) + 1].push_back(sync.releases.size());
     sync.releases.push_back(std::move(release));
   }
   merge(c.knowledge, {{address, sync.releases.size()}});
-  any_knowledge = true;
+  here->any_knowledge = true;
 }
 
 Event now(const Access& a) {
   Event e;
   e.block = static_cast<uint32_t>(running.block) + 1;
-  e.clock = clocks[running.self->id].own;
+  e.clock = here->clocks[running.self->id].own;
   e.pc = reinterpret_cast<uintptr_t>(a.pc);
   e.thread = running.self->id;
   e.atomic = a.atomic;
   return e;
 }
 
-static bool covered(const Event& e, const Knowledge& knowledge, int depth) {
-  for (const Acquired& a : knowledge) {
+// Follows the releases, and what the releasing threads had themselves acquired, each once.
+static bool covered(const Event& e, const Knowledge& knowledge) {
+  static Knowledge todo, seen;
+  todo = knowledge;
+  seen.clear();
+  while (!todo.empty()) {
+    const Acquired a = todo.back();
+    todo.pop_back();
+    const auto same = std::find_if(seen.begin(), seen.end(),
+                                   [&](const Acquired& b) { return b.address == a.address; });
+    const size_t first = same == seen.end() ? 0 : same->count;
+    if (first >= a.count) continue;
+    merge(seen, {a});
     const Sync& sync = syncs[a.address];
     const auto found = sync.by_block.find(e.block);
     if (found != sync.by_block.end())
       for (const size_t i : found->second)
         if (i < a.count && e.clock <= sync.releases[i].cover[e.thread]) return true;
-    // What the releasing threads had themselves acquired.
-    for (size_t i = 0; depth > 0 && i < a.count; i++)
-      if (!sync.releases[i].knowledge.empty() && covered(e, sync.releases[i].knowledge, depth - 1))
-        return true;
+    for (size_t i = first; i < a.count; i++)
+      todo.insert(todo.end(), sync.releases[i].knowledge.begin(), sync.releases[i].knowledge.end());
   }
   return false;
 }
 
 bool before_now(const Event& e, uintptr_t address) {
   const int id = running.self->id;
-  const Clocks& c = clocks[id];
+  const Clocks& c = here->clocks[id];
   if (e.block == static_cast<uint32_t>(running.block) + 1) {
-    if (static_cast<int>(e.thread) == id || e.clock < barriers << 16) return true;
+    if (static_cast<int>(e.thread) == id || e.clock < here->barriers << 16) return true;
     if (static_cast<int>(e.thread) / 32 == id / 32 && e.clock <= c.lanes[e.thread % 32])
       return true;
   }
   if (c.knowledge.empty()) return false;
-  if (covered(e, c.knowledge, 3)) return true;
+  if (covered(e, c.knowledge)) return true;
   // An atomic is ordered before a later atomic on its address, and so before what follows that.
   if (!e.atomic) return false;
   for (const Acquired& a : c.knowledge)

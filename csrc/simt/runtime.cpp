@@ -1,6 +1,8 @@
-// Runs a grid: blocks one after another, one fiber a thread, warps in turn until each one waits.
+// Runs a grid: one fiber a thread, warps in turn until each one waits, blocks one after another or,
+// where they wait for one another, in turn.
 #include "runtime.h"
 
+#include <algorithm>
 #include <cstring>
 #include <exception>
 #include <mutex>
@@ -13,7 +15,6 @@ uint3 simt_grid_dim __asm__("simt_gridDim");
 namespace simt {
 
 Running running;
-Stacks stacks;
 std::map<const void*, Counters> counters;
 std::vector<LaunchRecord> launch_records;
 Counters* counting;
@@ -83,6 +84,17 @@ static void pause(Waits what, int op, const void* place) {
   self.op = op;
   self.place = place;
   switch_to(self.fiber, scheduler);
+}
+
+// A block that sleeps waits for another one.
+void sleep() {
+  const void* place = __builtin_return_address(0);
+  if (running.now->static_shared)
+    fail(
+        "simt: a block that waits for others must keep its data in dynamic shared memory; "
+        "a static array is one for all blocks",
+        place);
+  pause(Waits::kOthers, 0, place);
 }
 
 int block_barrier(BlockOp op, int predicate) {
@@ -195,7 +207,7 @@ static void run_warp(int first) {
 // Every thread waits or has exited: completes the barrier that all of them wait at, or reports.
 // Returns false when all have exited.
 static bool complete_barrier() {
-  Thread* begin = running.threads.data();
+  Thread* begin = running.threads;
   Thread* end = begin + running.count;
   Thread *waiting = nullptr, *done = nullptr, *stuck = nullptr;
   for (Thread* t = begin; t != end; t++) {
@@ -236,8 +248,21 @@ static bool complete_barrier() {
   return true;
 }
 
-static void run_block() {
+// Makes `b` the block whose turn it is.
+static void enter(Block& b) {
+  const dim3& g = running.launch->grid;
+  running.now = &b;
+  running.threads = b.threads.data();
+  running.shared = b.shared;
+  running.block = b.index;
+  simt_block_idx = {unsigned(b.index % g.x), unsigned(b.index / g.x % g.y),
+                    unsigned(b.index / (uint64_t(g.x) * g.y))};
+  checks::enter(b.place);
+}
+
+static void begin_block() {
   const dim3& b = running.launch->block;
+  running.now->static_shared = false;
   if (running.shared) std::memset(running.shared, 0xff, running.launch->smem);  // NaN
   for (int i = 0; i < running.count; i++) {
     Thread& t = running.threads[i];
@@ -247,11 +272,96 @@ static void run_block() {
     prepare(t.fiber, thread_main);
   }
   checks::block_begins();
+}
+
+// True when the block has ended, false when it waits for others.
+static bool run_block() {
+  Thread* end = running.threads + running.count;
+  const auto sleeps = [](const Thread& t) { return t.waits == Waits::kOthers; };
+  for (Thread* t = running.threads; t != end; t++)
+    if (sleeps(*t)) t->waits = Waits::kNothing;
   do {
     for (int first = 0; first < running.count; first += 32) run_warp(first);
+    if (std::any_of(running.threads, end, sleeps)) return false;
   } while (complete_barrier());
   if (!running.suspicion.empty()) throw Error(running.suspicion);
+  return true;
 }
+
+// Blocks that the GPU holds at once, as far as threads and shared memory limit them.
+static size_t most_blocks(const Launch& what) {
+  const size_t by_shared = kSharedOfProcessor / (what.smem + kSharedReserved);
+  return processors *
+         std::max(size_t(1), std::min({size_t(32), size_t(2048 / running.count), by_shared}));
+}
+
+// The blocks that have begun and not ended, each in a place of its own.
+class Live {
+ public:
+  ~Live() {
+    for (Block* b : blocks_) release(*b);
+    running.shared = nullptr;
+    running.self = nullptr;
+  }
+  size_t size() const { return blocks_.size(); }
+
+  void begin(uint64_t index) {
+    if (free().empty()) {
+      static int places = 0;
+      free().push_back(new Block{places++});  // kept for all launches
+    }
+    Block& b = *free().back();
+    free().pop_back();
+    blocks_.push_back(&b);
+    b.index = index;
+    while (b.threads.size() < static_cast<size_t>(running.count)) {
+      b.threads.emplace_back();
+      b.stacks.assign(b.threads.back().fiber, static_cast<int>(b.threads.size()) - 1);
+    }
+    // Exactly as many bytes as asked for, so that AddressSanitizer sees the end.
+    if (const size_t bytes = running.launch->smem)
+      b.shared = ::operator new(bytes, std::align_val_t(128));
+    enter(b);
+    begin_block();
+  }
+
+  // A turn of each; true if that brought any of them further.
+  bool turn() {
+    const uint64_t before = counting->barriers + counting->warp_collectives;
+    const size_t count = blocks_.size();
+    for (size_t i = 0; i < blocks_.size();) {
+      enter(*blocks_[i]);
+      if (!run_block()) {
+        i++;
+        continue;
+      }
+      release(*blocks_[i]);
+      blocks_.erase(blocks_.begin() + i);
+    }
+    return blocks_.size() < count || counting->barriers + counting->warp_collectives > before;
+  }
+
+  [[noreturn]] void report_deadlock() {
+    enter(*blocks_[0]);
+    const Thread* t = running.threads;
+    while (t->waits != Waits::kOthers) t++;
+    fail("deadlock: every block that runs waits for others, and no other can begin\n  " +
+         thread_name(t->id) + " waits at " + where(t->place));
+  }
+
+ private:
+  static std::vector<Block*>& free() {
+    static std::vector<Block*> list;
+    return list;
+  }
+  static void release(Block& b) {
+    ::operator delete(b.shared, std::align_val_t(128));
+    b.shared = nullptr;
+    if (std::uncaught_exceptions()) b.stacks.forget_poison();  // of abandoned frames
+    free().push_back(&b);
+  }
+  std::vector<Block*> blocks_;
+};
 
 static void check_launch(const Launch& launch) {
   const dim3 &g = launch.grid, &b = launch.block;
@@ -282,10 +392,6 @@ void launch(const Launch& what) {
   running.count = static_cast<int>(what.block.x * what.block.y * what.block.z);
   running.error.clear();
   running.suspicion.clear();
-  while (running.threads.size() < static_cast<size_t>(running.count)) {
-    running.threads.emplace_back();
-    stacks.assign(running.threads.back().fiber, static_cast<int>(running.threads.size()) - 1);
-  }
   simt_grid_dim = what.grid;
   simt_block_dim = what.block;
   counting = &counters[what.kernel];
@@ -295,25 +401,18 @@ void launch(const Launch& what) {
   counting->blocks += blocks;
   counting->threads += blocks * running.count;
 
-  struct Shared {  // exactly as many bytes as asked for, so that AddressSanitizer sees the end
-    void* p;
-    explicit Shared(size_t bytes)
-        : p(bytes ? ::operator new(bytes, std::align_val_t(128)) : nullptr) {}
-    ~Shared() {
-      ::operator delete(p, std::align_val_t(128));
-      running.shared = nullptr;
-      running.self = nullptr;
-      if (std::uncaught_exceptions()) stacks.forget_poison();  // of abandoned frames
-    }
-  } shared(what.smem);
-  running.shared = shared.p;
   checks::launch_begins();
-  const uint64_t run = last_blocks ? std::min(last_blocks, blocks) : blocks;
-  for (running.block = blocks - run; running.block < blocks; running.block++) {
-    const uint64_t i = running.block;
-    simt_block_idx = {unsigned(i % what.grid.x), unsigned(i / what.grid.x % what.grid.y),
-                      unsigned(i / (uint64_t(what.grid.x) * what.grid.y))};
-    run_block();
+  Live live;
+  uint64_t next = last_blocks ? blocks - std::min(last_blocks, blocks) : 0;
+  int idle = 0;  // turns in which nobody came further
+  while (next < blocks || live.size()) {
+    if (live.size() && live.turn()) {
+      idle = 0;
+    } else if (next < blocks && live.size() < most_blocks(what)) {
+      live.begin(next++);
+    } else if (++idle > kPatience) {
+      live.report_deadlock();
+    }
   }
 }
 
@@ -354,7 +453,7 @@ cudaError_t get_attribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       return *value = kMaxSharedOptIn, cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      return *value = 228 << 10, cudaSuccess;
+      return *value = kSharedOfProcessor, cudaSuccess;
     case cudaDevAttrMaxGridDimX:
       return *value = 0x7fffffff, cudaSuccess;
     case cudaDevAttrMaxGridDimY:

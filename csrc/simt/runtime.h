@@ -13,12 +13,14 @@ namespace simt {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxSharedDefault = 48 << 10, kMaxSharedOptIn = 227 << 10;
+constexpr int kSharedOfProcessor = 228 << 10, kSharedReserved = 1 << 10;  // of each block
+constexpr int kPatience = 4096;  // turns of blocks that all wait, before that is a deadlock
 
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-enum class Waits : uint8_t { kNothing, kBarrier, kWarp, kDone };
+enum class Waits : uint8_t { kNothing, kBarrier, kWarp, kOthers, kDone };
 
 struct Thread {
   Fiber fiber;
@@ -32,21 +34,31 @@ struct Thread {
   const void* place;  // where it waits
 };
 
+// A place for a block: its threads, which grow to the largest block seen, and its shared memory.
+struct Block {
+  int place;
+  uint64_t index = 0;
+  std::vector<Thread> threads;
+  Stacks stacks;
+  void* shared = nullptr;
+  bool static_shared = false;  // it has used some (race build)
+};
+
 // The launch that runs now.
 struct Running {
   const Launch* launch = nullptr;
-  std::vector<Thread> threads;  // of the current block; grows to the largest block seen
-  int count = 0;                // threads of a block
-  Thread* self = nullptr;       // the thread that runs, null in the scheduler
-  uint64_t block = 0;           // linear index
+  Block* now = nullptr;  // whose turn it is; the next three are its own
+  Thread* threads = nullptr;
   void* shared = nullptr;
+  uint64_t block = 0;         // linear index
+  int count = 0;              // threads of a block
+  Thread* self = nullptr;     // the thread that runs, null in the scheduler
   bool known_arrays = false;  // the launcher was called with arrays whose extents are registered
   std::string error;
   std::string suspicion;  // a read of unwritten memory: perhaps one side of a race, so it can wait
 };
 extern Running running;
 extern int processors;  // multiprocessors of the simulated GPU
-extern Stacks stacks;
 
 // Ends the launch with an error that starts with `what` and names kernel, block and thread.
 [[noreturn]] void fail(const std::string& what, const void* place = nullptr);
@@ -104,6 +116,7 @@ const std::vector<Export>& exports();
 #ifdef GANKERN_SIMT_RACE
 namespace checks {
 void launch_begins();
+void enter(int place);  // the block in this place goes on
 void block_begins();
 void barrier();                             // every thread of the block has arrived
 void rendezvous(int warp, unsigned lanes);  // these lanes have met
@@ -117,6 +130,7 @@ void forget(const void* p);
 #else
 namespace checks {
 inline void launch_begins() {}
+inline void enter(int) {}
 inline void block_begins() {}
 inline void barrier() {}
 inline void rendezvous(int, unsigned) {}

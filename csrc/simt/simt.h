@@ -46,6 +46,7 @@ int block_barrier(BlockOp op, int predicate);
 uint64_t warp_collective(WarpOp op, unsigned mask, uint64_t value, int arg, int width);
 void* dynamic_shared();
 void device_fence();
+void sleep();
 void on_atomic(const void* address, int size, const void* pc);
 [[noreturn]] void trap();
 

@@ -6,6 +6,7 @@ SIMT_INLINE int __syncthreads_count(int p) { return simt::block_barrier(simt::Bl
 SIMT_INLINE int __syncthreads_and(int p) { return simt::block_barrier(simt::BlockOp::kAnd, p); }
 SIMT_INLINE int __syncthreads_or(int p) { return simt::block_barrier(simt::BlockOp::kOr, p); }
 SIMT_INLINE void __threadfence() { simt::device_fence(); }
+SIMT_INLINE void __nanosleep(unsigned) { simt::sleep(); }
 
 SIMT_INLINE void __syncwarp(unsigned mask = 0xffffffffu) {
   simt::warp_collective(simt::WarpOp::kSync, mask, 0, 0, 32);

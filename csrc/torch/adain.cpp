@@ -1,12 +1,16 @@
 // adain for the dispatcher: checks, allocation, launch. The contract is gankern/ops/adain.py.
 #include "common.h"
 
+GANKERN_KERNEL(int64_t, adain_workspace, int dtype, int64_t outer, int64_t length, int64_t inner)
 GANKERN_KERNEL(int, adain, int dtype, int style_dtype, const void* x, const void* scale,
-               const void* shift, void* y, void* mean, void* rstd, int64_t outer, int64_t length,
-               int64_t inner, double eps, void* stream)
+               const void* shift, void* y, void* mean, void* rstd, void* workspace, int64_t outer,
+               int64_t length, int64_t inner, double eps, void* stream)
+GANKERN_KERNEL(int64_t, adain_bwd_workspace, int dtype, int64_t outer, int64_t length,
+               int64_t inner)
 GANKERN_KERNEL(int, adain_bwd, int dtype, int style_dtype, const void* dy, const void* x,
                const void* scale, const void* mean, const void* rstd, void* dx, void* dscale,
-               void* dshift, int64_t outer, int64_t length, int64_t inner, void* stream)
+               void* dshift, void* workspace, int64_t outer, int64_t length, int64_t inner,
+               void* stream)
 
 namespace gankern {
 namespace {
@@ -52,18 +56,20 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Tensor& sca
   const Tensor scale = row_major(scale_in);
   const Tensor shift = row_major(shift_in);
   Tensor y = fresh_like(x);
-  Tensor mean = empty_beside(x, {x.size(0), x.size(1)}, statistic_type(x));
+  const Shape s = shape_of(x);
+  const Launch launch(x);
+  const int64_t bytes = kernels::adain_workspace(code, s.outer, s.length, s.inner);
+  auto [mean, workspace] =
+      empty_with_workspace(x, {x.size(0), x.size(1)}, statistic_type(x), bytes);
   Tensor rstd = fresh_like(mean);
   if (x.numel() == 0) {
     torch::stable::zero_(mean);
     torch::stable::zero_(rstd);
   }
-  const Shape s = shape_of(x);
-  const Launch launch(x);
-  launch.check(
-      kOp, kernels::adain(code, style, x.const_data_ptr(), scale.const_data_ptr(),
-                          shift.const_data_ptr(), y.mutable_data_ptr(), mean.mutable_data_ptr(),
-                          rstd.mutable_data_ptr(), s.outer, s.length, s.inner, eps, launch.stream));
+  launch.check(kOp, kernels::adain(code, style, x.const_data_ptr(), scale.const_data_ptr(),
+                                   shift.const_data_ptr(), y.mutable_data_ptr(),
+                                   mean.mutable_data_ptr(), rstd.mutable_data_ptr(), workspace,
+                                   s.outer, s.length, s.inner, eps, launch.stream));
   return {y, mean, rstd};
 }
 
@@ -85,18 +91,21 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& x
   const Tensor mean = row_major(mean_in);
   const Tensor rstd = row_major(rstd_in);
   Tensor dx = fresh_like(x);
-  Tensor dscale = fresh_like(scale), dshift = fresh_like(scale);
+  const Shape s = shape_of(x);
+  const Launch launch(x);
+  const int64_t bytes = kernels::adain_bwd_workspace(code, s.outer, s.length, s.inner);
+  auto [dscale, workspace] =
+      empty_with_workspace(scale, {scale.size(0), scale.size(1)}, scale.scalar_type(), bytes);
+  Tensor dshift = fresh_like(scale);
   if (x.numel() == 0) {
     torch::stable::zero_(dscale);
     torch::stable::zero_(dshift);
   }
-  const Shape s = shape_of(x);
-  const Launch launch(x);
   launch.check(kOp, kernels::adain_bwd(code, style, dy.const_data_ptr(), x.const_data_ptr(),
                                        scale.const_data_ptr(), mean.const_data_ptr(),
                                        rstd.const_data_ptr(), dx.mutable_data_ptr(),
                                        dscale.mutable_data_ptr(), dshift.mutable_data_ptr(),
-                                       s.outer, s.length, s.inner, launch.stream));
+                                       workspace, s.outer, s.length, s.inner, launch.stream));
   return {dx, dscale, dshift};
 }
 

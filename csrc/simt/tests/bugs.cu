@@ -106,6 +106,30 @@ __global__ void ticket_kernel(const float* x, float* partials, int* ticket, floa
   }
 }
 
+// Each block publishes a number and waits for `wanted` of them; then it adds up all.
+template <bool kFence, bool kStatic>
+__global__ void others_kernel(float* numbers, int* published, float* sums, int wanted) {
+  GK_DYNAMIC_SHARED(float, dynamic);
+  float* kept = dynamic;
+  if constexpr (kStatic) {
+    __shared__ float fixed[1];
+    kept = fixed;
+  }
+  if (threadIdx.x == 0) {
+    kept[0] = blockIdx.x + 1;
+    numbers[blockIdx.x] = kept[0];  // @others_write
+    if (kFence) __threadfence();
+    atomicAdd(published, 1);
+    while (atomicAdd(published, 0) < wanted) __nanosleep(100);  // @others_wait
+    if (kFence) __threadfence();
+  }
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  float sum = kept[0] / 64;
+  for (unsigned i = 0; i < gridDim.x; i++) sum += numbers[i];  // @others_read
+  sums[blockIdx.x] = sum;
+}
+
 __global__ void atomic_race_kernel(int* count, int* out) {
   atomicAdd(count, 1);          // @atomic_race_add
   out[threadIdx.x] = count[0];  // @atomic_race_read
@@ -198,6 +222,13 @@ TICKET(ticket_right, true, true);
 TICKET(ticket_own_fence, true, true, true);
 TICKET(ticket_without_fence, false, true);
 TICKET(ticket_without_barrier, true, false);
+#define OTHERS(name, ...)                                                                       \
+  TOY(name, blocks, 32, smem, (others_kernel<__VA_ARGS__>),                                     \
+      (float* numbers, int* published, float* sums, int wanted, int blocks, int smem), numbers, \
+      published, sums, wanted)
+OTHERS(others_right, true, false);
+OTHERS(others_without_fence, false, false);
+OTHERS(others_static, true, true);
 TOY(atomic_race, 1, 64, 0, (atomic_race_kernel), (int* count, int* out), count, out);
 TOY(unwritten_shared, 1, 64, 0, (unwritten_shared_kernel), (float* y), y);
 TOY(accumulate, 1, 64, 0, (accumulate_kernel), (float* y), y);

@@ -19,8 +19,14 @@ namespace gankern::cpu::GANKERN_ISA {
 namespace {
 
 constexpr int64_t kGrain = 8192;            // elements that a thread takes at least
-constexpr int64_t kBlock = 32;              // elements summed apart, for less rounding
 constexpr int64_t kScratchBytes = 1 << 19;  // of the values of a tile: they stay in the L2 cache
+
+// Of `count` values to add up, how many are summed apart, for less rounding: about its root.
+inline int64_t block_of(int64_t count) {
+  int64_t block = 32;
+  while (block * block < count) block *= 2;
+  return block;
+}
 
 template <typename Op, bool kPart>
 GK_INLINE void load_inputs(const Op& op, int64_t i, int64_t n, Vec<typename Op::Elem>* v) {
@@ -80,8 +86,15 @@ void run_row(const Op& op, int64_t row, int64_t length) {
   if constexpr (Op::kPivot) p.pivot = mean_of_row(op.in[0] + base, length);
   V s[4][Op::kSums] = {};  // four accumulators hide the latency of an addition
   int64_t i = 0;
-  for (; i + 4 * kLanes <= length; i += 4 * kLanes)
-    for (int u = 0; u < 4; u++) add_row<Op, false>(op, base + i + u * kLanes, 0, p, s[u]);
+  const int64_t wide = 4 * kLanes, block = wide * block_of(length / wide);
+  while (i + wide <= length) {
+    V part[4][Op::kSums] = {};
+    const int64_t stop = i + block < length ? i + block : length;
+    for (; i + wide <= stop; i += wide)
+      for (int u = 0; u < 4; u++) add_row<Op, false>(op, base + i + u * kLanes, 0, p, part[u]);
+    for (int u = 0; u < 4; u++)
+      for (int j = 0; j < Op::kSums; j++) s[u][j] += part[u][j];
+  }
   for (; i + kLanes <= length; i += kLanes) add_row<Op, false>(op, base + i, 0, p, s[0]);
   if (i < length) add_row<Op, true>(op, base + i, length - i, p, s[1]);
   V total[Op::kSums], f[Op::kFactors], v[Op::kIn];
@@ -123,10 +136,10 @@ void run_tile(const Op& op, int64_t base, int64_t vector, int64_t length, int64_
       }
     for (int u = 0; u < kWide; u++) p[u].pivot = mean[u] / static_cast<Scalar<T>>(length);
   }
-  for (int64_t block = 0; block < length; block += kBlock) {
+  for (int64_t c = 0, block = block_of(length); c < length;) {
     V part[kWide][Op::kSums] = {};
-    const int64_t stop = block + kBlock < length ? block + kBlock : length;
-    for (int64_t c = block; c < stop; c++) {
+    const int64_t stop = c + block < length ? c + block : length;
+    for (; c < stop; c++) {
       V v[kWide][Op::kIn];
       if (Op::kPivot && kept)
         memcpy(v, kept + c * kStep, sizeof v);

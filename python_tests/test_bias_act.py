@@ -127,6 +127,18 @@ def test_third_order(impl, device, act):
         assert harness.relative_error(a, e) < 1e-5
 
 
+@pytest.mark.parametrize("act", ["elu", "selu"])
+def test_orders_of_an_exponential(impl, device, act):
+    """Below 0 all derivatives are alike; of a sum, so that no gradient comes from above."""
+    x = torch.linspace(-2, -0.1, 5, device=device).reshape(1, 5).requires_grad_()
+    y = bias_act(x, act=act, impl=impl)
+    for _ in range(4):
+        (y,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        torch.testing.assert_close(
+            y, {"elu": 1, "selu": 1.0507009873 * 1.6732632423}[act] * x.exp()
+        )
+
+
 def test_opcheck(impl, device):
     if impl == "reference":
         pytest.skip("the reference is not a registered op")

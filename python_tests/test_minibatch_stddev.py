@@ -60,7 +60,7 @@ def test_layouts(impl, device, dtype, case, layout):
         assert dx.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("case", ["odd", "uneven", "stylegan", "whole_batch", "latent"])
+@pytest.mark.parametrize("case", ["odd", "uneven", "stylegan", "whole_batch", "latent", "empty"])
 def test_second_gradients(impl, device, case):
     shape, *args = CASES[case]
     compare(*ops(impl, *args), inputs(shape, device), second_grads, case)

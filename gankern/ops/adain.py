@@ -287,7 +287,13 @@ class _AdainBwd(torch.autograd.Function):
             inputs = [t.view_as(t) for t in ctx.saved_tensors]
             dy, x, scale = inputs
             outputs = _bwd_reference(dy, x, scale, ctx.eps)
-            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+            pairs = [
+                (o, g)
+                for o, g in zip(outputs, grads, strict=True)
+                if g is not None and o.requires_grad
+            ]
+            if not pairs:
+                return None, None, None, *nothing
             wanted = [t for t in inputs if t.requires_grad]
             found = iter(
                 torch.autograd.grad(

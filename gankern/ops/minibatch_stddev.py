@@ -116,6 +116,8 @@ def _statistic(x: Tensor, groups: int, num_channels: int) -> Tensor:
 def _bwd_reference(dy: Tensor, x: Tensor, groups: int, num_channels: int) -> Tensor:
     """What minibatch_stddev_bwd computes, differentiably: csrc/kernels/minibatch_stddev.cu."""
     n, c = x.shape[:2]
+    if x.numel() == 0:
+        return dy[:, :c] + x * 0
     parts = []
     for m in range(groups):
         size = len(range(m, n, groups))

@@ -69,7 +69,9 @@ def synthesis_epilogue(
     linear, relu and lrelu, and composed of upfirdn2d and bias_act for other activations.
     Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", figure 2.
     """
-    pads, f, args = _check(x, f, d, noise, noise_strength, b, padding, act, alpha, gain, clamp)
+    pads, args = _check(x, f, d, noise, noise_strength, b, padding, act, alpha, gain, clamp)
+    if f is None and (any(pads) or filter_gain != 1):
+        f = torch.ones(1, 1, device=x.device)
     args = (*pads, bool(flip_filter), float(filter_gain), act, *args)
     chosen = _impl.choose(OP, impl, x)
     if chosen == "reference":
@@ -95,7 +97,7 @@ def _usable(op: str, impl: str, x: Tensor) -> str:
 
 
 def _check(x, f, d, noise, strength, b, padding, act, alpha, gain, clamp):
-    """[x0, x1, y0, y1], the filter (None for the identity), (alpha, gain, clamp)."""
+    """[x0, x1, y0, y1] and (alpha, gain, clamp)."""
     _impl.check_float(OP, "x", x)
     if x.ndim != 4:
         raise ValueError(f"{OP}: x must be [N, C, H, W], got shape {tuple(x.shape)}")
@@ -120,11 +122,9 @@ def _check(x, f, d, noise, strength, b, padding, act, alpha, gain, clamp):
         raise ValueError(f"{OP}: act must be one of {', '.join(ACTS)}, got {act!r}")
     if clamp is not None and not clamp >= 0:
         raise ValueError(f"{OP}: clamp must be None or at least 0, got {clamp}")
-    if f is None and any(pads):
-        f = torch.ones(1, 1, device=x.device)
     alpha = ACTS[act].alpha if alpha is None else float(alpha)
     gain = ACTS[act].gain if gain is None else float(gain)
-    return pads, f, (alpha, gain, -1.0 if clamp is None else float(clamp))
+    return pads, (alpha, gain, -1.0 if clamp is None else float(clamp))
 
 
 def _check_filter(x: Tensor, f: Tensor) -> tuple[int, int]:

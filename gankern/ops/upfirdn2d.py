@@ -315,6 +315,8 @@ def _upsample_pad(x: Tensor, up: tuple[int, int], padding: Pads) -> Tensor:
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
+    if _impl.transformed():  # torch.func.vmap does not tell
+        return torch.contiguous_format
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 

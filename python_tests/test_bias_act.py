@@ -139,6 +139,14 @@ def test_orders_of_an_exponential(impl, device, act):
         )
 
 
+def test_softplus_in_float64(impl, device):
+    """At 21, log(1 + exp(x)) - x is 7.6e-10: seven digits above a rounding."""
+    harness.skip_float64_triton(impl, torch.float64)
+    x = torch.tensor([[21.0, 30.0, -30.0, 800.0]], dtype=torch.float64, device=device)
+    expected = torch.logaddexp(x, torch.zeros_like(x))
+    torch.testing.assert_close(bias_act(x, act="softplus", impl=impl), expected, rtol=4e-16, atol=0)
+
+
 def test_opcheck(impl, device):
     if impl == "reference":
         pytest.skip("the reference is not a registered op")

@@ -29,6 +29,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARIES: dict[str, str] = {}  # "cpu", "cuda": "" where loaded, else the reason why not
 _fakes: dict[str, Callable] = {}
 _overloads: dict[tuple[str, str], Any] = {}
+_transforms_active = torch._C._are_functorch_transforms_active
 _libraries: list[torch.library.Library] = []  # a registration lives as long as its library
 
 
@@ -182,7 +183,7 @@ def choose(op_name: str, impl: str | None, x: torch.Tensor) -> str:
 def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is under way: these go
     through PyTorch's own operations only, and past a kernel without an error."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _transforms_active() or forward_ad._current_level >= 0
 
 
 def records(*tensors: torch.Tensor | None) -> bool:

@@ -150,7 +150,7 @@ class TrainConfig(
         """Reads what `to_json` wrote; `source` is named in errors (TrainError)."""
         try:
             values = json.loads(text)
-            if values.pop("format") != FORMAT:
+            if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
                 raise ValueError("written by another version of gankern")
             values["resolution"] = tuple(values["resolution"])
             return cls(**values).check()

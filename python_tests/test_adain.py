@@ -115,7 +115,7 @@ def test_third_order(impl, device):
 def test_opcheck(impl, device):
     if impl == "reference":
         pytest.skip("the reference is not a registered op")
-    for layout in ("contiguous", "channels_last"):
+    for layout in ("contiguous", "channels_last", "sliced"):
         x, scale, shift = inputs((2, 3, 4, 4), device, layout=layout)
         _, mean, rstd = _impl.op(impl, "adain")(x, scale, shift, 1e-5)
         checks = harness.opchecks(impl, device)

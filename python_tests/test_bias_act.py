@@ -147,10 +147,11 @@ def test_softplus_in_float64(impl, device):
     torch.testing.assert_close(bias_act(x, act="softplus", impl=impl), expected, rtol=4e-16, atol=0)
 
 
-def test_opcheck(impl, device):
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+def test_opcheck(impl, device, layout):
     if impl == "reference":
         pytest.skip("the reference is not a registered op")
-    x, b = inputs((2, 3, 4, 4), device)
+    x, b = inputs((2, 3, 4, 4), device, layout=layout)
     args = (1, ACTS["swish"].code, 0.0, 1.5, 2.0)
     for name, tensors, more in (
         ("bias_act", (x, b), ()),

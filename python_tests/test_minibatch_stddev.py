@@ -91,7 +91,7 @@ def test_opcheck(impl, device):
     if impl == "reference":
         pytest.skip("the reference is not a registered op")
     checks = harness.opchecks(impl, device)
-    for layout in ("contiguous", "channels_last"):
+    for layout in ("contiguous", "channels_last", "sliced"):
         (x,) = inputs((6, 8, 4, 4), device, layout=layout)
         y = minibatch_stddev(x, 4, 2, impl=impl)
         op, bwd = (_impl.op(impl, name) for name in ("minibatch_stddev", "minibatch_stddev_bwd"))

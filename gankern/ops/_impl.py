@@ -196,6 +196,14 @@ def records(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    """Of the output of an op that keeps x's, where that is channels-last; else contiguous."""
+    if transformed():  # torch.func.vmap does not tell
+        return torch.contiguous_format
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def set_cpu_isa(level: int) -> int:
     """Limit the CPU kernels to 0 (base), 1 (AVX2) or 2 (AVX-512); -1: the best. For tests."""
     library = ctypes.CDLL(str(PACKAGE / "_cpu.so"))

@@ -156,7 +156,7 @@ def plan_cpu(ninja: Ninja, torch: Torch, warnings: str) -> Library:
     objects = []
     for isa in isas:
         isa_flags = f"{flags} -DGANKERN_ISA={isa} {ISA_FLAGS[isa]}"
-        if isa == "base" and len(isas) > 1:  # for float64 and processors without AVX2: built quickly
+        if isa == "base" and len(isas) > 1:  # float64's, and old processors': compiled quickly
             isa_flags += " -O1"
         for path in sources("cpu", ninja.without):
             objects.append(ninja.build(f"cpu/{path.stem}.{isa}.o", "cxx", [str(path)], isa_flags))

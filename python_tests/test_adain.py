@@ -115,9 +115,11 @@ def test_blocks_that_come_late(impl, device, shape):
         assert torch.equal(alone[last], whole[last])
 
 
-@pytest.mark.parametrize("dtype", ["f16", "bf16"])
-def test_float32_styles(impl, device, dtype):
-    tensors = inputs(SHAPES["planes"], device, DTYPES[dtype], style=torch.float32)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "f64"])
+def test_float32_styles(impl, device, dtype, layout):
+    harness.skip_float64_triton(impl, DTYPES[dtype])
+    tensors = inputs(SHAPES["planes"], device, DTYPES[dtype], layout, style=torch.float32)
     _, _, dscale, dshift = compare(*ops(impl), tensors)
     assert dscale.dtype == dshift.dtype == torch.float32
 
@@ -125,6 +127,22 @@ def test_float32_styles(impl, device, dtype):
 @pytest.mark.parametrize("shape", ["sequence", "odd", "planes"])
 def test_second_gradients(impl, device, shape):
     compare(*ops(impl), inputs(SHAPES[shape], device), second_grads, shape)
+
+
+def test_gradients_of_a_constant_dy(impl, device):
+    """A penalty on all first gradients: dshift, which is dy's sum, is no function of the inputs."""
+    dy = harness.randn(2, 3, 4, 4, seed=3)
+
+    def lengths(which):
+        def f(x, scale):
+            leaves = (x, scale, torch.zeros_like(scale, requires_grad=True))
+            y = adain(*leaves, impl=which)
+            grads = torch.autograd.grad(y, leaves, dy.to(y), create_graph=True)
+            return torch.stack([g.square().sum() for g in grads])
+
+        return f
+
+    compare(lengths(impl), lengths("reference"), inputs((2, 3, 4, 4), device)[:2])
 
 
 def test_gradcheck(impl, device):
@@ -151,7 +169,7 @@ def test_third_order(impl, device):
 def test_opcheck(impl, device):
     if impl == "reference":
         pytest.skip("the reference is not a registered op")
-    for layout in ("contiguous", "channels_last"):
+    for layout in ("contiguous", "channels_last", "sliced"):
         x, scale, shift = inputs((2, 3, 4, 4), device, layout=layout)
         _, mean, rstd = _impl.op(impl, "adain")(x, scale, shift, 1e-5)
         checks = harness.opchecks(impl, device)

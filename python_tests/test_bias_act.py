@@ -127,10 +127,31 @@ def test_third_order(impl, device, act):
         assert harness.relative_error(a, e) < 1e-5
 
 
-def test_opcheck(impl, device):
+@pytest.mark.parametrize("act", ["elu", "selu"])
+def test_orders_of_an_exponential(impl, device, act):
+    """Below 0 all derivatives are alike; of a sum, so that no gradient comes from above."""
+    x = torch.linspace(-2, -0.1, 5, device=device).reshape(1, 5).requires_grad_()
+    y = bias_act(x, act=act, impl=impl)
+    for _ in range(4):
+        (y,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        torch.testing.assert_close(
+            y, {"elu": 1, "selu": 1.0507009873 * 1.6732632423}[act] * x.exp()
+        )
+
+
+def test_softplus_in_float64(impl, device):
+    """At 21, log(1 + exp(x)) - x is 7.6e-10: seven digits above a rounding."""
+    harness.skip_float64_triton(impl, torch.float64)
+    x = torch.tensor([[21.0, 30.0, -30.0, 800.0]], dtype=torch.float64, device=device)
+    expected = torch.logaddexp(x, torch.zeros_like(x))
+    torch.testing.assert_close(bias_act(x, act="softplus", impl=impl), expected, rtol=4e-16, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+def test_opcheck(impl, device, layout):
     if impl == "reference":
         pytest.skip("the reference is not a registered op")
-    x, b = inputs((2, 3, 4, 4), device)
+    x, b = inputs((2, 3, 4, 4), device, layout=layout)
     args = (1, ACTS["swish"].code, 0.0, 1.5, 2.0)
     for name, tensors, more in (
         ("bias_act", (x, b), ()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -369,8 +370,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     def fail() -> None:
         with atomic_path(target) as path:
             path.write_text("half")
-            raise RuntimeError
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(OSError, match="No space left on device") as caught:
         fail()
+    assert caught.value.filename == str(target)
     assert tree(tmp_path) == {"a.txt": b"old"}

@@ -131,7 +131,7 @@ def test_opcheck(impl, device):
     if impl == "reference":
         pytest.skip("the reference is not a registered op")
     checks = harness.opchecks(impl, device)
-    for layout in ("contiguous", "channels_last"):
+    for layout in ("contiguous", "channels_last", "sliced"):
         weight, styles = inputs((4, 8, 3, 3), 2, device, layout=layout)
         torch.library.opcheck(_impl.op(impl, "demod_coefs"), (weight, styles, 1e-8),
                               test_utils=checks)  # fmt: skip

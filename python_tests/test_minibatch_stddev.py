@@ -60,7 +60,7 @@ def test_layouts(impl, device, dtype, case, layout):
         assert dx.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("case", ["odd", "uneven", "stylegan", "whole_batch", "latent"])
+@pytest.mark.parametrize("case", ["odd", "uneven", "stylegan", "whole_batch", "latent", "empty"])
 def test_second_gradients(impl, device, case):
     shape, *args = CASES[case]
     compare(*ops(impl, *args), inputs(shape, device), second_grads, case)
@@ -91,7 +91,7 @@ def test_opcheck(impl, device):
     if impl == "reference":
         pytest.skip("the reference is not a registered op")
     checks = harness.opchecks(impl, device)
-    for layout in ("contiguous", "channels_last"):
+    for layout in ("contiguous", "channels_last", "sliced"):
         (x,) = inputs((6, 8, 4, 4), device, layout=layout)
         y = minibatch_stddev(x, 4, 2, impl=impl)
         op, bwd = (_impl.op(impl, name) for name in ("minibatch_stddev", "minibatch_stddev_bwd"))

@@ -1,5 +1,6 @@
 """Each layer of gankern.nn where other people's code puts it: nn.Sequential, autocast,
-DistributedDataParallel, torch.compile, torch.export; and the names in its state dict."""
+DistributedDataParallel, torch.compile, torch.export, torch.func, the meta device; and the names in
+its state dict."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gankern.nn as gn
+from gankern.ops import bias_act
 
 
 class With(nn.Module):
@@ -174,6 +176,35 @@ def test_export(name):
     with torch.no_grad():
         for images in (several,) if fixed else (several, x, torch.cat([x, x + 1, x - 1])):
             torch.testing.assert_close(exported(images), layer(images))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_transforms(name):
+    """torch.func's grad, vmap and jvp, which go through the reference."""
+    layer, x = make(name)
+    layer.eval()
+    y, dx, *_ = step(layer, x)
+    c, v = torch.randn_like(y), torch.randn_like(x)
+    torch.testing.assert_close(torch.func.grad(lambda x: layer(x).square().mean())(x), dx)
+    several = torch.stack([x, x - 1])
+    expected = torch.stack([layer(x) for x in several])
+    torch.testing.assert_close(torch.func.vmap(layer)(several), expected)
+    _, dy = torch.func.jvp(layer, (x,), (v,))
+    vjp = torch.func.vjp(layer, x)[1](c)[0]
+    torch.testing.assert_close((dy * c).sum(), (vjp * v).sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_transforms_of_a_named_kernel():
+    x = torch.randn(2, 3)
+    with pytest.raises(RuntimeError, match="bias_act: impl='cpu' cannot run: kernels have no tr"):
+        torch.func.jvp(lambda x: bias_act(x, impl="cpu"), (x,), (x,))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_meta(name):
+    layer, x = make(name)
+    y = copy.deepcopy(layer).to("meta")(x.to("meta"))
+    assert (y.shape, y.stride(), y.device.type) == (layer(x).shape, layer(x).stride(), "meta")
 
 
 def run_ddp(folder: Path) -> None:

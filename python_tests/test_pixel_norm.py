@@ -97,7 +97,8 @@ def test_opcheck(impl, device):
     if impl == "reference":
         pytest.skip("the reference is not a registered op")
     checks = harness.opchecks(impl, device)
-    for shape, layout in (((2, 3, 4, 4), "channels_last"), ((2, 8), "contiguous")):
+    image = (2, 3, 4, 4)
+    for shape, layout in ((image, "channels_last"), (image, "sliced"), ((2, 8), "contiguous")):
         (x,) = inputs(shape, device, layout=layout)
         for name, count in (("pixel_norm", 1), ("pixel_norm_bwd", 2), ("pixel_norm_bwd2", 3)):
             args = (*[x] * count, 1, 1e-8)

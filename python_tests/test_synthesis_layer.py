@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from harness import (
     DTYPES,
     compare,
@@ -328,6 +329,25 @@ def test_layer(impl, device, up):
         )  # fmt: skip
 
     compare(at(impl), at("reference"), inputs)
+
+
+def test_gain_without_filter(impl, device):
+    """Zero insertion by 3 leaves a 3x3 kernel no padding, and no filter to hold the gain of 9."""
+    inputs = [randn(1, 2, 3, 4), randn(2, 2, 3, 3, seed=1), randn(2, seed=2)]
+    inputs = [t.float().to(device) for t in inputs]
+    compare(
+        lambda x, w, b: conv2d_layer(x, w, b, up=3, padding=1, impl=impl),
+        lambda x, w, b: 9 * F.conv2d(spread(x), w) + b[:, None, None],
+        inputs,
+    )
+
+
+def spread(x):
+    """Each pixel in the middle of 3x3, and a margin of 1."""
+    n, c, h, w = x.shape
+    z = x.new_zeros(n, c, h * 3 + 2, w * 3 + 2)
+    z[:, :, 2::3, 2::3] = x
+    return z
 
 
 @pytest.mark.parametrize("up", [1, 2])

@@ -125,6 +125,7 @@ def test_options_override_the_preset():
     ("values", "text"),
     [
         ({"batch": 0}, "--batch must be at least 1, got 0"),
+        ({"g_lr": float("inf")}, "--g-lr must be finite, got inf"),
         ({"beta1": 1.5}, "--beta1 must be at most 0.9999, got 1.5"),
         ({"kimg": float("nan")}, "--kimg must be at least 0.001, got nan"),
         ({"model": "sg9"}, "--model must be one of dcgan, .*, got 'sg9'"),

@@ -8,15 +8,22 @@ namespace {
 template <typename T>
 GK_INLINE Vec<T> style(const void* p, bool is_f32, int64_t i, int64_t n) {
   if (n == 0) return splat<Vec<T>>(load_param<T>(p, is_f32, i));
-  if constexpr (!std::is_same_v<T, float> && !std::is_same_v<T, double>)
-    if (is_f32) return load_part(static_cast<const float*>(p) + i, n);
-  return load_part(static_cast<const T*>(p) + i, n);
+  if (!is_f32) return load_part(static_cast<const T*>(p) + i, n);
+  if constexpr (!std::is_same_v<T, double>) {
+    return load_part(static_cast<const float*>(p) + i, n);
+  } else {
+    Vec<T> v{};
+    for (int64_t j = 0; j < n; j++) v[j] = load_param<T>(p, true, i + j);
+    return v;
+  }
 }
 template <typename T>
 GK_INLINE void store_style(void* p, bool is_f32, int64_t i, int64_t n, Vec<T> v) {
-  if constexpr (!std::is_same_v<T, float> && !std::is_same_v<T, double>)
-    if (is_f32) return store_part(static_cast<float*>(p) + i, v, n);
-  store_part(static_cast<T*>(p) + i, v, n);
+  if (!is_f32) return store_part(static_cast<T*>(p) + i, v, n);
+  if constexpr (!std::is_same_v<T, double>)
+    store_part(static_cast<float*>(p) + i, v, n);
+  else
+    for (int64_t j = 0; j < n; j++) store_param<T>(p, true, i + j, v[j]);
 }
 template <typename S>
 GK_INLINE auto statistic(const S* p, int64_t i, int64_t n) {

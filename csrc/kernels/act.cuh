@@ -44,7 +44,7 @@ __device__ __forceinline__ A act_value(A u, const ActArgs<A>& p) {
     case kSelu:
       return A(kSeluScale) * (u > A(0) ? u : A(kSeluAlpha) * expm1_(u));
     case kSoftplus:
-      return u > A(20) ? u : log1p_(exp_(u));
+      return u > A(40) ? u : log1p_(exp_(u));
     default:
       return u / (A(1) + exp_(-u));
   }

@@ -157,7 +157,11 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
 inline Tensor row_major(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
-inline Tensor dense(const Tensor& t) { return is_dense(t) ? t : torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t) {
+  if (is_dense(t)) return t;
+  Tensor out = torch::stable::empty_like(t);  // in t's order of dimensions
+  return torch::stable::copy_(out, t);
+}
 
 // Uninitialised, contiguous, of t's device and, unless another is given, its dtype.
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;

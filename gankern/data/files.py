@@ -35,5 +35,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files private
         os.replace(temporary, target)
+    except OSError as error:
+        error.filename = error.filename or str(target)  # a write's has none
+        raise
     finally:
         temporary.unlink(missing_ok=True)

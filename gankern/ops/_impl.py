@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 try:
     import triton
@@ -28,6 +29,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARIES: dict[str, str] = {}  # "cpu", "cuda": "" where loaded, else the reason why not
 _fakes: dict[str, Callable] = {}
 _overloads: dict[tuple[str, str], Any] = {}
+_transforms_active = torch._C._are_functorch_transforms_active
 _libraries: list[torch.library.Library] = []  # a registration lives as long as its library
 
 
@@ -167,17 +169,32 @@ def choose(op_name: str, impl: str | None, x: torch.Tensor) -> str:
     device = "cpu" if x.is_cpu else x.device.type  # the first is read at a fifth of the cost
     if impl is None:
         found = default_impl(op_name, device)
-        return "reference" if found == "triton" and x.dtype == torch.float64 else found
-    if impl == device and (impl, op_name) in _overloads and not LIBRARIES[impl]:
+        if transformed() or (found == "triton" and x.dtype == torch.float64):
+            return "reference"
+        return found
+    if (
+        impl == device
+        and not transformed()
+        and (impl, op_name) in _overloads
+        and not LIBRARIES[impl]
+    ):
         return impl
     if impl not in IMPLS and impl not in NAMESPACES:
         raise ValueError(f"{op_name}: impl must be None or one of {', '.join(IMPLS)}, got {impl!r}")
     reason = why_not(impl, device, op_name)
     if impl == "triton" and x.dtype == torch.float64:
         reason = "Triton kernels compute in float32, x is float64: use impl=None"
+    if impl != "reference" and transformed():
+        reason = "kernels have no transforms of torch.func and no forward mode: use impl=None"
     if reason:
         raise RuntimeError(f"{op_name}: impl={impl!r} cannot run: {reason}")
     return impl
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is under way: these go
+    through PyTorch's own operations only, and past a kernel without an error."""
+    return _transforms_active() or forward_ad._current_level >= 0
 
 
 def records(*tensors: torch.Tensor | None) -> bool:
@@ -188,6 +205,14 @@ def records(*tensors: torch.Tensor | None) -> bool:
             if t is not None and t.requires_grad:
                 return True
     return False
+
+
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    """Of the output of an op that keeps x's, where that is channels-last; else contiguous."""
+    if transformed():  # torch.func.vmap does not tell
+        return torch.contiguous_format
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def set_cpu_isa(level: int) -> int:

@@ -190,15 +190,11 @@ if _impl.triton is not None:
         block_p = min(triton.next_power_of_2(pixels), 4096 // block_v)
         return pixels, inner, block_p, max(block_v, 256 // block_p)
 
-    def _layout(x: Tensor) -> torch.memory_format:
-        nhwc = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        return torch.channels_last if nhwc else torch.contiguous_format
-
     @_impl.triton_op("adain")
     def _triton_fwd(
         x: Tensor, scale: Tensor, shift: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x = x.contiguous(memory_format=_layout(x))
+        x = x.contiguous(memory_format=_impl.memory_format(x))
         y = torch.empty_like(x)
         mean = torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device)
         rstd = torch.zeros_like(mean)
@@ -215,7 +211,7 @@ if _impl.triton is not None:
     def _triton_bwd(
         dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        layout = _layout(x)
+        layout = _impl.memory_format(x)
         x, dy = x.contiguous(memory_format=layout), dy.contiguous(memory_format=layout)
         scale = scale.contiguous()
         dx, dscale, dshift = torch.empty_like(x), torch.zeros_like(scale), torch.zeros_like(scale)
@@ -234,12 +230,17 @@ if _impl.triton is not None:
 
 def _fake_fwd(x, scale, shift, eps):
     statistic = x.new_empty(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
-    return torch.empty_like(x), statistic, torch.empty_like(statistic)
+    y = torch.empty_like(x, memory_format=_impl.memory_format(x))
+    return y, statistic, torch.empty_like(statistic)
 
 
 def _fake_bwd(dy, x, scale, mean, rstd):
     dscale = scale.new_empty(scale.shape)
-    return torch.empty_like(x), dscale, torch.empty_like(dscale)
+    return (
+        torch.empty_like(x, memory_format=_impl.memory_format(x)),
+        dscale,
+        torch.empty_like(dscale),
+    )
 
 
 _impl.register_fake("adain", _fake_fwd)
@@ -287,7 +288,13 @@ class _AdainBwd(torch.autograd.Function):
             inputs = [t.view_as(t) for t in ctx.saved_tensors]
             dy, x, scale = inputs
             outputs = _bwd_reference(dy, x, scale, ctx.eps)
-            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+            pairs = [
+                (o, g)
+                for o, g in zip(outputs, grads, strict=True)
+                if g is not None and o.requires_grad
+            ]
+            if not pairs:
+                return None, None, None, *nothing
             wanted = [t for t in inputs if t.requires_grad]
             found = iter(
                 torch.autograd.grad(

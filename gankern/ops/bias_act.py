@@ -111,7 +111,7 @@ _REFERENCE = {
     "sigmoid": lambda u, alpha: torch.sigmoid(u),
     "elu": lambda u, alpha: F.elu(u),
     "selu": lambda u, alpha: F.selu(u),
-    "softplus": lambda u, alpha: F.softplus(u),
+    "softplus": lambda u, alpha: F.softplus(u, threshold=40),  # exact in float64, unlike 20
     "swish": lambda u, alpha: u * torch.sigmoid(u),
 }
 
@@ -422,6 +422,8 @@ class _BiasActBwd2(torch.autograd.Function):
         with torch.enable_grad():
             inputs = [t if t is None else t.view_as(t) for t in tensors]
             out = _curve_reference(*inputs, *ctx.args)
+            if not out.requires_grad:  # of elu and selu, for constant dy and v
+                return (None,) * 11
             wanted = [t for t in inputs if t is not None and t.requires_grad]
             grads = iter(
                 torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True)

@@ -141,9 +141,10 @@ def to_conv_dtype(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 
 def conv_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a convolution of x runs in: autocast's, or that of x."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):  # as meta
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def filter_padding(f: Tensor | None, up: int, down: int, pads: list[int]) -> list[int]:

@@ -71,6 +71,8 @@ def convolution(x: Tensor, w: Tensor, form: Form) -> Tensor:
     """The convolution of x with w as `form` says, differentiable to any order in both."""
     if w.shape[0] == 1:  # its strides may tell torch two memory formats, which its backward refuses
         w = w.contiguous()
+    if _impl.transformed():
+        return torch.convolution(x, w, None, *form.arguments())
     if _records(x, w):
         return _Convolution.apply(x, w, form)
     return _forward(x, w, form)
@@ -194,7 +196,8 @@ class _WeightGate(torch.autograd.Function):
 
 def gate(w: Tensor) -> Tensor:
     """w, as the operations take it whose gradient `no_weight_gradients` switches off."""
-    return _WeightGate.apply(w) if w.requires_grad and torch.is_grad_enabled() else w
+    gated = w.requires_grad and torch.is_grad_enabled() and not _impl.transformed()
+    return _WeightGate.apply(w) if gated else w
 
 
 _weight_gradients = True

@@ -204,7 +204,8 @@ def _fake_fwd(weight, styles, eps):
 
 
 def _fake_bwd(dd, d, q, weight, styles, needs_dweight, needs_dstyles):
-    dweight = torch.empty_like(weight) if needs_dweight else weight.new_empty(0)
+    like = torch.empty_like(weight, memory_format=_impl.memory_format(weight))
+    dweight = like if needs_dweight else weight.new_empty(0)
     return dweight, styles.new_empty(styles.shape if needs_dstyles else (0,))
 
 

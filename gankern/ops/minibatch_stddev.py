@@ -116,6 +116,8 @@ def _statistic(x: Tensor, groups: int, num_channels: int) -> Tensor:
 def _bwd_reference(dy: Tensor, x: Tensor, groups: int, num_channels: int) -> Tensor:
     """What minibatch_stddev_bwd computes, differentiably: csrc/kernels/minibatch_stddev.cu."""
     n, c = x.shape[:2]
+    if x.numel() == 0:
+        return dy[:, :c] + x * 0
     parts = []
     for m in range(groups):
         size = len(range(m, n, groups))
@@ -209,10 +211,6 @@ if _impl.triton is not None:
             at = dx_ptr + x_at + n * x_sample
             tl.store(at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
-    def _layout(x: Tensor) -> torch.memory_format:
-        nhwc = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        return torch.channels_last if nhwc and not x.is_contiguous() else torch.contiguous_format
-
     def _arguments(x: Tensor, groups: int, num_channels: int) -> tuple[dict[str, int], int]:
         """What both kernels take, and the programs of a group."""
         n, c = x.shape[:2]
@@ -233,7 +231,7 @@ if _impl.triton is not None:
 
     @_impl.triton_op("minibatch_stddev")
     def _triton_fwd(x: Tensor, groups: int, num_channels: int) -> Tensor:
-        layout = _layout(x)
+        layout = _impl.memory_format(x)
         x = x.contiguous(memory_format=layout)
         n, c = x.shape[:2]
         shape = (n, c + num_channels, *x.shape[2:])
@@ -252,7 +250,7 @@ if _impl.triton is not None:
 
     @_impl.triton_op("minibatch_stddev_bwd")
     def _triton_bwd(dy: Tensor, x: Tensor, groups: int, num_channels: int) -> Tensor:
-        layout = _layout(x)
+        layout = _impl.memory_format(x)
         x, dy = x.contiguous(memory_format=layout), dy.contiguous(memory_format=layout)
         dx = torch.empty_like(x)
         if x.numel() == 0:
@@ -277,15 +275,12 @@ if _impl.triton is not None:
 
 def _fake_fwd(x, groups, num_channels):
     n, c = x.shape[:2]
-    last = x.dim() == 4 and not x.is_contiguous()
-    last = last and x.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    shape = (n, c + num_channels, *x.shape[2:])
+    shape, layout = (n, c + num_channels, *x.shape[2:]), _impl.memory_format(x)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _fake_bwd(dy, x, groups, num_channels):
-    return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=_impl.memory_format(x))
 
 
 _impl.register_fake("minibatch_stddev", _fake_fwd)

@@ -69,7 +69,9 @@ def synthesis_epilogue(
     linear, relu and lrelu, and composed of upfirdn2d and bias_act for other activations.
     Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", figure 2.
     """
-    pads, f, args = _check(x, f, d, noise, noise_strength, b, padding, act, alpha, gain, clamp)
+    pads, args = _check(x, f, d, noise, noise_strength, b, padding, act, alpha, gain, clamp)
+    if f is None and (any(pads) or filter_gain != 1):
+        f = torch.ones(1, 1, device=x.device)
     args = (*pads, bool(flip_filter), float(filter_gain), act, *args)
     chosen = _impl.choose(OP, impl, x)
     if chosen == "reference":
@@ -95,7 +97,7 @@ def _usable(op: str, impl: str, x: Tensor) -> str:
 
 
 def _check(x, f, d, noise, strength, b, padding, act, alpha, gain, clamp):
-    """[x0, x1, y0, y1], the filter (None for the identity), (alpha, gain, clamp)."""
+    """[x0, x1, y0, y1] and (alpha, gain, clamp)."""
     _impl.check_float(OP, "x", x)
     if x.ndim != 4:
         raise ValueError(f"{OP}: x must be [N, C, H, W], got shape {tuple(x.shape)}")
@@ -120,11 +122,9 @@ def _check(x, f, d, noise, strength, b, padding, act, alpha, gain, clamp):
         raise ValueError(f"{OP}: act must be one of {', '.join(ACTS)}, got {act!r}")
     if clamp is not None and not clamp >= 0:
         raise ValueError(f"{OP}: clamp must be None or at least 0, got {clamp}")
-    if f is None and any(pads):
-        f = torch.ones(1, 1, device=x.device)
     alpha = ACTS[act].alpha if alpha is None else float(alpha)
     gain = ACTS[act].gain if gain is None else float(gain)
-    return pads, f, (alpha, gain, -1.0 if clamp is None else float(clamp))
+    return pads, (alpha, gain, -1.0 if clamp is None else float(clamp))
 
 
 def _check_filter(x: Tensor, f: Tensor) -> tuple[int, int]:
@@ -184,7 +184,7 @@ def _composed(
     impl,
 ) -> Tensor:  # fmt: skip
     """The same of gankern's other ops, in float32: differentiable to any order, several passes."""
-    dtype, form = x.dtype, _memory_format(x)
+    dtype, form = x.dtype, _impl.memory_format(x)
     x = x.to(torch.promote_types(dtype, torch.float32))
     if f is not None:
         pads, usable = [x0, x1, y0, y1], _usable("upfirdn2d", impl, x)
@@ -284,7 +284,7 @@ if _impl.triton is not None:
     def _launch(x, dy, f, d, noise, strength, b, out, y_shape, x0, y0, flip, filter_gain, act,
                 alpha, gain, clamp):  # fmt: skip
         (n, c, h, w), (oh, ow) = x.shape, y_shape[2:]
-        last = _memory_format(x) == torch.channels_last
+        last = _impl.memory_format(x) == torch.channels_last
         block_c = min(32, triton.next_power_of_2(c)) if last else 1
         block = min(1024 // block_c, max(16, triton.next_power_of_2(oh * ow)))
         grid = (triton.cdiv(oh * ow, block), n * triton.cdiv(c, block_c))
@@ -310,7 +310,7 @@ if _impl.triton is not None:
         strength: Tensor | None, b: Tensor | None, x0: int, x1: int, y0: int, y1: int,
         flip_filter: bool, filter_gain: float, act: int, alpha: float, gain: float, clamp: float,
     ) -> Tensor:  # fmt: skip
-        x = x.contiguous(memory_format=_memory_format(x))
+        x = x.contiguous(memory_format=_impl.memory_format(x))
         y = _fake_fwd(x, f, d, noise, strength, b, x0, x1, y0, y1)
         if y.numel():
             _launch(x, None, f, d, noise, strength, b, y, y.shape, x0, y0, flip_filter,
@@ -323,7 +323,7 @@ if _impl.triton is not None:
         strength: Tensor | None, b: Tensor | None, x0: int, x1: int, y0: int, y1: int,
         flip_filter: bool, filter_gain: float, act: int, alpha: float, gain: float, clamp: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        form = _memory_format(x)
+        form = _impl.memory_format(x)
         x, dy = x.contiguous(memory_format=form), dy.contiguous(memory_format=form)
         if dy.numel() == 0 or x.numel() == 0:
             return _zeros_bwd(dy, x)
@@ -352,18 +352,13 @@ def _fake_fwd(x, f, d, noise, strength, b, x0, x1, y0, y1, *args):
     n, c, h, w = x.shape
     taps_y, taps_x = (1, 1) if f is None else (f.shape[0], f.shape[-1])
     y = x.new_empty(n, c, h + y0 + y1 - taps_y + 1, w + x0 + x1 - taps_x + 1)
-    return y.contiguous(memory_format=_memory_format(x))
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
+    return y.contiguous(memory_format=_impl.memory_format(x))
 
 
 def _fake_bwd(dy, x, *args):
     n, c = x.shape[:2]
     acc = torch.promote_types(x.dtype, torch.float32)
-    dx = torch.empty_like(x, memory_format=_memory_format(x))
+    dx = torch.empty_like(x, memory_format=_impl.memory_format(x))
     return dx, *(x.new_empty(shape, dtype=acc) for shape in ((n, c), (c,), (c,)))
 
 
@@ -446,11 +441,11 @@ def _bwd2_straight(tensors, cotangents, args, needs) -> tuple[Tensor | None, ...
         y = _fwd(x, f, d, noise, strength, b, args)
 
     def slope_times(t: Tensor) -> Tensor:
-        t = t.contiguous(memory_format=_memory_format(x))
+        t = t.contiguous(memory_format=_impl.memory_format(x))
         return bias_act_bwd(t, y, None, False, 1, *act, False, impl)[0]
 
     if vx is not None:
-        vx = vx.contiguous(memory_format=_memory_format(x))
+        vx = vx.contiguous(memory_format=_impl.memory_format(x))
     d_dy = d_x = d_d = None
     if needs[0]:
         row = (None if vs is None else noise, vs, vb)

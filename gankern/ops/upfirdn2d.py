@@ -299,7 +299,7 @@ def upfirdn2d_reference(
     z = z.reshape(n * c // groups, groups, *z.shape[2:])
     y = F.conv2d(z, w, stride=(down[1], down[0]), groups=groups)
     y = y.reshape(n, c, *y.shape[2:]).to(x.dtype)
-    return y.contiguous(memory_format=_memory_format(x))
+    return y.contiguous(memory_format=_impl.memory_format(x))
 
 
 def _upsample_pad(x: Tensor, up: tuple[int, int], padding: Pads) -> Tensor:
@@ -312,11 +312,6 @@ def _upsample_pad(x: Tensor, up: tuple[int, int], padding: Pads) -> Tensor:
     x = F.pad(x, [max(v, 0) for v in padding])
     x0, x1, y0, y1 = (max(-v, 0) for v in padding)
     return x[:, :, y0 : x.shape[2] - y1, x0 : x.shape[3] - x1]
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
 
 
 # --- Triton.
@@ -367,7 +362,7 @@ if _impl.triton is not None:
         x: Tensor, f: Tensor, up_x: int, up_y: int, down_x: int, down_y: int, x0: int, x1: int,
         y0: int, y1: int, flip_filter: bool, gain: float,
     ) -> Tensor:  # fmt: skip
-        last = _memory_format(x) == torch.channels_last
+        last = _impl.memory_format(x) == torch.channels_last
         x, f = x if last else x.contiguous(), f.contiguous()
         y = _fake(x, f, up_x, up_y, down_x, down_y, x0, x1, y0, y1, flip_filter, gain)
         (n, c, h, w), (oh, ow) = x.shape, y.shape[2:]
@@ -392,7 +387,7 @@ def _fake(x, f, up_x, up_y, down_x, down_y, x0, x1, y0, y1, flip_filter, gain):
     out_w = (w * up_x + x0 + x1 - f.shape[-1]) // down_x + 1
     out_h = (h * up_y + y0 + y1 - f.shape[0]) // down_y + 1
     return torch.empty(
-        (n, c, out_h, out_w), dtype=x.dtype, device=x.device, memory_format=_memory_format(x)
+        (n, c, out_h, out_w), dtype=x.dtype, device=x.device, memory_format=_impl.memory_format(x)
     )
 
 

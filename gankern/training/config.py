@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -92,6 +93,8 @@ class TrainConfig(
             value, limits = getattr(self, f.name), f.metadata
             if kind is not str and not isinstance(value, (int, float)):
                 raise TrainError(f"{flag(f.name)} must be a number, got {value!r}")
+            if value == math.inf:
+                raise TrainError(f"{flag(f.name)} must be finite, got inf")
             if limits["choices"] and value not in limits["choices"]:
                 choices = ", ".join(limits["choices"])
                 raise TrainError(f"{flag(f.name)} must be one of {choices}, got {value!r}")
@@ -150,7 +153,7 @@ class TrainConfig(
         """Reads what `to_json` wrote; `source` is named in errors (TrainError)."""
         try:
             values = json.loads(text)
-            if values.pop("format") != FORMAT:
+            if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
                 raise ValueError("written by another version of gankern")
             values["resolution"] = tuple(values["resolution"])
             return cls(**values).check()

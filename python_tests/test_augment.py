@@ -223,6 +223,9 @@ def test_p_follows_the_sign_of_real_logits():
         p.update(torch.ones(8, 1), batch=25)
     assert pipe.p.item() == other.p.item() == pytest.approx(0.45)
     assert pipe.state_dict() == other.state_dict()
+    pipe.update(torch.tensor([[math.nan], [1.0], [1.0], [1.0]]), batch=25)
+    pipe.update(torch.ones(8, 1), batch=25)  # r_t is 7/8
+    assert pipe.p.item() == pytest.approx(0.5)
     for _ in range(200):
         pipe.update(-torch.ones(8, 1), batch=25)
     assert pipe.p.item() == 0

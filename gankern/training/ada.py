@@ -79,8 +79,11 @@ class Ada:
 
     @torch.no_grad()
     def update(self, real_logits: Tensor, batch: int) -> None:
-        """Takes D's logits of a step over `batch` images; moves p every `interval` steps."""
-        self.signs += average(real_logits.float().sign().mean(), self.world)
+        """Takes D's logits of a step over `batch` images; moves p every `interval` steps.
+
+        A logit that is NaN counts as 0, so that p never is.
+        """
+        self.signs += average(real_logits.float().sign().nan_to_num().mean(), self.world)
         self.count += 1
         if self.count >= self.interval and self.target > 0:
             step = batch * self.count / (self.kimg * 1000)

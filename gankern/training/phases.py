@@ -139,14 +139,15 @@ class Phases:
         return {"loss_G": loss}
 
     def regularise_G(self, part: Part, scale: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Path length of a share of the batch; moves its mean."""
+        """Path length of a share of the batch; moves its mean, unless that would not be finite."""
         config, G = self.config, self.G
         n = max(len(part.z) // config.pl_batch_shrink, 1)
         ws = G.mapping(part.z[:n], None if part.c is None else part.c[:n])
         ws = ws.contiguous() if ws.requires_grad else ws.clone().requires_grad_()
-        penalty, self.pl_mean = penalties.path_length(
+        penalty, mean = penalties.path_length(
             G.synthesis(ws), ws, self.pl_mean, config.pl_weight, config.pl_decay,
             reduce=lambda length: average(length, self.world),
         )  # fmt: skip
+        self.pl_mean = torch.where(mean.isfinite(), mean, self.pl_mean)
         scale(penalty * config.g_reg_interval).backward()
         return {"path_length": penalty, "pl_mean": self.pl_mean}

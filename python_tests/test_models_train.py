@@ -1,5 +1,6 @@
 """Every model trains: in seconds, its loss is finite, its weights move, and it resumes exactly."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,7 @@ def test_trains_and_resumes(preset, tmp_path):
         assert not [k for k in still if k.endswith(("conv.weight", "weight")) and "rgbs" not in k]
     for row in read_stats(whole):
         assert row["skipped_G"] == row["skipped_D"] == 0
+        assert all(math.isfinite(row[name]) for name in ("loss_D", "loss_G"))
 
 
 @pytest.mark.parametrize("values", COMBINATIONS.values(), ids=COMBINATIONS)

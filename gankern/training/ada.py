@@ -19,6 +19,8 @@ from gankern.ops import downsample2d, upsample2d
 from gankern.training.config import TrainConfig
 from gankern.training.distributed import average
 
+# Of 3 transforms (flip, quarter turns, whole shifts), 4 (scale, rotation, stretch, shift), 5
+# (brightness, contrast, luma flip, hue, saturation), 4 (a gain for each octave), 1 and 1.
 GROUPS = ("blit", "geometry", "color", "filter", "noise", "cutout")
 
 # Low-pass filters of the wavelets sym6 and sym2, orthonormal: sum sqrt(2), norm 1.

@@ -2,21 +2,23 @@
 
     python benchmarks/gallery.py [--runs runs/gallery] [--out docs] [--finished] [NAME ...]
 
-A run that is finished in --runs is not repeated; with --finished no other is started, and the page
-names the models that are missing. The score is the share of 1,000 generated digits
-that a classifier of real ones recognises (probability of the best class at least 0.9), times the
-evenness of the classes it finds (the exponential of their entropy, over 10). Each model must beat
-its own untrained generator by 0.2, the conditional one follow 90 % of its labels, and WGAN's
-estimate of the distance fall. Exit code 0 if all do, 1 if not.
+Runs are started as a user starts them, by `gankern train --preset NAME --out FOLDER`. One that is
+finished in --runs is not repeated; with --finished no other is started, and the page names the
+models that are missing. The score is the share of 1,000 generated digits that a classifier of real
+ones recognises (probability of the best class at least 0.9), times the evenness of the classes it
+finds (the exponential of their entropy, over 10). Each model must beat its own untrained generator
+by 0.2, the conditional one follow 90 % of its labels, and WGAN's estimate of the distance fall.
+Exit code 0 if all do, 1 if not.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import resource
 import shutil
+import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from gankern import models
 from gankern.data.grid import save_grid
 from gankern.data.latents import mix_layers, render, seed_classes, seed_latents, styles
 from gankern.metrics.digits_classifier import DigitsClassifier, digit_quality, train_classifier
-from gankern.training import load_generator, make_config, train
+from gankern.training import load_generator
 from gankern.training.checkpoint import list_checkpoints
 from gankern.training.noise import derive_seed
 from gankern.training.run import read_config, read_stats
@@ -54,6 +56,22 @@ def finished_run(folder: Path) -> Path | None:
         if saved and int(saved[-1].name) >= read_config(run).kimg * 1000:
             return run
     return None
+
+
+def train_command(name: str, folder: Path) -> list[str]:
+    """What trains a model in a run folder below `folder`."""
+    python = [sys.executable, "-m", "gankern"]
+    return [*python, "train", "--preset", name, "--out", str(folder)]
+
+
+def train(name: str, folder: Path) -> Path | None:
+    """The run of a model that is trained now; notes the processor's seconds beside it."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(train_command(name, folder), check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    (folder / "cpu_seconds").write_text(f"{seconds:.0f}")
+    return finished_run(folder)
 
 
 def score(classifier: DigitsClassifier, G: Any) -> dict[str, float]:
@@ -155,10 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
         if run is None and options.finished:
             missing.append(name)
             continue
-        if run is None:
-            began = time.process_time()
-            run = train(make_config(name, out=str(options.runs / name)))
-            (options.runs / name / "cpu_seconds").write_text(f"{time.process_time() - began:.0f}")
+        run = run or train(name, options.runs / name)
         assert run is not None
         G: Any
         G, config = load_generator(run)
@@ -189,7 +204,8 @@ def main(arguments: list[str] | None = None) -> int:
     page = [
         "# Every model, trained on one CPU core",
         "",
-        "Made by `python benchmarks/gallery.py` from 5,000 real MNIST digits; seeds are fixed. The",
+        "Made by `python benchmarks/gallery.py` from 5,000 real MNIST digits; seeds are fixed. It",
+        "starts each run by the command that stands at its model, with a folder as `--out`. The",
         f"score is the share of {COUNT} generated digits that a classifier of real ones recognises",
         "(probability at least 0.9), times the evenness of their classes; each model must beat its",
         f"own untrained generator by {MARGIN}. Seconds are those of the processor.",

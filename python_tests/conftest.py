@@ -15,6 +15,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--impl", default="", help="run only these implementations, for example cpu,simt"
     )
+    parser.addoption(
+        "--whole",
+        action="store_true",
+        help="golden networks whole in Triton's interpreter: minutes",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

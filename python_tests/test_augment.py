@@ -207,6 +207,15 @@ def test_each_transform_acts_with_probability_p():
     turned = pipe._geometry(torch.zeros(4000, 1, 8, 8))
     turned = (turned[:, 0, 1] != 0) | (turned[:, 1, 0] != 0)  # by one rotation or both
     assert binomtest(int(turned.sum()), 4000, 0.3).pvalue > 1e-4
+    x, still = torch.zeros(4000, 3, 4, 4), 0.7**4
+    for acted, expected in (
+        (make(0.3)._geometry(x) != torch.eye(3), 1 - still),  # two scales, rotation, shift
+        (make(0.3)._colors(x) != torch.eye(4), 1 - still * 0.85),  # of five, one is a coin's flip
+        ((make(0.3)._bands(x) - 1).abs() > 1e-5, 1 - still),
+        (make(0.3, "noise")(x) != 0, 0.3),
+    ):
+        count = int(acted.flatten(1).any(1).sum())
+        assert binomtest(count, 4000, expected).pvalue > 1e-4, expected
 
 
 def test_p_follows_the_sign_of_real_logits():
@@ -223,6 +232,9 @@ def test_p_follows_the_sign_of_real_logits():
         p.update(torch.ones(8, 1), batch=25)
     assert pipe.p.item() == other.p.item() == pytest.approx(0.45)
     assert pipe.state_dict() == other.state_dict()
+    pipe.update(torch.tensor([[math.nan], [1.0], [1.0], [1.0]]), batch=25)
+    pipe.update(torch.ones(8, 1), batch=25)  # r_t is 7/8
+    assert pipe.p.item() == pytest.approx(0.5)
     for _ in range(200):
         pipe.update(-torch.ones(8, 1), batch=25)
     assert pipe.p.item() == 0

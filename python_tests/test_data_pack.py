@@ -272,3 +272,57 @@ def test_many_classes_with_long_names_fit_the_header(tmp_path):
     report = pack(tmp_path / "src", tmp_path / "out.safetensors", plain(2))
     assert len(report.classes) == 300
     assert open_dataset(tmp_path / "out.safetensors").num_classes == 300
+
+
+# Labels that are vectors
+
+
+def test_vectors_of_a_csv_file(tmp_path):
+    src = animals(tmp_path / "src")
+    names = sorted(str(path.relative_to(src)) for path in src.rglob("*.png"))
+    vectors = {name: [0.5 * i, -float(i)] for i, name in enumerate(names)}
+    lines = [f"{name},{a},{b}" for name, (a, b) in reversed(vectors.items())]
+    table = tmp_path / "vectors.csv"
+    table.write_text("\n".join(["file,size,age", *lines, "gone.png,1,2"]))
+    report = pack(src, tmp_path / "out.safetensors", plain(), vectors=table)
+    assert (report.label_dim, report.classes) == (2, {})
+    assert report.notes == {"vector without an image": 1}
+    data = open_dataset(tmp_path / "out.safetensors")
+    assert (data.label_dim, data.num_classes) == (2, 0)
+    assert data.labels.tolist() == [vectors[name] for name in data.file_names]
+    classes = pack(src, tmp_path / "classes.safetensors", plain())
+    assert len(classes.classes) == 4
+    other = open_dataset(tmp_path / "classes.safetensors")
+    np.testing.assert_array_equal(data.images, other.images)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.png,1,2\n", "pack: every image must have a vector, but b.png has none"),
+        ("a.png,1,2\nb.png,1\n", "b.png must have 2 finite numbers, got 1"),
+        ("a.png,1,2\nb.png,1,x\n", "b.png must have 2 finite numbers, got 1,x"),
+        ("a.png,1,2\nb.png,1,nan\n", "b.png must have 2 finite numbers, got 1,nan"),
+        ("a.png,1\nb.png,1e99\n", "b.png must have 1 finite numbers, got 1e99"),
+        ("a.png\n", "a.png must have 1 finite numbers, got none"),
+        ("a.png,1\na.png,2\n", "a.png comes twice"),
+        ("file,x\n", "holds no vectors"),
+        ("\ufeff", "holds no vectors"),
+        (b"\xff\xfe,1\n", "not a CSV file"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_vectors_that_cannot_be_used(text, message, tmp_path):
+    for name in ("a", "b"):
+        solid(tmp_path / f"src/{name}.png")
+    table = tmp_path / "vectors.csv"
+    if text is not None:
+        table.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DataError, match=message):
+        pack(tmp_path / "src", tmp_path / "out.safetensors", plain(), vectors=table)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_vectors_take_the_place_of_classes(tmp_path):
+    with pytest.raises(DataError, match="labels must be auto or none with vectors, got from-fold"):
+        pack(tmp_path, tmp_path / "o", plain(), labels="from-folders", vectors=tmp_path / "v.csv")

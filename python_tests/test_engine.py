@@ -235,6 +235,16 @@ def test_path_length_moves_its_mean_and_reaches_G():
     assert not phases.pl_mean.requires_grad
 
 
+def test_path_length_that_is_not_finite_leaves_its_mean():
+    phases, G, _ = make_phases(pl_weight=2.0)
+    phases.regularise_G(a_part(), lambda x: x)
+    before = phases.pl_mean.clone()
+    with torch.no_grad():
+        G.synthesis.b8.conv1.bias.fill_(math.nan)
+    assert phases.regularise_G(a_part(), lambda x: x)["path_length"].isnan()
+    assert torch.equal(phases.pl_mean, before)
+
+
 def test_drift_joins_the_gradient():
     plain, drifting = make_phases()[0], make_phases(drift=10.0)[0]
     part = a_part()

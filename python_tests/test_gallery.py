@@ -74,6 +74,33 @@ def test_pictures_of_a_model(name, own, pictures, tmp_path):
         assert picture in "\n".join(lines)
 
 
+def test_page_of_a_run_that_the_command_trained(tmp_path, monkeypatch):
+    real, started = gallery.train_command, []
+
+    def shortened(name, folder):
+        started.append(real(name, folder))
+        sizes = TINY | {"device": "cpu"}
+        return started[-1] + [f"--{k.replace('_', '-')}={v}" for k, v in sizes.items()]
+
+    monkeypatch.setattr(gallery, "train_command", shortened)
+    monkeypatch.setattr(gallery, "MODELS", {"vanilla": "Fully connected."})
+    monkeypatch.setattr(gallery, "train_classifier", lambda: DigitsClassifier(Sees(True, 10)))
+    options = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "docs")]
+    assert gallery.main(options) == 1  # this classifier finds no difference
+    page = (tmp_path / "docs/gallery.md").read_text()
+    seconds = int((tmp_path / "runs/vanilla/cpu_seconds").read_text())
+    assert f"| vanilla | 0.032 | {seconds} | 1.00 | 1.00 | 100% | 1.00 | - |" in page
+    assert "Fully connected. `gankern train --preset vanilla`" in page
+    assert seconds > 0
+    for picture in ("vanilla.png", "vanilla-loss.png"):
+        assert (tmp_path / "docs/gallery" / picture).read_bytes().startswith(b"\x89PNG")
+    assert gallery.main([*options, "--finished"]) == 1
+    (command,) = started  # not again
+    assert command[1:] == [
+        "-m", "gankern", "train", "--preset", "vanilla", "--out", str(tmp_path / "runs/vanilla")
+    ]  # fmt: skip
+
+
 def test_every_entry_is_a_preset():
     assert set(gallery.MODELS) <= set(models.PRESETS)
     assert len(gallery.MODELS) == 9

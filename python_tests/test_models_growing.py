@@ -146,12 +146,10 @@ def test_style_mixing_takes_the_layers_from_the_crossover_on():
 
 
 def test_dense_critic_is_784_512_256_1():
-    assert count(wgan.DenseCritic()) == 784 * 512 + 512 + 512 * 256 + 256 + 256 + 1
-    assert isinstance(
-        wgan.make_critic(form="fc", resolution=(28, 28), channels=1), wgan.DenseCritic
-    )
+    D = wgan.make_critic((28, 28), 1, form="fc")
+    assert count(D) == 784 * 512 + 512 + 512 * 256 + 256 + 256 + 1
     G = wgan.make_generator(7, (28, 28), 1, form="fc")
-    assert wgan.DenseCritic()(G(torch.randn(2, 7))).shape == (2, 1)
+    assert D(G(torch.randn(2, 7))).shape == (2, 1)
 
 
 def test_layer_norm_looks_at_one_image():
@@ -164,16 +162,18 @@ def test_layer_norm_looks_at_one_image():
 # Options of the conv nets.
 
 
-@pytest.mark.parametrize("model", ["vanilla", "dcgan", "wgan"])
+@pytest.mark.parametrize("model", ["vanilla", "dcgan", "wgan", "wgan fc"])
 @pytest.mark.parametrize("condition", ["projection", "concat"])
 def test_condition_changes_the_logit(model, condition):
+    model, _, form = model.partition(" ")
     config = TrainConfig(
-        model=model, d_condition=condition, d_dropout=0, width=2, d_width=2, d_norm="none",
-        resolution=(16, 16), channels=1, num_classes=3,
+        model=model, form=form or "conv", d_condition=condition, d_dropout=0, width=2, d_width=2,
+        d_norm="none", resolution=(16, 16), channels=1, num_classes=3,
     )  # fmt: skip
     torch.manual_seed(0)
     G, D = models.build(config)
     img = torch.randn(2, 1, 16, 16)
+    assert (getattr(D, "embed", None) is not None) == (condition == "projection")
     assert not torch.allclose(D(img, labels(2, 3)), D(img, labels(2, 3).flip(0)))
     vectors = torch.tensor([[0.5, -1.0, 2.0], [0.0, 0.1, 0.2]])  # not only classes
     z = torch.zeros(2, config.z_dim)

@@ -1,10 +1,12 @@
 """Every model trains: in seconds, its loss is finite, its weights move, and it resumes exactly."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from image_files import gankern, noise
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
@@ -20,7 +22,8 @@ TINY = {
     "channel_base": 64, "channel_max": 8, "batch": 8, "kimg": 0.096, "tick_kimg": 0.032,
     "sample_ticks": 3, "checkpoint_ticks": 1, "grid": 2,
 }  # fmt: skip
-GROW = {"fade_kimg": 0.016, "stable_kimg": 0.016}
+# Level 1 fades in from 16 to 48 images, level 2 from 64 to 96: a run that stops at 32 is amid that.
+GROW = {"fade_kimg": 0.032, "stable_kimg": 0.016}
 OWN = {
     "sagan": {"attention": 8},
     "pggan": GROW | {"level_batch": "8:16", "level_lr": "8:1e-3"},
@@ -69,9 +72,11 @@ def state_of(run: Path):
 
 def assert_resumes_exactly(values, tmp_path):
     """Trains at once, and in two parts; returns the whole run."""
-    kimg = 0.096 if "fade_kimg" in values else 0.064  # through all levels
+    kimg = 0.112 if "fade_kimg" in values else 0.064  # until all levels are there
     whole = run_of(values, tmp_path / "whole", kimg)
     part = run_of(values, tmp_path / "part", kimg=0.032)
+    if "fade_kimg" in values:
+        assert 0 < state_of(part)[0]["D"]["growth"].item() < 1
     config = read_config(part)
     config.kimg = kimg
     train(config, part)
@@ -97,6 +102,7 @@ def test_trains_and_resumes(preset, tmp_path):
         assert not [k for k in still if k.endswith(("conv.weight", "weight")) and "rgbs" not in k]
     for row in read_stats(whole):
         assert row["skipped_G"] == row["skipped_D"] == 0
+        assert all(math.isfinite(row[name]) for name in ("loss_D", "loss_G"))
 
 
 @pytest.mark.parametrize("values", COMBINATIONS.values(), ids=COMBINATIONS)
@@ -121,7 +127,7 @@ def test_presets_build(preset):
 
 def test_growing_run_shows_its_levels(tmp_path):
     values = models.PRESETS["pggan"] | OWN["pggan"]
-    run = run_of({k: v for k, v in values.items() if k not in TINY}, tmp_path, 0.096)
+    run = run_of({k: v for k, v in values.items() if k not in TINY}, tmp_path, 0.112)
     growth = [row["growth"] for row in read_stats(run)]
     assert growth == sorted(growth)
     assert growth[-1] == 2
@@ -156,6 +162,27 @@ def vectors_file(path, n=40, value=0.5, size=(16, 16)):
     }
     save_file(arrays, path, {"format": "gankern-dataset-1"})
     return str(path)
+
+
+def test_vectors_from_a_csv_file_to_images(tmp_path):
+    packed, runs, table = (tmp_path / name for name in ("data", "runs", "vectors.csv"))
+    for i in range(8):
+        noise(tmp_path / f"src/{i}.png", (16, 16), i)
+    table.write_text("".join(f"{i}.png,{i / 4},{-i},1\n" for i in range(8)))
+    code, output = gankern(
+        "data", "pack", tmp_path / "src", packed, "--size=16", "--vectors", table
+    )
+    assert (code, "labels are vectors of 3 numbers" in output) == (0, True)
+    assert "vectors: of 3 numbers" in gankern("data", "info", packed)[1]
+    assert gankern("data", "show", packed, tmp_path / "grid.png")[0] == 0
+    options = TINY | {"data": packed, "model": "wgan", "form": "fc", "kimg": 0.032, "out": runs}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    assert gankern("train", *flags)[0] == 0
+    (run,) = runs.iterdir()
+    config = read_config(run)
+    assert (config.c_dim, config.label_dim, config.num_classes) == (3, 3, 0)
+    assert gankern("generate", run, "--out", tmp_path / "images")[0] == 0
+    assert list((tmp_path / "images").rglob("*.png"))
 
 
 @pytest.mark.parametrize("model", ["dcgan", "vanilla", "stylegan2"])

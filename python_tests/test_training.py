@@ -19,7 +19,15 @@ from gankern.cli import train as train_command
 from gankern.cli.train import as_given
 from gankern.data import DataError
 from gankern.models import dcgan
-from gankern.training import TrainConfig, TrainError, checkpoint, load_generator, make_config, train
+from gankern.training import (
+    TrainConfig,
+    TrainError,
+    checkpoint,
+    load_generator,
+    make_config,
+    penalties,
+    train,
+)
 from gankern.training.ema import update_ema
 from gankern.training.losses import LOSSES
 from gankern.training.memory import memory_table
@@ -315,6 +323,34 @@ def test_load_generator(finished_run, tmp_path):
 def test_other_forms_train(values, tmp_path):
     folder = train(make_config(**TINY | values, out=str(tmp_path)))
     assert len(read_stats(folder)) == 3
+
+
+@pytest.mark.parametrize(
+    ("net", "penalty", "values"),
+    [
+        ("D", "r1", {"r1_gamma": 1.0, "d_reg_interval": 2}),
+        ("G", "path_length", {"pl_weight": 1.0, "g_reg_interval": 2}),
+    ],
+)
+def test_lazy_penalties_that_are_not_finite_are_counted(
+    net, penalty, values, tmp_path, monkeypatch
+):
+    real, calls = getattr(penalties, penalty), []
+
+    def first_is_infinite(*args, **kwargs):
+        calls.append(0)
+        value = real(*args, **kwargs)
+        factor = math.inf if len(calls) == 1 else 1.0
+        return value * factor if penalty == "r1" else (value[0] * factor, value[1])
+
+    monkeypatch.setattr(penalties, penalty, first_is_infinite)
+    size = {"model": "stylegan2", "w_dim": 4, "mapping_layers": 1, "data": "digits:8"}
+    size |= {"channel_base": 32, "channel_max": 4, "kimg": 0.064, "tick_kimg": 0.064}
+    (row,) = read_stats(train(make_config(**TINY | size | values, out=str(tmp_path))))
+    assert len(calls) == 2
+    assert row[f"skipped_{net}"] == pytest.approx(1 / 6)  # of four plain steps and two penalties
+    assert row[f"skipped_{'DG'.replace(net, '')}"] == 0
+    assert row[penalty] > 0
 
 
 # Wrong input: one line, exit code 2, nothing half written.

@@ -50,6 +50,13 @@ command.add_command(glyphs)
     help="Class of an image: its folder, or the topmost one; auto: folders if there are several.",
 )
 @click.option(
+    "--vectors",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="CSV",
+    help="Vectors as labels instead of classes: a line for each image, its name in SRC and then"
+    " numbers, as a/b.png,0.5,-1.",
+)
+@click.option(
     "--background",
     type=Colour(),
     default="white",
@@ -96,7 +103,8 @@ def pack(
     """Pack the images of SRC (a folder or a zip, any depth) into the one file DST.
 
     Images are turned upright, converted and resized; what cannot be read is skipped and
-    reported. `gankern train --data DST` trains on the result.
+    reported. `gankern train --data DST` trains on the result, and draws its classes or vectors on
+    request.
     """
     from gankern.data.decode import Geometry
     from gankern.data.files import atomic_path
@@ -136,7 +144,7 @@ def info(dataset: str, verify: bool, as_json: bool) -> None:
 
     data = open_dataset(dataset)
     classes: dict[str, int] = {}
-    if data.labels is not None:
+    if data.labels is not None and not data.label_dim:
         counts = np.bincount(data.labels, minlength=data.num_classes).tolist()
         classes = dict(zip(data.class_names, counts, strict=True))
     facts: dict[str, Any] = {
@@ -147,6 +155,7 @@ def info(dataset: str, verify: bool, as_json: bool) -> None:
         "channels": data.channels,
         "dtype": str(data.images.dtype),
         "classes": classes,
+        "vectors": data.label_dim,
     }
     if verify:
         if "crc32" not in data.metadata:
@@ -158,7 +167,9 @@ def info(dataset: str, verify: bool, as_json: bool) -> None:
         click.echo(json.dumps(facts, ensure_ascii=False))
         return
     for key, value in facts.items():
-        if key != "classes":
+        if key == "vectors" and value:
+            click.echo(f"{key:>9}: of {value} numbers")
+        elif key not in ("classes", "vectors"):
             click.echo(f"{key:>9}: {value}")
     click.echo(f"{'classes':>9}: {len(classes)}")
     for name, count in classes.items():
@@ -195,7 +206,14 @@ def show(
         candidates = np.random.default_rng(seed).permutation(candidates)
     index = np.sort(candidates[:number])
     images, labels = data.batch(index)
-    captions = None if labels is None else [data.class_names[i] for i in labels.tolist()]
+    captions = None
+    if labels is not None:
+        captions = [
+            " ".join(f"{number:g}" for number in label)
+            if data.label_dim
+            else data.class_names[label]
+            for label in labels.tolist()
+        ]
     save_grid(images, out, cols, captions)
     click.echo(f"{out}: {len(index)} of {len(data)} images")
 

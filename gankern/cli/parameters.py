@@ -96,6 +96,8 @@ def print_report(
     if report.classes:
         counts = sorted(report.classes.values())
         click.echo(f"  {len(counts)} classes, {counts[0]} to {counts[-1]} images each")
+    if report.label_dim:
+        click.echo(f"  labels are vectors of {report.label_dim} numbers")
     for note, count in sorted(report.notes.items()):
         click.echo(f"  {count} x {note}")
     if report.duplicates:

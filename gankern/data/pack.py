@@ -22,9 +22,13 @@ from gankern.data.decode import FILTERS, MODES, Geometry, decode
 from gankern.data.errors import DataError
 from gankern.data.files import atomic_path
 from gankern.data.sources import Source, Unreadable, open_source
+from gankern.data.vectors import read_vectors
 
 LABELS = ("auto", "none", "from-folders", "from-top-folders")
 _PAGE = 4096
+
+# From the names of the packed images to classes [N] or vectors [N, K] or None, and class names.
+Labeller = Callable[[list[str]], tuple["list[int] | np.ndarray | None", list[str]]]
 
 
 @dataclass
@@ -34,6 +38,7 @@ class Report:
     Attributes:
         images: number packed.
         classes: images of each class, by name; empty without labels.
+        label_dim: length of labels that are vectors; else 0.
         notes: how often an image was treated specially, by kind.
         duplicates: images equal, after resizing, to an earlier one (left out or not).
         skipped: name and reason of each file that was not packed.
@@ -41,6 +46,7 @@ class Report:
 
     images: int = 0
     classes: dict[str, int] = field(default_factory=dict)
+    label_dim: int = 0
     notes: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -63,6 +69,7 @@ def pack(
     overwrite: bool = False,
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
+    vectors: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Packs all images of a folder or zip, in the order of their names.
 
@@ -77,6 +84,7 @@ def pack(
         overwrite: whether an existing dst may be replaced.
         workers: decoding threads.
         progress: called with (files done, files in all).
+        vectors: a CSV file of vectors that are the labels, as in `gankern.data.vectors`.
 
     Returns:
         The report.
@@ -88,8 +96,11 @@ def pack(
     dst = Path(dst)
     _check_arguments(geometry, labels, duplicates, workers)
     check_target(dst, overwrite)
+    if vectors is not None and labels not in ("auto", "none"):
+        raise DataError(f"pack: labels must be auto or none with vectors, got {labels}")
     source = open_source(Path(src))
-    return pack_source(source, dst, geometry, labels, duplicates, workers, progress)
+    table = None if vectors is None else read_vectors(Path(vectors))
+    return pack_source(source, dst, geometry, labels, duplicates, workers, progress, table)
 
 
 def pack_source(
@@ -100,21 +111,29 @@ def pack_source(
     duplicates: str = "keep",
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
+    vectors: dict[str, np.ndarray] | None = None,
 ) -> Report:
-    """Packs an opened source; arguments, result and errors as `pack`."""
+    """Packs an opened source; arguments, result and errors as `pack`, vectors by file name."""
     report = Report(skipped=list(source.skipped))
 
-    def label(names: list[str]) -> tuple[list[int] | None, list[str]]:
+    def label(names: list[str]) -> tuple[list[int] | np.ndarray | None, list[str]]:
         if not names:
             reasons = ", ".join(f"{n} {reason}" for reason, n in report.reasons().most_common())
             raise DataError(f"{source.path}: holds no usable image ({reasons})")
-        return labels_of(names, labels)
+        if vectors is None:
+            return labels_of(names, labels)
+        if unused := len(vectors) - len(names):
+            report.notes["vector without an image"] = unused
+        return np.stack([vectors[name] for name in names]), []
 
     folders = {name.rpartition("/")[0] for name in source.names}
     header = 65536 + sum(2 * len(folder.encode()) + 16 for folder in folders)
+    header += 4 * sum(map(len, (vectors or {}).values()))
     channels = {"gray": 1, "rgb": 3, "rgba": 4}[geometry.channels]
     shape = (channels, geometry.height, geometry.width)
     images = _usable(source, geometry, duplicates, workers, report, progress)
+    if vectors is not None:
+        images = _with_vectors(images, vectors)
     write_packed(dst, images, shape, len(source.names), label, report, header)
     return report
 
@@ -144,6 +163,16 @@ def _usable(
                 continue
         seen.add(digest)
         report.notes.update(notes)
+        yield name, pixels
+
+
+def _with_vectors(
+    images: Iterator[tuple[str, np.ndarray]], vectors: dict[str, np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The images; DataError at the first that has no vector."""
+    for name, pixels in images:
+        if name not in vectors:
+            raise DataError(f"pack: every image must have a vector, but {name} has none")
         yield name, pixels
 
 
@@ -239,7 +268,7 @@ def write_packed(
     images: Iterable[tuple[str, np.ndarray]],
     shape: tuple[int, int, int],
     most: int,
-    label: Callable[[list[str]], tuple[list[int] | None, list[str]]],
+    label: Labeller,
     report: Report,
     header: int = 65536,
 ) -> None:
@@ -253,7 +282,7 @@ def write_packed(
         images: name and uint8 [C, H, W] of each.
         shape: C, H, W.
         most: upper bound of the number of images.
-        label: from the names of the packed images to labels (or None) and class names.
+        label: from the names of the packed images to classes or vectors (or None) and class names.
         report: gets the number of images and of each class.
         header: bytes to leave for the JSON header, which holds the class names.
 
@@ -284,7 +313,7 @@ def _write(
     images: Iterable[tuple[str, np.ndarray]],
     shape: tuple[int, int, int],
     room: int,
-    label: Callable[[list[str]], tuple[list[int] | None, list[str]]],
+    label: Labeller,
     report: Report,
 ) -> None:
     names: list[str] = []
@@ -312,20 +341,28 @@ def _write(
         file.write(header.ljust(room - 8 - len(block)))
         file.write(block)
     report.images = len(names)
-    if labels is not None:
+    if isinstance(labels, list):
         report.classes = {name: labels.count(i) for i, name in enumerate(class_names)}
+    elif labels is not None:
+        report.label_dim = labels.shape[1]
 
 
 def _header(
-    n: int, shape: tuple[int, int, int], labels: list[int] | None, listing: int, metadata: dict
+    n: int,
+    shape: tuple[int, int, int],
+    labels: list[int] | np.ndarray | None,
+    listing: int,
+    metadata: dict,
 ) -> tuple[bytes, bytes]:
     """The JSON header of labels, images and names, and the bytes of the labels."""
-    block = b"" if labels is None else np.asarray(labels, "<i8").tobytes()
+    kind, dtype = ("I64", "<i8") if isinstance(labels, list) else ("F32", "<f4")
+    array = np.asarray([] if labels is None else labels, dtype)
+    block = array.tobytes()
     size = n * int(np.prod(shape))
     first, second = len(block), len(block) + size
     header: dict[str, object] = {"__metadata__": metadata}
     if labels is not None:
-        header["labels"] = {"dtype": "I64", "shape": [n], "data_offsets": [0, first]}
+        header["labels"] = {"dtype": kind, "shape": [*array.shape], "data_offsets": [0, first]}
     header["images"] = {"dtype": "U8", "shape": [n, *shape], "data_offsets": [first, second]}
     end = second + listing
     header["names"] = {"dtype": "U8", "shape": [listing], "data_offsets": [second, end]}

@@ -76,6 +76,7 @@ PRESETS: dict[str, Options] = {
         "model": "wgan",
         "form": "fc",
         "conditional": False,
+        "d_dropout": 0.0,
         "loss": "wasserstein",
         "clip_weights": 0.01,
         "n_critic": 5,

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from gankern.models import dcgan
+from gankern.models import dcgan, vanilla
 from gankern.models.vanilla import DenseLayer
 
 
@@ -49,31 +49,6 @@ class DenseGenerator(nn.Module):
         return self.image(self.layers(z)).unflatten(1, self.image_shape)  # [N, C, H, W]
 
 
-class DenseCritic(nn.Module):
-    """image -> 512 -> 256 -> score, LeakyReLU 0.2 between: 784-512-256-1 for 28x28 images.
-
-    Args:
-        resolution: (height, width) of the images, in pixels.
-        channels: channels of the images.
-        c_dim: length of the condition, which joins the pixels; 0 for none.
-    """
-
-    def __init__(
-        self, resolution: tuple[int, int] = (28, 28), channels: int = 1, c_dim: int = 0
-    ) -> None:
-        super().__init__()
-        self.c_dim = c_dim
-        widths = [channels * math.prod(resolution) + c_dim, 512, 256]
-        self.layers = nn.Sequential(*(DenseLayer(i, o, "lrelu") for i, o in pairwise(widths)))
-        self.score = DenseLayer(widths[-1], 1, "linear")
-
-    def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
-        x = img.flatten(1)
-        if c is not None:
-            x = torch.cat([x, c], 1)
-        return self.score(self.layers(x))  # [N, 1]
-
-
 def make_generator(
     z_dim: int = 100,
     resolution: tuple[int, int] = (64, 64),
@@ -93,9 +68,13 @@ def make_critic(
     channels: int = 3,
     c_dim: int = 0,
     form: str = "conv",
+    dropout: float = 0.0,
+    condition: str = "projection",
     **options: object,
 ) -> nn.Module:
-    """form "fc": `DenseCritic`; "conv": `dcgan.Discriminator` with its options."""
+    """form "fc": `vanilla.Discriminator`, 784-512-256-1 for 28x28 images, whose logit is the score;
+    "conv": `dcgan.Discriminator` with its options."""
     if form == "fc":
-        return DenseCritic(resolution, channels, c_dim)
+        return vanilla.Discriminator(resolution, channels, dropout, c_dim, condition)
+    options |= {"dropout": dropout, "condition": condition}
     return dcgan.Discriminator(resolution, channels, c_dim=c_dim, **options)  # type: ignore[arg-type]

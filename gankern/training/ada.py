@@ -19,6 +19,8 @@ from gankern.ops import downsample2d, upsample2d
 from gankern.training.config import TrainConfig
 from gankern.training.distributed import average
 
+# Of 3 transforms (flip, quarter turns, whole shifts), 4 (scale, rotation, stretch, shift), 5
+# (brightness, contrast, luma flip, hue, saturation), 4 (a gain for each octave), 1 and 1.
 GROUPS = ("blit", "geometry", "color", "filter", "noise", "cutout")
 
 # Low-pass filters of the wavelets sym6 and sym2, orthonormal: sum sqrt(2), norm 1.
@@ -79,8 +81,11 @@ class Ada:
 
     @torch.no_grad()
     def update(self, real_logits: Tensor, batch: int) -> None:
-        """Takes D's logits of a step over `batch` images; moves p every `interval` steps."""
-        self.signs += average(real_logits.float().sign().mean(), self.world)
+        """Takes D's logits of a step over `batch` images; moves p every `interval` steps.
+
+        A logit that is NaN counts as 0, so that p never is.
+        """
+        self.signs += average(real_logits.float().sign().nan_to_num().mean(), self.world)
         self.count += 1
         if self.count >= self.interval and self.target > 0:
             step = batch * self.count / (self.kimg * 1000)

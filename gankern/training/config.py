@@ -121,7 +121,8 @@ class TrainConfig(
             ("d_condition", conv or self.form == "fc" or self.model == "vanilla",
              f"projection with {which}"),
             ("gp_weight", not conv or self.d_norm != "batch",
-             "0 with --d-norm batch, by which images of a batch share a gradient"),
+             "0 with --d-norm batch, by which the gradient of an image is that of its batch"
+             " (WGAN-GP takes layer or none)"),
             ("label_smoothing", LOSSES[self.loss].smooths, f"0 with --loss {self.loss}"),
             ("pl_weight", style, f"0 with --model {self.model}, which has no styles"),
             ("style_mixing", style, f"0 with --model {self.model}, which has no styles"),

@@ -170,7 +170,7 @@ def _train(
             d_step = step * config.n_critic + (cur_nimg - before) // batch
             if lazy_D and d_step % lazy_D == 0:
                 values |= D_up.backward(phases.regularise_D, part_D.split(passes))
-                D_up.step(d_lr)
+                stats.add(0, skipped_D=D_up.step(d_lr)["skipped"])
             if config.clip_weights:
                 clip_weights(D, config.clip_weights)
             if ada:
@@ -189,7 +189,7 @@ def _train(
         values |= {f"{name}_G": value for name, value in G_up.step(g_lr).items()}
         if lazy_G and step % lazy_G == 0:
             values |= G_up.backward(phases.regularise_G, part_G.split(passes))
-            G_up.step(g_lr)
+            stats.add(0, skipped_G=G_up.step(g_lr)["skipped"])
         D.requires_grad_(True)
 
         # Moving average of G.

@@ -171,9 +171,13 @@ class PenaltyOptions:
 
     r1_gamma: float = penalty(0.0, "Weight of R1, D's gradient at real images.")
     r2_gamma: float = penalty(0.0, "Weight of R2, D's gradient at generated images.")
-    gp_weight: float = penalty(0.0, "Weight of WGAN-GP's gradient penalty.")
+    gp_weight: float = penalty(
+        0.0, "Weight of WGAN-GP's gradient penalty; dcgan, wgan: with --d-norm layer or none."
+    )
     gp_target: float = penalty(1.0, "Norm that it pulls D's gradient to.", at_least=1e-6)
-    drift: float = penalty(0.0, "Weight of D's squared logits of real images.")
+    drift: float = penalty(
+        0.0, "Weight of D's squared logits of real images; at every step, as it costs no pass."
+    )
     d_reg_interval: int = penalty(
         1, "R1, R2 and gradient penalty every so often, times as strong.", unit="steps", at_least=1
     )

@@ -95,8 +95,8 @@ class Phases:
             with torch.no_grad():
                 fake = self.generate(part)
             fake, real = self.augment(fake), self.augment(part.real)
-            real_logits = self.run_D(real, part.real_c).float()  # [n, 1]
-            fake_logits = self.run_D(fake, part.c).float()
+            real_logits = precise(self.run_D(real, part.real_c))  # [n, 1]
+            fake_logits = precise(self.run_D(fake, part.c))
         loss = self.loss.d(real_logits, fake_logits, config.label_smoothing)
         values = {"loss_D": loss, "logit_real": real_logits, "logit_fake": fake_logits}
         if config.drift:
@@ -108,20 +108,20 @@ class Phases:
     def regularise_D(self, part: Part, scale: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """R1, R2 and gradient penalty at the images that D sees, augmented ones included."""
         config = self.config
-        real = self.augment(part.real).detach().float()
+        real = precise(self.augment(part.real).detach())
         values: dict[str, Tensor] = {}
         if config.r1_gamma:
             x = real.clone().requires_grad_()
-            values["r1"] = penalties.r1(x, self.D(x, part.real_c).float(), config.r1_gamma)
+            values["r1"] = penalties.r1(x, precise(self.D(x, part.real_c)), config.r1_gamma)
         if config.r2_gamma or config.gp_weight:
             with torch.no_grad():
-                fake = self.augment(self.generate(part)).float()
+                fake = precise(self.augment(self.generate(part)))
             if config.r2_gamma:
                 x = fake.clone().requires_grad_()
-                values["r2"] = penalties.r2(x, self.D(x, part.c).float(), config.r2_gamma)
+                values["r2"] = penalties.r2(x, precise(self.D(x, part.c)), config.r2_gamma)
             if config.gp_weight:
                 values["gp"] = penalties.gradient_penalty(
-                    lambda x: self.D(x, part.real_c).float(), real, fake,
+                    lambda x: precise(self.D(x, part.real_c)), real, fake,
                     config.gp_weight, config.gp_target,
                 )  # fmt: skip
         scale(torch.stack([*values.values()]).sum() * config.d_reg_interval).backward()
@@ -130,23 +130,29 @@ class Phases:
     def main_G(self, part: Part, scale: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """G's loss: its images up."""
         with self.autocast():
-            fake_logits = self.run_D(self.augment(self.generate(part)), part.c).float()
+            fake_logits = precise(self.run_D(self.augment(self.generate(part)), part.c))
             paired: tuple[Tensor, ...] = ()
             if self.loss.pairs:
-                paired = (self.run_D(self.augment(part.real), part.real_c).float(),)
+                paired = (precise(self.run_D(self.augment(part.real), part.real_c)),)
         loss = self.loss.g(fake_logits, *paired)
         scale(loss).backward()
         return {"loss_G": loss}
 
     def regularise_G(self, part: Part, scale: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Path length of a share of the batch; moves its mean."""
+        """Path length of a share of the batch; moves its mean, unless that would not be finite."""
         config, G = self.config, self.G
         n = max(len(part.z) // config.pl_batch_shrink, 1)
         ws = G.mapping(part.z[:n], None if part.c is None else part.c[:n])
         ws = ws.contiguous() if ws.requires_grad else ws.clone().requires_grad_()
-        penalty, self.pl_mean = penalties.path_length(
+        penalty, mean = penalties.path_length(
             G.synthesis(ws), ws, self.pl_mean, config.pl_weight, config.pl_decay,
             reduce=lambda length: average(length, self.world),
         )  # fmt: skip
+        self.pl_mean = torch.where(mean.isfinite(), mean, self.pl_mean)
         scale(penalty * config.g_reg_interval).backward()
         return {"path_length": penalty, "pl_mean": self.pl_mean}
+
+
+def precise(x: Tensor) -> Tensor:
+    """x in float32, or in float64 as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

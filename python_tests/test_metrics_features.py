@@ -1,5 +1,7 @@
 """Feature networks, the pass over images, its cache, shared work."""
 
+import shutil
+
 import numpy as np
 import processes
 import pytest
@@ -265,6 +267,17 @@ def test_folder_of_images(tmp_path):
     net = module_extractor(Counting())
     folder = extract(FolderImages(tmp_path, data), net)
     assert torch.equal(folder.features, extract(DatasetImages(data), net).features)
+    assert FolderImages(tmp_path, data).labels is None
+    for i, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
+        folder = tmp_path / "classes" / data.class_names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0]).save(folder / f"{i:02}.png")
+    labelled = FolderImages(tmp_path / "classes", data)
+    assert labelled.labels.tolist() == sorted(data.labels.tolist())
+    (tmp_path / "classes" / "other").mkdir()
+    Image.fromarray(data.images[0, 0]).save(tmp_path / "classes" / "other" / "0.png")
+    assert FolderImages(tmp_path / "classes", data).labels is None
+    shutil.rmtree(tmp_path / "classes")
     (tmp_path / "99.png").write_bytes(b"broken")
     with pytest.raises(MetricsError, match=r"99.png: not an image"):
         extract(FolderImages(tmp_path, data), net)

@@ -283,6 +283,10 @@ class HealthOptions:
         1000, "Health and quality", "Generated and at most as many real images that are compared.",
         unit="images", at_least=8,
     )  # fmt: skip
+    metrics_full: bool = option(
+        False, "Health and quality",
+        "All of `gankern metrics --paths`: also FID ∞, each class, path lengths, smoothness.",
+    )  # fmt: skip
     metrics_extractor: str = option(
         "efficientnet-lite0",
         "Health and quality",

@@ -1,6 +1,7 @@
 """Feature networks, the pass over images, its cache, shared work."""
 
 import shutil
+import weakref
 
 import numpy as np
 import processes
@@ -213,6 +214,33 @@ def test_real_features_are_made_once(tmp_path):
     extract(DatasetImages(data, 30), extractor, cache=tmp_path)
     assert Counting.seen == 150
     assert len(list(tmp_path.iterdir())) == 2
+
+
+class Many:
+    """50,000 images, and how many of them there are at a time."""
+
+    name, identity, labels = "many", "", None
+    alive = most = 0
+
+    def __len__(self):
+        return 50_000
+
+    def batch(self, indices):
+        images = torch.from_numpy(indices % 251).to(torch.uint8).view(-1, 1, 1, 1)
+        self.alive += len(images)
+        self.most = max(self.most, self.alive)
+        weakref.finalize(images, self.drop, len(images))
+        return images
+
+    def drop(self, count):
+        self.alive -= count
+
+
+def test_50000_images_are_never_in_memory_at_once():
+    images = Many()
+    found = extract(images, module_extractor(Means()), batch=64)
+    assert images.most == 64
+    assert torch.equal(found.features[:, 0], torch.arange(50_000) % 251)
 
 
 def test_cache_key_depends_on_pixels_and_network(tmp_path):

@@ -184,7 +184,8 @@ def test_statistics_leave_out_what_is_not_finite():
     stats.add(8, a=torch.tensor(float("inf")))
     stats.add(8, a=torch.tensor(4.0))
     row = stats.take()
-    assert (row["a"], row["b"]) == (3.0, 1.0)
+    assert (row["a"], row["b"], row["nan_a"]) == (3.0, 1.0, 0.333333)
+    assert "nan_b" not in row
     stats.add(8, a=torch.tensor(float("nan")))
     assert math.isnan(stats.take()["a"])  # which the monitor stops at
 

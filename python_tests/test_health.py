@@ -12,11 +12,12 @@ from gankern.data import open_dataset
 from gankern.data.subset import hold_out
 from gankern.models import dcgan
 from gankern.training import TrainError, checkpoint, loop, make_config, train
-from gankern.training.health import WATCHES, Health
+from gankern.training.health import WATCHES, Alarm, Health
 from gankern.training.losses import LOSSES
-from gankern.training.monitor import decisions
+from gankern.training.monitor import broken_buffers, decisions
 from gankern.training.probe import Probe, weight_norm
-from gankern.training.run import read_config, read_stats
+from gankern.training.report import build_report
+from gankern.training.run import RunLog, read_config, read_stats
 
 # By numbers.
 
@@ -61,6 +62,8 @@ def watched(changes, ticks, health=None, first=20):
 BAD = [
     ("not finite", {"loss_G": math.nan}, 0),
     ("not finite", {"skipped_D": 0.1}, 0),
+    ("not finite", {"nan_loss_D": 0.02}, 0),
+    ("not finite", {"nan_buffers_G": 1}, 0),
     ("loss spike", lambda i: {"loss_D": 9.0 if i == 3 else 1.0}, 3),
     ("D far ahead", {"logit_real": 7.0, "logit_fake": -6.0, "acc_D": 1.0}, 2),
     ("D far ahead", {"acc_D": 1.0, "grad_norm_G": 1e-3}, 2),
@@ -84,7 +87,9 @@ def test_each_watch(kind, changes, tick):
     assert [(i, alarm.kind) for i, alarm in found] == [(tick, kind)]
     (_, alarm) = found[0]
     assert alarm.kimg == 20.0 + tick
-    assert 20.0 <= alarm.since <= alarm.kimg
+    lasts = next(watch.ticks for watch in WATCHES if watch.kind == kind)
+    assert alarm.since == alarm.kimg - lasts + 1
+    assert f"since {alarm.since:g} kimg" in str(alarm)
     assert alarm.figures
     assert alarm.cure in str(alarm)
     json.loads(json.dumps(alarm.to_json(), allow_nan=False))
@@ -112,9 +117,36 @@ def test_wasserstein_logits_may_lie_far_apart():
     assert not watched(changes, 10, Health(logistic=False))
 
 
-def test_fp16_skips_steps():
-    assert not watched({"skipped_G": 0.1}, 5, Health(skips=True))
-    assert watched({"skipped_G": 0.9}, 1, Health(skips=True))
+def test_fp16_skips_steps_until_its_scale_is_below_1():
+    def skips(i):  # in a row, one a tick, from a scale of 2^16
+        return {"skipped_G": 1.0, "scale_G": 2.0 ** (15 - i), "skipped_D": 0.2, "scale_D": 1024.0}
+
+    ((tick, alarm),) = watched(skips, 30)
+    assert (tick, alarm.kind) == (16, "not finite")  # the 17th
+    assert alarm.figures == {"scale_G": 0.5}
+    ((tick, _),) = watched(lambda i: skips(0) | {"nan_loss_G": 0.01}, 5)
+    assert tick == 0
+
+
+def test_buffers_are_watched():
+    G, D = torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.ReLU())
+    D(torch.randn(4, 2))
+    assert broken_buffers(G, D) == {}
+    D(torch.tensor([[1.0, 2.0], [math.nan, 3.0]]))
+    assert broken_buffers(G, D) == {"nan_buffers_D": 2}  # running mean and variance
+
+
+def test_a_slow_fall_of_images_a_second_is_seen():
+    ((tick, alarm),) = watched(lambda i: {"img_per_s": 400 * 0.98**i}, 60)
+    assert alarm.kind == "slower"
+    assert tick <= 45
+    assert alarm.figures["before"] == pytest.approx(400, rel=0.05)
+    assert alarm.figures["img_per_s"] < alarm.figures["before"] / 2
+    # Larger images take longer, from where they fade in.
+    grown = [(1.0, 400.0)] * 10 + [(1.0 + i / 10, 100.0) for i in range(1, 11)] + [(2.0, 100)] * 20
+    changes = [{"growth": growth, "img_per_s": speed} for growth, speed in grown]
+    assert not watched(lambda i: changes[i], len(changes))
+    assert watched(lambda i: changes[i] | {"growth": 1.0}, len(changes))
 
 
 def test_state_goes_on_where_it_was():
@@ -243,6 +275,11 @@ def test_forced_failure(failure, kind, ticks, forced, tmp_path):
     found = [tick for tick, name in alarms_of(run) if name == kind]
     assert found, alarms_of(run)
     assert found[0] <= ticks
+    if failure == "NaN image":
+        (alarm,) = (
+            a for row in read_stats(run) for a in row.get("alarms", []) if kind == a["kind"]
+        )
+        assert {"nan_loss_D", "skipped_D", "nan_buffers_D"} <= alarm["figures"].keys()
 
 
 @pytest.mark.parametrize(
@@ -280,6 +317,18 @@ def test_alarm_is_told_everywhere(forced, tmp_path, capsys):
     events.Reload()
     (event,) = events.Tensors("alarms/text_summary")
     assert b"D inverted" in event.tensor_proto.string_val[0]
+    # Every kind of alarm.
+    (tmp_path / "all").mkdir()
+    alarms = [
+        Alarm(watch.kind, 3.0, 2.0, f"seen {i}", {}, watch.cure, watch.severe)
+        for i, watch in enumerate(WATCHES)
+    ]
+    with RunLog(tmp_path / "all", make_config(), {}) as log:
+        log.write_stats({"kimg": 3.0, "alarms": [alarm.to_json() for alarm in alarms]}, 3000)
+    events = EventAccumulator(str(tmp_path / "all"), {"tensors": 0})
+    events.Reload()
+    texts = [e.tensor_proto.string_val[0].decode() for e in events.Tensors("alarms/text_summary")]
+    assert texts == [f"**{a.kind}** since 2 kimg: {a.seen}. Usually done: {a.cure}" for a in alarms]
 
 
 def test_stop(forced, tmp_path, capsys):
@@ -368,18 +417,27 @@ def test_metrics_ticks(tmp_path, monkeypatch):
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     torch.jit.script(Pool()).save(str(tmp_path / "pool.pt"))
-    options = {"metrics_ticks": 2, "metrics_images": 64, "kimg": 0.64, "out": str(tmp_path / "r")}
+    options = {"metrics_ticks": 2, "metrics_images": 160, "kimg": 0.64, "out": str(tmp_path / "r")}
+    options["metrics_full"] = True
     options["metrics_extractor"] = str(tmp_path / "pool.pt")
     run = train(make_config(**TINY | options))
     rows = read_stats(run)
     assert ["metrics" in row for row in rows] == [False, True, False, True]
-    assert {"KD-pool", "KD-pool error", "FD-pool", "recall", "coverage"} <= rows[1][
-        "metrics"
-    ].keys()
+    last = rows[3]["metrics"]
+    wanted = {"KD-pool", "KD-pool error", "FD-pool", "FD-pool ∞", "recall", "coverage"}
+    assert wanted | {"PPL-pool z full", "PPL-pool z end"} <= last.keys()
+    assert (last["generated images"], last["real images"]) == (160, 160)
+    assert set(last["classes"]) <= set("0123456789")
+    assert {"KD-pool", "recall", "coverage", "FD-pool"} <= last["classes"]["7"].keys()
     events = EventAccumulator(str(run))
     events.Reload()
     values = [event.value for event in events.Scalars("metrics/KD-pool")]
     assert values == pytest.approx([rows[i]["metrics"]["KD-pool"] for i in (1, 3)])
+    value = events.Scalars("metrics/KD-pool/7")[-1].value
+    assert value == pytest.approx(last["classes"]["7"]["KD-pool"])
+    page = build_report(run)
+    assert "Quality at 0.64 kimg, 160 generated images and 160 real images" in page
+    assert "<h2>Each class</h2>" in page
     assert len(list((tmp_path / "cache/gankern/features").iterdir())) == 1
     with pytest.raises(ValueError, match="must be efficientnet-lite0 or a file, got 'none'"):
         train(make_config(**TINY | options | {"metrics_extractor": "none"}))

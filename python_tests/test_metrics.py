@@ -26,7 +26,7 @@ from gankern.metrics.frechet import (
 )
 from gankern.metrics.kernel import draw_subsets, kernel_distance, mmd2, subset_distances
 from gankern.metrics.manifold import compare, copying, nearest, radii
-from gankern.metrics.modes import count_modes, mode_coverage, read_digits
+from gankern.metrics.modes import as_stacks, count_modes, is_gray, mode_coverage, read_digits
 from gankern.metrics.path_length import perceptual_path_length, smoothness
 from gankern.metrics.score import inception_score
 from gankern.models import dcgan
@@ -318,6 +318,22 @@ def test_modes_of_colour_and_of_gray_stacks():
     found = mode_coverage(read_digits(Reader(), torch.cat([gray] * 300 + [gray[:2]])))
     assert found.n == 900
     assert 100 < found.modes <= 6**3  # six different digits
+
+
+def test_modes_of_colours_that_are_one_digit_and_of_transparency():
+    gray = torch.from_numpy(open_dataset("digits").images[::50])  # [100, 1, 28, 28]
+    rgb = (gray.expand(-1, 3, -1, -1).float() + torch.tensor([-2.0, 1, 3]).view(3, 1, 1)).clamp(0)
+    stacked = torch.from_numpy(open_dataset("stacked-digits").images[:100])
+    assert is_gray(gray)
+    assert is_gray(rgb)
+    assert not is_gray(stacked)
+    for images in (gray, rgb):
+        assert as_stacks(images, True).shape == (100, 1, 28, 28)
+        torch.testing.assert_close(as_stacks(images, True), gray / 127.5 - 1, rtol=0, atol=0.03)
+    rgba = torch.cat([torch.full_like(stacked, 255), gray], 1)  # white, seen through its alpha
+    assert is_gray(rgba)
+    torch.testing.assert_close(as_stacks(rgba, True), gray / 127.5 - 1)
+    assert torch.equal(as_stacks(stacked, False), stacked / 127.5 - 1)
 
 
 def test_stacked_digits():

@@ -69,16 +69,24 @@ def test_run_beside_its_data(run, network, tmp_path, capsys):
 
 
 def test_folder_of_copies(network, tmp_path, capsys):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for i, image in enumerate(open_dataset("digits").images[::100]):
-        Image.fromarray(image[0]).save(folder / f"{i}.png")
+    digits, folder = open_dataset("digits"), tmp_path / "images"
+    for i in range(0, 5000, 50):
+        path = folder / str(digits.labels[i]) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(digits.images[i, 0]).save(path)
     args = ["--data", "digits", "--extractor", network, "--no-cache", "--json"]
-    code, out, _ = call(capsys, folder, *args)
-    figures = {figure["key"]: figure["value"] for figure in json.loads(out)["figures"]}
-    assert code == 0
+    code, out, err = call(capsys, folder, *args)
+    found = json.loads(out)
+    figures = {figure["key"]: figure["value"] for figure in found["figures"]}
+    assert (code, err) == (0, "")
     assert figures["precision"] == 1
     assert figures["copying"] == 0
+    assert set(found["classes"]) == set(digits.class_names)  # the folders' names
+    assert found["classes"]["3"][0]["note"] == "n = 500 real, 10 generated"
+    code, out, err = call(capsys, folder / "3", *args)
+    assert (code, json.loads(out)["classes"]) == (0, {})
+    assert "no figures of each class" in err
+    assert "if its folders are named as the classes" in err
 
 
 def test_modes_of_real_digits(network, tmp_path, capsys, monkeypatch):

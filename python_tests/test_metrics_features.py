@@ -1,5 +1,8 @@
 """Feature networks, the pass over images, its cache, shared work."""
 
+import shutil
+import weakref
+
 import numpy as np
 import processes
 import pytest
@@ -213,6 +216,33 @@ def test_real_features_are_made_once(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+class Many:
+    """50,000 images, and how many of them there are at a time."""
+
+    name, identity, labels = "many", "", None
+    alive = most = 0
+
+    def __len__(self):
+        return 50_000
+
+    def batch(self, indices):
+        images = torch.from_numpy(indices % 251).to(torch.uint8).view(-1, 1, 1, 1)
+        self.alive += len(images)
+        self.most = max(self.most, self.alive)
+        weakref.finalize(images, self.drop, len(images))
+        return images
+
+    def drop(self, count):
+        self.alive -= count
+
+
+def test_50000_images_are_never_in_memory_at_once():
+    images = Many()
+    found = extract(images, module_extractor(Means()), batch=64)
+    assert images.most == 64
+    assert torch.equal(found.features[:, 0], torch.arange(50_000) % 251)
+
+
 def test_cache_key_depends_on_pixels_and_network(tmp_path):
     data, other = small_digits(), small_digits()
     other.images = other.images.copy()
@@ -265,6 +295,17 @@ def test_folder_of_images(tmp_path):
     net = module_extractor(Counting())
     folder = extract(FolderImages(tmp_path, data), net)
     assert torch.equal(folder.features, extract(DatasetImages(data), net).features)
+    assert FolderImages(tmp_path, data).labels is None
+    for i, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
+        folder = tmp_path / "classes" / data.class_names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0]).save(folder / f"{i:02}.png")
+    labelled = FolderImages(tmp_path / "classes", data)
+    assert labelled.labels.tolist() == sorted(data.labels.tolist())
+    (tmp_path / "classes" / "other").mkdir()
+    Image.fromarray(data.images[0, 0]).save(tmp_path / "classes" / "other" / "0.png")
+    assert FolderImages(tmp_path / "classes", data).labels is None
+    shutil.rmtree(tmp_path / "classes")
     (tmp_path / "99.png").write_bytes(b"broken")
     with pytest.raises(MetricsError, match=r"99.png: not an image"):
         extract(FolderImages(tmp_path, data), net)

@@ -5,15 +5,19 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops, ImageOps
 
 from gankern.cli import main
+from gankern.data import make_grid, open_dataset
 from gankern.training import make_config, train
 from gankern.training.report import PLOTS, build_report
 from gankern.training.run import read_stats
 
+KEPT = Path(__file__).resolve().parents[1] / ".ci/work/report.png"  # for a person to look at
+TINTS = {0: (200, 0, 200), 0.032: (200, 100, 0), 0.064: (0, 160, 160), 0.096: (0, 200, 0)}
 BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome", "chrome")
 ALARM = {
     "kind": "G collapsed",
@@ -32,14 +36,25 @@ pytestmark = pytest.mark.xdist_group("report")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of three ticks with four grids, to which an alarm and metrics are added."""
+    """A run of three ticks with an alarm, metrics and, of TINTS, four grids added to it."""
     options = {"width": 2, "d_width": 2, "z_dim": 5, "batch": 16, "grid": 3}
     options |= {"kimg": 0.096, "tick_kimg": 0.032, "sample_ticks": 1, "data": "digits:16"}
     run = train(make_config(**options, out=str(tmp_path_factory.mktemp("runs"))))
     rows = read_stats(run)
     rows[1]["alarms"] = [ALARM]
     for i, row in enumerate(rows):
-        row["metrics"] = {"KD-EffLite0": 0.5 - 0.1 * i, "KD-EffLite0 error": 0.02, "recall": 0.1}
+        row["metrics"] = {
+            "generated images": 1000,
+            "real images": 900,
+            "KD-EffLite0": 0.5 - 0.1 * i,
+            "KD-EffLite0 error": 0.02,
+            "recall": 0.1 + 0.2 * i,
+            "classes": {"seven": {"recall": 0.25}, "t<wo": {"recall": 0.5}},
+        }
+    for (kimg, tint), start in zip(TINTS.items(), (0, 9, 18, 27), strict=True):
+        images, _ = open_dataset("digits:16").batch(range(start, 5000, 500))
+        grid = ImageOps.colorize(make_grid(images[:9], 3).convert("L"), tint, "white")
+        grid.save(run / "samples" / f"{round(1000 * kimg):012d}.png")
     (run / "stats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run
 
@@ -86,7 +101,9 @@ def test_structure(run):
     assert all(grid["src"].startswith("data:image/png;base64,") for grid in grids)
     assert "G collapsed" in page
     assert "samples are &lt;b&gt;alike&lt;/b&gt;" in page
-    assert "KD-EffLite0" in page
+    assert "Quality at 0.096 kimg, 1,000 generated images and 900 real images" in page
+    assert "<th>KD-EffLite0</th><td>0.3 ± 0.02</td>" in page
+    assert "<th>t&lt;wo</th><td>0.5</td>" in page
     assert "<th>d_lr</th>" in page
     assert "<th>PyTorch</th>" in page
     assert "<th>this report</th>" in page
@@ -153,18 +170,45 @@ def test_page_opens_without_errors_and_the_slider_moves(browse):
     assert len(set(shown.values())) == 3
 
 
-def test_screenshot(browse):
+def screenshot(browse, kimg):
+    """The page as it looks, with the samples of some moment."""
     picture = browse.folder / "page.png"
-    browse("#kimg=0.032", f"--screenshot={picture}", "--window-size=1100,2600")
+    browse(f"#kimg={kimg}", f"--screenshot={picture}", "--window-size=1100,2600")
     with Image.open(picture) as image:
-        image = image.convert("RGB")
-        assert image.width >= 1000
-        colours = image.getcolors(1 << 24)
-    background = max(colours)[0] / (image.width * image.height)
+        return image.convert("RGB")
+
+
+def near(image, colour):
+    """Where an image has about this colour, as a mask."""
+    far = ImageChops.difference(image, Image.new("RGB", image.size, colour)).split()
+    return ImageChops.lighter(ImageChops.lighter(*far[:2]), far[2]).point(lambda v: 255 * (v < 40))
+
+
+def count(mask):
+    return mask.histogram()[255]
+
+
+def test_screenshot(browse):
+    early, late = screenshot(browse, 0.032), screenshot(browse, 0.096)
+    KEPT.parent.mkdir(parents=True, exist_ok=True)
+    late.save(KEPT)
+    assert late.width >= 1000
+    background = max(late.getcolors(1 << 24))[0] / (late.width * late.height)
     assert 0.3 < background < 0.99  # neither blank nor full
-    blue, orange = (31, 119, 180), (255, 127, 14)  # of the curves
-    for wanted in (blue, orange):
-        near = sum(
-            n for n, c in colours if max(abs(a - b) for a, b in zip(c, wanted, strict=True)) < 40
-        )
-        assert near > 200, wanted
+    # The curves, in the lower half; the alarm's name, at the top.
+    top, bottom = late.crop((0, 0, late.width, 300)), late.crop((0, 1300, late.width, late.height))
+    for colour in ((31, 119, 180), (255, 127, 14)):
+        assert count(near(bottom, colour)) > 200, colour
+    assert count(near(top, (208, 64, 32))) > 50
+    # Each shows its own samples alone.
+    for image, own in ((early, 0.032), (late, 0.096)):
+        for kimg, tint in TINTS.items():
+            seen = count(near(image.crop((0, 300, 600, 900)), tint))
+            assert seen > 100_000 if kimg == own else seen < 100, (own, kimg, seen)
+    # Above them the slider's knob has gone from the first third to the end.
+    first_row = near(late, TINTS[0.096]).getbbox()[1]
+    left, _, right, _ = (
+        ImageChops.difference(early, late).crop((0, 0, late.width, first_row - 5)).getbbox()
+    )
+    assert left < 250
+    assert right > 540

@@ -9,12 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from gankern import models
-from gankern.cli import main
+from gankern.cli import COMMANDS, main
 from gankern.cli import train as train_command
 from gankern.cli.train import as_given
 from gankern.data import DataError
@@ -161,6 +162,24 @@ def test_help_shows_every_option_with_its_default(capsys):
         assert units[name] == unit
     for name in ("preset NAME", "resume RUN", "dry-run"):
         assert re.search(rf"--{name} [^\[]+\[default: ", text)
+
+
+def options_of(command, name):
+    """Every option of a command and of those below it."""
+    for below, inner in getattr(command, "commands", {}).items():
+        yield from options_of(inner, f"{name} {below}")
+    for option in command.params:
+        if isinstance(option, click.Option):
+            yield f"{name} {option.opts[0]}", option
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "bench"])
+def test_every_option_says_what_it_is_and_its_default(name):
+    command = main.get_command(click.Context(main), name)
+    for text, option in options_of(command, name):
+        assert option.help, text
+        told = option.show_default or "default: " in option.help or option.required
+        assert told or (option.is_flag and not option.secondary_opts), text
 
 
 def test_presets_in_the_help_can_be_typed():

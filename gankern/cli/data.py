@@ -25,9 +25,9 @@ command.add_command(glyphs)
 @command.command()
 @click.argument("src", type=click.Path(readable=False, path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
-@click.option("--size", type=Size(), help="Size in pixels, one number or HxW.")
-@click.option("--height", type=click.IntRange(1, 8192), help="Height in pixels.")
-@click.option("--width", type=click.IntRange(1, 8192), help="Width in pixels.")
+@click.option("--size", type=Size(), help="Pixels, one number or HxW.  [default: the two below]")
+@click.option("--height", type=click.IntRange(1, 8192), help="Pixels.  [default: from --size]")
+@click.option("--width", type=click.IntRange(1, 8192), help="Pixels.  [default: from --size]")
 @click.option(
     "--crop",
     type=click.Choice(["center", "none"]),
@@ -89,7 +89,7 @@ command.add_command(glyphs)
     "--report",
     "report_path",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Also write the report, with every skipped file, as JSON.",
+    help="Also write the report, with every skipped file, as JSON.  [default: none]",
 )
 def pack(
     src: Path,
@@ -179,11 +179,17 @@ def info(dataset: str, verify: bool, as_json: bool) -> None:
 @command.command()
 @click.argument("dataset")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--number", "-n", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--cols", type=click.IntRange(1), help="Images a row; default square.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--number", "-n", type=click.IntRange(1), default=64, show_default=True, help="Images shown."
+)
+@click.option("--cols", type=click.IntRange(1), help="Images a row.  [default: square]")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random choice."
+)
 @click.option("--first", is_flag=True, help="The first images instead of random ones.")
-@click.option("--class", "wanted", help="Only images of this class, by name or number.")
+@click.option(
+    "--class", "wanted", help="Only images of this class, by name or number.  [default: all]"
+)
 def show(
     dataset: str,
     out: Path,

@@ -45,23 +45,44 @@ def digits(dst: Path, size: int, overwrite: bool) -> None:
     show_default=True,
     help="google and twitter are 64 pixels wide and labelled by category, fluent 256 and 3-D.",
 )
-@click.option("--size", type=_SIZE, help="Pixels of a side; default those of the set.")
+@click.option("--size", type=_SIZE, help="Pixels of a side.  [default: those of the set]")
 @click.option(
-    "--channels", type=click.Choice(["rgb", "gray", "rgba"]), default="rgb", show_default=True
+    "--channels",
+    type=click.Choice(["rgb", "gray", "rgba"]),
+    default="rgb",
+    show_default=True,
+    help="Colour channels of the packed images.",
 )
-@click.option("--background", type=Colour(), default="white", show_default=True)
+@click.option(
+    "--background",
+    type=Colour(),
+    default="white",
+    show_default=True,
+    help="Behind transparent pixels, unless --channels is rgba.",
+)
 @click.option(
     "--tarball",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="The npm package as a file, where there is no npm client or no network.",
+    help="The npm package as a file, where there is no npm client or no network."
+    "  [default: npm fetches it]",
 )
 @click.option(
     "--labels-from",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Tarball of emoji-datasource-google with the categories, for the set fluent.",
+    help="Tarball of emoji-datasource-google with the categories, for the set fluent."
+    "  [default: no labels]",
 )
-@click.option("--without", multiple=True, help="A category to leave out, as Flags; repeatable.")
-@click.option("--skin-tones/--no-skin-tones", default=True, show_default=True)
+@click.option(
+    "--without",
+    multiple=True,
+    help="A category to leave out, as Flags; repeatable.  [default: none]",
+)
+@click.option(
+    "--skin-tones/--no-skin-tones",
+    default=True,
+    show_default=True,
+    help="Also the variants of an emoji in other tones of skin.",
+)
 def emoji(
     dst: Path,
     which: str,
@@ -98,7 +119,7 @@ def emoji(
     "fonts",
     multiple=True,
     help="A font file or the name of an installed one, with :2 the third of a collection;"
-    " repeatable. Default Noto Sans and Serif CJK.",
+    " repeatable.  [default: Noto Sans and Serif CJK]",
 )
 @click.option(
     "--chars",
@@ -113,8 +134,12 @@ def emoji(
     show_default=True,
     help="What is a class.",
 )
-@click.option("--number", type=click.IntRange(1), help="So many characters, drawn at random.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--number", type=click.IntRange(1), help="So many characters, drawn at random.  [default: all]"
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the --number drawn."
+)
 @click.option("--invert", is_flag=True, help="Black on white instead of white on black.")
 def glyphs(
     dst: Path,

@@ -66,17 +66,21 @@ class Terms(click.ParamType):
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--seeds", type=Seeds(), default="0-63", show_default=True, help="One image each.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="[RUN/generated]")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder to write to.  [default: RUN/generated]",
+)
 @click.option("--grid/--no-grid", default=True, show_default=True, help="All images in one PNG.")
-@click.option("--cols", type=click.IntRange(1), help="Images a row of the grid; default square.")
+@click.option("--cols", type=click.IntRange(1), help="Images a row of the grid.  [default: square]")
 @click.option("--images/--no-images", default=True, show_default=True, help="A PNG each.")
-@click.option("--class", "wanted", help="Class by number or name; [by seeds]")
+@click.option("--class", "wanted", help="Class by number or name.  [default: by seeds]")
 @click.option("--interpolate", is_flag=True, help="Strips from seed to seed, in a PNG.")
 @click.option("--walk", is_flag=True, help="An animated walk through the seeds and back.")
 @click.option(
     "--steps",
     type=click.IntRange(2, 1000),
-    help="Images a strip (default 10), frames between two seeds (default 24).",
+    help="Images a strip, frames between two seeds.  [default: 10 a strip, 24 frames]",
 )
 @click.option(
     "--fps",
@@ -85,7 +89,9 @@ class Terms(click.ParamType):
     show_default=True,
     help="Of the walk, frames a second.",
 )
-@click.option("--tiles", type=click.IntRange(1, 16), help="Walks a row and a column; [by seeds]")
+@click.option(
+    "--tiles", type=click.IntRange(1, 16), help="Walks a row and a column.  [default: by seeds]"
+)
 @click.option(
     "--format",
     "form",
@@ -104,13 +110,24 @@ class Terms(click.ParamType):
 @click.option(
     "--psi", type=float, default=1.0, show_default=True, help="Truncation: 0 mean, 1 all."
 )
-@click.option("--cutoff", type=click.IntRange(0), help="Styles that are truncated; default all.")
-@click.option("--mix", type=SeedPair(), help="Style mixing grid of ROWS:COLS, as 0-4:10-15.")
+@click.option("--cutoff", type=click.IntRange(0), help="Styles that are truncated.  [default: all]")
 @click.option(
-    "--mix-styles", type=Seeds(), help="Styles of the columns' seeds; default finer half."
+    "--mix", type=SeedPair(), help="Style mixing grid of ROWS:COLS, as 0-4:10-15.  [default: none]"
 )
-@click.option("--arithmetic", type=Terms(), help="Signed sum of seeds, as 3-1+2, and its terms.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1.")
+@click.option(
+    "--mix-styles", type=Seeds(), help="Styles of the columns' seeds.  [default: finer half]"
+)
+@click.option(
+    "--arithmetic",
+    type=Terms(),
+    help="Signed sum of seeds, as 3-1+2, and its terms.  [default: none]",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="cpu, cuda, cuda:1, or auto: CUDA if there is.",
+)
 @click.option(
     "--batch", type=click.IntRange(1), default=16, show_default=True, help="Images at a time."
 )

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from gankern.metrics.measure import Figure, Measurement
 
 MOST = 50000  # generated images, unless asked for more
-PATHS = 200
 SHOWN = 10  # samples in the picture of neighbours
 NEIGHBOURS = 7
 
@@ -24,7 +23,9 @@ NEIGHBOURS = 7
 @click.command()
 @click.argument("source", metavar="RUN|FOLDER", type=click.Path(path_type=Path))
 @click.option(
-    "--data", metavar="DATA", help="Real images: digits, or a packed file.  [that of the run]"
+    "--data",
+    metavar="DATA",
+    help="Real images: digits, or a packed file.  [default: that of the run]",
 )
 @click.option(
     "--extractor",
@@ -35,28 +36,61 @@ NEIGHBOURS = 7
     help="efficientnet-lite0 (embedded); or a file: the Inception of FID (TorchScript or a state"
     " dict), or any TorchScript network.",
 )
-@click.option("--images", type=click.IntRange(8), help="Generated images.  [as many as real ones]")
-@click.option("--real", type=click.IntRange(8), help="Real images, chosen at random.  [all]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="First seed.")
-@click.option("--infinity/--no-infinity", default=True, help="Extrapolate the Fréchet distance.")
+@click.option(
+    "--images",
+    type=click.IntRange(8),
+    help="Generated images.  [default: as many as real ones, at most 50,000]",
+)
+@click.option(
+    "--real", type=click.IntRange(8), help="Real images, chosen at random.  [default: all]"
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of the first generated image, and of random choices.",
+)
+@click.option(
+    "--infinity/--no-infinity",
+    default=True,
+    show_default=True,
+    help="Extrapolate the Fréchet distance to infinitely many images.",
+)
 @click.option("--paths", is_flag=True, help="Also path length and smoothness of interpolations.")
-@click.option("--modes", is_flag=True, help="Also the 1,000 modes of stacked digits.")
+@click.option(
+    "--modes",
+    is_flag=True,
+    help="Also the 1,000 modes of stacked digits; of gray ones, three images are a stack.",
+)
 @click.option(
     "--neighbours",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="PNG",
-    help="Write samples, each beside the real images nearest to it.",
+    help="Write samples, each beside the real images nearest to it.  [default: none]",
 )
-@click.option("--classes/--no-classes", default=True, help="Figures of each class, with labels.")
+@click.option(
+    "--classes/--no-classes",
+    default=True,
+    show_default=True,
+    help="Figures of each class, if both sides have labels.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON instead of a table.")
 @click.option(
     "--cache",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for features of real images.  [~/.cache/gankern/features]",
+    help="Folder for features of real images.  [default: ~/.cache/gankern/features]",
 )
 @click.option("--no-cache", is_flag=True, help="Neither read nor write features.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1.")
-@click.option("--batch", type=click.IntRange(1), default=64, show_default=True)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="cpu, cuda, cuda:1, or auto: CUDA if there is.",
+)
+@click.option(
+    "--batch", type=click.IntRange(1), default=64, show_default=True, help="Images at a time."
+)
 def command(
     source: Path,
     data: str | None,
@@ -106,10 +140,15 @@ def command(
             return
     names = dataset.class_names if classes else None
     result = measure(found_real, found_fake, extractor, names, infinity, seed)
+    if names and not result.classes:
+        why = "of none are there 8 images"
+        if found_fake.labels is None:
+            why = f"{source} has no labels (a folder has, if its folders are named as the classes)"
+        click.echo(f"no figures of each class: {why}", err=True)
     if paths and G is not None:
         with progress_bar("paths") as bar:
             result.figures += path_figures(
-                G, extractor, PATHS, min(batch, 16), seed, fake_images.labels, bar
+                G, extractor, min(batch, 16), seed, fake_images.labels, bar
             )
     if modes:
         result.figures += mode_figures(fake_images, batch)
@@ -171,15 +210,15 @@ def mode_figures(images: Images, batch: int) -> list[Figure]:
 
     from gankern.metrics import digits_classifier
     from gankern.metrics.measure import Figure
-    from gankern.metrics.modes import MODES, mode_coverage, read_digits
+    from gankern.metrics.modes import MODES, as_stacks, is_gray, mode_coverage, read_digits
 
     classifier = digits_classifier.train_classifier()
+    gray = is_gray(images.batch(np.arange(min(batch, len(images)))))
     with progress_bar("modes") as bar:
         digits = []
         for start in range(0, len(images), batch):
             index = np.arange(start, min(start + batch, len(images)))
-            pixels = images.batch(index).float() / 127.5 - 1
-            digits.append(read_digits(classifier, pixels))
+            digits.append(read_digits(classifier, as_stacks(images.batch(index), gray)))
             bar(int(index[-1]) + 1, len(images))
     found = mode_coverage(torch.cat(digits))
     return [

@@ -13,10 +13,21 @@ from gankern.cli.parameters import progress_bar, require_classes, usable_device
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("image", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="[RUN/projected]")
-@click.option("--steps", type=click.IntRange(1), default=500, show_default=True, help="Of Adam.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder to write to.  [default: RUN/projected]",
+)
+@click.option(
+    "--steps", type=click.IntRange(1), default=500, show_default=True, help="Steps of Adam."
+)
 @click.option("--lr", type=float, default=0.1, show_default=True, help="Its learning rate.")
-@click.option("--class", "wanted", type=click.IntRange(0), help="Class number to start from.")
+@click.option(
+    "--class",
+    "wanted",
+    type=click.IntRange(0),
+    help="Class number to start from.  [default: between all classes]",
+)
 @click.option("--per-layer", is_flag=True, help="A style for each layer (W+) instead of one.")
 @click.option("--noise/--no-noise", default=True, show_default=True, help="Optimise noise, too.")
 @click.option(
@@ -33,7 +44,12 @@ from gankern.cli.parameters import progress_bar, require_classes, usable_device
     show_default=True,
     help="Of latents and noise, and of the condition if conditions are vectors.",
 )
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="cpu, cuda, cuda:1, or auto: CUDA if there is.",
+)
 def command(
     run: Path,
     image: Path,

@@ -10,7 +10,9 @@ import click
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), help="The page.  [RUN/report.html]"
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The page.  [default: RUN/report.html]",
 )
 @click.option(
     "--grids",

@@ -23,6 +23,7 @@ from gankern.data.decode import Geometry, decode
 from gankern.data.files import atomic_path
 from gankern.data.grid import to_uint8
 from gankern.data.latents import render, seed_latents
+from gankern.data.pack import labels_of
 from gankern.data.sources import Unreadable, open_source
 from gankern.metrics.extractors import Extractor, MetricsError
 
@@ -117,6 +118,8 @@ class GeneratedImages:
 class FolderImages:
     """The image files of a folder or a zip, brought to the size and colours of the real ones.
 
+    They have labels if each lies in a folder that is named as a class of the data set.
+
     Args:
         path: the folder or zip.
         like: the data set that they are compared with.
@@ -124,7 +127,6 @@ class FolderImages:
     """
 
     identity = ""
-    labels: Tensor | None = None
 
     def __init__(self, path: Path, like: Dataset, count: int | None = None) -> None:
         self.source, self.name = open_source(path), path.name
@@ -137,6 +139,11 @@ class FolderImages:
             raise MetricsError(
                 f"{path}: must hold images, got {len(self.source.names)} other files"
             )
+        classes, names = labels_of(self.files, "auto")
+        self.labels: Tensor | None = None
+        if classes is not None and set(names) <= set(like.class_names):
+            index = torch.tensor([like.class_names.index(name) for name in names])
+            self.labels = index[classes]
 
     def __len__(self) -> int:
         return len(self.files)

@@ -24,6 +24,7 @@ from gankern.metrics.path_length import (
 from gankern.metrics.score import inception_score
 
 SMALL = 10000  # images below which the Fréchet distance's bias is large
+PATHS = 200  # whose length is measured
 PAIRS = 16  # interpolations whose smoothness is measured
 LEAST = 8  # images; a class with fewer gets no figures of its own
 
@@ -136,7 +137,6 @@ def measure(
 def path_figures(
     G: Any,
     extractor: Extractor,
-    count: int,
     batch: int = 16,
     seed: int = 0,
     classes: Tensor | None = None,
@@ -147,7 +147,6 @@ def path_figures(
     Args:
         G: a generator in evaluation mode.
         extractor: of the features.
-        count: paths.
         batch: paths at a time.
         seed: of the paths' ends.
         classes: of a conditional generator, used in turn.
@@ -156,11 +155,11 @@ def path_figures(
     figures = []
     distance = feature_distance(extractor)
     if classes is not None:
-        classes = classes[torch.arange(max(count, PAIRS)) % len(classes)]
+        classes = classes[torch.arange(PATHS) % len(classes)]
     jobs = [(space, sampling) for space in spaces(G) for sampling in ("full", "end")]
     for done, (space, sampling) in enumerate(jobs):
         value = perceptual_path_length(
-            G, distance, count, space, sampling, batch=batch, seed=seed, classes=classes
+            G, distance, PATHS, space, sampling, batch=batch, seed=seed, classes=classes
         )
         label = f"{extractor.label('ppl')} {space} {sampling}"
         figures.append(

@@ -41,12 +41,31 @@ def read_digits(classifier: DigitsClassifier, images: Tensor) -> Tensor:
 
     Args:
         classifier: of `train_classifier`.
-        images: float [N, 1 | 3, H, W] in [-1, 1], light digits on black.
+        images: float [N, C, H, W] in [-1, 1], light digits on black; of `as_stacks`.
     """
-    if images.shape[1] not in (1, 3):
-        raise ValueError(f"read_digits: images must be [N, 1|3, H, W], got {list(images.shape)}")
     found = classifier.probabilities(images.flatten(0, 1)[:, None]).argmax(1)
     return found.view(images.shape[:2])
+
+
+def as_stacks(images: Tensor, gray: bool) -> Tensor:
+    """uint8 [N, 1 | 3 | 4, H, W] as `read_digits` takes it: float [N, 1 | 3, H, W] in [-1, 1].
+
+    Args:
+        images: what is transparent becomes black, as the digits' background is.
+        gray: whether the colours are those of one digit, not of three; see `is_gray`.
+    """
+    x = images.float()
+    if x.shape[1] == 4:
+        x = x[:, :3] * (x[:, 3:] / 255)
+    if gray:
+        x = x.mean(1, keepdim=True)
+    return x / 127.5 - 1
+
+
+def is_gray(images: Tensor) -> bool:
+    """Whether the colours of uint8 [N, 1 | 3 | 4, H, W] differ by less than 4 of 255 on average."""
+    colours = images[:, :3].float()
+    return float((colours - colours.mean(1, keepdim=True)).abs().mean()) < 4
 
 
 def mode_coverage(digits: Tensor) -> ModeCoverage:

@@ -19,10 +19,12 @@ Figures = dict[str, float]
 WINDOW = 40  # ticks that are remembered
 WATCHED = (
     "kimg", "loss_D", "loss_G", "logit_real", "logit_fake", "acc_D", "r_t",
-    "grad_norm_D", "grad_norm_G", "skipped_D", "skipped_G", "weight_norm_D", "weight_norm_G",
+    "grad_norm_D", "grad_norm_G", "skipped_D", "skipped_G", "scale_D", "scale_G",
+    "weight_norm_D", "weight_norm_G",
     "judged_train", "judged_held", "judged_fake", "diversity", "spread", "modes_seen",
-    "data_share", "img_per_s", "tick_s",
+    "data_share", "img_per_s", "tick_s", "growth",
 )  # fmt: skip
+BROKEN = "nan_"  # names of shares and counts of what is not finite begin so; they are watched, too
 WARM_UP = 8  # ticks in which nothing is expected of G
 
 
@@ -67,7 +69,8 @@ class Past(NamedTuple):
     Attributes:
         rows: of the last ticks, the newest last.
         first: numbers from before the first step, and of the first tick.
-        best: the largest value so far of what BEST names.
+        best: the largest value so far of what BEST names, and of the median images/s of WARM_UP
+            ticks of the same level.
         ticks: number of ticks so far.
         logistic: whether D's loss takes logits for probabilities.
     """
@@ -109,11 +112,22 @@ class Watch(NamedTuple):
 
 
 def not_finite(past: Past) -> Figures | None:
-    """A NaN or an infinity; or gradients that had one, so that their steps were left out."""
-    figures = {name: value for name, value in past.rows[-1].items() if not math.isfinite(value)}
-    for name in ("skipped_D", "skipped_G"):
-        if past.now(name) > 0:
-            figures[name] = past.now(name)
+    """A NaN or an infinity, in one step or buffer, or in gradients, whose step was left out.
+
+    With fp16's scaled losses, left-out steps are how the scale is found. 17 in a row, each of which
+    halves it, bring it from 2^16 below 1: no scale will do.
+    """
+    figures = {
+        name: value
+        for name, value in past.rows[-1].items()
+        if not math.isfinite(value) or name.startswith(BROKEN)
+    }
+    for net in ("D", "G"):
+        scale, skipped = past.now(f"scale_{net}"), past.now(f"skipped_{net}")
+        if scale < 1:
+            figures[f"scale_{net}"] = scale
+        elif math.isnan(scale) and skipped > 0:
+            figures[f"skipped_{net}"] = skipped
     return figures or None
 
 
@@ -210,11 +224,17 @@ def data_stalls(past: Past) -> Figures | None:
 
 
 def slower(past: Past) -> Figures | None:
-    """Images a second fell below 40 % of their median; ticks of less than 2 s say nothing."""
+    """Images a second fell below 40 % of their median, or slowly to half of the best such median.
+
+    Ticks of less than 2 s say nothing, nor do those of another level of growing networks.
+    """
     before, now = past.earlier("img_per_s"), past.now("img_per_s")
-    if len(before) >= WARM_UP and past.now("tick_s") > 2 and now < 0.4 * median(before):
-        return {"img_per_s": now, "median": median(before)}
-    return None
+    if len(before) < WARM_UP or not past.now("tick_s") > 2:
+        return None
+    if now < 0.4 * median(before):
+        return {"img_per_s": now, "before": median(before)}
+    lately, best = median([*before, now][-WARM_UP:]), past.best.get("img_per_s", 0.0)
+    return {"img_per_s": lately, "before": best} if lately < 0.5 * best else None
 
 
 WATCHES = (
@@ -222,7 +242,7 @@ WATCHES = (
         "not finite",
         not_finite,
         1,
-        "NaN or infinity in {names}",
+        "NaN or infinity: {names}",
         "look for broken images in the data (gankern data info --verify), lower the learning"
         " rate, or use fp32",
     ),
@@ -290,7 +310,7 @@ WATCHES = (
         "slower",
         slower,
         5,
-        "{img_per_s:.0f} images/s, {median:.0f} before",
+        "{img_per_s:.0f} images/s, {before:.0f} before",
         "look for other processes, heat, or memory that is swapped",
         severe=False,
     ),
@@ -302,11 +322,10 @@ class Health:
 
     Args:
         logistic: whether D's loss takes logits for probabilities (their gap then has a scale).
-        skips: whether left-out steps are normal, as with fp16's loss scale.
     """
 
-    def __init__(self, logistic: bool = True, skips: bool = False) -> None:
-        self.logistic, self.skips = logistic, skips
+    def __init__(self, logistic: bool = True) -> None:
+        self.logistic = logistic
         self.rows: list[Row] = []
         self.first: Row = {}
         self.best: Row = {}
@@ -326,12 +345,18 @@ class Health:
             row: of stats.jsonl; WATCHED says which numbers count.
         """
         numbers = self._numbers(row)
+        levels = [math.ceil(r.get("growth", 0.0)) for r in (*self.rows[-1:], numbers)]
+        if levels[-1] > levels[0]:
+            self._forget_speed()
         self.rows = [*self.rows, numbers][-WINDOW:]
         self.ticks += 1
         for name, value in numbers.items():
             self.first.setdefault(name, value)
             if name in BEST and math.isfinite(value):
                 self.best[name] = max(value, self.best.get(name, 0.0))
+        rates = [row["img_per_s"] for row in self.rows[-WARM_UP:] if "img_per_s" in row]
+        if len(rates) == WARM_UP:
+            self.best["img_per_s"] = max(median(rates), self.best.get("img_per_s", 0.0))
         past = Past(self.rows, self.first, self.best, self.ticks, self.logistic)
         return [alarm for watch in WATCHES if (alarm := self._look(watch, past))]
 
@@ -346,11 +371,14 @@ class Health:
             setattr(self, name, value)
 
     def _numbers(self, row: dict[str, Any]) -> Row:
-        numbers = {name: float(row[name]) for name in WATCHED if row.get(name) is not None}
-        if self.skips:
-            for name in ("skipped_D", "skipped_G"):
-                numbers[name] = float(numbers.get(name, 0.0) > 0.5)
-        return numbers
+        names = [*WATCHED, *(name for name in row if name.startswith(BROKEN))]
+        return {name: float(row[name]) for name in names if row.get(name) is not None}
+
+    def _forget_speed(self) -> None:
+        """Drops images/s from before the networks grew."""
+        self.best.pop("img_per_s", None)
+        for row in self.rows:
+            row.pop("img_per_s", None)
 
     def _look(self, watch: Watch, past: Past) -> Alarm | None:
         kind, kimg = watch.kind, past.now("kimg")

@@ -206,6 +206,8 @@ def _train(
             stats.waited, inputs.waited = inputs.waited, 0.0
             row |= stats.take() | {"lr_G": g_lr, "lr_D": d_lr}
             row |= {"growth": schedule.growth(before)} if config.grows else {}
+            if config.precision == "fp16":
+                row |= {"scale_G": G_up.scaler.get_scale(), "scale_D": D_up.scaler.get_scale()}
             probes = sample(G_ema, probe_z, probe_c, config)
             monitor.fill(row, G, D, probes, probe_c)
             if evaluator and crossed(config.metrics_ticks):

@@ -62,13 +62,13 @@ class Monitor:
         self.judged: list[tuple[Dataset, np.ndarray]] = []
         if held is not None:
             self.judged = [(s, rng.permutation(len(s))[:JUDGED]) for s in (dataset, held)]
-        self.health = Health(config.loss in LOGISTIC, config.precision == "fp16")
+        self.health = Health(config.loss in LOGISTIC)
         self.health.start(weight_norms(G, D))
 
     def fill(
         self, row: dict[str, Any], G: nn.Module, D: nn.Module, images: Tensor, c: Tensor | None
     ) -> None:
-        """Adds weight norms, the variety of samples, D's logits of held-out images, and memory.
+        """Adds weight norms, broken buffers, variety of samples, D's held-out logits, and memory.
 
         Args:
             row: of stats.jsonl.
@@ -76,7 +76,7 @@ class Monitor:
             images: samples of fixed latents, [N, C, H, W].
             c: their conditions, or None.
         """
-        row |= weight_norms(G, D) | self.probe(shrunk(images))
+        row |= weight_norms(G, D) | broken_buffers(G, D) | self.probe(shrunk(images))
         if self.judged:
             row |= self._judge(D, images, c)
         row["peak_mib"] = round(peak_memory(self.device) / 2**20, 1)
@@ -158,6 +158,19 @@ class Monitor:
 def weight_norms(G: nn.Module, D: nn.Module) -> dict[str, float]:
     """Lengths of all parameters of each network."""
     return {"weight_norm_G": weight_norm(G), "weight_norm_D": weight_norm(D)}
+
+
+def broken_buffers(G: nn.Module, D: nn.Module) -> dict[str, int]:
+    """Buffers of each network (running means and variances) that hold a NaN or an infinity, if any.
+
+    A step that is left out does not mend them: batch norm has seen the images by then.
+    """
+    found = {}
+    for name, net in (("G", G), ("D", D)):
+        flags = [~b.isfinite().all() for b in net.buffers() if b.is_floating_point()]
+        if flags and (count := int(torch.stack(flags).sum())):
+            found[f"nan_buffers_{name}"] = count
+    return found
 
 
 def shrunk(images: Tensor) -> Tensor:

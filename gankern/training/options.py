@@ -111,8 +111,9 @@ class NetworkOptions:
         at_least=1,
     )  # fmt: skip
     channel_base: int = network(
-        16384, "pggan, StyleGANs: channels of a level times its side.", at_least=1
-    )
+        16384, "pggan, StyleGANs: channels of a level times its side.", unit="channels x pixels",
+        at_least=1,
+    )  # fmt: skip
     channel_max: int = network(
         512, "pggan, StyleGANs: most channels of a level.", unit="channels", at_least=1
     )
@@ -251,8 +252,9 @@ class SpeedOptions:
         choices=("fp32", "bf16", "fp16"),
     )
     num_fp16_res: int = speed(
-        0, "stylegan2: levels in 16 bits, clamped, instead of --precision for all.", at_least=0
-    )
+        0, "stylegan2: levels in 16 bits, clamped, instead of --precision for all.", unit="levels",
+        at_least=0,
+    )  # fmt: skip
     channels_last: bool = speed(False, "Channels innermost in memory.")
     compile: bool = speed(False, "torch.compile of G and D; penalties run uncompiled.")
     cuda_graphs: bool = speed(False, "Replay captured CUDA graphs of the plain steps.")
@@ -270,8 +272,9 @@ class HealthOptions:
         choices=("warn", "stop", "rollback"),
     )
     max_rollbacks: int = option(
-        3, "Health and quality", "Rollbacks after which an alarm stops the run.", at_least=0
-    )
+        3, "Health and quality", "Rollbacks after which an alarm stops the run.",
+        unit="rollbacks", at_least=0,
+    )  # fmt: skip
     held_out: int = option(
         0,
         "Health and quality",
@@ -286,6 +289,10 @@ class HealthOptions:
     metrics_images: int = option(
         1000, "Health and quality", "Generated and at most as many real images that are compared.",
         unit="images", at_least=8,
+    )  # fmt: skip
+    metrics_full: bool = option(
+        False, "Health and quality",
+        "All of `gankern metrics --paths`: also FID ∞, each class, path lengths, smoothness.",
     )  # fmt: skip
     metrics_extractor: str = option(
         "efficientnet-lite0",

@@ -48,6 +48,8 @@ PLOTS = (
     Plot("Mean path length", ("pl_mean",)),
     Plot("Gradient norms", ("grad_norm_D", "grad_norm_G"), log=True),
     Plot("Steps left out", ("skipped_D", "skipped_G")),
+    Plot("Steps with a loss of NaN or infinity", ("nan_loss_D", "nan_loss_G")),
+    Plot("Loss scale", ("scale_D", "scale_G"), log=True),
     Plot("Weight norms", ("weight_norm_D", "weight_norm_G")),
     Plot("Learning rates", ("lr_D", "lr_G"), log=True),
     Plot("Augmentation: p", ("ada_p",)),
@@ -160,18 +162,42 @@ def picture(file: Path) -> str:
 
 
 def metric_section(rows: list[dict[str, Any]]) -> str:
-    """Quality over time, if it was measured: a table of the last figures, and plots."""
+    """Quality over time, if it was measured: tables of the last figures, and plots."""
     measured = [{"kimg": row["kimg"]} | row["metrics"] for row in rows if row.get("metrics")]
     if not measured:
         return ""
-    names = [name for name in measured[-1] if name != "kimg"]
-    plots = [
-        draw(Plot(name, (name,)), measured, f"{name} error" if f"{name} error" in names else "")
+    last, counts = measured[-1], ("generated images", "real images")
+    apart = ("kimg", "classes", *counts)
+    names = [name for name in last if name not in apart and not name.endswith(" error")]
+    title = f"Quality at {last['kimg']:g} kimg"
+    if all(name in last for name in counts):
+        title += ", " + " and ".join(f"{last[name]:,} {name}" for name in counts)
+    shown = {
+        name: show(last[name])
+        + (f" ± {last[f'{name} error']:.2g}" if f"{name} error" in last else "")
         for name in names
-        if not name.endswith(" error")
+    }
+    plots = [
+        draw(Plot(name, (name,)), measured, f"{name} error" if f"{name} error" in last else "")
+        for name in names
     ]
-    table = table_section(f"Quality at {measured[-1]['kimg']:g} kimg", measured[-1])
-    return f"{table}<section id=metrics><div class=plots>{''.join(plots)}</div></section>"
+    page = table_section(title, shown)
+    if last.get("classes"):
+        page += class_section(last["classes"])
+    return f"{page}<section id=metrics><div class=plots>{''.join(plots)}</div></section>"
+
+
+def class_section(classes: dict[str, dict[str, float]]) -> str:
+    """A row of figures for each class."""
+    labels = list(dict.fromkeys(label for figures in classes.values() for label in figures))
+    head = "".join(f"<th>{html.escape(label)}</th>" for label in labels)
+    rows = "".join(
+        f"<tr><th>{html.escape(name)}</th>"
+        + "".join(f"<td>{show(figures.get(label, ''))}</td>" for label in labels)
+        + "</tr>"
+        for name, figures in classes.items()
+    )
+    return f"<section><h2>Each class</h2><table><tr><th></th>{head}</tr>{rows}</table></section>"
 
 
 def draw(plot: Plot, rows: list[dict[str, Any]], error: str = "") -> str:
@@ -264,6 +290,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 8px; }
+#metrics { margin-top: 1em; }
 figure { margin: 0; } figure svg { width: 100%; height: auto; }
 #grid { max-width: 100%; image-rendering: pixelated; min-width: min(560px, 100%); }
 #slider { width: min(560px, 100%); }

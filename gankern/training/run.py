@@ -137,10 +137,13 @@ class RunLog:
         except OSError as error:
             self._stats.truncate(size)
             raise OSError(error.errno, error.strerror, self._stats.name) from error
-        for name, value in (row | row.get("metrics", {})).items():
+        metrics = row.get("metrics", {})
+        numbers = row | {f"metrics/{name}": value for name, value in metrics.items()}
+        for of_class, values in metrics.get("classes", {}).items():
+            numbers |= {f"metrics/{name}/{of_class}": value for name, value in values.items()}
+        for name, value in numbers.items():
             if isinstance(value, (int, float)):
-                folder = "metrics/" if name in row.get("metrics", {}) else ""
-                self._events.add_scalar(folder + name, value, cur_nimg)
+                self._events.add_scalar(name, value, cur_nimg)
         rolled_back = [note["alarm"] for note in row.get("rollbacks", [])]
         for alarm in [*row.get("alarms", []), *rolled_back]:
             text = f"**{alarm['kind']}** since {alarm['since']:g} kimg: {alarm['seen']}"

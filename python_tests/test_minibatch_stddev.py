@@ -60,6 +60,20 @@ def test_layouts(impl, device, dtype, case, layout):
         assert dx.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize(
+    "case",
+    [((5, 20, 13, 31), 4, 1), ((9, 12, 5, 9), None, 1), ((2, 60004, 1, 2), None, 1)],
+    ids=["spans", "large_group", "long_rows"],
+)
+def test_channels_last_spans(impl, device, dtype, case):
+    """Rows of C + 1 channels that begin anywhere, in several blocks and several a block."""
+    shape, *args = case
+    if harness.interpreted(impl, device) and shape[1] > 60000:
+        pytest.skip("a minute in the interpreter")
+    compare(*ops(impl, *args), inputs(shape, device, DTYPES[dtype], "channels_last"))
+
+
 @pytest.mark.parametrize("case", ["odd", "uneven", "stylegan", "whole_batch", "latent", "empty"])
 def test_second_gradients(impl, device, case):
     shape, *args = CASES[case]

@@ -7,6 +7,11 @@
 // sums in order and writes the group's statistic, so that x is read once and one launch does it
 // all.
 //
+// Where y's rows begin anywhere, as those of C + 1 channels do, a block takes a flat span of x,
+// over however many rows, and the one of y that it becomes, in which a statistic follows each row.
+// y's passes through shared memory, between where x's elements lie and packs that begin at a
+// sector. What the forward writes in the statistics' places is written over by the last block.
+//
 // The gradient needs the sum of dy over the group's statistic, G * P numbers, which each block adds
 // up itself: dx = dy + (x - mean) / (G std) * Σ dy_statistic / (L rows).
 #include "common.cuh"
@@ -15,7 +20,10 @@ namespace gankern {
 namespace {
 
 constexpr int kHold = 4;  // samples whose packs a thread has in registers at a time
-constexpr int kMaxWarps = 4;
+constexpr int kMaxWarps = 4, kMaxFlatWarps = 16;
+// Warps of a block. Flat spans are 4 KiB of a sample at most, 4 elements a thread.
+template <typename T, bool kFlat>
+constexpr int kMostWarps = kFlat ? 32 / static_cast<int>(sizeof(T)) : kMaxWarps;
 constexpr double kEps = 1e-8;
 
 __device__ __forceinline__ float sqrt_(float v) { return sqrtf(v); }
@@ -30,9 +38,12 @@ struct Layout {
   int64_t L, rows, pixels;
   int64_t plane_f, plane_p;  // from one statistic or pixel of it to the next in y
   int N, M, F;               // samples, groups of samples, statistics
-  int segments, step_rows,
-      step_segments;  // a warp advances by step_rows * segments + step_segments
-  int chunks;         // blocks of a group
+  int segments;              // of a row
+  int chunks;                // blocks of a group
+  // A warp advances by step_rows * segments + step_rest segments, a flat block by step_rows * L +
+  // step_rest elements.
+  int step_rows, step_rest;
+  unsigned reciprocal;  // of L, in 2**-32; 0: rows are longer than a flat span
 };
 
 // A block's place: group m, statistic f, chunk, and the samples m, m + M, ... that it holds.
@@ -50,7 +61,7 @@ struct Place {
 // The sum over a block, in every thread.
 template <typename A>
 __device__ __forceinline__ A block_sum(A v) {
-  __shared__ A sums[kMaxWarps];
+  __shared__ A sums[kMaxFlatWarps];
   v = warp_sum(v);
   __syncthreads();
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = v;
@@ -60,28 +71,93 @@ __device__ __forceinline__ A block_sum(A v) {
   return v;
 }
 
-// A warp's count elements at p, which no 16-byte boundary limits: lane i has elements i N .. i N +
-// N. They pass through shared memory, so that each access to p is of whole sectors.
-template <typename T, int N>
-__device__ __forceinline__ void store_segment(T* p, Pack<T, N> v, int count, T* stage) {
-  const int lane = threadIdx.x % 32;
-  const int before = (reinterpret_cast<uintptr_t>(p) / sizeof(T)) % (32 / sizeof(T));
-  __syncwarp();
-  store_pack<T, N>(stage + lane * N, v);
-  __syncwarp();
-  if (lane >= before && lane - before < count) p[lane - before] = stage[lane - before];
-  for (int e = lane - before + 32; e < count; e += 32) p[e] = stage[e];
-}
-template <typename T, int N>
-__device__ __forceinline__ Pack<T, N> load_segment(const T* p, int count, T* stage) {
-  const int lane = threadIdx.x % 32;
-  const int before = (reinterpret_cast<uintptr_t>(p) / sizeof(T)) % (32 / sizeof(T));
-  __syncwarp();
-  if (lane >= before && lane - before < count) stage[lane - before] = p[lane - before];
-  for (int e = lane - before + 32; e < count; e += 32) stage[e] = p[e];
-  __syncwarp();
-  return lane * N < count ? load_pack<T, N>(stage + lane * N) : Pack<T, N>{};
-}
+// A block's span of `count` elements from element u of x's [rows][L] on.
+struct Span {
+  int64_t u, row, rest;  // rest: elements before u in its row
+  int count;
+  __device__ Span(const Layout& a, int chunk) {
+    u = static_cast<int64_t>(chunk) * blockDim.x * 4;
+    row = u / a.L;
+    rest = u - row * a.L;
+    limit(a);
+  }
+  __device__ void limit(const Layout& a) {
+    count = static_cast<int>(min(a.rows * a.L - u, static_cast<int64_t>(blockDim.x) * 4));
+  }
+  __device__ void advance(const Layout& a) {
+    u += static_cast<int64_t>(a.chunks) * blockDim.x * 4;
+    row += a.step_rows;
+    rest += a.step_rest;
+    if (rest >= a.L) rest -= a.L, row++;
+    limit(a);
+  }
+  // Rows that end between u and element u + i.
+  __device__ __forceinline__ int ends(const Layout& a, int i) const {
+    if (a.reciprocal) return __umulhi(static_cast<unsigned>(rest) + i, a.reciprocal);
+    return rest + i >= a.L;
+  }
+};
+
+// Where y's elements p .. p + size of one sample lie in shared memory: from the beginning of p's
+// sector on, the words of a pack exchanged in such a way that a warp's packs conflict in no bank,
+// word by word at aligned places nor element by element at any. Positions count elements from that
+// sector on.
+template <typename T>
+struct Flat {
+  static constexpr int kSector = 32 / sizeof(T), kWord = 4 / sizeof(T);
+  // Elements of a sample: rows of 4 have the most statistics between them.
+  static constexpr int kSize = kSector + 5 * 32 * kMostWarps<T, true>;
+
+  int before, begin, end, last;  // positions: p, the whole packs, their end, the end
+  __device__ __forceinline__ Flat(const T* p, int size) {
+    before = static_cast<int>(reinterpret_cast<uintptr_t>(p) / sizeof(T) % kSector);
+    begin = before ? kSector : 0;
+    last = before + size;
+    end = max(begin, min(last / kSector * kSector, begin + static_cast<int>(blockDim.x) * 4));
+  }
+  // Of this thread's pack; negative if it has none.
+  __device__ __forceinline__ int pack() const {
+    const int i = begin + static_cast<int>(threadIdx.x) * 4;
+    return i < end ? i : -1;
+  }
+  // Where position i of sample k is kept.
+  static __device__ __forceinline__ int in(int k, int i) {
+    return k * kSize + (i ^ (i / (32 * kWord) % (4 / kWord) * kWord));
+  }
+  static __device__ __forceinline__ Pack<T, 4> get(const T* stage, int k, int i) {
+    Pack<T, 4> v;
+#pragma unroll
+    for (int j = 0; j < 4; j += kWord) {
+      const Pack<T, kWord> word = load_pack<T, kWord>(stage + (in(k, i) ^ j));
+#pragma unroll
+      for (int l = 0; l < kWord; l++) v.v[j + l] = word.v[l];
+    }
+    return v;
+  }
+  static __device__ __forceinline__ void put(T* stage, int k, int i, const Pack<T, 4>& v) {
+#pragma unroll
+    for (int j = 0; j < 4; j += kWord) {
+      Pack<T, kWord> word;
+#pragma unroll
+      for (int l = 0; l < kWord; l++) word.v[l] = v.v[j + l];
+      store_pack<T, kWord>(stage + (in(k, i) ^ j), word);
+    }
+  }
+  // f(element of y, where it is kept) of those beside the packs; a warp has those of one sample.
+  template <int kBatch, typename P, typename F>
+  static __device__ __forceinline__ void edges(P* p, int64_t step, int size, int samples, F f) {
+    const int warp = threadIdx.x / 32, k = warp % kBatch, all = blockDim.x / kBatch;
+    if (k >= samples) return;
+    p += k * step;
+    const Flat flat(p, size);
+    for (int i = warp / kBatch * 32 + threadIdx.x % 32;; i += all) {
+      const int at = flat.before + i < flat.begin ? flat.before + i
+                                                  : flat.end + i - (flat.begin - flat.before);
+      if (at >= flat.last) return;
+      f(p + (at - flat.before), in(k, at));
+    }
+  }
+};
 
 template <typename A>
 struct Deviation {
@@ -138,19 +214,15 @@ struct Moments {
   }
 };
 
-template <typename T, int N, bool kStaged, bool kSmall>
-__global__ void __launch_bounds__(32 * kMaxWarps, 8)
-    minibatch_stddev_fwd_kernel(const T* x, T* y, Layout a, Acc<T>* partials, int* tickets) {
+// Copies a block's share of its group to y; returns this thread's sum of deviations.
+template <typename T, int N, bool kSmall>
+__device__ __forceinline__ Acc<T> copy_rows(const T* x, T* y, const Layout& a, const Place& at) {
   using A = Acc<T>;
   constexpr int kSegment = 32 * N;
-  __shared__ __align__(16) unsigned char stages[kStaged ? kMaxWarps * kSegment * sizeof(T) : 1];
-  const Place at(a);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  T* stage = reinterpret_cast<T*>(stages) + (kStaged ? warp * kSegment : 0);
   const A inv_size = A(1) / A(at.size);
   const T* x_group = x + at.m * a.x_sample + at.f * a.L + lane * N;
-  T* y_group = y + at.m * a.y_sample + at.f * a.L + (kStaged ? 0 : lane * N);
-
+  T* y_group = y + at.m * a.y_sample + at.f * a.L + lane * N;
   A total = A(0);
   const int first = at.chunk * warps + warp;
   int64_t row = first / a.segments;
@@ -162,10 +234,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 8)
     const T* from = x_group + row * a.x_row + begin;
     int64_t to = row * a.y_row + begin;
     const auto copy = [&](int k, const Pack<T, N>& v) {
-      if constexpr (kStaged)
-        store_segment<T, N>(y_group + to + k * a.y_step, v, count, stage);
-      else if (inside)
-        store_pack<T, N>(y_group + to + k * a.y_step, v);
+      if (inside) store_pack<T, N>(y_group + to + k * a.y_step, v);
     };
     if constexpr (kSmall) {
       Pack<T, N> held[kHold] = {};
@@ -192,13 +261,84 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 8)
         for (int j = 0; j < N; j++) total += sqrt_(moments.deviation(j, inv_size).var);
     }
     row += a.step_rows;
-    segment += a.step_segments;
+    segment += a.step_rest;
     if (segment >= a.segments) {
       segment -= a.segments;
       row++;
     }
   }
+  return total;
+}
 
+// The same by flat spans. stage: [kHold][Flat::kSize].
+template <typename T, bool kSmall>
+__device__ __forceinline__ Acc<T> copy_flat(const T* x, T* y, const Layout& a, const Place& at,
+                                            T* stage) {
+  using A = Acc<T>;
+  constexpr int kBatch = kSmall ? kHold : 2;
+  const A inv_size = A(1) / A(at.size);
+  const int mine = threadIdx.x * 4;
+  const T* x_group = x + at.m * a.x_sample + at.f * a.L + mine;
+  T* y_group = y + at.m * a.y_sample + at.f * a.L;
+  A total = A(0);
+  for (Span span(a, at.chunk); span.count > 0; span.advance(a)) {
+    const bool inside = mine < span.count;
+    const int ended = span.ends(a, mine), size = span.count + span.ends(a, span.count - 1);
+    Moments<T, 4> moments(inside && !kSmall ? load_pack<T, 4>(x_group + span.u) : Pack<T, 4>{});
+    for (int k0 = 0; k0 < (kSmall ? 1 : at.size); k0 += kBatch) {
+      const T* from = x_group + span.u + k0 * a.x_step;
+      T* to = y_group + span.u + span.row + k0 * a.y_step;
+      Pack<T, 4> held[kBatch] = {};
+#pragma unroll
+      for (int k = 0; k < kBatch; k++)
+        if (inside && k0 + k < at.size) held[k] = load_pack<T, 4>(from + k * a.x_step);
+      __syncthreads();  // the samples before these have been written
+      if (inside) {
+#pragma unroll
+        for (int k = 0; k < kBatch; k++) {
+          if (k0 + k >= at.size) continue;
+          const int at_y = Flat<T>(to + k * a.y_step, size).before + mine + ended;
+#pragma unroll
+          for (int j = 0; j < 4; j++) stage[Flat<T>::in(k, at_y + j)] = held[k].v[j];
+          if (span.ends(a, mine + 4) > ended) stage[Flat<T>::in(k, at_y + 4)] = from_acc<T>(A(0));
+          if (!kSmall) moments.add(held[k]);
+        }
+        if constexpr (kSmall)
+#pragma unroll
+          for (int j = 0; j < 4; j++)
+            total += sqrt_(deviation<T, 4>(held, j, at.size, inv_size).var);
+      }
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < kBatch; k++) {
+        if (k0 + k >= at.size) continue;
+        T* p = to + k * a.y_step;
+        const Flat<T> flat(p, size);
+        const int i = flat.pack();
+        if (i >= 0) store_pack(p + (i - flat.before), Flat<T>::get(stage, k, i));
+      }
+      Flat<T>::template edges<kBatch>(to, a.y_step, size, at.size - k0,
+                                      [&](T* p, int i) { *p = stage[i]; });
+    }
+    if (!kSmall && inside)
+#pragma unroll
+      for (int j = 0; j < 4; j++) total += sqrt_(moments.deviation(j, inv_size).var);
+  }
+  return total;
+}
+
+template <typename T, int N, bool kFlat, bool kSmall>
+__global__ void __launch_bounds__(32 * kMostWarps<T, kFlat>, 32 / kMostWarps<T, kFlat>)
+    minibatch_stddev_fwd_kernel(const T* x, T* y, Layout a, Acc<T>* partials, int* tickets) {
+  using A = Acc<T>;
+  const Place at(a);
+  A total;
+  if constexpr (kFlat) {
+    __shared__ __align__(16) unsigned char stage[(kSmall ? kHold : 2) * Flat<T>::kSize * sizeof(T)];
+    total = copy_flat<T, kSmall>(x, y, a, at, reinterpret_cast<T*>(stage));
+  } else {
+    total = copy_rows<T, N, kSmall>(x, y, a, at);
+  }
   total = block_sum(total);
   if (a.chunks > 1) {
     __shared__ bool last;
@@ -217,30 +357,35 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 8)
   }
   const T value = from_acc<T>(total / (A(a.L) * A(a.rows)));
   T* plane = y + at.m * a.y_sample + a.F * a.L + at.f * a.plane_f;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   for (int k = warp; k < at.size; k += warps)
     for (int64_t p = lane; p < a.pixels; p += 32) plane[k * a.y_step + p * a.plane_p] = value;
 }
 
-template <typename T, int N, bool kStaged, bool kSmall>
-__global__ void __launch_bounds__(32 * kMaxWarps, 8)
-    minibatch_stddev_bwd_kernel(const T* dy, const T* x, T* dx, Layout a) {
+// Σ dy over the group's statistic, over what it is divided by.
+template <typename T>
+__device__ __forceinline__ Acc<T> slope_of(const T* dy, const Layout& a, const Place& at,
+                                           Acc<T> inv_size) {
   using A = Acc<T>;
-  constexpr int kSegment = 32 * N;
-  __shared__ __align__(16) unsigned char stages[kStaged ? kMaxWarps * kSegment * sizeof(T) : 1];
-  const Place at(a);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  T* stage = reinterpret_cast<T*>(stages) + (kStaged ? warp * kSegment : 0);
-  const A inv_size = A(1) / A(at.size);
-  const int64_t x_first = at.m * a.x_sample + at.f * a.L + lane * N;
-  const T* dy_group = dy + at.m * a.y_sample + at.f * a.L + (kStaged ? 0 : lane * N);
-
-  A slope = A(0);  // Σ dy over the group's statistic
+  A sum = A(0);
   const T* plane = dy + at.m * a.y_sample + a.F * a.L + at.f * a.plane_f;
   for (int k = warp; k < at.size; k += warps)
     for (int64_t p = lane; p < a.pixels; p += 32)
-      slope += to_acc(plane[k * a.y_step + p * a.plane_p]);
-  slope = block_sum(slope) * inv_size / (A(a.L) * A(a.rows));
+      sum += to_acc(plane[k * a.y_step + p * a.plane_p]);
+  return block_sum(sum) * inv_size / (A(a.L) * A(a.rows));
+}
 
+template <typename T, int N, bool kSmall>
+__device__ __forceinline__ void differentiate_rows(const T* dy, const T* x, T* dx, const Layout& a,
+                                                   const Place& at) {
+  using A = Acc<T>;
+  constexpr int kSegment = 32 * N;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const A inv_size = A(1) / A(at.size);
+  const int64_t x_first = at.m * a.x_sample + at.f * a.L + lane * N;
+  const T* dy_group = dy + at.m * a.y_sample + at.f * a.L + lane * N;
+  const A slope = slope_of(dy, a, at, inv_size);
   const int first = at.chunk * warps + warp;
   int64_t row = first / a.segments;
   int segment = first - static_cast<int>(row) * a.segments;
@@ -251,7 +396,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 8)
     int64_t from = x_first + row * a.x_row + begin;
     const T* dy_from = dy_group + row * a.y_row + begin;
     const auto gradient = [&](int k) {
-      if constexpr (kStaged) return load_segment<T, N>(dy_from + k * a.y_step, count, stage);
       return inside ? load_pack<T, N>(dy_from + k * a.y_step) : Pack<T, N>{};
     };
     if constexpr (kSmall) {
@@ -300,7 +444,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 8)
       }
     }
     row += a.step_rows;
-    segment += a.step_segments;
+    segment += a.step_rest;
     if (segment >= a.segments) {
       segment -= a.segments;
       row++;
@@ -308,16 +452,101 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 8)
   }
 }
 
+// The same by flat spans. stage: [kHold][Flat::kSize].
+template <typename T, bool kSmall>
+__device__ __forceinline__ void differentiate_flat(const T* dy, const T* x, T* dx, const Layout& a,
+                                                   const Place& at, T* stage) {
+  using A = Acc<T>;
+  constexpr int kBatch = kSmall ? kHold : 2;
+  const A inv_size = A(1) / A(at.size), slope = slope_of(dy, a, at, inv_size);
+  const int mine = threadIdx.x * 4;
+  const int64_t x_first = at.m * a.x_sample + at.f * a.L + mine;
+  const T* dy_group = dy + at.m * a.y_sample + at.f * a.L;
+  for (Span span(a, at.chunk); span.count > 0; span.advance(a)) {
+    const bool inside = mine < span.count;
+    const int ended = span.ends(a, mine), size = span.count + span.ends(a, span.count - 1);
+    const T* first = x + x_first + span.u;
+    Moments<T, 4> moments(inside && !kSmall ? load_pack<T, 4>(first) : Pack<T, 4>{});
+    if constexpr (!kSmall)
+#pragma unroll 2
+      for (int k = 0; k < at.size; k++)
+        if (inside) moments.add(load_pack<T, 4>(first + k * a.x_step));
+    for (int k0 = 0; k0 < (kSmall ? 1 : at.size); k0 += kBatch) {
+      const T* from = dy_group + span.u + span.row + k0 * a.y_step;
+      Pack<T, 4> taken[kBatch];
+#pragma unroll
+      for (int k = 0; k < kBatch; k++) {
+        const T* p = from + k * a.y_step;
+        const Flat<T> flat(p, size);
+        const int i = flat.pack();
+        if (k0 + k < at.size && i >= 0) taken[k] = load_pack<T, 4>(p + (i - flat.before));
+      }
+      __syncthreads();  // the samples before these have been read
+      Flat<T>::template edges<kBatch>(from, a.y_step, size, at.size - k0,
+                                      [&](const T* p, int i) { stage[i] = *p; });
+#pragma unroll
+      for (int k = 0; k < kBatch; k++) {
+        const int i = Flat<T>(from + k * a.y_step, size).pack();
+        if (k0 + k < at.size && i >= 0) Flat<T>::put(stage, k, i, taken[k]);
+      }
+      int64_t here = x_first + span.u + k0 * a.x_step;
+      Pack<T, 4> held[kBatch] = {};
+#pragma unroll
+      for (int k = 0; k < kBatch; k++)
+        if (inside && k0 + k < at.size) held[k] = load_pack<T, 4>(x + here + k * a.x_step);
+      __syncthreads();
+      if (!inside) continue;
+      int own[kBatch];
+#pragma unroll
+      for (int k = 0; k < kBatch; k++)
+        own[k] = Flat<T>(from + k * a.y_step, size).before + mine + ended;
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        Deviation<A> d;
+        if constexpr (kSmall)
+          d = deviation<T, 4>(held, j, at.size, inv_size);
+        else
+          d = moments.deviation(j, inv_size);
+        const A factor = slope * rsqrt_(d.var);
+#pragma unroll
+        for (int k = 0; k < kBatch; k++)
+          if (k0 + k < at.size)
+            held[k].v[j] = from_acc<T>(to_acc(stage[Flat<T>::in(k, own[k] + j)]) +
+                                       factor * ((to_acc(held[k].v[j]) - d.origin) - d.mean));
+      }
+      forget(here);
+#pragma unroll
+      for (int k = 0; k < kBatch; k++)
+        if (k0 + k < at.size) store_pack<T, 4>(dx + here + k * a.x_step, held[k]);
+    }
+  }
+}
+
+template <typename T, int N, bool kFlat, bool kSmall>
+__global__ void __launch_bounds__(32 * kMostWarps<T, kFlat>, 32 / kMostWarps<T, kFlat>)
+    minibatch_stddev_bwd_kernel(const T* dy, const T* x, T* dx, Layout a) {
+  const Place at(a);
+  if constexpr (kFlat) {
+    __shared__ __align__(16) unsigned char stage[(kSmall ? kHold : 2) * Flat<T>::kSize * sizeof(T)];
+    differentiate_flat<T, kSmall>(dy, x, dx, a, at, reinterpret_cast<T*>(stage));
+  } else {
+    differentiate_rows<T, N, kSmall>(dy, x, dx, a, at);
+  }
+}
+
 struct Plan {
   Layout layout;
   int warps, packs;  // packs: elements of one access
-  bool staged;       // rows of y do not begin at 16 bytes
+  bool flat;
   int blocks() const { return layout.M * layout.F * layout.chunks; }
 };
 
+// Elements of an access: 16-bit types take 8 bytes, for the registers of their float32 sums.
+int pack_of(int dtype) { return dtype == kF64 ? 1 : 4; }
+
 // rows == 1: NCHW, else channels-last with as many pixels.
-Plan make_plan(int packed, int64_t N, int64_t C, int64_t pixels, int64_t M, int64_t F, bool last,
-               bool backward) {
+Plan make_plan(int dtype, bool aligned, int64_t N, int64_t C, int64_t pixels, int64_t M, int64_t F,
+               bool last, bool backward) {
   Plan plan{};
   Layout& a = plan.layout;
   a.N = static_cast<int>(N);
@@ -334,39 +563,49 @@ Plan make_plan(int packed, int64_t N, int64_t C, int64_t pixels, int64_t M, int6
   a.y_step = M * a.y_sample;
   a.plane_f = last ? 1 : pixels;
   a.plane_p = last ? a.y_row : 1;
-  plan.packs = a.L % packed == 0 ? packed : 1;
-  plan.staged = plan.packs > 1 && (a.y_row % packed || a.y_sample % packed);
-  a.segments = static_cast<int>(ceil_div(a.L, 32 * plan.packs));
-  const int64_t items = a.rows * a.segments, groups = M * F, sms = sm_count();
-  plan.warps = kMaxWarps;
-  // Each block of the backward reads the statistic's dy, in channels-last memory a sector a number:
-  // large blocks do so less often.
-  const int least = backward && last ? kMaxWarps : 1;
+  const int packed = pack_of(dtype);
+  plan.packs = aligned && a.L % packed == 0 ? packed : 1;
+  const bool whole = a.y_row % plan.packs == 0 && a.y_sample % plan.packs == 0;
+  // Of several statistics in channels-last memory, a row's parts are not side by side.
+  plan.flat = !whole && (a.rows == 1 || F == 1);
+  if (!whole && !plan.flat) plan.packs = 1;
+
+  const int most = !plan.flat ? kMaxWarps : dtype == kF32 ? kMostWarps<float, true> : kMaxFlatWarps;
+  // Flat spans have a warp for each held sample's edges. Each block of the backward reads the
+  // statistic's dy, in channels-last memory a sector a number: large blocks do so less often.
+  int least = plan.flat ? kHold : 1;
+  if (backward && last) least = most;
+  const int64_t groups = M * F, sms = sm_count();
+  a.segments = plan.flat ? 1 : static_cast<int>(ceil_div(a.L, 32 * plan.packs));
+  const int64_t items = plan.flat ? ceil_div(a.rows * a.L, 128) : a.rows * a.segments;
+  plan.warps = most;
   while (plan.warps > least && groups * ceil_div(items, plan.warps) < sms) plan.warps /= 2;
-  const int64_t most = max(int64_t(1), 16 * sms / groups);
-  a.chunks = static_cast<int>(min(ceil_div(items, plan.warps), most));
-  const int64_t step = static_cast<int64_t>(a.chunks) * plan.warps;
-  a.step_rows = static_cast<int>(step / a.segments);
-  a.step_segments = static_cast<int>(step % a.segments);
+  a.chunks = static_cast<int>(
+      min(ceil_div(items, plan.warps), max(int64_t(1), 64 * sms / (groups * plan.warps))));
+  const int64_t step = static_cast<int64_t>(a.chunks) * plan.warps * (plan.flat ? 128 : 1);
+  const int64_t row = plan.flat ? a.L : a.segments;
+  a.step_rows = static_cast<int>(step / row);
+  a.step_rest = static_cast<int>(step % row);
+  // i * ceil(2**32 / L) / 2**32 is exact while i * L < 2**32; longer rows end once in a span.
+  a.reciprocal = 0;
+  if (plan.flat && a.L <= 60000)
+    a.reciprocal = static_cast<unsigned>(ceil_div(int64_t(1) << 32, a.L));
   return plan;
 }
 
-// Elements of an access: 16-bit types take 8 bytes, for the registers of their float32 sums.
-int pack_of(int dtype) { return dtype == kF64 ? 1 : 4; }
-
-// launch(elements of a pack, staged, small), as types.
+// launch(elements of a pack, flat, small), as types.
 template <typename T, typename F>
 void by_plan(const Plan& plan, F launch) {
   constexpr int N = sizeof(T) == 8 ? 1 : 4;
   const bool small = ceil_div(plan.layout.N, plan.layout.M) <= kHold;
-  const auto by_size = [&](auto n, auto staged) {
+  const auto by_size = [&](auto n, auto flat) {
     if (small)
-      launch(n, staged, std::true_type{});
+      launch(n, flat, std::true_type{});
     else
-      launch(n, staged, std::false_type{});
+      launch(n, flat, std::false_type{});
   };
   using Packed = std::integral_constant<int, N>;
-  if (N > 1 && plan.packs == N && plan.staged)
+  if (N > 1 && plan.flat)
     by_size(Packed{}, std::bool_constant<(N > 1)>{});
   else if (plan.packs == N)
     by_size(Packed{}, std::false_type{});
@@ -383,8 +622,8 @@ int64_t minibatch_stddev_workspace(int dtype, int64_t N, int64_t C, int64_t pixe
                                    int64_t F, bool channels_last) {
   int64_t bytes = 0;
   if (N * C * pixels == 0) return bytes;
-  for (const int packed : {1, pack_of(dtype)}) {
-    const Plan plan = make_plan(packed, N, C, pixels, M, F, channels_last, false);
+  for (const bool aligned : {false, true}) {
+    const Plan plan = make_plan(dtype, aligned, N, C, pixels, M, F, channels_last, false);
     bytes = max(bytes, static_cast<int64_t>(plan.blocks()) * (dtype == kF64 ? 8 : 4) + M * F * 4);
   }
   return bytes;
@@ -396,8 +635,8 @@ int minibatch_stddev(int dtype, const void* x, void* y, void* workspace, int64_t
   return by_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
-    const int packed = aligned16(x) && aligned16(y) ? pack_of(dtype) : 1;
-    const Plan plan = make_plan(packed, N, C, pixels, M, F, channels_last, false);
+    const bool aligned = aligned16(x) && aligned16(y);
+    const Plan plan = make_plan(dtype, aligned, N, C, pixels, M, F, channels_last, false);
     A* partials = static_cast<A*>(workspace);
     int* tickets = reinterpret_cast<int*>(partials + plan.blocks());
     if (plan.layout.chunks > 1) {
@@ -405,8 +644,8 @@ int minibatch_stddev(int dtype, const void* x, void* y, void* workspace, int64_t
           cudaMemsetAsync(tickets, 0, M * F * sizeof(int), static_cast<cudaStream_t>(stream));
       if (e != cudaSuccess) return static_cast<int>(e);
     }
-    by_plan<T>(plan, [&](auto n, auto staged, auto small) {
-      GK_LAUNCH((minibatch_stddev_fwd_kernel<T, decltype(n)::value, decltype(staged)::value,
+    by_plan<T>(plan, [&](auto n, auto flat, auto small) {
+      GK_LAUNCH((minibatch_stddev_fwd_kernel<T, decltype(n)::value, decltype(flat)::value,
                                              decltype(small)::value>),
                 dim3(plan.blocks()), dim3(32 * plan.warps), 0, stream, static_cast<const T*>(x),
                 static_cast<T*>(y), plan.layout, partials, tickets);
@@ -420,10 +659,10 @@ int minibatch_stddev_bwd(int dtype, const void* dy, const void* x, void* dx, int
   if (N * C * pixels == 0) return 0;
   return by_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const int packed = aligned16(x) && aligned16(dy) && aligned16(dx) ? pack_of(dtype) : 1;
-    const Plan plan = make_plan(packed, N, C, pixels, M, F, channels_last, true);
-    by_plan<T>(plan, [&](auto n, auto staged, auto small) {
-      GK_LAUNCH((minibatch_stddev_bwd_kernel<T, decltype(n)::value, decltype(staged)::value,
+    const bool aligned = aligned16(x) && aligned16(dy) && aligned16(dx);
+    const Plan plan = make_plan(dtype, aligned, N, C, pixels, M, F, channels_last, true);
+    by_plan<T>(plan, [&](auto n, auto flat, auto small) {
+      GK_LAUNCH((minibatch_stddev_bwd_kernel<T, decltype(n)::value, decltype(flat)::value,
                                              decltype(small)::value>),
                 dim3(plan.blocks()), dim3(32 * plan.warps), 0, stream, static_cast<const T*>(dy),
                 static_cast<const T*>(x), static_cast<T*>(dx), plan.layout);

@@ -125,6 +125,9 @@ class Trace(TorchDispatchMode):
             self.counts.unasked += 1
             return _convolved(*args)
         out = func(*args, **(kwargs or {}))
+        if func is aten.convolution.default and is_channels_last(args[0]):
+            # As cuDNN returns it; without values, PyTorch makes transposed ones contiguous.
+            out = out.contiguous(memory_format=torch.channels_last)
         if func in FREE or func.is_view:
             return out
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -170,6 +173,10 @@ def _convolved(x: Tensor, w: Tensor, b: Any, stride: Any, padding: Any, dilation
     sides = zip(x.shape[2:], w.shape[2:], stride, padding, dilation, strict=True)
     size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides]
     return x.new_empty(x.shape[0], w.shape[0], *size)
+
+
+def is_channels_last(t: Tensor) -> bool:
+    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
 
 
 def moved(read: list[Tensor], written: list[Tensor]) -> int:

@@ -211,33 +211,38 @@ def compiled_step(row: Row, inputs: list[Tensor], dy: Tensor | None) -> Callable
                 "", dy)  # fmt: skip
 
 
-def seconds(f: Callable[[], Any], calls: int, device: str) -> float:
+def seconds(
+    f: Callable[[], Any], calls: int, device: str, clock: Callable[[], float] = time.perf_counter
+) -> float:
     if device == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         f()
     if device != "cuda":
-        return (time.perf_counter() - start) / calls
+        return (clock() - start) / calls
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) / 1000 / calls
 
 
 def measure(
-    steps: dict[str, Callable[[], Any]], rounds: int, device: str
+    steps: dict[str, Callable[[], Any]],
+    rounds: int,
+    device: str,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each step in each round; a round runs all, each for at least a millisecond."""
     calls = {}
     for name, f in steps.items():
         f()
-        once = seconds(f, 1, device)
+        once = seconds(f, 1, device, clock)
         calls[name] = max(1, min(200, int(1e-3 / max(once, 1e-7))))
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, f in steps.items():
-            times[name].append(seconds(f, calls[name], device))
+            times[name].append(seconds(f, calls[name], device, clock))
     return times
 
 

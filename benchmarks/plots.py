@@ -7,6 +7,7 @@
   steps      each training step's time over ours: reference, torch.compile, the floor
   roofline   GB/s over the bytes moved, below the rate of a copy in the same run
   scaling    time over the elements of x, where a file has several sizes, beside straight lines
+  growth     img/s of training over batch, resolution, channels and ranks, beside proportion
 
 Of rows that were measured again, the last counts; dtypes, layouts and machines are kept apart, a
 picture each. What a file has no rows for is not drawn.
@@ -49,7 +50,7 @@ def read(paths: Iterable[Path]) -> list[Row]:
                 raise SystemExit(f"plots: {path} line {number} is not JSON: {error}") from error
             if row.get("kind", "measured") == "measured" and "impl" in row and "ms" in row:
                 names = ("machine", "op", "case", "model", "step", "x", "dtype", "channels_last",
-                         "what", "impl", "batch", "threads")  # fmt: skip
+                         "what", "impl", "batch", "threads", "scale", "value")  # fmt: skip
                 last[json.dumps([row.get(name) for name in names])] = row
     return list(last.values())
 
@@ -180,6 +181,35 @@ def scaling(title: str, rows: list[Row]) -> Figure | None:
     return figure
 
 
+# With which power of a size img/s would go if arithmetic were all, and from which end it is drawn.
+PROPORTION = {"batch": (0, -1), "resolution": (-2, -1), "channels": (-2, -1), "ranks": (1, 0)}
+
+
+def growth(rows: list[Row]) -> dict[str, Figure]:
+    """img/s of training over each size; dashed: in proportion to the arithmetic."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in (row for row in rows if "scale" in row):
+        found[f"{row['machine']}, {'CPU time' if row['cpu_time'] else 'wall time'}"].append(row)
+    figures = {}
+    for title, part in found.items():
+        figure, axes = plt.subplots(1, 4, figsize=(11, 3), layout="constrained")
+        for ax, (scale, (power, end)) in zip(axes, PROPORTION.items(), strict=True):
+            line = sorted((row["value"], row["img_s"]) for row in part if row["scale"] == scale)
+            if line:
+                x, y = zip(*line, strict=True)
+                ideal = [y[end] * (v / x[end]) ** power for v in x]
+                ax.plot(x, ideal, "--", color="#9a9a9a", linewidth=1)
+                ax.plot(x, y, "o-", color=COLORS["ours"], markersize=4)
+                ax.set_xticks(x, list(map(str, x)))
+            ax.set(xscale="log", yscale="log", xlabel=scale)
+            ax.set_xticks([], minor=True)
+            ax.spines[["top", "right"]].set_visible(False)
+        axes[0].set_ylabel("img/s")
+        figure.suptitle(title, fontsize=10)
+        figures[title] = figure
+    return figures
+
+
 def pictures(rows: list[Row]) -> dict[str, Figure]:
     """All that the rows give, by file name."""
     found: dict[str, Figure] = {}
@@ -189,6 +219,8 @@ def pictures(rows: list[Row]) -> dict[str, Figure]:
                 found[file_name(kind, title)] = figure
     for title, figure in steps(rows).items():
         found[file_name("steps", title)] = figure
+    for title, figure in growth(rows).items():
+        found[file_name("growth", title)] = figure
     return found
 
 

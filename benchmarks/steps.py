@@ -1,8 +1,10 @@
 """How fast training is: each model's steps, against the reference, torch.compile and the floor.
 
-    python benchmarks/steps.py                          StyleGAN2-64 and DCGAN, batch 8
+    python benchmarks/steps.py                          StyleGAN2-64, StyleGAN-64 and DCGAN, batch 8
     python benchmarks/steps.py --model stylegan2-64 --step G R1 --compile
+    OMP_NUM_THREADS=1 python benchmarks/steps.py --cpu-time   on a machine that others load
     python benchmarks/steps.py --breakdown              where the time of each step goes
+    python benchmarks/steps.py --scaling                img/s over batch, size, channels, ranks
     python benchmarks/steps.py --json steps.jsonl       also appends one JSON line a row
 
 Rounds go through all columns, once each, in one process; printed are the median, its quantiles and
@@ -11,6 +13,10 @@ PyTorch operations, same networks), torch.compile of the reference (not for the 
 differentiate twice), and the floor: the step's convolutions and matrix products alone, forward and
 backward as the reference runs them, by PyTorch, each in the faster of the two memory formats. Our
 own convolutions may undercut it. Peak memory is what the step allocates, above what was there.
+
+--scaling runs iterations of G's and D's steps of a small StyleGAN2 of one width, changing one size
+at a time; ranks are processes of one thread that average their gradients as training does. With
+--cpu-time a rank's seconds are those that it computed, as if it had a core of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ import copy
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,15 +35,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from ops import figures, machine, measure
+from ops import figures, machine, measure, seconds
 
-from gankern.models import dcgan, stylegan2
+from gankern.models import dcgan, stylegan, stylegan2
 from gankern.ops import _impl
 from gankern.ops.modulated_conv2d import no_weight_gradients
+from gankern.training.distributed import average_gradients
 from gankern.training.losses import LOSSES
 from gankern.training.penalties import path_length, r1
 
@@ -48,6 +57,11 @@ def stylegan2_nets(resolution: int, base: int, most: int) -> tuple[nn.Module, nn
     return stylegan2.Generator(**size), stylegan2.Discriminator(**size)  # type: ignore[arg-type]
 
 
+def stylegan_nets(resolution: int, base: int, most: int) -> tuple[nn.Module, nn.Module]:
+    size = {"resolution": (resolution, resolution), "channel_base": base, "channel_max": most}
+    return stylegan.Generator(**size), stylegan.make_discriminator(**size)  # type: ignore[arg-type]
+
+
 def dcgan_nets(resolution: int) -> tuple[nn.Module, nn.Module]:
     size = (resolution, resolution)
     return dcgan.Generator(100, size, 3, 64), dcgan.Discriminator(size, 3, 64)
@@ -57,6 +71,7 @@ STEPS = ("generate", "G", "D", "R1", "PL")
 MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], tuple[str, ...]]] = {
     "stylegan2-64": (lambda: stylegan2_nets(64, 8192, 128), STEPS),
     "stylegan2-256": (lambda: stylegan2_nets(256, 16384, 512), STEPS),
+    "stylegan-64": (lambda: stylegan_nets(64, 8192, 128), ("generate", "G", "D", "R1")),
     "dcgan-32": (lambda: dcgan_nets(32), ("G", "D")),
     "dcgan-64": (lambda: dcgan_nets(64), ("G", "D")),
 }
@@ -195,7 +210,13 @@ def peak_memory(f: Callable[[], Any]) -> int:
 
 
 def rows(
-    name: str, steps: list[str], batch: int, rounds: int, compiled: bool, device: str
+    name: str,
+    steps: list[str],
+    batch: int,
+    rounds: int,
+    compiled: bool,
+    device: str,
+    clock: Callable[[], float],
 ) -> Iterator[dict[str, Any]]:
     make, known = MODELS[name]
     torch.manual_seed(0)
@@ -215,7 +236,7 @@ def rows(
             _with("reference", ours, step)
         columns["floor"] = floor(recorder.calls, torch.device(device))
         memory = {c: peak_memory(f) for c, f in columns.items() if c in ("ours", "reference")}
-        times = measure(columns, rounds, device)
+        times = measure(columns, rounds, device, clock)
         for column, values in times.items():
             found = figures(values, times["ours"], 0, 1.0)
             yield {
@@ -254,6 +275,73 @@ def breakdown(name: str, steps: list[str], batch: int, device: str) -> None:
         print(table)
 
 
+# --- Cost as work grows.
+
+BASE = {"batch": 8, "resolution": 32, "channels": 32, "ranks": 1}
+SCALES = {
+    "batch": (1, 2, 4, 8, 16, 32),
+    "resolution": (16, 32, 64, 128),
+    "channels": (16, 32, 64, 128),
+    "ranks": (1, 2),
+}
+
+
+def scaling(scales: dict[str, tuple[int, ...]], rounds: int, device: str, cpu_time: bool
+            ) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """An iteration's median time and img/s, one size at a time changed from BASE."""
+    for scale, values in scales.items():
+        for value in values:
+            sizes = BASE | {scale: value}
+            if sizes["ranks"] == 1:
+                taken = iteration_seconds(sizes, rounds, device, cpu_time)
+            else:
+                taken = seconds_of_ranks(sizes, rounds, cpu_time)
+            images = sizes["batch"] * sizes["ranks"]
+            yield sizes | {
+                "scale": scale, "value": value, "impl": "ours", "cpu_time": cpu_time,
+                "ms": 1e3 * taken, "img_s": images / taken,
+            }  # fmt: skip
+
+
+def iteration_seconds(sizes: dict[str, int], rounds: int, device: str, cpu_time: bool) -> float:
+    """The median time of a step of G and a step of D with averaged gradients."""
+    torch.manual_seed(0)
+    resolution, width = sizes["resolution"], sizes["channels"]
+    nets = stylegan2_nets(resolution, width * resolution, width)
+    G, D = (net.train().to(device) for net in nets)
+    z = torch.randn(sizes["batch"], 512, device=device)
+    model = Model(G, D, z, torch.randn(sizes["batch"], 3, resolution, resolution, device=device))
+
+    def iteration() -> None:
+        for step, net in ((model.step_G, G), (model.step_D, D)):
+            step()
+            average_gradients(net, sizes["ranks"])
+            net.zero_grad(set_to_none=True)
+
+    clock = time.process_time if cpu_time else time.perf_counter
+    iteration()
+    return statistics.median(seconds(iteration, 1, device, clock) for _ in range(rounds))
+
+
+def seconds_of_ranks(sizes: dict[str, int], rounds: int, cpu_time: bool) -> float:
+    """The same of the slowest of several processes of this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = (sizes, rounds, cpu_time, folder)
+        torch.multiprocessing.spawn(_rank, args, nprocs=sizes["ranks"])
+        return float((Path(folder) / "seconds").read_text())
+
+
+def _rank(rank: int, sizes: dict[str, int], rounds: int, cpu_time: bool, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=sizes["ranks"])
+    taken = torch.tensor(iteration_seconds(sizes, rounds, "cpu", cpu_time))
+    dist.all_reduce(taken, dist.ReduceOp.MAX)
+    if rank == 0:
+        (Path(folder) / "seconds").write_text(str(taken.item()))
+    dist.destroy_process_group()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     on = "cuda" if torch.cuda.is_available() else "cpu"
@@ -263,24 +351,38 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="also torch.compile(reference)")
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of CPU, not of the clock")
+    parser.add_argument("--scaling", action="store_true", help="img/s as work grows instead")
     parser.add_argument("--breakdown", action="store_true", help="profile instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the results to FILE")
     args = parser.parse_args()
     about = machine(on)
     print(" ".join(f"{k} {v}" for k, v in about.items()))
+    if args.scaling:
+        for row in scaling(SCALES, args.rounds, on, args.cpu_time):
+            print(f"{row['scale']:10} {row['value']:4} {row['ms']:9.2f} ms "
+                  f"{row['img_s']:8.1f} img/s", flush=True)  # fmt: skip
+            if args.json:
+                append(args.json, about | row)
+        return 0
     for name in args.model:
         if args.breakdown:
             breakdown(name, args.step, args.batch, on)
             continue
-        for row in rows(name, args.step, args.batch, args.rounds, args.compile, on):
+        clock = time.process_time if args.cpu_time else time.perf_counter
+        for row in rows(name, args.step, args.batch, args.rounds, args.compile, on, clock):
             memory = f"{row['memory'] / 2**20:8.1f} MiB" if row["memory"] else ""
             print(f"{name:14} {row['step']:9} {row['impl']:10} {row['ms']:9.2f} ms "
                   f"[{row['ms_10']:8.2f} {row['ms_90']:8.2f}]  / ours {row['ratio']:5.2f} {memory}",
                   flush=True)  # fmt: skip
             if args.json:
-                with args.json.open("a") as file:
-                    file.write(json.dumps(about | row) + "\n")
+                append(args.json, about | row)
     return 0
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

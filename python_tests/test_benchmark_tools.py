@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import compare  # noqa: E402
 import external  # noqa: E402
 import plots  # noqa: E402
+import steps  # noqa: E402
 
 # --- External.
 
@@ -113,17 +114,35 @@ def step_rows() -> list[dict]:
     ]
 
 
+def scale_rows() -> list[dict]:
+    about = {"machine": "M", "impl": "ours", "cpu_time": True, "ms": 1.0}
+    return [about | {"scale": s, "value": v, "img_s": 100.0 / v} for s in steps.SCALES
+            for v in steps.SCALES[s]]  # fmt: skip
+
+
+def test_scaling_counts_images_of_all_ranks(monkeypatch) -> None:
+    base = {"batch": 1, "resolution": 8, "channels": 4, "ranks": 1}
+    monkeypatch.setattr(steps, "BASE", base)
+    monkeypatch.setattr(steps, "seconds_of_ranks", lambda sizes, *_: 0.25 * sizes["ranks"])
+    found = list(steps.scaling({"batch": (2,), "ranks": (1, 4)}, 1, "cpu", True))
+    assert [row["img_s"] * row["ms"] for row in found] == pytest.approx([2000, 1000, 4000])
+    assert found[2]["ms"] == 1000
+    assert [row["value"] for row in found] == [2, 1, 4]
+
+
 def test_plots_draw_what_was_measured(monkeypatch, tmp_path, capsys) -> None:
     file = tmp_path / "all.jsonl"
-    rows = [*ops_rows(), *step_rows(), {"kind": "predicted", "impl": "cuda", "ms": 1}]
+    rows = [*ops_rows(), *step_rows(), *scale_rows()]
+    rows.append({"kind": "predicted", "impl": "cuda", "ms": 1})
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["plots.py", str(file), "--out", str(tmp_path / "out"), "--format", "svg"]
     monkeypatch.setattr(sys, "argv", arguments)
     assert plots.main() == 0
     kinds = ("roofline", "scaling", "speedup")
     wanted = [*(f"{kind}-m-float32-nchw.svg" for kind in kinds), "steps-m-batch-8.svg"]
+    wanted.append("growth-m-cpu-time.svg")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(wanted)
-    assert capsys.readouterr().out.count("wrote ") == 4
+    assert capsys.readouterr().out.count("wrote ") == 5
 
 
 def test_plots_keep_the_last_and_the_largest(tmp_path) -> None:

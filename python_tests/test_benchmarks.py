@@ -133,19 +133,11 @@ def test_traffic_factor_is_the_budgets_worst(monkeypatch, tmp_path) -> None:
 @needs_cpu
 def test_bars_of_stylegan2_256() -> None:
     pairs = launches.count_steps("stylegan2-256", list(launches.STEPS), 8, "f32")
-    share = {s: a.total.launches / b.total.launches for s, (a, b) in pairs.items()}
-    for step in ("generate", "G", "D", "training"):
-        assert share[step] <= launches.MOST_LAUNCHES, step
-    # Both penalties miss the bar, unless what PyTorch launches unasked counts for the reference.
-    for step, at_most in (("R1", 0.62), ("PL", 0.71)):
-        ours, reference = pairs[step]
-        assert share[step] <= at_most
-        everything = reference.total.launches + reference.unasked
-        assert ours.total.launches <= launches.MOST_LAUNCHES * everything
-    ours, reference = (counts.total.bytes for counts in pairs["training"])
-    assert ours <= launches.MOST_BYTES * reference
-    assert reference > 50e9
+    assert launches.missed(pairs) == []
+    assert pairs["training"][1].total.bytes > 50e9
     assert all(a.total.dense <= 1.03 * b.total.dense for a, b in pairs.values())
+    half = launches.count_steps("stylegan2-256", ["generate", "PL"], 8, "f16")
+    assert launches.missed(half) == []
 
 
 def test_tables() -> None:

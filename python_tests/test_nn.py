@@ -10,6 +10,7 @@ from torch import nn
 
 import gankern.nn as gn
 from gankern.ops import bias_act, modulated_conv2d
+from gankern.ops.conv2d_resample import no_weight_gradients
 
 
 def discriminator() -> nn.Module:
@@ -50,6 +51,27 @@ def test_equalized_linear():
     exact = nn.functional.leaky_relu(x @ w.t() + b, 0.2) * math.sqrt(2)
     torch.testing.assert_close(layer(x), exact)
     torch.testing.assert_close(layer.bias * 0.1, torch.full((7,), 2.0))
+    assert layer(torch.randn(2, 0, 5)).shape == (2, 0, 7)
+
+
+def test_equalized_linear_is_differentiable_twice():
+    layer = gn.EqualizedLinear(3, 4, lr_multiplier=0.5, bias_init=1).double()
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    inputs = (x, layer.weight, layer.bias)
+
+    def f(x, weight, bias):
+        state = {"weight": weight, "bias": bias}
+        return torch.func.functional_call(layer, state, (x, 2.0))
+
+    exact = 2 * (x @ layer.weight.t() * layer.weight_gain + layer.bias / 2)
+    torch.testing.assert_close(f(*inputs), exact)
+    assert torch.autograd.gradcheck(f, inputs)
+    assert torch.autograd.gradgradcheck(f, inputs)
+    with no_weight_gradients():
+        dx, dw, db = torch.autograd.grad(f(*inputs).sum(), inputs, allow_unused=True)
+    torch.testing.assert_close(dx, torch.autograd.grad(exact.sum(), x)[0])
+    assert dw is None
+    assert db is None
 
 
 def test_equalized_conv2d():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gankern.ops import downsample2d, upsample2d
+from gankern.ops._impl import default_impl
 
 
 class Level(NamedTuple):
@@ -74,6 +75,17 @@ def make_levels(
         width = max(1, min(channel_base // side, channel_max))
         levels.append(Level(f"b{side}", size, width, dtype))
     return levels
+
+
+def cast(x: Tensor, dtype: torch.dtype | None, weight: Tensor) -> Tensor:
+    """x in a level's dtype (None: the parameters') and in the memory format that is faster there.
+
+    That is channels-last in 16 bits, and on CPUs, whose convolutions take 0.7 times as long in it.
+    """
+    dtype = dtype or weight.dtype
+    kernels = default_impl("synthesis_epilogue", x.device.type)
+    last = kernels == "cpu" or torch.finfo(dtype).bits == 16
+    return x.to(dtype, memory_format=torch.channels_last) if last else x.to(dtype)
 
 
 class Growing(nn.Module):

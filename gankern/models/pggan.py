@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from gankern.models.levels import Growing, Level, double, halve, make_levels
+from gankern.models.levels import Growing, Level, cast, double, halve, make_levels
 from gankern.nn import EqualizedConv2d, EqualizedLinear, MinibatchStdDev
 from gankern.ops import bias_act, pixel_norm
 
@@ -42,7 +42,7 @@ class GeneratorBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.first:
             x = self.dense(pixel_norm(x)).unflatten(1, (-1, *self.size))  # [N, C, h, w]
-            x = bias_act(x, self.bias, act="lrelu")
+            x = bias_act(cast(x, None, self.bias), self.bias, act="lrelu")
         else:
             x = self.conv0(double(x))
         return pixel_norm(self.conv1(pixel_norm(x)))
@@ -167,6 +167,7 @@ class Discriminator(Growing):
 
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
         """img [N, channels, h, w], c [N, c_dim] -> logits [N, 1]."""
+        img = cast(img, None, self.epilogue.out.weight)
         x = self.fromrgbs[self.level](img)
         for i in range(self.level, 0, -1):
             x = self.blocks[i - 1](x)

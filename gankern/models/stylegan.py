@@ -7,19 +7,23 @@ the discriminator is that of `gankern.models.pggan`, with blur.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gankern.models import pggan
-from gankern.models.levels import Growing, Level, double, make_levels
+from gankern.models.levels import Growing, Level, cast, double, make_levels
 from gankern.nn import AdaIN, EqualizedConv2d, MappingNetwork
 from gankern.nn.mapping import mix_styles
 from gankern.ops import synthesis_epilogue
+from gankern.ops.synthesis_layer import conv2d_layer
 
 
 class Epilogue(nn.Module):
     """Noise, bias and LeakyReLU 0.2 in one pass, then AdaIN with the style of w (figure 1b).
+
+    Where a convolution comes before, the filter of its upsampling is in that pass too.
 
     Args:
         channels: of x, [N, C, h, w]; each has a learned strength of noise, 0 at the start.
@@ -36,16 +40,25 @@ class Epilogue(nn.Module):
         self.adain = AdaIN(channels, w_dim)
         self.register_buffer("noise_const", torch.randn(size))
 
-    def forward(self, x: Tensor, w: Tensor, noise_mode: str) -> Tensor:
+    def forward(
+        self, x: Tensor, w: Tensor, noise_mode: str, conv: EqualizedConv2d | None = None
+    ) -> Tensor:
+        """Of x, or of conv(x)."""
         noise = None
         if noise_mode == "const":
             noise = self.noise_const
         elif noise_mode == "random":
-            noise = torch.randn(x.shape[0], 1, *x.shape[2:], device=x.device)
+            noise = torch.randn(x.shape[0], 1, *self.noise_const.shape, device=x.device)
         strength = None if noise is None else self.noise_strength
-        x = synthesis_epilogue(
-            x, None, None, noise, strength, self.bias, act="lrelu", gain=math.sqrt(2)
-        )
+        act: dict[str, Any] = {"act": "lrelu", "gain": math.sqrt(2)}
+        if conv is None:
+            x = synthesis_epilogue(x, None, None, noise, strength, self.bias, **act)
+        else:
+            x = conv2d_layer(
+                x, conv.weight * conv.weight_gain, self.bias, conv.resample_filter.float(), conv.up,
+                padding=conv.padding, flip_weight=conv.up == 1, noise=noise,
+                noise_strength=strength, **act,
+            )  # fmt: skip
         return self.adain(x, w)
 
 
@@ -74,9 +87,12 @@ class SynthesisBlock(nn.Module):
 
     def forward(self, x: Tensor | None, ws: Tensor, noise_mode: str) -> Tensor:
         """x [N, I, h/2, w/2], ws [N, 2, w_dim] -> [N, C, h, w]."""
-        x = self.const.expand(ws.shape[0], -1, -1, -1) if x is None else self.conv0(x)
-        x = self.epilogue0(x, ws[:, 0], noise_mode)
-        return self.epilogue1(self.conv1(x), ws[:, 1], noise_mode)
+        if x is None:
+            x = cast(self.const.expand(ws.shape[0], -1, -1, -1), None, self.const)
+            x = self.epilogue0(x, ws[:, 0], noise_mode)
+        else:
+            x = self.epilogue0(x, ws[:, 0], noise_mode, self.conv0)
+        return self.epilogue1(x, ws[:, 1], noise_mode, self.conv1)
 
 
 class SynthesisNetwork(Growing):

@@ -10,14 +10,14 @@ checkpoints use; `load_published` and `published` convert the few buffers that d
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gankern.models.levels import Level, make_levels
+from gankern.models.levels import Level, cast, make_levels
 from gankern.nn import (
     EqualizedConv2d,
     EqualizedLinear,
@@ -29,7 +29,6 @@ from gankern.nn import (
 from gankern.nn.layers import FILTER
 from gankern.nn.mapping import mix_styles
 from gankern.ops import setup_filter, upsample2d
-from gankern.ops._impl import default_impl
 
 # channel_base of the paper's configurations: F has twice E's channels in the levels over b64.
 CONFIGS = {"E": 16384, "F": 32768}
@@ -66,14 +65,14 @@ class SynthesisBlock(nn.Module):
         self.register_buffer("resample_filter", setup_filter(FILTER))
 
     def forward(
-        self, x: Tensor | None, img: Tensor | None, ws: Tensor, noise_mode: str
+        self, x: Tensor | None, img: Tensor | None, ws: Sequence[Tensor], noise_mode: str
     ) -> tuple[Tensor, Tensor]:
-        """x [N, I, h/2, w/2], img [N, channels, h/2, w/2], ws [N, num_convs + 1, w_dim]."""
-        *w_convs, w_rgb = ws.unbind(1)
+        """x [N, I, h/2, w/2], img [N, channels, h/2, w/2], ws: num_convs + 1 times [N, w_dim]."""
+        *w_convs, w_rgb = ws
         if x is None:
-            x = _cast(self.const.expand(ws.shape[0], -1, -1, -1), self.dtype, self.const)
+            x = cast(self.const.expand(w_rgb.shape[0], -1, -1, -1), self.dtype, self.const)
         else:
-            x = _cast(x, self.dtype, self.conv0.weight)
+            x = cast(x, self.dtype, self.conv0.weight)
             x = self.conv0(x, w_convs[0], noise_mode)  # [N, C, h, w]
         x = self.conv1(x, w_convs[-1], noise_mode)
         y = self.torgb(x, w_rgb)  # [N, channels, h, w]
@@ -107,10 +106,10 @@ class SynthesisNetwork(nn.Module):
         """ws [N, num_ws, w_dim] -> images [N, channels, H, W]; noise_mode as `Generator`."""
         noise_mode = noise_mode or ("random" if self.training else "const")
         x = img = None
-        first = 0
+        first, of_layers = 0, ws.unbind(1)
         for block in (getattr(self, name) for name in self.block_names):
             # The colours of a level take the w of the next level's first layer.
-            block_ws = ws[:, first : first + block.num_convs + 1]
+            block_ws = of_layers[first : first + block.num_convs + 1]
             x, img = block(x, img, block_ws, noise_mode)
             first += block.num_convs
         assert img is not None
@@ -212,7 +211,7 @@ class DiscriminatorBlock(nn.Module):
             self.skip = EqualizedConv2d(width, out_channels, 1, bias=False, down=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _cast(x, self.dtype, self.conv0.weight)
+        x = cast(x, self.dtype, self.conv0.weight)
         if self.fromrgb is not None:
             x = self.fromrgb(x)
         if self.skip is None:
@@ -252,7 +251,7 @@ class DiscriminatorEpilogue(nn.Module):
         self.out = EqualizedLinear(in_channels, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _cast(x, None, self.conv.weight)
+        x = cast(x, None, self.conv.weight)
         x = self.conv(x if self.mbstd is None else self.mbstd(x))  # [N, I, h, w]
         return self.out(self.fc(x.flatten(1)))  # [N, out_features]
 
@@ -339,14 +338,3 @@ def published(G: Generator, D: Discriminator | None = None) -> dict[str, Tensor]
         for block in D.block_names:
             state[f"D.{block}.resample_filter"] = state[f"D.{block}.conv1.resample_filter"]
     return state
-
-
-def _cast(x: Tensor, dtype: torch.dtype | None, weight: Tensor) -> Tensor:
-    """x in a level's dtype (None: the parameters') and in the memory format that is faster there.
-
-    That is channels-last in 16 bits, and on CPUs, whose convolutions take 0.7 times as long in it.
-    """
-    dtype = dtype or weight.dtype
-    kernels = default_impl("synthesis_epilogue", x.device.type)
-    last = kernels == "cpu" or torch.finfo(dtype).bits == 16
-    return x.to(dtype, memory_format=torch.channels_last) if last else x.to(dtype)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gankern.ops.adain import adain
 from gankern.ops.bias_act import ACTS, bias_act
+from gankern.ops.conv2d_resample import conv_dtype
+from gankern.ops.conv3x3 import weight_gradients
 from gankern.ops.minibatch_stddev import minibatch_stddev
 from gankern.ops.pixel_norm import pixel_norm
 from gankern.ops.synthesis_layer import conv2d_layer
@@ -51,18 +54,58 @@ class EqualizedLinear(nn.Module):
         start = torch.full([out_features], bias_init / lr_multiplier)
         self.bias = nn.Parameter(start) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        w = self.weight.to(x.dtype) * self.weight_gain
+    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        """gain: an additional factor on y."""
+        dtype = conv_dtype(x)
+        rows, w = x.to(dtype).reshape(-1, x.shape[-1]), self.weight.to(dtype).t()
         b: Tensor | None = self.bias
-        if b is not None and self.lr_multiplier != 1:
-            b = b * self.lr_multiplier
         if self.act == "linear":
-            return nn.functional.linear(x, w, None if b is None else b.to(x.dtype))
-        y = nn.functional.linear(x, w)
-        return bias_act(y, None if b is None else _beside(b, y), dim=-1, act=self.act)
+            b = None if b is None else b.to(dtype)
+            scales = self.weight_gain * gain, self.lr_multiplier * gain
+            y = _ScaledProduct.apply(rows, w, b, *scales, True)
+            return y.reshape(*x.shape[:-1], y.shape[-1])
+        y = _ScaledProduct.apply(rows, w, None, self.weight_gain, 0.0, True)
+        if b is not None:
+            b = _beside(b if self.lr_multiplier == 1 else b * self.lr_multiplier, y)
+        y = bias_act(y, b, act=self.act, gain=ACTS[self.act].gain * gain)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, act={self.act!r}"
+
+
+class _ScaledProduct(torch.autograd.Function):
+    """alpha a @ b + beta c, [M, K] @ [K, N] + [N] or None; its gradients are such products.
+
+    The scale is the product's own, where autograd's would be a pass over weights and gradients.
+    weights: b and c are some, whose gradients `no_weight_gradients` switches off.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a, b, c, alpha, beta, weights):
+        ctx.save_for_backward(a, b)
+        ctx.args = (alpha, beta, weights)
+        if c is None and torch.compiler.is_compiling():  # may multiply the empty c by beta = 0
+            return torch.mm(a, b) * alpha
+        if c is None:
+            return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=alpha)
+        return torch.addmm(c, a, b, beta=beta, alpha=alpha)
+
+    @staticmethod
+    def backward(ctx: Any, dy):
+        a, b = ctx.saved_tensors
+        alpha, beta, weights = ctx.args
+        wanted = not weights or weight_gradients()
+        needs = ctx.needs_input_grad
+        product = _ScaledProduct.apply
+        da = product(dy, b.t(), None, alpha, 0.0, weights) if needs[0] else None
+        db = None
+        if needs[1] and wanted:  # in the memory format of b
+            by_rows = b.is_contiguous()
+            db = product(*((a.t(), dy) if by_rows else (dy.t(), a)), None, alpha, 0.0, False)
+            db = db if by_rows else db.t()
+        dc = dy.sum(0) if needs[2] and wanted else None
+        return da, db, dc if dc is None or beta == 1 else dc * beta, None, None, None
 
 
 class EqualizedConv2d(nn.Module):

@@ -51,9 +51,8 @@ class ModulatedConv2d(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """x [N, I, H, W], w [N, w_dim] (or the styles [N, I]) → [N, O, H', W']."""
-        styles = w if self.affine is None else self.affine(w)
-        if not self.demodulate:
-            styles = styles * self.weight_gain
+        gain = 1.0 if self.demodulate else self.weight_gain
+        styles = w * gain if self.affine is None else self.affine(w, gain)
         return modulated_conv2d(
             x, self.weight, styles, None, self.up, self.down, self.padding,
             self.resample_filter.float(), self.demodulate, flip_weight=self.up == 1,
@@ -169,6 +168,6 @@ class ToRGB(nn.Module):
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """x [N, I, H, W], w [N, w_dim] → [N, out_channels, H, W]."""
         return synthesis_layer(
-            x, self.weight, self.affine(w) * self.weight_gain, _beside(self.bias, x),
+            x, self.weight, self.affine(w, self.weight_gain), _beside(self.bias, x),
             padding=self.padding, demodulate=False, act="linear", clamp=self.clamp,
         )  # fmt: skip

@@ -141,10 +141,13 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, x, w, form):
         ctx.save_for_backward(x, w)
         ctx.form = form
+        ctx.set_materialize_grads(False)
         return _forward(x, w, form)
 
     @staticmethod
     def backward(ctx: Any, dy):
+        if dy is None:
+            return None, None, None
         x, w = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and _weight_gradients]
         if not torch.is_grad_enabled():
@@ -168,10 +171,13 @@ class _WeightGradient(torch.autograd.Function):
     def forward(ctx: Any, dy, x, w, form):
         ctx.save_for_backward(dy, x)
         ctx.form = form
+        ctx.set_materialize_grads(False)
         return _gradients(dy, x, w, form, [False, True])[1]
 
     @staticmethod
     def backward(ctx: Any, v):
+        if v is None:
+            return None, None, None, None
         dy, x = ctx.saved_tensors
         d_dy = convolution(x, v, ctx.form) if ctx.needs_input_grad[0] else None
         adjoint = ctx.form.adjoint(x, dy, v)
@@ -210,7 +216,8 @@ def weight_gradients() -> bool:
 
 @contextlib.contextmanager
 def no_weight_gradients() -> Iterator[None]:
-    """Within it, a backward through gankern's convolutions computes no gradient of their weights.
+    """Within it, a backward through gankern's layers computes no gradient of their weights: of
+    convolutions, demodulation, equalised linear layers, and of the strength of noise.
 
     For penalties whose first gradient is in images or styles alone, such as path length's: what it
     costs is halved. The backward of the penalty itself runs outside, and does reach the weights.

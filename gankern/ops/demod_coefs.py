@@ -246,12 +246,13 @@ class _DemodCoefs(torch.autograd.Function):
 
 
 class _DemodCoefsBwd(torch.autograd.Function):
-    """dweight and dstyles from dd; its own gradient is composed of PyTorch's operations."""
+    """dweight and dstyles from dd; its own gradient is composed of PyTorch's operations, and of the
+    kernel where dstyles alone was asked for."""
 
     @staticmethod
     def forward(ctx: Any, dd, weight, styles, d, q, needs_dweight, needs_dstyles, eps, impl):
-        ctx.save_for_backward(dd, weight, styles)
-        ctx.eps = eps
+        ctx.save_for_backward(dd, weight, styles, d, q)
+        ctx.args = (eps, impl)
         ctx.set_materialize_grads(False)
         bwd = _impl.op(impl, "demod_coefs_bwd")
         return bwd(dd, d, q, weight, styles, needs_dweight, needs_dstyles)
@@ -261,11 +262,15 @@ class _DemodCoefsBwd(torch.autograd.Function):
         nothing = (None,) * 6
         if all(g is None for g in grads):
             return None, None, None, *nothing
+        eps, impl = ctx.args
+        if grads[0] is None and not torch.is_grad_enabled():
+            second = _bwd2_styles(ctx.saved_tensors, grads[1], ctx.needs_input_grad, impl)
+            return *second, *nothing
         with torch.enable_grad():
-            inputs = [t.view_as(t) for t in ctx.saved_tensors]
+            inputs = [t.view_as(t) for t in ctx.saved_tensors[:3]]
             dd, weight, styles = inputs
             needed = [g is not None for g in grads]
-            outputs = _bwd_reference(dd, weight, styles, ctx.eps, needed[0], needed[1])
+            outputs = _bwd_reference(dd, weight, styles, eps, needed[0], needed[1])
             wanted = [t for t in inputs if t.requires_grad]
             found = iter(
                 torch.autograd.grad(
@@ -277,6 +282,31 @@ class _DemodCoefsBwd(torch.autograd.Function):
                 )
             )
         return (*(next(found) if t.requires_grad else None for t in inputs), *nothing)
+
+
+def _bwd2_styles(tensors, v, needs, impl) -> tuple[Tensor | None, ...]:
+    """Gradients of <v, dstyles> in dd, weight and styles, in half as many launches as autograd's.
+
+    With u = v s, h = u qᵀ and g = -d³ dd it is Σ g h. So d_dd = -d³ h; d gets 3 g h / d, which the
+    first gradient takes on; and beside d there are d_q = gᵀ u and d_s = v (g q).
+    """
+    dd, weight, styles, d, q = tensors
+    w, s = _for_sums(weight, styles)
+    u = v * s
+    cube = d.pow(3)
+    h = torch.addmm(d, u, q.t(), beta=0, alpha=-1)  # -h, [N, O]
+    g = cube * dd  # -g
+    bwd = _impl.op(impl, "demod_coefs_bwd")
+    dw, ds = bwd((g * h).div_(d).mul_(3), d, q, weight, styles, needs[1], needs[2])
+    if needs[1]:
+        dw = torch.addcmul(dw.to(w.dtype), w, (g.t() @ u)[:, :, None, None], value=-2)
+    if needs[2]:
+        ds = torch.addcmul(ds.to(s.dtype), v, g @ q, value=-1)
+    return (
+        cube * h if needs[0] else None,
+        dw.to(weight.dtype) if needs[1] else None,
+        ds.to(styles.dtype) if needs[2] else None,
+    )
 
 
 def _bwd_reference(dd, weight, styles, eps, needs_dweight, needs_dstyles) -> list[Tensor]:

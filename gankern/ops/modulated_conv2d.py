@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gankern.ops import _impl
 from gankern.ops.conv2d_resample import check_conv, conv2d_resample, conv_dtype
 from gankern.ops.conv3x3 import gate, no_weight_gradients
 from gankern.ops.demod_coefs import demod_coefs
+from gankern.ops.synthesis_epilogue import synthesis_epilogue
 
 __all__ = ["modulated_conv2d", "no_weight_gradients"]
 
@@ -96,36 +100,57 @@ def modulate(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Input and weights of the convolution, both in its dtype, and what scales its output."""
     x, weight, styles, d = modulation(x, weight, styles, demodulate, impl)
-    return x * styles[:, :, None, None], weight, d
+    if _impl.choose("synthesis_epilogue", impl, x) == "reference":
+        return x * styles.to(x.dtype)[:, :, None, None], weight, d
+    # An epilogue of nothing but a factor a channel: its gradients take one launch each.
+    return synthesis_epilogue(x, d=styles, act="linear", impl=impl), weight, d
 
 
 def modulation(
     x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool, impl: str | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Image, weights and styles in the convolution's dtype, and what scales its output."""
+    """Image and weights in the convolution's dtype, styles, and what scales its output, both in
+    float32 or more."""
     dtype = conv_dtype(x)
     weight = gate(weight)
-    d = demod_coefs(weight, styles, impl=impl) if demodulate else None
-    weight, styles, d = _into_range(weight, styles, d, dtype)
-    d = None if d is None else d.to(torch.promote_types(dtype, torch.float32))
-    return x.to(dtype), weight.to(dtype), styles.to(dtype), d
+    d: Tensor | None = None
+    if demodulate and dtype == torch.float16:
+        weight, styles, d = _in_range(weight, styles, impl)
+    elif demodulate:
+        d = demod_coefs(weight, styles, impl=impl)
+    full = torch.promote_types(dtype, torch.float32)
+    return x.to(dtype), weight.to(dtype), styles.to(full), None if d is None else d.to(full)
 
 
-def _into_range(
-    weight: Tensor, styles: Tensor, d: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """For float16, weights below 1/sqrt(fan_in) and styles below 1, and the coefficients to match.
+def _in_range(weight: Tensor, styles: Tensor, impl: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    """For float16: weights of length 1, styles of at most 1, and the coefficients to match.
 
-    The scales are constants to autograd: they cancel in the output.
+    No sum is then over sqrt(fan_in) times the largest |x|. The scales are constants to autograd:
+    they cancel in the output.
     """
-    if dtype != torch.float16 or d is None:
-        return weight, styles, d
-    fan_in = weight[0].numel()
-    w_scale = weight.detach().float().abs().amax([1, 2, 3]).clamp_min(1e-30)  # [O]
-    w_scale = 1 / (w_scale * fan_in**0.5)
-    s_scale = 1 / styles.detach().float().abs().amax(1).clamp_min(1e-30)  # [N]
-    d = d / (s_scale[:, None] * w_scale)
-    return weight.float() * w_scale[:, None, None, None], styles.float() * s_scale[:, None], d
+    weight, styles = weight.float(), styles.float()
+    largest = torch.linalg.vector_norm(styles.detach(), math.inf, 1, keepdim=True)  # [N, 1]
+    styles = styles / largest.clamp_min(1e-30)
+    d = demod_coefs(weight, styles, impl=impl)
+    length = torch.linalg.vector_norm(weight.detach(), dim=[1, 2, 3]).clamp_min(1e-30)  # [O]
+    return _Quotient.apply(weight, length[:, None, None, None]), styles, d * length
+
+
+class _Quotient(torch.autograd.Function):
+    """x / length in float16, of a constant length: one launch each way, where a cast takes another.
+
+    Both are in float32, so that the gradient is too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x, length):
+        ctx.save_for_backward(length)
+        return torch.div(x, length, out=torch.empty_like(x, dtype=torch.float16))
+
+    @staticmethod
+    def backward(ctx: Any, dy):
+        (length,) = ctx.saved_tensors
+        return dy / length, None
 
 
 def _scale_add(y: Tensor, d: Tensor | None, noise: Tensor | None) -> Tensor:

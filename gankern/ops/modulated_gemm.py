@@ -84,6 +84,7 @@ def modulated_gemm(
                                demodulate, True, act, alpha, gain, clamp, impl=impl)  # fmt: skip
     _impl.choose(OP, impl, x)
     x, weight, styles, d = modulation(x, weight, styles, demodulate, impl)
+    styles = styles.to(x.dtype)
     y = x.new_empty(()).expand(x.shape[0], o, *x.shape[2:])  # what the epilogue would be given
     _, _, numbers = check_epilogue(y, None, d, noise, noise_strength, b, 0, act, alpha, gain, clamp)
     if noise is not None and noise.requires_grad and torch.is_grad_enabled():

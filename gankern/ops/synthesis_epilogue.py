@@ -12,6 +12,7 @@ from gankern.ops import _impl
 from gankern.ops.bias_act import ACTS, bias_act, bias_act_reference
 from gankern.ops.bias_act import _bwd as bias_act_bwd
 from gankern.ops.conv2d_resample import parse_padding
+from gankern.ops.conv3x3 import weight_gradients
 from gankern.ops.upfirdn2d import upfirdn2d
 
 if _impl.triton is not None:
@@ -390,18 +391,22 @@ class _Epilogue(torch.autograd.Function):
     def forward(ctx: Any, x, f, d, noise, strength, b, args):  # torch.compile counts parameters
         ctx.save_for_backward(x, f, d, noise, strength, b)
         ctx.args = args
+        ctx.set_materialize_grads(False)
         return _call(OP, x, f, d, noise, strength, b, args)
 
     @staticmethod
     def backward(ctx: Any, dy):
+        if dy is None:
+            return (None,) * 7
         x, f, d, noise, strength, b = ctx.saved_tensors
         dx, dd, db, ds = _bwd(dy, x, f, d, noise, strength, b, ctx.args)
         needs = ctx.needs_input_grad
         dd = dd.to(d.dtype) if needs[2] else None
         db = db.to(b.dtype) if needs[5] else None
-        if needs[4]:
+        needs_ds = needs[4] and weight_gradients()
+        if needs_ds:
             ds = (ds if strength.numel() == ds.numel() else ds.sum().reshape(1)).to(strength.dtype)
-        return (dx, None, dd, None, ds if needs[4] else None, db, None)
+        return (dx, None, dd, None, ds if needs_ds else None, db, None)
 
 
 def _bwd(*tensors_args):
@@ -437,12 +442,19 @@ def _bwd2_straight(tensors, cotangents, args, needs) -> tuple[Tensor | None, ...
     vx, vd, vb, vs = cotangents
     *act, impl = args[_ACT:]
     linear = (*args[:_ACT], "linear", 0.0, 1.0, -1.0, impl)
+    if f is None and vd is None and vb is None and vs is None:
+        if vx is None:
+            return (None,) * 7
+        if not needs[3]:  # m vx d is the first gradient, of vx in place of dy
+            return (_bwd(vx, x, f, d, noise, strength, b, args)[0], *(None,) * 6)
+    name, _, gain, clamp = act
+    straight = name == "linear" and gain == 1 and clamp < 0  # m = 1
     with torch.no_grad():
-        y = _fwd(x, f, d, noise, strength, b, args)
+        y = None if straight else _fwd(x, f, d, noise, strength, b, args)
 
     def slope_times(t: Tensor) -> Tensor:
         t = t.contiguous(memory_format=_impl.memory_format(x))
-        return bias_act_bwd(t, y, None, False, 1, *act, False, impl)[0]
+        return t if y is None else bias_act_bwd(t, y, None, False, 1, *act, False, impl)[0]
 
     if vx is not None:
         vx = vx.contiguous(memory_format=_impl.memory_format(x))
@@ -451,7 +463,10 @@ def _bwd2_straight(tensors, cotangents, args, needs) -> tuple[Tensor | None, ...
         row = (None if vs is None else noise, vs, vb)
         if vx is not None:
             q = _fwd(vx, f, d, *row, linear)
-            q = q if vd is None else q + _fwd(x, f, vd, None, None, None, linear)
+            if vd is not None and f is None and x.dtype == vd.dtype:
+                q = torch.addcmul(q, x, vd[:, :, None, None])
+            elif vd is not None:
+                q = q + _fwd(x, f, vd, None, None, None, linear)
         else:
             q = _fwd(x, f, x.new_zeros(x.shape[:2]) if vd is None else vd, *row, linear)
         d_dy = slope_times(q)

@@ -90,23 +90,27 @@ def conv2d_layer(
     alpha: float | None = None,
     gain: float | None = None,
     clamp: float | None = None,
+    noise: Tensor | None = None,
+    noise_strength: Tensor | None = None,
     *,
     impl: str | None = None,
 ) -> Tensor:
-    """`bias_act(conv2d_resample(x, w, f, ...), b, ...)`, the layer of a discriminator.
+    """`bias_act(conv2d_resample(x, w, f, ...) + noise * noise_strength, b, ...)`, in few passes.
 
-    The filter that follows an upsampling convolution runs in the kernel of bias and activation.
+    The layer of a discriminator, and of StyleGAN's generator. The filter that follows an upsampling
+    convolution runs in the kernel of noise, bias and activation.
 
-    Args: as `conv2d_resample` and `bias_act`.
+    Args: as `conv2d_resample`, `bias_act` and `synthesis_layer`.
 
     Returns: as `conv2d_resample`.
 
-    Differentiable to any order in x, w and b.
+    Differentiable to any order in x, w, b, noise and noise_strength.
     """
     pads = check_conv("conv2d_layer", x, w, up, down, padding, groups)
     x, w = to_conv_dtype(x, w)
     conv = (f, up, down, pads, groups, flip_weight, False)
-    return _conv_epilogue(x, w, conv, (None, None, None, b, act, alpha, gain, clamp), impl)
+    tail = (None, noise, noise_strength, b, act, alpha, gain, clamp)
+    return _conv_epilogue(x, w, conv, tail, impl)
 
 
 def _conv_epilogue(

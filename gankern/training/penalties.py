@@ -89,8 +89,7 @@ def path_length(
         The penalty, and the mean with this batch in it (without gradient).
     """
     y = torch.randn_like(img) if noise is None else noise
-    with no_weight_gradients():
-        g = _gradient((img * (y / math.sqrt(img.shape[2] * img.shape[3]))).sum(), ws)
+    g = _gradient((img * (y / math.sqrt(img.shape[2] * img.shape[3]))).sum(), ws)
     lengths = _norms(g) / math.sqrt(ws.shape[1])  # [N]
     length = lengths.detach().mean().to(mean)
     mean = torch.lerp(mean, length if reduce is None else reduce(length), decay)
@@ -103,8 +102,9 @@ def drift(real_logits: Tensor, weight: float = 1e-3) -> Tensor:
 
 
 def _gradient(y: Tensor, x: Tensor) -> Tensor:
-    """dy/dx in float32 or more, differentiable."""
-    (g,) = torch.autograd.grad(y, x, create_graph=True)
+    """dy/dx in float32 or more, differentiable; without the gradients of weights on the way."""
+    with no_weight_gradients():
+        (g,) = torch.autograd.grad(y, x, create_graph=True)
     return g.to(torch.promote_types(g.dtype, torch.float32))
 
 

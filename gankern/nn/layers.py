@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gankern.ops import _impl
 from gankern.ops.adain import adain
 from gankern.ops.bias_act import ACTS, bias_act
 from gankern.ops.conv2d_resample import conv_dtype
@@ -62,9 +63,9 @@ class EqualizedLinear(nn.Module):
         if self.act == "linear":
             b = None if b is None else b.to(dtype)
             scales = self.weight_gain * gain, self.lr_multiplier * gain
-            y = _ScaledProduct.apply(rows, w, b, *scales, True)
+            y = _scaled_product(rows, w, b, *scales)
             return y.reshape(*x.shape[:-1], y.shape[-1])
-        y = _ScaledProduct.apply(rows, w, None, self.weight_gain, 0.0, True)
+        y = _scaled_product(rows, w, None, self.weight_gain, 0.0)
         if b is not None:
             b = _beside(b if self.lr_multiplier == 1 else b * self.lr_multiplier, y)
         y = bias_act(y, b, act=self.act, gain=ACTS[self.act].gain * gain)
@@ -72,6 +73,13 @@ class EqualizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, act={self.act!r}"
+
+
+def _scaled_product(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
+    if not _impl.transformed():
+        return _ScaledProduct.apply(a, b, c, alpha, beta, True)
+    y = torch.mm(a, b) * alpha
+    return y if c is None else y + c * beta
 
 
 class _ScaledProduct(torch.autograd.Function):

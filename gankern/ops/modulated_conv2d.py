@@ -133,7 +133,9 @@ def _in_range(weight: Tensor, styles: Tensor, impl: str | None) -> tuple[Tensor,
     styles = styles / largest.clamp_min(1e-30)
     d = demod_coefs(weight, styles, impl=impl)
     length = torch.linalg.vector_norm(weight.detach(), dim=[1, 2, 3]).clamp_min(1e-30)  # [O]
-    return _Quotient.apply(weight, length[:, None, None, None]), styles, d * length
+    length = length[:, None, None, None]
+    unit = (weight / length).half() if _impl.transformed() else _Quotient.apply(weight, length)
+    return unit, styles, d * length.flatten()
 
 
 class _Quotient(torch.autograd.Function):

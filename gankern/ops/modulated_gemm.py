@@ -86,7 +86,7 @@ def modulated_gemm(
     x, weight, styles, d = modulation(x, weight, styles, demodulate, impl)
     styles = styles.to(x.dtype)
     y = x.new_empty(()).expand(x.shape[0], o, *x.shape[2:])  # what the epilogue would be given
-    _, _, numbers = check_epilogue(y, None, d, noise, noise_strength, b, 0, act, alpha, gain, clamp)
+    _, numbers = check_epilogue(y, None, d, noise, noise_strength, b, 0, act, alpha, gain, clamp)
     if noise is not None and noise.requires_grad and torch.is_grad_enabled():
         return _noise_outside(x, weight, styles, d, noise, noise_strength, b, act, *numbers)
     noise = None if noise is None else noise.reshape(-1, *noise.shape[-2:])  # [N or 1, H, W]

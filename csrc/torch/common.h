@@ -12,6 +12,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -163,25 +164,32 @@ inline Tensor dense(const Tensor& t) {
   return torch::stable::copy_(out, t);
 }
 
-// Uninitialised, contiguous, of t's device and, unless another is given, its dtype.
+// Uninitialised, of t's device, sizes and strides in elements.
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
-inline Tensor empty_beside(const Tensor& t, Sizes sizes, ScalarType dtype) {
-  auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+inline bool poisoned = GK_BACKEND_ID == 3;  // for tests: fresh memory of the CPU holds NaN
+inline Tensor empty_strided([[maybe_unused]] const Tensor& t, Sizes sizes, const int64_t* strides,
+                            ScalarType dtype) {
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle out = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(t.get(), sizes.data(),
-                                                   static_cast<int64_t>(sizes.size()), &code,
-                                                   nullptr, nullptr, 0, nullptr, &out));
-  return Tensor(out);
+#if GK_BACKEND_ID == 2
+  const int32_t device = aoti_torch_device_type_cuda(), index = t.get_device_index();
+#else
+  const int32_t device = aoti_torch_device_type_cpu(), index = 0;
+#endif
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides, code, device, index, &out));
+  Tensor fresh(out);
+  if (poisoned && fresh.numel())
+    memset(fresh.mutable_data_ptr(), 0xff, fresh.numel() * fresh.element_size());
+  return fresh;
+}
+inline Tensor empty_beside(const Tensor& t, Sizes sizes, ScalarType dtype) {
+  int64_t strides[64], step = 1;  // no tensor has more dimensions
+  for (size_t i = sizes.size(); i-- > 0; step *= std::max(sizes[i], int64_t(1))) strides[i] = step;
+  return empty_strided(t, sizes, strides, dtype);
 }
 inline Tensor empty_beside(const Tensor& t, Sizes sizes) {
   return empty_beside(t, sizes, t.scalar_type());
-}
-
-// t's memory seen with as many other sizes and strides.
-inline Tensor view_of(const Tensor& t, Sizes sizes, Sizes strides) {
-  AtenTensorHandle out = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_as_strided(t.get(), sizes.data(), strides.data(), &out));
-  return Tensor(out);
 }
 
 // NCHW in channels-last memory (and not also contiguous).
@@ -243,7 +251,8 @@ inline Tensor fresh(Tensor t) {
   return t;
 }
 inline Tensor fresh_like(const Tensor& t) {
-  return fresh(t.is_contiguous() ? empty_beside(t, t.sizes()) : torch::stable::empty_like(t));
+  return fresh(is_dense(t) ? empty_strided(t, t.sizes(), t.strides().data(), t.scalar_type())
+                           : torch::stable::empty_like(t));
 }
 
 // t in the memory layout of `like`, copied only if it has another one.
@@ -256,9 +265,8 @@ inline Tensor laid_out_like(const Tensor& t, const Tensor& like) {
 // Fresh images (N, C, H, W) of t's dtype, in channels-last memory or contiguous.
 inline Tensor fresh_images(const Tensor& t, int64_t N, int64_t C, int64_t H, int64_t W, bool last) {
   if (!last) return fresh(empty_beside(t, {N, C, H, W}));
-  const Tensor y = fresh(empty_beside(t, {N, H, W, C}));
-  const Sizes s = y.strides();
-  return view_of(y, {N, C, H, W}, {s[0], s[3], s[1], s[2]});
+  const int64_t row = W * C, strides[] = {H * row, 1, row, C};
+  return fresh(empty_strided(t, {N, C, H, W}, strides, t.scalar_type()));
 }
 
 // An output, followed in the same allocation by `bytes` of scratch for the kernel.

@@ -32,4 +32,9 @@ extern "C" __attribute__((visibility("default"))) int gankern_set_cpu_isa(int wa
   isa = std::min(wanted < 0 ? best_isa() : wanted, best_isa());
   return isa;
 }
+
+// For tests: fresh memory holds NaN. PyTorch's own switch for it is not asked.
+extern "C" __attribute__((visibility("default"))) void gankern_poison_memory(int on) {
+  gankern::poisoned = on;
+}
 #endif

@@ -221,6 +221,12 @@ def set_cpu_isa(level: int) -> int:
     return int(library.gankern_set_cpu_isa(level))
 
 
+def poison_memory(on: bool) -> None:
+    """Whether fresh memory of the CPU kernels holds NaN, whatever PyTorch's switch. For tests."""
+    if not LIBRARIES["cpu"]:
+        ctypes.CDLL(str(PACKAGE / "_cpu.so")).gankern_poison_memory(int(on))
+
+
 def check_float(op_name: str, name: str, t: Any) -> None:
     """Raise TypeError unless t is a tensor of a supported floating dtype."""
     if not isinstance(t, torch.Tensor):

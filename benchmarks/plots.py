@@ -31,6 +31,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 Row = dict[str, Any]
 COLORS = {
@@ -194,6 +195,10 @@ def growth(rows: list[Row]) -> dict[str, Figure]:
     for title, part in found.items():
         figure, axes = plt.subplots(1, 4, figsize=(11, 3), layout="constrained")
         for ax, (scale, (power, end)) in zip(axes, PROPORTION.items(), strict=True):
+            ax.set(xscale="log", yscale="log", xlabel=scale)
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_locator(NullLocator())
             line = sorted((row["value"], row["img_s"]) for row in part if row["scale"] == scale)
             if line:
                 x, y = zip(*line, strict=True)
@@ -201,7 +206,6 @@ def growth(rows: list[Row]) -> dict[str, Figure]:
                 ax.plot(x, ideal, "--", color="#9a9a9a", linewidth=1)
                 ax.plot(x, y, "o-", color=COLORS["ours"], markersize=4)
                 ax.set_xticks(x, list(map(str, x)))
-            ax.set(xscale="log", yscale="log", xlabel=scale)
             ax.set_xticks([], minor=True)
             ax.spines[["top", "right"]].set_visible(False)
         axes[0].set_ylabel("img/s")

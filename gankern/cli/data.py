@@ -53,7 +53,7 @@ command.add_command(glyphs)
     "--vectors",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="CSV",
-    help="Vectors as labels instead of classes: a line for each image, its name in SRC and then"
+    help="Vectors as labels (default: classes): a line for each image, its name in SRC and then"
     " numbers, as a/b.png,0.5,-1.",
 )
 @click.option(

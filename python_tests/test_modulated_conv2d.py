@@ -171,10 +171,12 @@ def test_float16_stays_in_range(device):
     assert max_error(y, exact) <= 4e-3 * exact.abs().max()
 
 
-def test_weight_gradients_off():
-    x, w, s = randn(1, 2, 4, 4), randn(2, 2, 3, 3, seed=1), randn(1, 2, seed=2)
+@pytest.mark.parametrize("up", [1, 2])
+@pytest.mark.parametrize("fused", [False, True])
+def test_weight_gradients_off(fused, up):
+    x, w, s = randn(2, 2, 4, 4), randn(2, 2, 3, 3, seed=1), randn(2, 2, seed=2)
     leaves = [t.requires_grad_() for t in (x, w, s)]
-    y = modulated_conv2d(*leaves, padding=1)
+    y = modulated_conv2d(*leaves, up=up, padding=1, fused_modconv=fused)
     with no_weight_gradients():
         dx, dw, ds = torch.autograd.grad(y.square().sum(), leaves, retain_graph=True,
                                          allow_unused=True)  # fmt: skip

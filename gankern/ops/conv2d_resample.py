@@ -76,11 +76,13 @@ def resampled_conv(
     flip_weight: bool,
     flip_filter: bool,
     impl: str | None,
+    derived: bool = False,
 ) -> Tensor:
     """`conv2d_resample` of checked arguments, the filter's own padding included in `pads`."""
     kh, kw = w.shape[2:]
     resample: dict[str, Any] = {"flip_filter": flip_filter, "impl": impl}
     conv: dict[str, Any] = {"groups": groups, "flip_weight": flip_weight, "impl": impl}
+    conv["derived"] = derived
     if kh == kw == 1 and down > 1 and up == 1:
         x = upfirdn2d(x, f, down=down, padding=pads, **resample)
         return _conv2d(x, w, **conv)
@@ -88,7 +90,7 @@ def resampled_conv(
         x = _conv2d(x, w, **conv)
         return upfirdn2d(x, f, up=up, padding=pads, gain=up**2, **resample)
     if up > 1:
-        x, pads = transposed_conv(x, w, up, pads, groups, flip_weight, impl)
+        x, pads = transposed_conv(x, w, up, pads, **conv)
         x = upfirdn2d(x, f, padding=pads, gain=up**2, **resample)
         return upfirdn2d(x, f, down=down, **resample) if down > 1 else x
     if down > 1:
@@ -107,6 +109,7 @@ def transposed_conv(
     groups: int,
     flip_weight: bool,
     impl: str | None,
+    derived: bool = False,
 ) -> tuple[Tensor, list[int]]:
     """The convolution of the zero-upsampled x, and the padding that is left for the filter."""
     kh, kw = w.shape[2:]
@@ -117,7 +120,7 @@ def transposed_conv(
     o = w.shape[0]
     w = w.unflatten(0, (groups, o // groups)).transpose(1, 2).flatten(0, 1)  # [I, O/groups, kh, kw]
     w = w.flip([2, 3]) if flip_weight and kh * kw > 1 else w
-    form = Form(up, (crop_y, crop_x), True, (0, 0), groups, has_own_kernels(x, impl))
+    form = Form(up, (crop_y, crop_x), True, (0, 0), groups, has_own_kernels(x, impl), derived)
     return convolution(x, w, form), [x0 + crop_x, x1 + crop_x, y0 + crop_y, y1 + crop_y]
 
 
@@ -129,9 +132,11 @@ def _conv2d(
     groups: int = 1,
     flip_weight: bool = True,
     impl: str | None = None,
+    derived: bool = False,
 ) -> Tensor:
     w = w if flip_weight or w.shape[2:].numel() == 1 else w.flip([2, 3])
-    return convolution(x, w, Form(stride, padding, False, (0, 0), groups, has_own_kernels(x, impl)))
+    own = has_own_kernels(x, impl)
+    return convolution(x, w, Form(stride, padding, False, (0, 0), groups, own, derived))
 
 
 def to_conv_dtype(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:

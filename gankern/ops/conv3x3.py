@@ -31,7 +31,8 @@ FEWEST_TILES = {
 
 
 class Form(NamedTuple):
-    """Arguments of a convolution; own: by our kernels where there are some."""
+    """Arguments of a convolution; own: by our kernels where there are some; derived: its weights
+    are computed from others, and `no_weight_gradients` is about those."""
 
     stride: int
     padding: tuple[int, int]
@@ -39,6 +40,7 @@ class Form(NamedTuple):
     output_padding: tuple[int, int]
     groups: int
     own: bool = False
+    derived: bool = False
 
     def arguments(self) -> tuple[Any, ...]:
         """As aten's convolution and its backward take them."""
@@ -149,7 +151,8 @@ class _Convolution(torch.autograd.Function):
         if dy is None:
             return None, None, None
         x, w = ctx.saved_tensors
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and _weight_gradients]
+        weights = _weight_gradients or ctx.form.derived
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and weights]
         if not torch.is_grad_enabled():
             return *(_gradients(dy, x, w, ctx.form, wanted) if any(wanted) else (None, None)), None
         dx = convolution(dy, w, ctx.form.adjoint(x, dy, w)) if wanted[0] else None

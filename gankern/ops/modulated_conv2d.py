@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from gankern.ops import _impl
-from gankern.ops.conv2d_resample import check_conv, conv2d_resample, conv_dtype
+from gankern.ops.conv2d_resample import (
+    check_conv,
+    conv2d_resample,
+    conv_dtype,
+    filter_padding,
+    resampled_conv,
+    to_conv_dtype,
+)
 from gankern.ops.conv3x3 import gate, no_weight_gradients
 from gankern.ops.demod_coefs import demod_coefs
 from gankern.ops.synthesis_epilogue import synthesis_epilogue
@@ -89,9 +96,9 @@ def _grouped(
     if demodulate:
         w = w * demod_coefs(weight, styles, impl=impl).to(w.dtype)[:, :, None, None, None]
     up, down, pads, _, flip_weight, flip_filter = args
-    x = x.reshape(1, n * i, *x.shape[2:])
-    w = w.flatten(0, 1).to(x.dtype)
-    y = conv2d_resample(x, w, f, up, down, pads, n, flip_weight, flip_filter, impl=impl)
+    x, w = to_conv_dtype(x.reshape(1, n * i, *x.shape[2:]), w.flatten(0, 1))
+    pads = filter_padding(f, up, down, pads)
+    y = resampled_conv(x, w, f, up, down, pads, n, flip_weight, flip_filter, impl, derived=True)
     return y.reshape(n, o, *y.shape[2:])
 
 

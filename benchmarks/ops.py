@@ -93,7 +93,8 @@ def square_sums(inputs: list[Tensor], d: Tensor) -> tuple[int, int]:
 
 def epilogue(x, d, b, strength, noise, impl):
     f, pads = (F4.to(x.device), 1) if x.shape[-1] % 2 else (None, 0)
-    return ops.synthesis_epilogue(x, f, d, noise, strength, b, pads, filter_gain=4, impl=impl)
+    factor = 1 if f is None else 4
+    return ops.synthesis_epilogue(x, f, d, noise, strength, b, pads, filter_gain=factor, impl=impl)
 
 
 def layer(x, weight, styles, b, strength, noise, impl):

@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
             *extras(name, run, G, folder),
         ]
     page = [
-        "# Every model, trained on one CPU core",
+        "# Every model, trained on two CPU cores",
         "",
         "Made by `python benchmarks/gallery.py` from 5,000 real MNIST digits; seeds are fixed. It",
         "starts each run by the command that stands at its model, with a folder as `--out`. The",

@@ -61,6 +61,38 @@ __device__ __forceinline__ __nv_bfloat16 from_acc<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
+// A number of 16 bits, float16 or bfloat16: a kernel is compiled once for both, and which of them
+// it is comes with its arguments, in a Format.
+struct Half16 {
+  unsigned short bits;
+};
+
+template <typename T>
+struct Format {  // of float and double: nothing is left to know
+  explicit Format(int) {}
+};
+template <>
+struct Format<Half16> {
+  explicit Format(int dtype) : bf16(dtype == kBF16) {}
+  bool bf16;
+};
+
+__device__ __forceinline__ float to_acc(float v, Format<float>) { return v; }
+__device__ __forceinline__ double to_acc(double v, Format<double>) { return v; }
+__device__ __forceinline__ float to_acc(Half16 v, Format<Half16> format) {
+  return format.bf16 ? __bfloat162float(__ushort_as_bfloat16(v.bits))
+                     : __half2float(__ushort_as_half(v.bits));
+}
+
+template <typename T>
+__device__ __forceinline__ T from_acc(Acc<T> v, Format<T> format) {
+  if constexpr (std::is_same<T, Half16>::value)
+    return {format.bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(v))
+                        : __half_as_ushort(__float2half_rn(v))};
+  else
+    return v;
+}
+
 template <int kBytes>
 struct RawOf;
 template <>
@@ -98,6 +130,46 @@ template <typename T, int N>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T, N>& value) {
   using Raw = typename RawOf<sizeof(T) * N>::type;
   *reinterpret_cast<Raw*>(p) = *reinterpret_cast<const Raw*>(&value);
+}
+
+// The elements of a pack as numbers to reckon with, and back; one branch serves the whole pack.
+template <typename T, int N>
+__device__ __forceinline__ void widen(const Pack<T, N>& pack, Format<T> format, Acc<T> (&out)[N]) {
+  if constexpr (std::is_same<T, Half16>::value) {
+    if (format.bf16) {
+#pragma unroll
+      for (int j = 0; j < N; j++) out[j] = __bfloat162float(__ushort_as_bfloat16(pack.v[j].bits));
+      return;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < N; j++) {
+    if constexpr (std::is_same<T, Half16>::value)
+      out[j] = __half2float(__ushort_as_half(pack.v[j].bits));
+    else
+      out[j] = pack.v[j];
+  }
+}
+
+template <typename T, int N>
+__device__ __forceinline__ Pack<T, N> narrow(const Acc<T> (&values)[N], Format<T> format) {
+  Pack<T, N> pack;
+  if constexpr (std::is_same<T, Half16>::value) {
+    if (format.bf16) {
+#pragma unroll
+      for (int j = 0; j < N; j++)
+        pack.v[j].bits = __bfloat16_as_ushort(__float2bfloat16_rn(values[j]));
+      return pack;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < N; j++) {
+    if constexpr (std::is_same<T, Half16>::value)
+      pack.v[j].bits = __half_as_ushort(__float2half_rn(values[j]));
+    else
+      pack.v[j] = values[j];
+  }
+  return pack;
 }
 
 // Makes the compiler forget what it derived from v, so that widened values and addresses are
@@ -154,6 +226,19 @@ inline int by_dtype(int dtype, F f) {
       return f(__nv_bfloat16{});
     default:
       return f(double{});
+  }
+}
+
+// As by_dtype, with one type for both formats of 16 bits: f(T{}, Format<T>(dtype)).
+template <typename F>
+inline int by_width(int dtype, F f) {
+  switch (dtype) {
+    case kF32:
+      return f(float{}, Format<float>(dtype));
+    case kF64:
+      return f(double{}, Format<double>(dtype));
+    default:
+      return f(Half16{}, Format<Half16>(dtype));
   }
 }
 

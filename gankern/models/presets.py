@@ -113,7 +113,7 @@ PRESETS: dict[str, Options] = {
         "g_lr": 2e-4,
         "d_lr": 8e-4,
         "batch": 32,
-        "kimg": 12.0,
+        "kimg": 24.0,
     },
     "pggan": _CRITIC
     | _SMALL

@@ -88,8 +88,8 @@ def test_page_of_a_run_that_the_command_trained(tmp_path, monkeypatch):
     options = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "docs")]
     assert gallery.main(options) == 1  # this classifier finds no difference
     page = (tmp_path / "docs/gallery.md").read_text()
-    seconds = int((tmp_path / "runs/vanilla/cpu_seconds").read_text())
-    assert f"| vanilla | 0.032 | {seconds} | 1.00 | 1.00 | 100% | 1.00 | - |" in page
+    seconds = int((tmp_path / "runs/vanilla/seconds").read_text())
+    assert f"| vanilla | 0.032 | {seconds / 60:.1f} | 1.00 | 1.00 | 100% | 1.00 | - |" in page
     assert "Fully connected. `gankern train --preset vanilla`" in page
     assert seconds > 0
     for picture in ("vanilla.png", "vanilla-loss.png"):

@@ -22,7 +22,7 @@ OPTIONS = {
     "width": 4,
     "d_width": 4,
     "batch": 24,
-    "kimg": 6,
+    "kimg": 4,
     "tick_kimg": 0.12,
     "sample_ticks": 10,
     "checkpoint_ticks": 2,

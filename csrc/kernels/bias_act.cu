@@ -60,20 +60,15 @@ __device__ __forceinline__ Acc<T> process(const Tensors<T>& t, int64_t i, Bias b
   widen(a, t.format, in0);
   widen(b, t.format, in1);
   widen(c, t.format, in2);
-  A sum = A(0);
-  const auto add = [&](int j, A v) {
-    if (kOp == kBwd) sum += v;
-    if (kOp == kBwd && sums) sums[j] += v;
-  };
   each<kPwl, kFew<kOp>>(
-      [&](int j, A& v, A ref, A w) {
-        v = element<kOp, kPwl>(v, ref, w, bias(j), p);
-        if (kPwl) add(j, v);
-      },
-      in0, in1, in2);
-  if (!kPwl)
+      [&](int j, A& v, A ref, A w) { v = element<kOp, kPwl>(v, ref, w, bias(j), p); }, in0, in1,
+      in2);
+  A sum = A(0);
 #pragma unroll
-    for (int j = 0; j < N; j++) add(j, in0[j]);
+  for (int j = 0; j < N; j++) {
+    if (kOp == kBwd) sum += in0[j];
+    if (kOp == kBwd && sums) sums[j] += in0[j];
+  }
   forget(i);  // else the compiler splits the store
   store_pack<T, N>(t.out + i, narrow<T, N>(in0, t.format));
   return sum;

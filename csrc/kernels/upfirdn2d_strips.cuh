@@ -95,9 +95,10 @@ __global__ void __launch_bounds__(kStripThreads, 4) upfirdn2d_strips_kernel(Args
           int column = first_x - ix0;
 #pragma unroll 2
           for (int k = tap_x; k < p.w.taps; k += p.w.up, column++) {
+            const Granule granule = load_pack<T, N>(
+                stage[r * p.pitch + (column & mask) * phase + (column >> s.log2_phases) * 2 + g].v);
             float v[N];
-            widen(stage[r * p.pitch + (column & mask) * phase + (column >> s.log2_phases) * 2 + g],
-                  format, v);
+            widen(granule, format, v);
             const float w = fx[k];
 #pragma unroll
             for (int e = 0; e < N; e++) sums[e] += w * v[e];

@@ -50,6 +50,31 @@ __device__ __forceinline__ A act_value(A u, const ActArgs<A>& p) {
   }
 }
 
+// The first kBy elements go to the end.
+template <int kBy, typename A, int N>
+__device__ __forceinline__ void turn(A (&a)[N]) {
+  A turned[N];
+#pragma unroll
+  for (int i = 0; i < N; i++) turned[i] = a[(i + kBy) % N];
+#pragma unroll
+  for (int i = 0; i < N; i++) a[i] = turned[i];
+}
+
+// f(j, a[j], rest[j]...) for each j: at once where the activation is piecewise linear. The code of
+// the others is long: f is compiled kFew times, for a loop in which the arrays turn, since
+// registers have no index. Of an array of one element, f gets that one.
+template <bool kPwl, int kFew, typename F, typename A, int N, int... M>
+__device__ __forceinline__ void each(F f, A (&a)[N], A (&... rest)[M]) {
+  constexpr int kStep = kPwl || N < kFew ? N : kFew;
+#pragma unroll 1
+  for (int j = 0; j < N; j += kStep) {
+#pragma unroll
+    for (int k = 0; k < kStep; k++) f(j + k, a[k], rest[k % M]...);
+    turn<kStep>(a);
+    (turn<kStep>(rest), ...);
+  }
+}
+
 // act'(u), from a = act(u) where that suffices, else from u.
 template <bool kPwl, typename A>
 __device__ __forceinline__ A act_slope(A a, A u, const ActArgs<A>& p) {

@@ -29,8 +29,8 @@ __device__ __forceinline__ A element(A in0, A in1, A in2, A bias, const ActArgs<
 
 // Backward compares y, as it was stored, with the clamp as it was stored.
 template <int kOp, typename T>
-__device__ __forceinline__ void round_clamp(ActArgs<Acc<T>>& p) {
-  if (kOp != kFwd && !p.from_x) p.clamp = to_acc(from_acc<T>(p.clamp));
+__device__ __forceinline__ void round_clamp(ActArgs<Acc<T>>& p, Format<T> format) {
+  if (kOp != kFwd && !p.from_x) p.clamp = to_acc(from_acc<T>(p.clamp, format), format);
 }
 
 template <typename T>
@@ -39,26 +39,38 @@ struct Tensors {
   const T* in1;
   const T* in2;
   T* out;
+  Format<T> format;
 };
 
-template <int kOp, bool kPwl, typename T, int N>
-__device__ __forceinline__ Acc<T> process(const Tensors<T>& t, int64_t i, const Acc<T>* bias,
+// See each(): what is left of the registers.
+template <int kOp>
+constexpr int kFew = kOp == kFwd ? 2 : 1;
+
+// N elements from i on, of which bias(j) is the bias; returns their sum, and adds each to its own
+// of `sums`, unless null.
+template <int kOp, bool kPwl, typename T, int N, typename Bias>
+__device__ __forceinline__ Acc<T> process(const Tensors<T>& t, int64_t i, Bias bias,
                                           const ActArgs<Acc<T>>& p, Acc<T>* sums) {
   using A = Acc<T>;
   const Pack<T, N> a = load_pack<T, N>(t.in0 + i);
   Pack<T, N> b = a, c = a;
   if (kOp != kFwd) b = load_pack<T, N>(t.in1 + i);
   if (kOp == kBwd2) c = load_pack<T, N>(t.in2 + i);
-  Pack<T, N> out;
+  A in0[N], in1[N], in2[N];
+  widen(a, t.format, in0);
+  widen(b, t.format, in1);
+  widen(c, t.format, in2);
+  each<kPwl, kFew<kOp>>(
+      [&](int j, A& v, A ref, A w) { v = element<kOp, kPwl>(v, ref, w, bias(j), p); }, in0, in1,
+      in2);
   A sum = A(0);
 #pragma unroll
   for (int j = 0; j < N; j++) {
-    const A v = element<kOp, kPwl>(to_acc(a.v[j]), to_acc(b.v[j]), to_acc(c.v[j]), bias[j], p);
-    out.v[j] = from_acc<T>(v);
-    if (kOp == kBwd) sum += v;
-    if (kOp == kBwd && sums) sums[j] += v;
+    if (kOp == kBwd) sum += in0[j];
+    if (kOp == kBwd && sums) sums[j] += in0[j];
   }
-  store_pack<T, N>(t.out + i, out);
+  forget(i);  // else the compiler splits the store
+  store_pack<T, N>(t.out + i, narrow<T, N>(in0, t.format));
   return sum;
 }
 
@@ -88,32 +100,45 @@ __device__ __forceinline__ bool last_block(int* tickets) {
   return last;
 }
 
-// Planes: thread row threadIdx.y owns channel c; blockIdx.y is a part of the plane, z of outer.
+// Planes: thread row threadIdx.y owns channel c; blockIdx.y is a part of the plane, z of outer. A
+// part is `span` packs and, in the first, the elements before and behind them; or all elements one
+// by one, unless packed.
 template <int kOp, bool kPwl, typename T, int N>
 __global__ void __launch_bounds__(kThreads)
     bias_act_planes_kernel(Tensors<T> t, const void* b, bool b_f32, int64_t outer, int64_t C,
-                           int64_t inner, int span, ActArgs<Acc<T>> p, Reduce<Acc<T>> r) {
+                           int64_t inner, int span, bool packed, ActArgs<Acc<T>> p,
+                           Reduce<Acc<T>> r) {
   using A = Acc<T>;
-  round_clamp<kOp, T>(p);
+  round_clamp<kOp, T>(p, t.format);
   const int64_t c = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  const int chunk = blockIdx.y;
+  // Of `all` packs or elements, those of this part.
+  const auto first = [&] { return static_cast<int64_t>(blockIdx.y) * span + threadIdx.x; };
+  const auto behind = [&](int64_t all) {
+    return min(all, (static_cast<int64_t>(blockIdx.y) + 1) * span);
+  };
   A sum = A(0);
   if (c < C) {
-    A bias[N];
-    const A bias_c = b ? load_param<T>(b, b_f32, c) : A(0);
-#pragma unroll
-    for (int j = 0; j < N; j++) bias[j] = bias_c;
+    const A bias_c = b ? load_param<T>(b, b_f32, c, t.format) : A(0);
+    const auto bias = [&](int) { return bias_c; };
     for (int64_t n = blockIdx.z; n < outer; n += gridDim.z) {
-      const int64_t start = (n * C + c) * inner;
-      const int64_t head = min(inner, -start & (N - 1));  // elements up to 16-byte alignment
-      const int64_t packs = (inner - head) / N, tail = inner - head - packs * N;
-      const int64_t stop = min(packs, static_cast<int64_t>(chunk + 1) * span);
-      for (int64_t i = static_cast<int64_t>(chunk) * span + threadIdx.x; i < stop; i += blockDim.x)
+      int64_t start, head, packs;  // head: elements up to 16-byte alignment
+      const auto locate = [&] {
+        start = (n * C + c) * inner;
+        head = packed || N == 1 ? min(inner, -start & (N - 1)) : inner;
+        packs = (inner - head) / N;
+      };
+      locate();
+      const int64_t stop = behind(packs);
+      for (int64_t i = first(); i < stop; i += blockDim.x)
         sum += process<kOp, kPwl, T, N>(t, start + head + i * N, bias, p, nullptr);
-      if (N > 1 && chunk == 0)
-        for (int64_t i = threadIdx.x; i < head + tail; i += blockDim.x)
-          sum +=
-              process<kOp, kPwl, T, 1>(t, start + (i < head ? i : i + packs * N), bias, p, nullptr);
+      if (N == 1) continue;
+      forget(n);
+      locate();
+      const int64_t edges = inner - packs * N;
+      const int64_t edge_stop = blockIdx.y + 1 < gridDim.y ? behind(edges) : edges;
+      for (int64_t i = first(); i < edge_stop; i += blockDim.x)
+        sum +=
+            process<kOp, kPwl, T, 1>(t, start + (i < head ? i : i + packs * N), bias, p, nullptr);
     }
   }
   if (kOp != kBwd || !r.db) return;
@@ -132,7 +157,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   if (splits() == 1) {
-    if (threadIdx.x == 0 && c < C) store_param<T>(r.db, r.db_f32, c, sum);
+    if (threadIdx.x == 0 && c < C) store_param<T>(r.db, r.db_f32, c, sum, t.format);
     return;
   }
   if (threadIdx.x == 0 && c < C) r.partials[split() * C + c] = sum;
@@ -140,34 +165,32 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x != 0) return;
   sum = A(0);
   for (int s = 0; s < splits(); s++) sum += r.partials[s * C + c];
-  store_param<T>(r.db, r.db_f32, c, sum);
+  store_param<T>(r.db, r.db_f32, c, sum, t.format);
 }
 
-// The bias of a thread's columns, whose channels are (column + j) % C. The block's columns go
-// through shared memory: global memory gives each once to the block, not to every row of threads.
-// Pieces of kRead lie so that neither their writes nor their reads meet in a bank.
-template <typename T, int N>
-__device__ __forceinline__ void load_row_bias(Acc<T> (&bias)[N], const void* b, bool b_f32,
-                                              int64_t columns, int64_t C, Acc<T>* shared) {
-  using A = Acc<T>;
-  constexpr int kRead = N < 4 ? N : 4;
-  const int x = blockDim.x, pitch = x * kRead | 16;
+// Where in shared memory the bias of element j of thread x lies: in pieces of kRead, which are read
+// at once, so that neither writes nor reads meet in a bank.
+template <int N, int kRead>
+__device__ __forceinline__ int bias_at(int x, int j) {
+  const int pitch = blockDim.x * kRead | 32 / (N / kRead);
+  return j / kRead * pitch + x * kRead + j % kRead;
+}
+
+// The bias of a block's columns, whose channels are column % C, to shared memory: global memory
+// gives each once to the block, not to every row of threads.
+template <typename T, int N, int kRead>
+__device__ __forceinline__ void share_row_bias(Acc<T>* shared, const void* b, bool b_f32,
+                                               int64_t columns, int64_t C, Format<T> format) {
+  const int x = blockDim.x;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * x * N;
   const int width = static_cast<int>(min(columns - first, static_cast<int64_t>(x) * N));
   for (int e = threadIdx.y * x + threadIdx.x; e < width; e += x * blockDim.y) {
     // A folded row lies in one block: 32 bits are enough for its columns.
     const int64_t c =
         columns == C ? first + e : static_cast<unsigned>(e) % static_cast<unsigned>(C);
-    shared[e % N / kRead * pitch + e / N * kRead + e % kRead] = load_param<T>(b, b_f32, c);
+    shared[bias_at<N, kRead>(e / N, e % N)] = load_param<T>(b, b_f32, c, format);
   }
   __syncthreads();
-  if (static_cast<int>(threadIdx.x) * N >= width) return;
-#pragma unroll
-  for (int k = 0; k < N / kRead; k++) {
-    const Pack<A, kRead> v = load_pack<A, kRead>(shared + k * pitch + threadIdx.x * kRead);
-#pragma unroll
-    for (int j = 0; j < kRead; j++) bias[k * kRead + j] = v.v[j];
-  }
 }
 
 // Rows: memory is rows of `columns` elements (columns = fold * C, a multiple of N); a thread owns N
@@ -177,18 +200,41 @@ __global__ void __launch_bounds__(kThreads)
     bias_act_rows_kernel(Tensors<T> t, const void* b, bool b_f32, int64_t numel, int64_t C,
                          int64_t columns, ActArgs<Acc<T>> p, Reduce<Acc<T>> r) {
   using A = Acc<T>;
-  round_clamp<kOp, T>(p);
+  constexpr bool kKept = kOp == kFwd && kPwl || N == 1;  // the bias is in registers
+  constexpr int kRead = !kKept ? 1 : N < 4 ? N : 4;
+  round_clamp<kOp, T>(p, t.format);
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.y * columns;
-  A sums[N] = {}, bias[N] = {};
-  __shared__ __align__(16) A shared[kThreads * N + 16];
-  if (b && (kOp == kFwd || p.from_x)) load_row_bias<T, N>(bias, b, b_f32, columns, C, shared);
+  const bool biased = b && (kOp == kFwd || p.from_x);
+  A sums[N] = {};
+  __shared__ __align__(16) A shared[kThreads * N + 32];
+  if (biased) share_row_bias<T, N, kRead>(shared, b, b_f32, columns, C, t.format);
   if (column < columns) {
+    const auto shared_bias = [&](int j) {
+      return biased ? shared[bias_at<N, kRead>(threadIdx.x, j)] : A(0);
+    };
+    Pack<A, kRead> kept[N / kRead] = {};
+    if (kKept && biased)
+#pragma unroll
+      for (int k = 0; k < N / kRead; k++)
+        kept[k] = load_pack<A, kRead>(shared + bias_at<N, kRead>(threadIdx.x, k * kRead));
+    const auto bias = [&](int j) {
+      if constexpr (kKept)
+        return kept[j / kRead].v[j % kRead];
+      else
+        return shared_bias(j);
+    };
     int64_t i = (static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y) * columns + column;
     for (; i + N <= numel; i += step) process<kOp, kPwl, T, N>(t, i, bias, p, sums);
     if (N > 1)
-      for (int j = 0; j < N && i + j < numel; j++)
-        sums[j] += process<kOp, kPwl, T, 1>(t, i + j, bias + j, p, nullptr);
+#pragma unroll 1
+      for (int j = 0; j < N && i + j < numel; j++) {
+        const A v =
+            process<kOp, kPwl, T, 1>(t, i + j, [&](int) { return shared_bias(j); }, p, nullptr);
+#pragma unroll
+        for (int k = 0; k < N; k++)
+          if (kOp == kBwd && k == j) sums[k] += v;
+      }
   }
   if (kOp != kBwd || !r.db) return;
 
@@ -205,7 +251,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int j = 0; j < N; j++) {
       if (gridDim.y == 1 && columns == C)
-        store_param<T>(r.db, r.db_f32, column + j, sums[j]);
+        store_param<T>(r.db, r.db_f32, column + j, sums[j], t.format);
       else
         r.partials[blockIdx.y * columns + column + j] = sums[j];
     }
@@ -219,7 +265,7 @@ __global__ void __launch_bounds__(kThreads)
     A sum = A(0);
     for (int s = 0; s < static_cast<int>(gridDim.y); s++)
       for (int64_t k = c; k < columns; k += C) sum += r.partials[s * columns + k];
-    store_param<T>(r.db, r.db_f32, c, sum);
+    store_param<T>(r.db, r.db_f32, c, sum, t.format);
   }
 }
 
@@ -291,18 +337,6 @@ void merge(bool has_channels, int64_t& outer, int64_t& C, int64_t& inner) {
 
 int pack_of(int dtype) { return dtype == kF64 ? 1 : dtype == kF32 ? 4 : 8; }
 
-template <int kOp, bool kPwl, typename T, int N>
-void launch(const Plan& plan, const Tensors<T>& t, const void* b, bool b_f32, int64_t outer,
-            int64_t C, int64_t inner, const ActArgs<Acc<T>>& p, const Reduce<Acc<T>>& r,
-            void* stream) {
-  if (plan.rows)
-    GK_LAUNCH((bias_act_rows_kernel<kOp, kPwl, T, N>), plan.grid, plan.block, 0, stream, t, b,
-              b_f32, outer * C, C, plan.columns, p, r);
-  else
-    GK_LAUNCH((bias_act_planes_kernel<kOp, kPwl, T, N>), plan.grid, plan.block, 0, stream, t, b,
-              b_f32, outer, C, inner, plan.span, p, r);
-}
-
 template <int kOp>
 int run(int dtype, int bdtype, const void* in0, const void* in1, const void* in2, const void* b,
         void* out, void* db, void* workspace, int64_t outer, int64_t C, int64_t inner, int act,
@@ -311,7 +345,7 @@ int run(int dtype, int bdtype, const void* in0, const void* in1, const void* in2
   merge(b || db, outer, C, inner);
   const bool packed =
       aligned16(in0) && aligned16(out) && (!in1 || aligned16(in1)) && (!in2 || aligned16(in2));
-  return by_dtype(dtype, [&](auto zero) {
+  return by_width(dtype, [&](auto zero, auto format) {
     using T = decltype(zero);
     using A = Acc<T>;
     constexpr int kPack = sizeof(T) == 8 ? 1 : 16 / sizeof(T);
@@ -328,15 +362,23 @@ int run(int dtype, int bdtype, const void* in0, const void* in1, const void* in2
       if (e != cudaSuccess) return static_cast<int>(e);
     }
     const Tensors<T> t{static_cast<const T*>(in0), static_cast<const T*>(in1),
-                       static_cast<const T*>(in2), static_cast<T*>(out)};
+                       static_cast<const T*>(in2), static_cast<T*>(out), format};
     const bool b_f32 = bdtype == kF32;
-    if constexpr (kPack > 1) {
-      if (n > 1 && act <= kLrelu && kOp != kBwd2)
-        launch<kOp, kOp != kBwd2, T, kPack>(plan, t, b, b_f32, outer, C, inner, p, r, stream);
-      else if (n > 1)
-        launch<kOp, false, T, kPack>(plan, t, b, b_f32, outer, C, inner, p, r, stream);
+    // float64 and single elements are rare: one instance serves all activations.
+    constexpr bool kPwl = kOp != kBwd2 && kPack > 1;
+    const bool pwl = kPwl && act <= kLrelu;
+    if (plan.rows) {
+      const auto kernel = n == 1 ? bias_act_rows_kernel<kOp, false, T, 1>
+                          : pwl  ? bias_act_rows_kernel<kOp, kPwl, T, kPack>
+                                 : bias_act_rows_kernel<kOp, false, T, kPack>;
+      GK_LAUNCH((kernel), plan.grid, plan.block, 0, stream, t, b, b_f32, outer * C, C, plan.columns,
+                p, r);
+    } else {
+      const auto kernel = pwl ? bias_act_planes_kernel<kOp, kPwl, T, kPack>
+                              : bias_act_planes_kernel<kOp, false, T, kPack>;
+      GK_LAUNCH((kernel), plan.grid, plan.block, 0, stream, t, b, b_f32, outer, C, inner, plan.span,
+                n > 1, p, r);
     }
-    if (n == 1) launch<kOp, false, T, 1>(plan, t, b, b_f32, outer, C, inner, p, r, stream);
     return static_cast<int>(cudaGetLastError());
   });
 }

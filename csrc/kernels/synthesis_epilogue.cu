@@ -191,49 +191,39 @@ struct Launcher {
     return static_cast<int>(cudaGetLastError());
   }
 
-  template <bool kLast, bool kPwl>
+  bool pwl() const { return kFast<T> && p.act <= kLrelu; }
+
+  template <bool kLast>
   int forward() {
     constexpr int V = kVec<T>, kMost = 16 / V > 4 ? 1 : 16 / V;
-    if (!filtered) return launch(synthesis_epilogue_fwd_kernel<T, kLast, kPwl>, 0);
+    if (!filtered)
+      return launch(pwl() ? synthesis_epilogue_fwd_kernel<T, kLast, kFast<T>>
+                          : synthesis_epilogue_fwd_kernel<T, kLast, false>,
+                    0);
     const int words = (kLast ? V / kPiece<T> : V) * a.plane +
                       (a.noise ? plan.per_thread * (kLast ? 1 : V) * plan.threads : 0);
-    const int bytes = words * static_cast<int>(sizeof(Acc<T>));
-    if constexpr (kPwl)
-      if (plan.per_thread > 1)
-        return launch(synthesis_epilogue_fwd_filter_kernel<T, kLast, kPwl, kMost>, bytes);
-    return launch(synthesis_epilogue_fwd_filter_kernel<T, kLast, kPwl, 1>, bytes);
-  }
-
-  template <bool kLast, bool kPwl>
-  int backward() {
-    constexpr int V = kVec<T>, kPlanes = kLast ? V / kPiece<T> : V;
-    if (!filtered) return launch(synthesis_epilogue_bwd_kernel<T, kLast, kPwl>, 0);
-    const int sums = V > 4 ? 3 * kPiece<T> * plan.threads : 0;
-    const int words =
-        kPlanes * (a.plane + a.plane2) + (kLast ? sums : 1 + V * (a.noise_plane + 2 * a.step));
-    return launch(synthesis_epilogue_bwd_filter_kernel<T, kLast, kPwl>,
+    return launch(plan.per_thread > 1 ? synthesis_epilogue_fwd_filter_kernel<T, kLast, kMost>
+                                      : synthesis_epilogue_fwd_filter_kernel<T, kLast, 1>,
                   words * static_cast<int>(sizeof(Acc<T>)));
   }
 
-  template <bool kBackward, bool kLast>
-  int by_act() {
-    // float64 is for checks: one instance.
-    constexpr bool kFast = sizeof(T) < 8;
-    if (kFast && p.act <= kLrelu) {
-      if constexpr (kBackward)
-        return backward<kLast, kFast>();
-      else
-        return forward<kLast, kFast>();
-    }
-    if constexpr (kBackward)
-      return backward<kLast, false>();
-    else
-      return forward<kLast, false>();
+  template <bool kLast>
+  int backward() {
+    constexpr int V = kVec<T>, kPlanes = kLast ? V / kPiece<T> : V;
+    if (!filtered)
+      return launch(pwl() ? synthesis_epilogue_bwd_kernel<T, kLast, kFast<T>>
+                          : synthesis_epilogue_bwd_kernel<T, kLast, false>,
+                    0);
+    const int sums = V > 4 ? 3 * kPiece<T> * plan.threads : 0;
+    const int words =
+        kPlanes * (a.plane + a.plane2) + (kLast ? sums : 1 + V * (a.noise_plane + 2 * a.step));
+    return launch(synthesis_epilogue_bwd_filter_kernel<T, kLast>,
+                  words * static_cast<int>(sizeof(Acc<T>)));
   }
 
-  template <bool kBackward>
-  int run() {
-    return last ? by_act<kBackward, true>() : by_act<kBackward, false>();
+  int run(bool back) {
+    if (last) return back ? backward<true>() : forward<true>();
+    return back ? backward<false>() : forward<false>();
   }
 };
 
@@ -291,6 +281,7 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
       a.row_bits = row_bits, a.warp_bits = warp_bits;
   }
   a.f32 = f32;
+  a.format = Format<T>(dtype);
   a.filter_gain = static_cast<A>(filter_gain);
   a.separable = separable, a.flip = flip;
   a.one_noise = noise_n == 1, a.one_strength = strength_n == 1;
@@ -320,12 +311,12 @@ int synthesis_epilogue(int dtype, int f32, const void* x, const void* f, const v
                        void* stream) {
   if (N * C * out_h * out_w == 0) return 0;
   if (max(max(H * W, out_h * out_w), max(N, C)) > (int64_t(1) << 30)) return cudaErrorInvalidValue;
-  return by_dtype(dtype, [&](auto zero) {
+  return by_width(dtype, [&](auto zero, auto) {
     return launcher<decltype(zero)>(dtype, f32, x, f, d, noise, strength, b, y, N, C, H, W, out_h,
                                     out_w, taps_y, taps_x, separable, noise_n, strength_n, x0, y0,
                                     flip, filter_gain, channels_last, act, alpha, gain, clamp,
                                     false, stream)
-        .template run<false>();
+        .run(false);
   });
 }
 
@@ -351,7 +342,7 @@ int synthesis_epilogue_bwd(int dtype, int f32, const void* dy, const void* x, co
                            double gain, double clamp, void* stream) {
   if (N * C * out_h * out_w == 0) return 0;
   if (max(max(H * W, out_h * out_w), max(N, C)) > (int64_t(1) << 30)) return cudaErrorInvalidValue;
-  return by_dtype(dtype, [&](auto zero) {
+  return by_width(dtype, [&](auto zero, auto) {
     using T = decltype(zero);
     auto l = launcher<T>(dtype, f32, x, f, d, noise, strength, b, dx, N, C, H, W, out_h, out_w,
                          taps_y, taps_x, separable, noise_n, strength_n, x0, y0, flip, filter_gain,
@@ -367,7 +358,7 @@ int synthesis_epilogue_bwd(int dtype, int f32, const void* dy, const void* x, co
     const cudaError_t e =
         cudaMemsetAsync(a.tickets, 0, l.grid().y * sizeof(int), static_cast<cudaStream_t>(stream));
     if (e != cudaSuccess) return static_cast<int>(e);
-    return l.template run<true>();
+    return l.run(true);
   });
 }
 

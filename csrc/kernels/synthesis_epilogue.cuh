@@ -31,6 +31,10 @@ constexpr int kPiece = kVec<T> < 4 ? kVec<T> : 4;
 template <typename T>
 using Piece = Pack<Acc<T>, kPiece<T>>;
 
+// Piecewise linear activations have code of their own; float64 is for checks.
+template <typename T>
+constexpr bool kFast = sizeof(T) < 8;
+
 // Channels that a block has in work at once.
 template <typename T, bool kLast>
 constexpr int kChannels = kLast ? 2 * kVec<T> : 1;
@@ -56,6 +60,7 @@ struct Args {
   int f32;
   Acc<T> filter_gain;
   bool separable, flip, one_noise, one_strength, vec_x, vec_out, vec_noise;
+  Format<T> format{kF32};
 };
 
 // Where a thread stands: column and row of its pixels in the tile, half of a channels-last sector.
@@ -137,13 +142,15 @@ __device__ __forceinline__ RowPiece<Src> fetch_piece(const Src* plane, const Src
 // The piece, in float32, in a row of shared memory: element k of the row lies in plane k % V.
 template <typename A, int V, typename Src>
 __device__ __forceinline__ void put_piece(A* row, const RowPiece<Src>& piece, int lo, int hi,
-                                          int pitch, int plane_words) {
+                                          int pitch, int plane_words, Format<Src> format) {
   constexpr int L = 16 / static_cast<int>(sizeof(Src));
+  Acc<Src> values[L];
+  widen(piece.v, format, values);
   unrolled<L>([&](auto which) {
     constexpr int e = decltype(which)::value;
     const int k = piece.j + e;
     if (k < 0 || (L > V && k >= pitch * V)) return;
-    const A value = k >= lo && k < hi ? static_cast<A>(to_acc(piece.v.v[e])) : A(0);
+    const A value = k >= lo && k < hi ? static_cast<A>(values[e]) : A(0);
     row[(k & (V - 1)) * plane_words + k / V] = value;
   });
 }
@@ -155,14 +162,14 @@ template <typename A, typename Src, int V>
 __device__ __forceinline__ void load_tile_planes(A* s, const Src* plane, const Src* begin,
                                                  const Src* end, int H, int W, int row0, int col0,
                                                  int rows, int cols, int pieces, int magic,
-                                                 int pitch, int plane_words) {
+                                                 int pitch, int plane_words, Format<Src> format) {
   const int lo = max(0, -col0), hi = min(cols, W - col0);
 #pragma unroll 2
   for (int i = threadIdx.x; i < rows * pieces; i += blockDim.x) {
     const int row = static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(magic) >> 20);
     const auto piece =
         fetch_piece<Src>(plane, begin, end, H, W, row0 + row, col0, lo, hi, i - row * pieces);
-    put_piece<A, V>(s + row * pitch, piece, lo, hi, pitch, plane_words);
+    put_piece<A, V>(s + row * pitch, piece, lo, hi, pitch, plane_words, format);
   }
 }
 
@@ -181,12 +188,15 @@ __device__ __forceinline__ Pack<T, kVec<T>> fetch_pixel(const T* sample, int C, 
 
 // Them in shared memory, in float32: 16 bytes in each of V / kPiece planes.
 template <typename T>
-__device__ __forceinline__ void put_pixel(Acc<T>* s, const Pack<T, kVec<T>>& v, int plane_words) {
+__device__ __forceinline__ void put_pixel(Acc<T>* s, const Pack<T, kVec<T>>& v, int plane_words,
+                                          Format<T> format) {
+  Acc<T> values[kVec<T>];
+  widen(v, format, values);
 #pragma unroll
   for (int k = 0; k < kVec<T> / kPiece<T>; k++) {
     Piece<T> piece;
 #pragma unroll
-    for (int e = 0; e < kPiece<T>; e++) piece.v[e] = to_acc(v.v[k * kPiece<T> + e]);
+    for (int e = 0; e < kPiece<T>; e++) piece.v[e] = values[k * kPiece<T> + e];
     *reinterpret_cast<Piece<T>*>(s + k * plane_words) = piece;
   }
 }
@@ -195,14 +205,15 @@ __device__ __forceinline__ void put_pixel(Acc<T>* s, const Pack<T, kVec<T>>& v, 
 template <typename T>
 __device__ __forceinline__ void load_tile_last(Acc<T>* s, const T* sample, int C, int c, bool vec,
                                                int H, int W, int row0, int col0, int rows, int cols,
-                                               int magic, int pitch, int plane_words) {
+                                               int magic, int pitch, int plane_words,
+                                               Format<T> format) {
   const int half = threadIdx.x & 1;
 #pragma unroll 2
   for (int i = threadIdx.x / 2; i < rows * cols; i += blockDim.x / 2) {
     const int row = static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(magic) >> 20);
     const int j = i - row * cols;
     const auto v = fetch_pixel<T>(sample, C, c + half * kVec<T>, vec, H, W, row0 + row, col0 + j);
-    put_pixel<T>(s + (row * pitch + 2 * j + half) * kPiece<T>, v, plane_words);
+    put_pixel<T>(s + (row * pitch + 2 * j + half) * kPiece<T>, v, plane_words, format);
   }
 }
 
@@ -262,9 +273,11 @@ template <typename T>
 __device__ __forceinline__ Acc<T> param(const Args<T>& a, int which, int n, int c) {
   c = min(c, a.C - 1);
   if (which == 0)
-    return a.d ? load_param<T>(a.d, a.f32 & 1, static_cast<int64_t>(n) * a.C + c) : Acc<T>(1);
-  if (which == 1) return a.b ? load_param<T>(a.b, a.f32 & 8, c) : Acc<T>(0);
-  return !a.strength ? Acc<T>(1) : load_param<T>(a.strength, a.f32 & 4, a.one_strength ? 0 : c);
+    return a.d ? load_param<T>(a.d, a.f32 & 1, static_cast<int64_t>(n) * a.C + c, a.format)
+               : Acc<T>(1);
+  if (which == 1) return a.b ? load_param<T>(a.b, a.f32 & 8, c, a.format) : Acc<T>(0);
+  return !a.strength ? Acc<T>(1)
+                     : load_param<T>(a.strength, a.f32 & 4, a.one_strength ? 0 : c, a.format);
 }
 
 // Those of `count` channels from c0 on, in rows of kStride; t: the thread, counted from any.
@@ -320,31 +333,22 @@ __device__ __forceinline__ void store_packed(T* p, const Pack<T, V>& v, bool vec
 }
 
 template <typename T>
-__device__ __forceinline__ void load_some(Acc<T>* out, const T* p, bool vec, int count) {
-  const Pack<T, kVec<T>> v = load_packed<T>(p, vec, count);
-#pragma unroll
-  for (int e = 0; e < kVec<T>; e++) out[e] = to_acc(v.v[e]);
-}
-
-template <typename T>
-__device__ __forceinline__ void store_some(T* p, const Acc<T>* in, bool vec, int count) {
-  Pack<T, kVec<T>> v;
-#pragma unroll
-  for (int e = 0; e < kVec<T>; e++) v.v[e] = from_acc<T>(in[e]);
-  store_packed<T, kVec<T>>(p, v, vec, count);
+__device__ __forceinline__ void store_some(T* p, const Acc<T> (&in)[kVec<T>], bool vec, int count,
+                                           Format<T> format) {
+  store_packed<T, kVec<T>>(p, narrow<T, kVec<T>>(in, format), vec, count);
 }
 
 // The noise of a thread's pixels: V of a row (NCHW), or one.
 template <typename T, bool kLast>
-__device__ __forceinline__ void load_noise(Acc<T>* out, const Args<T>& a, int n, int row, int col,
-                                           int count) {
+__device__ __forceinline__ void load_noise(Acc<T> (&out)[kLast ? 1 : kVec<T>], const Args<T>& a,
+                                           int n, int row, int col, int count) {
   constexpr int V = kVec<T>;
   const int64_t i = offset<false>(1, a.one_noise ? 0 : n, 0, a.out_h, a.out_w, row, col);
   const bool is_f32 = a.f32 & 2;
-  if (kLast) {
-    out[0] = count > 0 ? load_param<T>(a.noise, is_f32, i) : Acc<T>(0);
+  if constexpr (kLast) {
+    out[0] = count > 0 ? load_param<T>(a.noise, is_f32, i, a.format) : Acc<T>(0);
   } else if (!is_f32) {
-    load_some<T>(out, static_cast<const T*>(a.noise) + i, a.vec_noise, count);
+    widen(load_packed<T>(static_cast<const T*>(a.noise) + i, a.vec_noise, count), a.format, out);
   } else if (a.vec_noise && count >= V && V >= 4) {
 #pragma unroll
     for (int e = 0; e < V; e += 4) {
@@ -380,7 +384,7 @@ __device__ __forceinline__ void share_noise(Acc<T>* shared, const Args<T>& a, in
   const int pitch = piece_pitch<T>(a.tile_w);
   for (int e = threadIdx.x; e < a.tile_w; e += blockDim.x)
     shared[piece_at<T>(e, pitch)] =
-        first + e < a.out_w ? load_param<T>(a.noise, a.f32 & 2, i + e) : Acc<T>(0);
+        first + e < a.out_w ? load_param<T>(a.noise, a.f32 & 2, i + e, a.format) : Acc<T>(0);
 }
 
 // V values of a row from pixel `at` on.

@@ -120,12 +120,16 @@ __device__ __forceinline__ void finish(const Args<T>& a, int span) {
   }
 }
 
-// dL/dv from dy, with v = u * d + noise * s + b.
-template <bool kPwl, typename A>
-__device__ __forceinline__ A grad(A dy, A v, const ActArgs<A>& p) {
-  const A act = act_value<kPwl>(v, p), y = act * p.gain;
-  const A dv = dy * p.gain * act_slope<kPwl>(act, v, p);
-  return p.clamp >= A(0) && !(y > -p.clamp && y < p.clamp) ? A(0) : dv;
+// dL/dv from dy, in its place, with v = u * d + noise * s + b.
+template <bool kPwl, typename A, int N>
+__device__ __forceinline__ void grad(A (&dy)[N], A (&v)[N], const ActArgs<A>& p) {
+  each<kPwl, 1>(
+      [&](int, A& to, A from) {
+        const A act = act_value<kPwl>(from, p), y = act * p.gain;
+        const A dv = to * p.gain * act_slope<kPwl>(act, from, p);
+        to = p.clamp >= A(0) && !(y > -p.clamp && y < p.clamp) ? A(0) : dv;
+      },
+      dy, v);
 }
 
 // Without a filter: dx = dv * d. NCHW: each warp has channels of its own.
@@ -160,8 +164,15 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       if (kLast) share_params<T, kStride>(params, a, n, c0, threadIdx.x);
       if (kLast) __syncthreads();
       const Params<T, kLast, kStride> q(params + (kLast ? at.half * V : g * a.tile_h + at.gy));
-#pragma unroll
+#pragma unroll 1
       for (int part = 0; part < V; part += kPart) {
+        const auto widen_piece = [&](const Pack<T, V>& pack, int at, auto& out) {
+          Pack<T, kPiece<T>> piece;
+#pragma unroll
+          for (int k = 0; k < kPiece<T>; k++)
+            piece.v[k] = part == 0 ? pack.v[at + k] : pack.v[(kPart + at + k) % V];
+          widen(piece, a.format, out);
+        };
         Sums<T, kLast, kLast ? kPart : 1> sums;
         int64_t i = offset<kLast>(a.C, n, c, 1, a.out_w, 0, first);
         const int64_t i_step = static_cast<int64_t>(step) * (kLast ? a.C : 1);
@@ -174,13 +185,27 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
           const Pack<T, V> x = load_packed<T>(a.x + i, a.vec_x, count);
           const Pack<T, V> dy = load_packed<T>(a.dy + i, a.vec_x, count);
           Pack<T, kPart> dx;
+          // Piece by piece: more would not fit into registers.
 #pragma unroll
-          for (int k = 0; k < kPart; k++) {
-            const int e = part + k;
-            const A u = to_acc(x.v[e]), z = noise[kLast ? 0 : e];
-            const A dv = grad<kPwl>(to_acc(dy.v[e]), u * q.d(e) + (z * q.s(e) + q.b(e)), p);
-            sums.add(kLast ? k : 0, e < count ? dv : A(0), u, z);
-            dx.v[k] = from_acc<T>(dv * q.d(e));
+          for (int at = 0; at < kPart; at += kPiece<T>) {
+            A u[kPiece<T>], v[kPiece<T>], dv[kPiece<T>];
+            widen_piece(x, at, u);
+            widen_piece(dy, at, dv);
+#pragma unroll
+            for (int k = 0; k < kPiece<T>; k++) {
+              const int e = part + at + k;
+              v[k] = u[k] * q.d(e) + (noise[kLast ? 0 : at + k] * q.s(e) + q.b(e));
+            }
+            grad<kPwl>(dv, v, p);
+#pragma unroll
+            for (int k = 0; k < kPiece<T>; k++) {
+              const int e = at + k;
+              sums.add(kLast ? e : 0, part + e < count ? dv[k] : A(0), u[k], noise[kLast ? 0 : e]);
+              dv[k] *= q.d(part + e);
+            }
+            const auto piece = narrow<T, kPiece<T>>(dv, a.format);
+#pragma unroll
+            for (int k = 0; k < kPiece<T>; k++) dx.v[at + k] = piece.v[k];
           }
           store_packed<T, kPart>(a.out + i + part, dx, a.vec_out, count - part);
         }
@@ -199,7 +224,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
 // Row j of the strip's dv needs rows j to j + 3 of x, and row j - 3 of dx rows j - 3 to j of du =
 // dv * d. Both lie in rings of step + 3 rows, so that the halo along y is that of the whole strip;
 // rows of dy become du in place.
-template <typename T, bool kLast, bool kPwl>
+template <typename T, bool kLast>
 __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     synthesis_epilogue_bwd_filter_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
@@ -279,9 +304,9 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     };
     const auto put_x = [&](int i, int l, const auto& v) {
       if constexpr (kLast)
-        put_pixel<T>(xs + i * a.pitch * kPiece<T> + granule(l), v, a.plane);
+        put_pixel<T>(xs + i * a.pitch * kPiece<T> + granule(l), v, a.plane, a.format);
       else
-        put_piece<A, V>(xs + i * a.pitch, v, x_lo(), x_hi(), a.pitch, a.plane);
+        put_piece<A, V>(xs + i * a.pitch, v, x_lo(), x_hi(), a.pitch, a.plane, a.format);
     };
     const auto fetch_dy = [&](int j) {
       if constexpr (kLast)
@@ -294,9 +319,9 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     };
     const auto put_dy = [&](int i, const auto& v) {
       if constexpr (kLast)
-        put_pixel<T>(dus + i * a.pitch2 * kPiece<T> + granule(lx()), v, a.plane2);
+        put_pixel<T>(dus + i * a.pitch2 * kPiece<T> + granule(lx()), v, a.plane2, a.format);
       else
-        put_piece<A, V>(dus + i * a.pitch2, v, y_lo(), y_hi(), a.pitch2, a.plane2);
+        put_piece<A, V>(dus + i * a.pitch2, v, y_lo(), y_hi(), a.pitch2, a.plane2, a.format);
     };
     // NCHW: a piece of the noise, read with the first channel, whose type may be float32.
     const auto fetch_noise = [&](const auto* noise, int j, int l) {
@@ -305,8 +330,8 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       return fetch_piece(plane, noise, noise + (a.one_noise ? 1 : a.N) * area, a.out_h, a.out_w,
                          orow0() + j, ocol0(), y_lo(), y_hi(), l);
     };
-    const auto put_noise = [&](const auto& v, int j) {
-      put_piece<A, V>(noises + j * a.pitch, v, y_lo(), y_hi(), a.pitch, a.noise_plane);
+    const auto put_noise = [&](const auto& v, int j, auto format) {
+      put_piece<A, V>(noises + j * a.pitch, v, y_lo(), y_hi(), a.pitch, a.noise_plane, format);
     };
     const auto extra = [&] { return kLast && at < 2 * kHalo; };  // pixels of x beyond those of dv
     share_params<T, kStep>(params, a, n(), c0, static_cast<int>(blockDim.x - 1 - thread_again()));
@@ -325,13 +350,14 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
         const bool noise = !kLast && a.noise && c0 == c_first();
         if constexpr (!kLast)
           if (noise && (kF32 || !(a.f32 & 2)))
-            put_noise(fetch_noise(static_cast<const T*>(a.noise), j, lx()), j);
+            put_noise(fetch_noise(static_cast<const T*>(a.noise), j, lx()), j, a.format);
         put_x(slot(i + kHalo), lx(), x_piece);
         put_dy(i, dy_piece);
         if constexpr (!kLast && !kF32)
           if (noise && a.f32 & 2)
             for (int l = lx(); l < a.noise_pieces; l += a.lap)
-              put_noise(fetch_noise(static_cast<const float*>(a.noise), j, l), j);
+              put_noise(fetch_noise(static_cast<const float*>(a.noise), j, l), j,
+                        Format<float>(kF32));
         if (extra()) put_x(slot(i + kHalo), lx() + a.lap / 2, fetch_x(j + kHalo, lx() + a.lap / 2));
       }
       __syncthreads();
@@ -339,10 +365,21 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       const auto j_own = [&](int e) { return lx() * V + e >= kept[4] && lx() * V + e < kept[5]; };
       const bool row_own = j >= kept[2] && j < kept[3];
       // Outside of the image dy is zero, and so is dv.
-      const auto make_du = [&](A dy, A u, A z, const auto& k, int e, bool is_own) {
-        const A dv = grad<kPwl>(dy, u * k.d(e) + (z * k.s(e) + k.b(e)), p);
-        if (is_own) sums.add(kLast ? e : 0, dv, u, z);
-        return dv * k.d(e);
+      // z(e): the noise of element e; du: dy, and then du.
+      const auto make_du = [&](auto& du, const auto& u, const auto& k, const auto& z,
+                               const auto& is_own) {
+        A v[kPart];
+#pragma unroll
+        for (int e = 0; e < kPart; e++) v[e] = u[e] * k.d(e) + (z(e) * k.s(e) + k.b(e));
+        if (kFast<T> && p.act <= kLrelu)
+          grad<true>(du, v, p);
+        else
+          grad<false>(du, v, p);
+#pragma unroll
+        for (int e = 0; e < kPart; e++) {
+          if (is_own(e)) sums.add(kLast ? e : 0, du[e], u[e], z(e));
+          du[e] *= k.d(e);
+        }
       };
       if constexpr (kLast) {
 #pragma unroll 1
@@ -353,9 +390,9 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
           if constexpr (kStored) sums.load(stored);
           const int pixel = t / kParts, part = t % kParts * kPart, col = ocol0() + pixel;
           const int cell = (2 * pixel + part / V) * kPiece<T>, plane = part % V / kPiece<T>;
-          A z = 0;
+          A z[1] = {};
           if (a.noise && orow0() + j >= 0 && orow0() + j < a.out_h && col >= 0 && col < a.out_w)
-            load_noise<T, true>(&z, a, n(), orow0() + j, col, 1);
+            load_noise<T, true>(z, a, n(), orow0() + j, col, 1);
           A u[1][kPart];
           filter<kLast>(u, taps, [&](A* v, int q, int kx) {
             const A* line = xs + plane * a.plane + slot(i + q) * a.pitch * kPiece<T>;
@@ -365,8 +402,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
           Piece<T> du = *reinterpret_cast<const Piece<T>*>(at_du);
           const Params<T, kLast, kStep> k(params + part);
           const bool is_own = row_own && pixel >= kept[4] && pixel < kept[5];
-#pragma unroll
-          for (int e = 0; e < kPart; e++) du.v[e] = make_du(du.v[e], u[0][e], z, k, e, is_own);
+          make_du(du.v, u[0], k, [&](int) { return z[0]; }, [&](int) { return is_own; });
           *reinterpret_cast<Piece<T>*>(at_du) = du;
           if constexpr (kStored) sums.store(stored);
         }
@@ -379,13 +415,19 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
           filter<kLast>(u, taps, [&](A* v, int q, int) {
             read_planes<T, kPart + kHalo>(v, xs + slot(i + q) * a.pitch + lx(), part, a.plane);
           });
+          A du[kPart], z[kPart];
+          A* cell = dus + part * a.plane2 + i * a.pitch2 + lx();
 #pragma unroll
           for (int e = 0; e < kPart; e++) {
-            A* cell = dus + (part + e) * a.plane2 + i * a.pitch2 + lx();
             const int in_noise = (part + e) * a.noise_plane + j * a.pitch + lx();
-            const A z = a.noise && lx() * V + part + e < a.tile_w + kHalo ? noises[in_noise] : A(0);
-            *cell = make_du(*cell, u[0][e], z, k, 0, row_own && j_own(part + e));
+            z[e] = a.noise && lx() * V + part + e < a.tile_w + kHalo ? noises[in_noise] : A(0);
+            du[e] = cell[e * a.plane2];
           }
+          make_du(
+              du, u[0], k, [&](int e) { return z[e]; },
+              [&](int e) { return row_own && j_own(part + e); });
+#pragma unroll
+          for (int e = 0; e < kPart; e++) cell[e * a.plane2] = du[e];
         }
       }
       __syncthreads();
@@ -395,7 +437,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
         int from = slot(i + a.step);  // row h in the ring
         if constexpr (kLast) {
           const int count = lx() < width() ? min(a.C - c(), V) : 0;
-          Pack<T, V> dx;
+          A dx[V];
 #pragma unroll
           for (int part = 0; part < V && count > 0; part += kPart) {
             forget(from);
@@ -405,11 +447,10 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
               read_pixel<T, kPart>(v, line + part / kPiece<T> * a.plane2, a.plane2);
             });
 #pragma unroll
-            for (int e = 0; e < kPart; e++) dx.v[part + e] = from_acc<T>(sum[0][e]);
+            for (int e = 0; e < kPart; e++) dx[part + e] = sum[0][e];
           }
-          store_packed<T, V>(
-              a.out + offset<kLast>(a.C, n(), c(), a.H, a.W, row0() + h, col0() + lx()), dx,
-              a.vec_out, count);
+          store_some<T>(a.out + offset<kLast>(a.C, n(), c(), a.H, a.W, row0() + h, col0() + lx()),
+                        dx, a.vec_out, count, a.format);
         } else {
           // The thread's 16 bytes begin where memory's do, whatever the alignment of the row.
           T* out = a.out + offset<kLast>(a.C, n(), c0, a.H, a.W, row0() + h, col0());
@@ -427,12 +468,9 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
               for (int e = 0; e < V + kHalo; e++) v[e] = line[word[e % V] + e / V];
             });
             if (first >= 0 && first + V <= width()) {
-              Pack<T, V> packed;
-#pragma unroll
-              for (int e = 0; e < V; e++) packed.v[e] = from_acc<T>(dx[0][e]);
               int to = first;
               forget(to);  // else the compiler splits the store
-              store_pack<T, V>(out + to, packed);
+              store_pack<T, V>(out + to, narrow<T, V>(dx[0], a.format));
             } else {
 #pragma unroll
               for (int e = 0; e < V; e++) edges[(2 * row + (first >= 0)) * V + e] = dx[0][e];
@@ -449,7 +487,8 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
         const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(out) / sizeof(T) % V);
         const bool right = t / V % 2;
         const int first = (right ? (width() + shift) / V * V : 0) - shift, col = first + t % V;
-        if (right == (first >= 0) && col >= 0 && col < width()) out[col] = from_acc<T>(edges[t]);
+        if (right == (first >= 0) && col >= 0 && col < width())
+          out[col] = from_acc<T>(edges[t], a.format);
       }
       locate();
     }

@@ -53,15 +53,16 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       if (count(c) <= 0) continue;
       const Params<T, kLast, kStride> k(params + (kLast ? at.half * V : c - c_block));
       A u[V];
-#pragma unroll
-      for (int e = 0; e < V; e++)
-        u[e] = value<kPwl>(to_acc(x.v[e]), k.d(e), noise[kLast ? 0 : e], k.s(e), k.b(e), p);
-      store_some<T>(a.out + i, u, a.vec_out, count(c));
+      widen(x, a.format, u);
+      each<kPwl, 2>([&](int e, A& v, A z) { v = value<kPwl>(v, k.d(e), z, k.s(e), k.b(e), p); }, u,
+                    noise);
+      store_some<T>(a.out + i, u, a.vec_out, count(c), a.format);
     }
   }
 }
 
-template <typename T, bool kLast, bool kPwl, int kRows>
+// One kernel for all activations, but more rows than one for the piecewise linear alone.
+template <typename T, bool kLast, int kRows>
 __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     synthesis_epilogue_fwd_filter_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
@@ -96,11 +97,11 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       if (kLast) {
         load_tile_last<T>(tile, a.x + offset<true>(a.C, n, 0, a.H, a.W, 0, 0), a.C, c0, a.vec_x,
                           a.H, a.W, row0 - a.y0, col0 - a.x0, a.tile_h + kHalo, a.tile_w + kHalo,
-                          a.magic, a.pitch, a.plane);
+                          a.magic, a.pitch, a.plane, a.format);
       } else {
         load_tile_planes<A, T, V>(tile, a.x + offset<false>(a.C, n, c0, a.H, a.W, 0, 0), a.x,
                                   a.x_end, a.H, a.W, row0 - a.y0, col0 - a.x0, a.tile_h + kHalo,
-                                  a.tile_w + kHalo, a.pitch, a.magic, a.pitch, a.plane);
+                                  a.tile_w + kHalo, a.pitch, a.magic, a.pitch, a.plane, a.format);
       }
       __syncthreads();
       const int count = col >= a.out_w ? 0 : kLast ? min(a.C - c, V) : a.out_w - col;
@@ -117,12 +118,20 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
         if (row + r >= a.out_h) break;
-#pragma unroll
-        for (int e = 0; e < V; e++) {
-          const A z = a.noise ? noises[(r * kNoise + (kLast ? 0 : e)) * blockDim.x] : A(0);
-          u[r][e] = value<kPwl>(u[r][e], k.d(e), z, k.s(e), k.b(e), p);
-        }
-        store_some<T>(out, u[r], a.vec_out, count);
+        const auto finish = [&](auto pwl) {
+          constexpr bool kPwl = decltype(pwl)::value;
+          each<kPwl, 1>(
+              [&](int e, A& v) {
+                const A z = a.noise ? noises[(r * kNoise + (kLast ? 0 : e)) * blockDim.x] : A(0);
+                v = value<kPwl>(v, k.d(e), z, k.s(e), k.b(e), p);
+              },
+              u[r]);
+        };
+        if (kRows > 1 || (kFast<T> && p.act <= kLrelu))
+          finish(std::true_type{});
+        else
+          finish(std::false_type{});
+        store_some<T>(out, u[r], a.vec_out, count, a.format);
         out += static_cast<int64_t>(a.out_w) * (kLast ? a.C : 1);
       }
     }

@@ -22,6 +22,7 @@ template <typename T>
 __global__ void __launch_bounds__(256) upfirdn2d_any_kernel(Args p) {
   using S = Acc<T>;
   GK_DYNAMIC_SHARED(S, f);
+  const Format<T> format(p.dtype);
   const int ch = 1 << p.log2_c, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int f_size = p.separable ? p.w.taps : p.h.taps * p.w.taps;
   S* tile = f + f_size;
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(256) upfirdn2d_any_kernel(Args p) {
         const int ix = ix0 + (e >> p.log2_c), c = c0 + (e & (ch - 1));
         const bool inside = iy >= 0 && iy < p.h.in && ix >= 0 && ix < p.w.in && c < p.channels;
         tile[r * p.pitch + e] =
-            inside ? to_acc(row[static_cast<int64_t>(ix) * p.channels + c]) : S(0);
+            inside ? to_acc(row[static_cast<int64_t>(ix) * p.channels + c], format) : S(0);
       }
     }
     __syncthreads();
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(256) upfirdn2d_any_kernel(Args p) {
           }
         }
         y[(static_cast<int64_t>(oy0 + r) * p.w.out + ox) * p.channels + c] =
-            from_acc<T>(sum * static_cast<S>(p.gain));
+            from_acc<T>(sum * static_cast<S>(p.gain), format);
       }
   }
 }
@@ -182,10 +183,7 @@ int try_planes(const Args& p, void* stream) {
 // The specialised kernel for these arguments: its launch's error, or -1 where there is none.
 int try_special(const Args& p, bool last, void* stream) {
   if (p.dtype == kF64 || !aligned16(p.x) || !aligned16(p.y)) return -1;
-  if (last)
-    return p.dtype == kF32   ? try_pixels<float>(p, stream)
-           : p.dtype == kF16 ? try_pixels<__half>(p, stream)
-                             : try_pixels<__nv_bfloat16>(p, stream);
+  if (last) return p.dtype == kF32 ? try_pixels<float>(p, stream) : try_pixels<Half16>(p, stream);
   if (p.h.taps != p.w.taps || p.h.up != p.w.up || p.h.down != p.w.down) return -1;
   if (static_cast<int64_t>(p.h.in) * p.w.in > int64_t(1) << 30) return -1;
   const int factor = p.w.up * 10 + p.w.down;
@@ -229,7 +227,7 @@ int upfirdn2d(int dtype, const void* x, const void* f, void* y, bool last, int64
                 axis(in_w, out_w, up_x, down_x, pad_x, taps_x), separable, flip, gain);
   const int error = try_special(p, last, stream);
   if (error >= 0) return error;
-  return by_dtype(dtype, [&](auto zero) { return launch_any<decltype(zero)>(p, stream); });
+  return by_width(dtype, [&](auto zero, auto) { return launch_any<decltype(zero)>(p, stream); });
 }
 
 GK_EXPORT(upfirdn2d);

@@ -17,6 +17,7 @@ __global__ void __launch_bounds__(kPixelThreads, 2) upfirdn2d_pixels_kernel(Args
   constexpr int N = 16 / sizeof(T), kBatch = N == 4 ? 3 : 2, kRows = kPixelRows;
   constexpr int kStep = N << kLog2Granules;  // elements from one sample to the next
   using Granule = Pack<T, N>;
+  const Format<T> format(p.dtype);
   GK_DYNAMIC_SHARED(float, f);
   const int f_size = kTaps ? kTaps * kTaps : p.h.taps * p.w.taps;
   T* tile = reinterpret_cast<T*>(f + (f_size + 3) / 4 * 4);
@@ -83,9 +84,10 @@ __global__ void __launch_bounds__(kPixelThreads, 2) upfirdn2d_pixels_kernel(Args
     __syncthreads();
 
     float acc[kRows][N] = {};
-    const auto add = [&](float* sums, const Granule& granule, float w) {
+    float values[N];
+    const auto add = [&](float* sums, float w) {
 #pragma unroll
-      for (int j = 0; j < N; j++) sums[j] += w * to_acc(granule.v[j]);
+      for (int j = 0; j < N; j++) sums[j] += w * values[j];
     };
     const int row_step = p.pitch * N;
     const T* column = tile + (first_x - ix0) * kStep + g * N;
@@ -97,8 +99,10 @@ __global__ void __launch_bounds__(kPixelThreads, 2) upfirdn2d_pixels_kernel(Args
         const T* row = column + (first_y - iy0) * row_step;
         for (int ky = first_tap(p.h, oy, first_y); ky < p.h.taps; ky += p.h.up, row += row_step) {
           const T* sample = row;
-          for (int kx = tap_x; kx < p.w.taps; kx += p.w.up, sample += kStep)
-            add(acc[jr], load_pack<T, N>(sample), f[ky * p.w.taps + kx]);
+          for (int kx = tap_x; kx < p.w.taps; kx += p.w.up, sample += kStep) {
+            widen(load_pack<T, N>(sample), format, values);
+            add(acc[jr], f[ky * p.w.taps + kx]);
+          }
         }
       }
     } else if constexpr (kUp == 1) {
@@ -107,11 +111,11 @@ __global__ void __launch_bounds__(kPixelThreads, 2) upfirdn2d_pixels_kernel(Args
       for (int i = 0; i < (kRows - 1) * kDown + kTaps; i++, row += row_step)
 #pragma unroll
         for (int kx = 0; kx < kTaps; kx++) {
-          const Granule granule = load_pack<T, N>(row + at(kx));
+          widen(load_pack<T, N>(row + at(kx)), format, values);
 #pragma unroll
           for (int jr = 0; jr < kRows; jr++)
             if (i - jr * kDown >= 0 && i - jr * kDown < kTaps)
-              add(acc[jr], granule, f[(i - jr * kDown) * kTaps + kx]);
+              add(acc[jr], f[(i - jr * kDown) * kTaps + kx]);
         }
     } else {
       constexpr int kMeet = kTaps / kUp;
@@ -124,8 +128,10 @@ __global__ void __launch_bounds__(kPixelThreads, 2) upfirdn2d_pixels_kernel(Args
 #pragma unroll
         for (int my = 0; my < kMeet; my++, row += row_step)
 #pragma unroll
-          for (int mx = 0; mx < kMeet; mx++)
-            add(acc[jr], load_pack<T, N>(row + mx * kStep), w[my * kUp * kTaps + mx * kUp]);
+          for (int mx = 0; mx < kMeet; mx++) {
+            widen(load_pack<T, N>(row + mx * kStep), format, values);
+            add(acc[jr], w[my * kUp * kTaps + mx * kUp]);
+          }
       }
     }
 
@@ -134,10 +140,8 @@ __global__ void __launch_bounds__(kPixelThreads, 2) upfirdn2d_pixels_kernel(Args
     for (int jr = 0; jr < kRows; jr++) {
       const int oy = oy0 + ty * kRows + jr;
       if (oy >= p.h.out || ox >= p.w.out || c0 + g * N >= p.channels) continue;
-      Granule out;
-#pragma unroll
-      for (int j = 0; j < N; j++) out.v[j] = from_acc<T>(acc[jr][j]);
-      store_pack<T, N>(y + (static_cast<int64_t>(oy) * p.w.out + ox) * p.channels, out);
+      store_pack<T, N>(y + (static_cast<int64_t>(oy) * p.w.out + ox) * p.channels,
+                       narrow<T, N>(acc[jr], format));
     }
   }
 }

@@ -27,25 +27,6 @@ struct Planes {
   }
 };
 
-// The 16-bit types share their code up to the conversion: it would double the kernels otherwise.
-__device__ __forceinline__ void widen(float* out, const Pack<float, 4>& in, bool) {
-#pragma unroll
-  for (int e = 0; e < 4; e++) out[e] = in.v[e];
-}
-__device__ __forceinline__ void widen(float* out, const Pack<unsigned short, 8>& in, bool bf16) {
-  if (bf16) {
-#pragma unroll
-    for (int e = 0; e < 8; e++) out[e] = __uint_as_float(static_cast<unsigned>(in.v[e]) << 16);
-  } else {
-#pragma unroll
-    for (int e = 0; e < 8; e++) out[e] = __half2float(__ushort_as_half(in.v[e]));
-  }
-}
-__device__ __forceinline__ float narrow(float v, float, bool) { return v; }
-__device__ __forceinline__ unsigned short narrow(float v, unsigned short, bool bf16) {
-  return bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(v)) : __half_as_ushort(__float2half_rn(v));
-}
-
 // Copies the rows and columns that the tile needs; what lies outside of the image becomes zero.
 // Global vectors are aligned whatever the row's own alignment, and so overlap the tile's edges, by
 // whole sectors. Rows are kept split into `down` phases, each phase of all rows together, so that a
@@ -108,7 +89,7 @@ __device__ __forceinline__ void load_tile(const Args& p, float* tile, int64_t im
       const int iy = iy0 + r2;
       const int c = column(start_of(iy), v2);
       float values[N];
-      widen(values, packs[b], p.dtype == kBF16);
+      widen(packs[b], Format<T>(p.dtype), values);
 #pragma unroll
       for (int bit = kDown; bit < N; bit *= 2) {
         float turned[N];
@@ -174,16 +155,14 @@ template <typename T>
 __device__ __forceinline__ void store_rows(const Args& p, const float (*acc)[4], int rows,
                                            float* stage, int64_t image, int ox0, int oy0, int tx,
                                            int ty) {
+  const Format<T> format(p.dtype);
   T* y = static_cast<T*>(p.y) + image * p.h.out * p.w.out;
   if (p.w.out % 4 == 0) {
     const int ox = ox0 + 4 * tx;
     for (int r = 0; r < rows; r++) {
       const int oy = oy0 + ty * rows + r;
       if (oy >= p.h.out || ox >= p.w.out) break;
-      Pack<T, 4> out;
-#pragma unroll
-      for (int j = 0; j < 4; j++) out.v[j] = narrow(acc[r][j], T{}, p.dtype == kBF16);
-      store_pack<T, 4>(y + static_cast<int64_t>(oy) * p.w.out + ox, out);
+      store_pack<T, 4>(y + static_cast<int64_t>(oy) * p.w.out + ox, narrow<T, 4>(acc[r], format));
     }
     return;
   }
@@ -196,7 +175,6 @@ __device__ __forceinline__ void store_rows(const Args& p, const float (*acc)[4],
         make_float4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
   __syncthreads();
   const int height = min(p.tile_h, p.h.out - oy0);
-  const bool bf16 = p.dtype == kBF16;
   y += static_cast<int64_t>(oy0) * p.w.out + ox0;
   const auto before = [&] {
     return static_cast<int>(reinterpret_cast<uintptr_t>(y) / sizeof(T) % kSector);
@@ -208,7 +186,7 @@ __device__ __forceinline__ void store_rows(const Args& p, const float (*acc)[4],
     int c = t - before(), r = 0;
     for (int e = c; e < height * p.w.out; e += threads, c += threads) {
       for (; c >= p.w.out; c -= p.w.out) r++;
-      if (e >= 0) y[e] = narrow(stage[r * p.tile_w + c], T{}, bf16);
+      if (e >= 0) y[e] = from_acc<T>(stage[r * p.tile_w + c], format);
     }
     return;
   }
@@ -216,7 +194,7 @@ __device__ __forceinline__ void store_rows(const Args& p, const float (*acc)[4],
   y += static_cast<int64_t>(t / 32) * p.w.out;
   for (int r = t / 32; r < height; r += warps) {
     for (int c = t % 32 - before(); c < columns; c += min(32, threads))
-      if (c >= 0) y[c] = narrow(stage[r * p.tile_w + c], T{}, bf16);
+      if (c >= 0) y[c] = from_acc<T>(stage[r * p.tile_w + c], format);
     y += static_cast<int64_t>(warps) * p.w.out;
   }
 }
@@ -250,7 +228,7 @@ __global__ void __launch_bounds__(kPlaneThreads, 2) upfirdn2d_planes_kernel(Args
     if (p.dtype == kF32)
       load_tile<kDown, float>(p, tile, image, ix0, iy0);
     else
-      load_tile<kDown, unsigned short>(p, tile, image, ix0, iy0);
+      load_tile<kDown, Half16>(p, tile, image, ix0, iy0);
     __syncthreads();
 
     float acc[kRows][4] = {};
@@ -317,7 +295,7 @@ __global__ void __launch_bounds__(kPlaneThreads, 2) upfirdn2d_planes_kernel(Args
     if (p.dtype == kF32)
       store_rows<float>(p, acc, kRows, tile, image, ox0, oy0, tx, ty);
     else
-      store_rows<unsigned short>(p, acc, kRows, tile, image, ox0, oy0, tx, ty);
+      store_rows<Half16>(p, acc, kRows, tile, image, ox0, oy0, tx, ty);
   }
 }
 

@@ -53,6 +53,7 @@ template <typename T>
 __global__ void __launch_bounds__(kStripThreads, 4) upfirdn2d_strips_kernel(Args p, Strip s) {
   constexpr int N = 16 / sizeof(T), kPieces = N / 4;
   using Granule = Pack<T, N>;
+  const Format<T> format(p.dtype);
   GK_DYNAMIC_SHARED(float, fx);
   float* fy = fx + kMaxTaps;
   const int width = p.tile_w * 2;                           // threads of a row: two a sector
@@ -94,11 +95,13 @@ __global__ void __launch_bounds__(kStripThreads, 4) upfirdn2d_strips_kernel(Args
           int column = first_x - ix0;
 #pragma unroll 2
           for (int k = tap_x; k < p.w.taps; k += p.w.up, column++) {
-            const Granule v = load_pack<T, N>(
+            const Granule granule = load_pack<T, N>(
                 stage[r * p.pitch + (column & mask) * phase + (column >> s.log2_phases) * 2 + g].v);
+            float v[N];
+            widen(granule, format, v);
             const float w = fx[k];
 #pragma unroll
-            for (int e = 0; e < N; e++) sums[e] += w * to_acc(v.v[e]);
+            for (int e = 0; e < N; e++) sums[e] += w * v[e];
           }
           int to = slot + r;
           if (to >= s.ring_rows) to -= s.ring_rows;
@@ -130,10 +133,8 @@ __global__ void __launch_bounds__(kStripThreads, 4) upfirdn2d_strips_kernel(Args
         }
         from = next(from);
       }
-      Granule out;
-#pragma unroll
-      for (int e = 0; e < N; e++) out.v[e] = from_acc<T>(sums[e]);
-      store_pack<T, N>(y + (static_cast<int64_t>(oy0 + j) * p.w.out + ox) * p.channels, out);
+      store_pack<T, N>(y + (static_cast<int64_t>(oy0 + j) * p.w.out + ox) * p.channels,
+                       narrow<T, N>(sums, format));
     }
   }
 }

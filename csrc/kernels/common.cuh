@@ -69,7 +69,7 @@ struct Half16 {
 
 template <typename T>
 struct Format {  // of float and double: nothing is left to know
-  explicit Format(int) {}
+  __host__ __device__ explicit Format(int) {}
 };
 template <>
 struct Format<Half16> {
@@ -197,6 +197,22 @@ __device__ __forceinline__ void store_param(void* p, bool is_f32, int64_t i, Acc
     static_cast<float*>(p)[i] = static_cast<float>(v);
   else
     static_cast<T*>(p)[i] = from_acc<T>(v);
+}
+
+template <typename T>
+__device__ __forceinline__ Acc<T> load_param(const void* p, bool is_f32, int64_t i,
+                                             Format<T> format) {
+  return is_f32 ? static_cast<Acc<T>>(static_cast<const float*>(p)[i])
+                : to_acc(static_cast<const T*>(p)[i], format);
+}
+
+template <typename T>
+__device__ __forceinline__ void store_param(void* p, bool is_f32, int64_t i, Acc<T> v,
+                                            Format<T> format) {
+  if (is_f32)
+    static_cast<float*>(p)[i] = static_cast<float>(v);
+  else
+    static_cast<T*>(p)[i] = from_acc<T>(v, format);
 }
 
 // f(0), ..., f(N - 1), each with an instruction of its own wherever this is compiled.

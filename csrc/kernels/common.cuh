@@ -73,7 +73,7 @@ struct Format {  // of float and double: nothing is left to know
 };
 template <>
 struct Format<Half16> {
-  explicit Format(int dtype) : bf16(dtype == kBF16) {}
+  __host__ __device__ explicit Format(int dtype) : bf16(dtype == kBF16) {}
   bool bf16;
 };
 

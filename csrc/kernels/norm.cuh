@@ -49,19 +49,29 @@ __device__ __forceinline__ void load_inputs(const Op& op, int64_t i,
   for (int a = 0; a < Op::kIn; a++) x[a] = load_pack<typename Op::Elem, N>(op.in[a] + i);
 }
 
-// f(j, v) for every j, where v are the values of element j of each input.
+// f(j, v) for every j, where v are the values of element j of each input. Four elements at a time:
+// more of several inputs would not fit into registers.
 template <typename Op, int N, typename F>
 __device__ __forceinline__ void each_value(const Op& op,
                                            const Pack<typename Op::Elem, N> (&x)[Op::kIn], F f) {
-  Acc<typename Op::Elem> wide[Op::kIn][N];
+  constexpr int kPart = Op::kIn > 1 && N > 4 ? 4 : N;
 #pragma unroll
-  for (int a = 0; a < Op::kIn; a++) widen(x[a], op.format, wide[a]);
+  for (int first = 0; first < N; first += kPart) {
+    Acc<typename Op::Elem> wide[Op::kIn][kPart];
 #pragma unroll
-  for (int j = 0; j < N; j++) {
-    Acc<typename Op::Elem> v[Op::kIn];
+    for (int a = 0; a < Op::kIn; a++) {
+      Pack<typename Op::Elem, kPart> part;
 #pragma unroll
-    for (int a = 0; a < Op::kIn; a++) v[a] = wide[a][j];
-    f(j, v);
+      for (int j = 0; j < kPart; j++) part.v[j] = x[a].v[first + j];
+      widen(part, op.format, wide[a]);
+    }
+#pragma unroll
+    for (int j = 0; j < kPart; j++) {
+      Acc<typename Op::Elem> v[Op::kIn];
+#pragma unroll
+      for (int a = 0; a < Op::kIn; a++) v[a] = wide[a][j];
+      f(first + j, v);
+    }
   }
 }
 

@@ -65,7 +65,7 @@ ROWS = [row for row in ops.ROWS if row.op not in COMPOSED]
 # Kernels of bias_act are named by a number: 0 is forward, 1 and 2 are backward.
 FORWARD = r"fwd|Forward|bias_act_\w+_kernel<0|upfirdn2d"
 BACKWARD = r"bwd|Backward<|bias_act_\w+_kernel<1|upfirdn2d"
-TYPES = {"f32": "float", "f16": "__half", "bf16": "__nv_bfloat16"}
+TYPES = {"f32": "float", "f16": "Half16", "bf16": "Half16"}
 
 
 @dataclass
@@ -113,7 +113,7 @@ def density(kernels: list[sass.Kernel], op: str, way: str, dtype: str, arch: str
         mine = k.source == op and k.arch == arch and k.code is not None
         if not mine or not re.search(FORWARD if way == "forward" else BACKWARD, k.name):
             continue
-        if re.search(r"float|double|__half|__nv_bfloat16", k.name) and TYPES[dtype] not in k.name:
+        if re.search("|".join(sass.SIZES), k.name) and TYPES[dtype] not in k.name:
             continue
         accesses = k.code.loads + k.code.stores  # type: ignore[union-attr]
         size = sum(width * n for width, n in accesses.items())

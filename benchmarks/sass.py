@@ -49,7 +49,7 @@ LIMITS = {
     "103": (2048, 32, 228),
     "120": (1536, 24, 100),
 }
-SIZES = {"float": 4, "double": 8, "__half": 2, "__nv_bfloat16": 2}
+SIZES = {"float": 4, "double": 8, "Half16": 2}  # by name of the element type
 RESERVED_SHARED = 1024  # that the system takes of each block, from Ampere on
 DEFAULT_THREADS = 256  # of a kernel without launch bounds
 
@@ -139,7 +139,7 @@ def short_name(demangled: str) -> str:
 
 def pack_bytes(name: str) -> int:
     """Bytes of a pack, for kernels named <..., element type, pack, ...>; 0 if it cannot be told."""
-    match = re.search(r"\b(float|double|__half|__nv_bfloat16)\b>?, (\d+)", name)
+    match = re.search(rf"\b({'|'.join(SIZES)})\b>?, (\d+)", name)
     return SIZES[match[1]] * int(match[2]) if match else 0
 
 

@@ -224,12 +224,13 @@ def test_density_is_the_least_of_an_ops_kernels() -> None:
     kernels = [
         kernel("bias_act_rows_kernel<0, true, float, 4>", 96),
         kernel("bias_act_rows_kernel<0, false, float, 4>", 192),
-        kernel("bias_act_rows_kernel<0, true, __half, 8>", 48),
+        kernel("bias_act_rows_kernel<0, true, Half16, 8>", 48),
         kernel("bias_act_rows_kernel<1, true, float, 4>", 480),
         kernel("bias_act_rows_kernel<0, true, float, 4>", 9, "sm_80"),
     ]
     assert predicted.density(kernels, "bias_act", "forward", "f32", "sm_90") == 2
     assert predicted.density(kernels, "bias_act", "forward", "f16", "sm_90") == 1
+    assert predicted.density(kernels, "bias_act", "forward", "bf16", "sm_90") == 1
     assert predicted.density(kernels, "bias_act", "backward", "f32", "sm_90") == 10
     assert predicted.density(kernels, "adain", "forward", "f32", "sm_90") == 0
 

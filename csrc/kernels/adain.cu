@@ -22,6 +22,7 @@ struct Forward {
   struct Params {
     A pivot;
   };
+  Format<T> format;
   const T* in[1];
   T* out[1];
   const void *scale, *shift;
@@ -44,8 +45,8 @@ struct Forward {
     const A d = s[0] * inv_length, var = s[1] * inv_length - d * d;
     const A r = rsqrt_(var + eps);
     f[0] = p.pivot + d;
-    f[1] = load_param<T>(scale, style_f32, i) * r;
-    f[2] = load_param<T>(shift, style_f32, i);
+    f[1] = load_param<T>(scale, style_f32, i, format) * r;
+    f[2] = load_param<T>(shift, style_f32, i, format);
     if (!first) return;
     mean[i] = f[0];
     rstd[i] = r;
@@ -63,6 +64,7 @@ struct Backward {
   struct Params {
     A mean, rstd;
   };
+  Format<T> format;
   const T* in[2];
   T* out[1];
   const void* scale;
@@ -77,13 +79,13 @@ struct Backward {
   }
   __device__ void finish(int64_t i, const A* s, const Params& p, A inv_length, A* f,
                          bool first) const {
-    f[0] = load_param<T>(scale, style_f32, i) * p.rstd;
+    f[0] = load_param<T>(scale, style_f32, i, format) * p.rstd;
     f[1] = s[0] * inv_length;
     f[2] = p.rstd * (s[1] * inv_length);
     f[3] = p.mean;
     if (!first) return;
-    store_param<T>(dscale, style_f32, i, s[1]);
-    store_param<T>(dshift, style_f32, i, s[0]);
+    store_param<T>(dscale, style_f32, i, s[1], format);
+    store_param<T>(dshift, style_f32, i, s[0], format);
   }
   __device__ static void map(const A* v, const A* f, A* y) {
     y[0] = f[0] * ((v[0] - f[1]) - f[2] * (v[1] - f[3]));
@@ -97,7 +99,7 @@ namespace GANKERN_BACKEND {
 // Bytes of the workspace that adain() takes.
 int64_t adain_workspace(int dtype, int64_t outer, int64_t length, int64_t inner) {
   int64_t bytes = 0;
-  by_dtype(dtype, [&](auto zero) {
+  by_width(dtype, [&](auto zero, auto) {
     bytes = norm_workspace<Forward<decltype(zero)>>(outer, length, inner);
     return 0;
   });
@@ -106,7 +108,7 @@ int64_t adain_workspace(int dtype, int64_t outer, int64_t length, int64_t inner)
 
 int64_t adain_bwd_workspace(int dtype, int64_t outer, int64_t length, int64_t inner) {
   int64_t bytes = 0;
-  by_dtype(dtype, [&](auto zero) {
+  by_width(dtype, [&](auto zero, auto) {
     bytes = norm_workspace<Backward<decltype(zero)>>(outer, length, inner);
     return 0;
   });
@@ -117,10 +119,10 @@ int64_t adain_bwd_workspace(int dtype, int64_t outer, int64_t length, int64_t in
 int adain(int dtype, int style_dtype, const void* x, const void* scale, const void* shift, void* y,
           void* mean, void* rstd, void* workspace, int64_t outer, int64_t length, int64_t inner,
           double eps, void* stream) {
-  return by_dtype(dtype, [&](auto zero) {
+  return by_width(dtype, [&](auto zero, auto format) {
     using T = decltype(zero);
     using A = Acc<T>;
-    Forward<T> op;
+    Forward<T> op{format};
     op.in[0] = static_cast<const T*>(x);
     op.out[0] = static_cast<T*>(y);
     op.scale = scale;
@@ -136,10 +138,10 @@ int adain(int dtype, int style_dtype, const void* x, const void* scale, const vo
 int adain_bwd(int dtype, int style_dtype, const void* dy, const void* x, const void* scale,
               const void* mean, const void* rstd, void* dx, void* dscale, void* dshift,
               void* workspace, int64_t outer, int64_t length, int64_t inner, void* stream) {
-  return by_dtype(dtype, [&](auto zero) {
+  return by_width(dtype, [&](auto zero, auto format) {
     using T = decltype(zero);
     using A = Acc<T>;
-    Backward<T> op;
+    Backward<T> op{format};
     op.in[0] = static_cast<const T*>(dy);
     op.in[1] = static_cast<const T*>(x);
     op.out[0] = static_cast<T*>(dx);

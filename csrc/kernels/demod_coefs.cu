@@ -25,35 +25,16 @@ constexpr int kSamples = 8;  // of which a thread sums at a time
 __device__ __forceinline__ float rsqrt_(float v) { return rsqrtf(v); }
 __device__ __forceinline__ double rsqrt_(double v) { return rsqrt(v); }
 
+// Styles are float32 or 16-bit whatever the weights are; float64 is not mixed with other types.
+template <typename A>
 struct Styles {
+  using T = std::conditional_t<sizeof(A) == 8, double, Half16>;
   const void* p;
-  int dtype;
+  bool is_f32;
+  Format<T> format;
+  Styles(const void* p, int dtype) : p(p), is_f32(dtype == kF32), format(dtype) {}
+  __device__ __forceinline__ A at(int64_t i) const { return load_param<T>(p, is_f32, i, format); }
 };
-
-// Element i in the type of the sums; float64 is not mixed with other types.
-template <typename A>
-__device__ __forceinline__ A load_style(const Styles& s, int64_t i) {
-  if constexpr (sizeof(A) == 8) {
-    return static_cast<const double*>(s.p)[i];
-  } else {
-    if (s.dtype == kF32) return static_cast<const float*>(s.p)[i];
-    if (s.dtype == kF16) return to_acc(static_cast<const __half*>(s.p)[i]);
-    return to_acc(static_cast<const __nv_bfloat16*>(s.p)[i]);
-  }
-}
-template <typename A>
-__device__ __forceinline__ void store_style(void* p, int dtype, int64_t i, A v) {
-  if constexpr (sizeof(A) == 8) {
-    static_cast<double*>(p)[i] = v;
-  } else {
-    if (dtype == kF32)
-      static_cast<float*>(p)[i] = v;
-    else if (dtype == kF16)
-      static_cast<__half*>(p)[i] = from_acc<__half>(v);
-    else
-      static_cast<__nv_bfloat16*>(p)[i] = from_acc<__nv_bfloat16>(v);
-  }
-}
 
 // float64, which is for gradient checks, goes element by element.
 template <typename T>
@@ -130,8 +111,9 @@ constexpr int kStyles = 2048 / sizeof(A);  // input channels whose squared style
 template <typename T>
 struct Forward {
   using A = Acc<T>;
+  Format<T> format;
+  Styles<A> styles;
   const T* w;
-  Styles styles;
   A *d, *q;
   Shape shape;
   int log_outs, log_parts;  // output channels of a block, warps of an output channel
@@ -153,7 +135,8 @@ struct Work {
 };
 
 template <typename S, typename T>
-__device__ __forceinline__ void square_packs(const Forward<T>& a, const Work<T>& k) {
+__device__ __forceinline__ void square_packs(const Forward<T>& a, const Work<T>& k,
+                                             Format<S> format) {
   using A = Acc<T>;
   for (int i = threadIdx.x * 4; i < k.channels; i += blockDim.x * 4) {
 #pragma unroll 1
@@ -167,8 +150,9 @@ __device__ __forceinline__ void square_packs(const Forward<T>& a, const Work<T>&
 #pragma unroll
       for (int n = 0; n < 4; n++) {
         Pack<A, 4> squares;
+        widen(x[n], format, squares.v);
 #pragma unroll
-        for (int j = 0; j < 4; j++) squares.v[j] = to_acc(x[n].v[j]) * to_acc(x[n].v[j]);
+        for (int j = 0; j < 4; j++) squares.v[j] *= squares.v[j];
         if (n0 + n < k.samples) store_pack<A, 4>(k.styles + (n0 + n) * kStyles<A> + i, squares);
       }
     }
@@ -182,18 +166,19 @@ __device__ __forceinline__ void square_styles(const Forward<T>& a, const Work<T>
   __syncthreads();  // those before these have been read
   if (sizeof(A) == 4 && a.style_packs) {
     if constexpr (sizeof(A) == 4) {
-      if (a.styles.dtype == kF32)
-        square_packs<float>(a, k);
-      else if (a.styles.dtype == kF16)
-        square_packs<__half>(a, k);
+      // A loop for each format: to choose inside of one would take more registers than there are.
+      if (a.styles.is_f32)
+        square_packs(a, k, Format<float>(kF32));
+      else if (a.styles.format.bf16)
+        square_packs(a, k, Format<Half16>(kBF16));
       else
-        square_packs<__nv_bfloat16>(a, k);
+        square_packs(a, k, Format<Half16>(kF16));
     }
   } else {
     for (int n = 0; n < k.samples; n++)
       for (int i = threadIdx.x; i < k.channels; i += blockDim.x) {
         const int64_t at = static_cast<int64_t>(k.n0 + n) * a.shape.I + k.i0 + i;
-        const A s = load_style<A>(a.styles, at);
+        const A s = a.styles.at(at);
         k.styles[n * kStyles<A> + i] = s * s;
       }
   }
@@ -241,8 +226,9 @@ __device__ __forceinline__ void sum_rows(const Forward<T>& a, const Work<T>& k, 
       for (int j = 0; j < kLoads; j++)
         if (p + 32 * j < packs) {
           A squares[N];
+          widen(x[j], a.format, squares);
 #pragma unroll
-          for (int e = 0; e < N; e++) squares[e] = to_acc(x[j].v[e]) * to_acc(x[j].v[e]);
+          for (int e = 0; e < N; e++) squares[e] *= squares[e];
           store_parts<N>(stage + (p + 32 * j) * N, squares);
         }
       p += 32 * kLoads;
@@ -268,12 +254,15 @@ template <typename T>
 __device__ __forceinline__ void sum_long_rows(const Forward<T>& a, const Work<T>& k,
                                               Acc<T> (&sums)[kSamples]) {
   using A = Acc<T>;
-  square_styles(a, k);
-  if (!k.active) return;
+#pragma unroll 1
   for (int c = k.part * 32 + threadIdx.x % 32; c < k.channels; c += 32 << a.log_parts) {
     const T* from = a.w + (k.row + k.i0 + c) * a.shape.K;
     Pack<A, 1> q = {};
-    for (int e = 0; e < a.shape.K; e++) q.v[0] += to_acc(from[e]) * to_acc(from[e]);
+#pragma unroll 4
+    for (int e = 0; e < a.shape.K; e++) {
+      const A w = to_acc(from[e], a.format);
+      q.v[0] += w * w;
+    }
     a.q[k.row + k.i0 + c] = q.v[0];
     add(k, c, q, sums);
   }
@@ -329,9 +318,12 @@ __device__ __forceinline__ void sum_columns(const Forward<T>& a, const Work<T>& 
     A q[N] = {};
     for (int tap = 0;;) {
 #pragma unroll
-      for (int t = 0; t < S::kTaps; t++)
+      for (int t = 0; t < S::kTaps; t++) {
+        A w[N];
+        widen(x[t], a.format, w);
 #pragma unroll
-        for (int j = 0; j < N; j++) q[j] += to_acc(x[t].v[j]) * to_acc(x[t].v[j]);
+        for (int j = 0; j < N; j++) q[j] += w[j] * w[j];
+      }
       tap += S::kTaps * S::kGroups;
       if (tap >= K) break;
       load(first, tap);
@@ -351,8 +343,6 @@ __device__ __forceinline__ void sum_columns(const Forward<T>& a, const Work<T>& 
 template <typename T>
 __device__ __forceinline__ void sum_again(const Forward<T>& a, const Work<T>& k,
                                           Acc<T> (&sums)[kSamples]) {
-  square_styles(a, k);
-  if (!k.active) return;
 #pragma unroll 1
   for (int c = k.part * 32 + threadIdx.x % 32; c < k.channels; c += 32 << a.log_parts)
     add(k, c, Pack<Acc<T>, 1>{a.q[k.row + k.i0 + c]}, sums);
@@ -376,14 +366,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) demod_coefs_fwd_kernel(F
     A sums[kSamples] = {};
     for (k.i0 = 0; k.i0 < I; k.i0 += kStyles<A>) {
       k.channels = min(kStyles<A>, I - k.i0);
-      if (k.n0 > 0)
-        sum_again(a, k, sums);
-      else if (!kRows)
+      if (k.n0 == 0 && !kRows) {
         sum_columns<T, N>(a, k, sums);
-      else if (N > 1 || a.staged > 0)
+      } else if (k.n0 == 0 && (N > 1 || a.staged > 0)) {
         sum_rows<T, N>(a, k, stages + warp * kStage<A>, sums);
-      else
-        sum_long_rows(a, k, sums);
+      } else {
+        square_styles(a, k);
+        if (k.active && k.n0 > 0)
+          sum_again(a, k, sums);
+        else if (k.active && kRows && N == 1)
+          sum_long_rows(a, k, sums);
+      }
     }
     A four[4], two[2], one[1];
     halve(sums, four, lane >> 4 & 1, 16);
@@ -412,16 +405,16 @@ constexpr int kAhead = 4;         // packs of q that a thread has under way
 template <typename T>
 struct Backward {
   using A = Acc<T>;
+  Format<T> format;
+  Styles<A> styles;
   const A *dd, *d, *q;
   const T* w;
-  Styles styles;
   T* dw;
   void* ds;
   Shape shape;
   unsigned style_blocks, style_tiles;  // tiles of ds: in all, and along the input channels
   unsigned weight_tiles;               // of dW, along the input channels
   int log_outs;                        // output channels of a tile of dW
-  bool q_packed;
 };
 
 // Element `at` of g [N, O].
@@ -460,7 +453,7 @@ struct Tile {
       const int m = n0 + (e >> a.log_outs), out = e & ((1 << a.log_outs) - 1);
       const bool more = e < samples << a.log_outs;
       A s = A(0), of_out = A(0);
-      if (c < channels) s = load_style<A>(a.styles, static_cast<int64_t>(n) * a.shape.I + i0 + c);
+      if (c < channels) s = a.styles.at(static_cast<int64_t>(n) * a.shape.I + i0 + c);
       if (more && o0 + out < a.shape.O) of_out = grad(a, m * a.shape.O + o0 + out);
       styles[e] = s * s;
       if (more) g[e] = of_out;
@@ -514,13 +507,14 @@ __device__ __forceinline__ void weight_rows(const Backward<T>& a, const Tile<T, 
       for (int j = 0; j < kLoads; j++) {
         if (p < packs) {
           int channel = c, next = k;
-          A f = tile.factors[c];
+          A f = tile.factors[c], w[N];
+          widen(x[j], a.format, w);
 #pragma unroll
           for (int e = 0; e < N; e++) {
-            x[j].v[e] = from_acc<T>(to_acc(x[j].v[e]) * f);
+            w[e] *= f;
             if (++next == K && e + 1 < N) next = 0, f = tile.factors[++channel];
           }
-          store_pack<T, N>(a.dw + at + p * N, x[j]);
+          store_pack<T, N>(a.dw + at + p * N, narrow<T, N>(w, a.format));
         }
         p += 32;
         c += skip_c;
@@ -566,9 +560,11 @@ __device__ __forceinline__ void weight_columns(const Backward<T>& a, const Tile<
       for (int t = 0; t < S::kTaps;
            t++, k += S::kGroups, to += static_cast<int64_t>(S::kGroups) * I)
         if (k < K) {
+          A w[N];
+          widen(x[t], a.format, w);
 #pragma unroll
-          for (int j = 0; j < N; j++) x[t].v[j] = from_acc<T>(to_acc(x[t].v[j]) * factor[j]);
-          store_pack<T, N>(a.dw + to, x[t]);
+          for (int j = 0; j < N; j++) w[j] *= factor[j];
+          store_pack<T, N>(a.dw + to, narrow<T, N>(w, a.format));
         }
       load(k);
     }
@@ -647,26 +643,24 @@ __device__ __forceinline__ void style_tile(const Backward<T>& a, Acc<T>* shared)
     A total = A(0);
     for (int w = 0; w < kWarps; w++) total += shared[w * kSamples * kColumns + e];
     const int64_t at = static_cast<int64_t>(n) * I + i;
-    store_style<A>(a.ds, a.styles.dtype, at, load_style<A>(a.styles, at) * total);
+    store_param<typename Styles<A>::T>(a.ds, a.styles.is_f32, at, a.styles.at(at) * total,
+                                       a.styles.format);
   }
 }
 
-template <typename T>
-constexpr int kStylePack = sizeof(T) == 8 ? 1 : 2;  // of q
+template <int N>
+constexpr int kStylePack = N == 1 ? 1 : 2;  // of q, where the weights have packs of N
 
 template <typename T, int N, bool kRows>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) demod_coefs_bwd_kernel(Backward<T> a) {
   constexpr int kChannels = Step<N>::kChannels;
-  constexpr int kOfStyles = kThreads * kSamples * kStylePack<T>;
+  constexpr int kOfStyles = kThreads * kSamples * kStylePack<N>;
   constexpr int kOfWeights = kHeld * (kMostOuts + kChannels) + kWarps * kChannels;
   constexpr int kOfSums = kOfStyles > kOfWeights ? kOfStyles : kOfWeights;
   constexpr int kMost = kOfSums > kChunk * kSamples ? kOfSums : kChunk * kSamples;
   __shared__ __align__(16) Acc<T> shared[kMost];
   if (blockIdx.x < a.style_blocks) {
-    if (a.q_packed)
-      style_tile<T, kStylePack<T>>(a, shared);
-    else
-      style_tile<T, 1>(a, shared);
+    style_tile<T, kStylePack<N>>(a, shared);
     return;
   }
   const Tile<T, N> tile(a, blockIdx.x - a.style_blocks, shared);
@@ -723,12 +717,11 @@ int demod_coefs(int dtype, int styles_dtype, const void* w, const void* styles, 
                 int64_t N, int64_t O, int64_t I, int64_t K, bool channels_last, double eps,
                 void* stream) {
   if (O == 0) return 0;
-  return by_dtype(dtype, [&](auto zero) {
+  return by_width(dtype, [&](auto zero, auto format) {
     using T = decltype(zero);
     using A = Acc<T>;
-    Forward<T> a{};
+    Forward<T> a{format, {styles, styles_dtype}};
     a.w = static_cast<const T*>(w);
-    a.styles = {styles, styles_dtype};
     a.d = static_cast<A*>(d);
     a.q = static_cast<A*>(q);
     a.shape = shape_of<T>(w, q, N, O, I, K, channels_last);
@@ -756,19 +749,20 @@ int demod_coefs_bwd(int dtype, int styles_dtype, const void* dd, const void* d, 
                     const void* w, const void* styles, void* dw, void* ds, int64_t N, int64_t O,
                     int64_t I, int64_t K, bool channels_last, void* stream) {
   if (I == 0) return 0;
-  return by_dtype(dtype, [&](auto zero) {
+  return by_width(dtype, [&](auto zero, auto format) {
     using T = decltype(zero);
-    Backward<T> a{};
+    Backward<T> a{format, {styles, styles_dtype}};
     a.dd = static_cast<const Acc<T>*>(dd);
     a.d = static_cast<const Acc<T>*>(d);
     a.q = static_cast<const Acc<T>*>(q);
     a.w = static_cast<const T*>(w);
-    a.styles = {styles, styles_dtype};
     a.dw = static_cast<T*>(dw);
     a.ds = ds;
     a.shape = shape_of<T>(w, dw, N, O, I, K, channels_last);
-    a.q_packed = kStylePack<T> > 1 && I % kStylePack<T> == 0 && aligned16(q);
-    a.style_tiles = static_cast<unsigned>(ceil_div(I, 32 * (a.q_packed ? kStylePack<T> : 1)));
+    // Of ds too: a tile of it goes with the weights' packs.
+    a.shape.packed &= I % kStylePack<kPack<T>> == 0 && aligned16(q);
+    a.style_tiles = static_cast<unsigned>(
+        ceil_div(I, 32 * (a.shape.packed ? kStylePack<kPack<T>> : kStylePack<1>)));
     a.style_blocks = ds ? a.style_tiles * static_cast<unsigned>(ceil_div(N, kSamples)) : 0;
     a.weight_tiles = static_cast<unsigned>(ceil_div(I, a.shape.packed ? 64 : 32));
     a.log_outs = log2_of(kWarps);

@@ -170,19 +170,25 @@ __device__ __forceinline__ A with_eps(A var) {
   return (var < A(0) ? A(0) : var) + A(kEps);
 }
 
+template <typename T, int N, int K>
+__device__ __forceinline__ void widen_all(const Pack<T, N> (&packs)[K], Format<T> format,
+                                          Acc<T> (&out)[K][N]) {
+#pragma unroll
+  for (int k = 0; k < K; k++) widen(packs[k], format, out[k]);
+}
+
 // Over element j of the first `size` held packs.
-template <typename T, int N>
-__device__ __forceinline__ Deviation<Acc<T>> deviation(const Pack<T, N> (&held)[kHold], int j,
-                                                       int size, Acc<T> inv_size) {
-  using A = Acc<T>;
-  const A origin = to_acc(held[0].v[j]);
+template <typename A, int N>
+__device__ __forceinline__ Deviation<A> deviation(const A (&held)[kHold][N], int j, int size,
+                                                  A inv_size) {
+  const A origin = held[0][j];
   A mean = A(0), var = A(0);
 #pragma unroll
-  for (int k = 1; k < kHold; k++) mean += k < size ? to_acc(held[k].v[j]) - origin : A(0);
+  for (int k = 1; k < kHold; k++) mean += k < size ? held[k][j] - origin : A(0);
   mean *= inv_size;
 #pragma unroll
   for (int k = 0; k < kHold; k++) {
-    const A d = k < size ? (to_acc(held[k].v[j]) - origin) - mean : A(0);
+    const A d = k < size ? (held[k][j] - origin) - mean : A(0);
     var += d * d;
   }
   return {origin, mean, with_eps(var * inv_size)};
@@ -192,18 +198,17 @@ __device__ __forceinline__ Deviation<Acc<T>> deviation(const Pack<T, N> (&held)[
 template <typename T, int N>
 struct Moments {
   using A = Acc<T>;
-  A origin[N], sum[N], square[N];
-  __device__ explicit Moments(const Pack<T, N>& first) {
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-      origin[j] = to_acc(first.v[j]);
-      sum[j] = square[j] = A(0);
-    }
+  Format<T> format;
+  A origin[N], sum[N] = {}, square[N] = {};
+  __device__ Moments(const Pack<T, N>& first, Format<T> format) : format(format) {
+    widen(first, format, origin);
   }
-  __device__ void add(const Pack<T, N>& x) {
+  __device__ void add(const Pack<T, N>& pack) {
+    A x[N];
+    widen(pack, format, x);
 #pragma unroll
     for (int j = 0; j < N; j++) {
-      const A d = to_acc(x.v[j]) - origin[j];
+      const A d = x[j] - origin[j];
       sum[j] += d;
       square[j] += d * d;
     }
@@ -214,9 +219,24 @@ struct Moments {
   }
 };
 
+// dx of a pack of one sample. factors: of each element, in the place of the variance.
+template <typename T, int N>
+__device__ __forceinline__ Pack<T, N> differentiate(const Pack<T, N>& dy, const Pack<T, N>& x,
+                                                    const Deviation<Acc<T>> (&factors)[N],
+                                                    Format<T> format) {
+  Acc<T> grad[N], v[N];
+  widen(dy, format, grad);
+  widen(x, format, v);
+#pragma unroll
+  for (int j = 0; j < N; j++)
+    grad[j] += factors[j].var * ((v[j] - factors[j].origin) - factors[j].mean);
+  return narrow<T, N>(grad, format);
+}
+
 // Copies a block's share of its group to y; returns this thread's sum of deviations.
 template <typename T, int N, bool kSmall>
-__device__ __forceinline__ Acc<T> copy_rows(const T* x, T* y, const Layout& a, const Place& at) {
+__device__ __forceinline__ Acc<T> copy_rows(const T* x, T* y, const Layout& a, const Place& at,
+                                            Format<T> format) {
   using A = Acc<T>;
   constexpr int kSegment = 32 * N;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -245,11 +265,13 @@ __device__ __forceinline__ Acc<T> copy_rows(const T* x, T* y, const Layout& a, c
 #pragma unroll
       for (int k = 0; k < kHold; k++)
         if (k < at.size) copy(k, held[k]);
+      A v[kHold][N];
+      widen_all(held, format, v);
       if (inside)
 #pragma unroll
-        for (int j = 0; j < N; j++) total += sqrt_(deviation<T, N>(held, j, at.size, inv_size).var);
+        for (int j = 0; j < N; j++) total += sqrt_(deviation(v, j, at.size, inv_size).var);
     } else {
-      Moments<T, N> moments(inside ? load_pack<T, N>(from) : Pack<T, N>{});
+      Moments<T, N> moments(inside ? load_pack<T, N>(from) : Pack<T, N>{}, format);
 #pragma unroll 2
       for (int k = 0; k < at.size; k++) {
         const Pack<T, N> v = inside ? load_pack<T, N>(from + k * a.x_step) : Pack<T, N>{};
@@ -273,7 +295,7 @@ __device__ __forceinline__ Acc<T> copy_rows(const T* x, T* y, const Layout& a, c
 // The same by flat spans. stage: [kHold][Flat::kSize].
 template <typename T, bool kSmall>
 __device__ __forceinline__ Acc<T> copy_flat(const T* x, T* y, const Layout& a, const Place& at,
-                                            T* stage) {
+                                            Format<T> format, T* stage) {
   using A = Acc<T>;
   constexpr int kBatch = kSmall ? kHold : 2;
   const A inv_size = A(1) / A(at.size);
@@ -284,7 +306,8 @@ __device__ __forceinline__ Acc<T> copy_flat(const T* x, T* y, const Layout& a, c
   for (Span span(a, at.chunk); span.count > 0; span.advance(a)) {
     const bool inside = mine < span.count;
     const int ended = span.ends(a, mine), size = span.count + span.ends(a, span.count - 1);
-    Moments<T, 4> moments(inside && !kSmall ? load_pack<T, 4>(x_group + span.u) : Pack<T, 4>{});
+    Moments<T, 4> moments(inside && !kSmall ? load_pack<T, 4>(x_group + span.u) : Pack<T, 4>{},
+                          format);
     for (int k0 = 0; k0 < (kSmall ? 1 : at.size); k0 += kBatch) {
       const T* from = x_group + span.u + k0 * a.x_step;
       T* to = y_group + span.u + span.row + k0 * a.y_step;
@@ -300,13 +323,15 @@ __device__ __forceinline__ Acc<T> copy_flat(const T* x, T* y, const Layout& a, c
           const int at_y = Flat<T>(to + k * a.y_step, size).before + mine + ended;
 #pragma unroll
           for (int j = 0; j < 4; j++) stage[Flat<T>::in(k, at_y + j)] = held[k].v[j];
-          if (span.ends(a, mine + 4) > ended) stage[Flat<T>::in(k, at_y + 4)] = from_acc<T>(A(0));
+          if (span.ends(a, mine + 4) > ended) stage[Flat<T>::in(k, at_y + 4)] = T{};
           if (!kSmall) moments.add(held[k]);
         }
-        if constexpr (kSmall)
+        if constexpr (kSmall) {
+          A v[kHold][4];
+          widen_all(held, format, v);
 #pragma unroll
-          for (int j = 0; j < 4; j++)
-            total += sqrt_(deviation<T, 4>(held, j, at.size, inv_size).var);
+          for (int j = 0; j < 4; j++) total += sqrt_(deviation(v, j, at.size, inv_size).var);
+        }
       }
       __syncthreads();
 #pragma unroll
@@ -329,15 +354,16 @@ __device__ __forceinline__ Acc<T> copy_flat(const T* x, T* y, const Layout& a, c
 
 template <typename T, int N, bool kFlat, bool kSmall>
 __global__ void __launch_bounds__(32 * kMostWarps<T, kFlat>, 32 / kMostWarps<T, kFlat>)
-    minibatch_stddev_fwd_kernel(const T* x, T* y, Layout a, Acc<T>* partials, int* tickets) {
+    minibatch_stddev_fwd_kernel(const T* x, T* y, Layout a, Format<T> format, Acc<T>* partials,
+                                int* tickets) {
   using A = Acc<T>;
   const Place at(a);
   A total;
   if constexpr (kFlat) {
     __shared__ __align__(16) unsigned char stage[(kSmall ? kHold : 2) * Flat<T>::kSize * sizeof(T)];
-    total = copy_flat<T, kSmall>(x, y, a, at, reinterpret_cast<T*>(stage));
+    total = copy_flat<T, kSmall>(x, y, a, at, format, reinterpret_cast<T*>(stage));
   } else {
-    total = copy_rows<T, N, kSmall>(x, y, a, at);
+    total = copy_rows<T, N, kSmall>(x, y, a, at, format);
   }
   total = block_sum(total);
   if (a.chunks > 1) {
@@ -355,37 +381,41 @@ __global__ void __launch_bounds__(32 * kMostWarps<T, kFlat>, 32 / kMostWarps<T, 
       total += partials[at.group * a.chunks + i];
     total = block_sum(total);
   }
-  const T value = from_acc<T>(total / (A(a.L) * A(a.rows)));
+  const T value = from_acc<T>(total / (A(a.L) * A(a.rows)), format);
   T* plane = y + at.m * a.y_sample + a.F * a.L + at.f * a.plane_f;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+#pragma unroll 1
   for (int k = warp; k < at.size; k += warps)
+#pragma unroll 1
     for (int64_t p = lane; p < a.pixels; p += 32) plane[k * a.y_step + p * a.plane_p] = value;
 }
 
 // Σ dy over the group's statistic, over what it is divided by.
 template <typename T>
 __device__ __forceinline__ Acc<T> slope_of(const T* dy, const Layout& a, const Place& at,
-                                           Acc<T> inv_size) {
+                                           Format<T> format, Acc<T> inv_size) {
   using A = Acc<T>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   A sum = A(0);
   const T* plane = dy + at.m * a.y_sample + a.F * a.L + at.f * a.plane_f;
+#pragma unroll 1
   for (int k = warp; k < at.size; k += warps)
+#pragma unroll 4
     for (int64_t p = lane; p < a.pixels; p += 32)
-      sum += to_acc(plane[k * a.y_step + p * a.plane_p]);
+      sum += to_acc(plane[k * a.y_step + p * a.plane_p], format);
   return block_sum(sum) * inv_size / (A(a.L) * A(a.rows));
 }
 
 template <typename T, int N, bool kSmall>
 __device__ __forceinline__ void differentiate_rows(const T* dy, const T* x, T* dx, const Layout& a,
-                                                   const Place& at) {
+                                                   const Place& at, Format<T> format) {
   using A = Acc<T>;
   constexpr int kSegment = 32 * N;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const A inv_size = A(1) / A(at.size);
   const int64_t x_first = at.m * a.x_sample + at.f * a.L + lane * N;
   const T* dy_group = dy + at.m * a.y_sample + at.f * a.L + lane * N;
-  const A slope = slope_of(dy, a, at, inv_size);
+  const A slope = slope_of(dy, a, at, format, inv_size);
   const int first = at.chunk * warps + warp;
   int64_t row = first / a.segments;
   int segment = first - static_cast<int>(row) * a.segments;
@@ -398,6 +428,7 @@ __device__ __forceinline__ void differentiate_rows(const T* dy, const T* x, T* d
     const auto gradient = [&](int k) {
       return inside ? load_pack<T, N>(dy_from + k * a.y_step) : Pack<T, N>{};
     };
+    Deviation<A> factors[N];
     if constexpr (kSmall) {
       Pack<T, N> held[kHold] = {}, grad[kHold] = {};
 #pragma unroll
@@ -406,41 +437,36 @@ __device__ __forceinline__ void differentiate_rows(const T* dy, const T* x, T* d
 #pragma unroll
       for (int k = 0; k < kHold; k++)
         if (k < at.size) grad[k] = gradient(k);
+      A v[kHold][N];
+      widen_all(held, format, v);
 #pragma unroll
       for (int j = 0; j < N; j++) {
-        const Deviation<A> d = deviation<T, N>(held, j, at.size, inv_size);
-        const A factor = slope * rsqrt_(d.var);
-#pragma unroll
-        for (int k = 0; k < kHold; k++)
-          grad[k].v[j] = from_acc<T>(to_acc(grad[k].v[j]) +
-                                     factor * ((to_acc(held[k].v[j]) - d.origin) - d.mean));
+        factors[j] = deviation(v, j, at.size, inv_size);
+        factors[j].var = slope * rsqrt_(factors[j].var);
       }
+#pragma unroll
+      for (int k = 0; k < kHold; k++) grad[k] = differentiate(grad[k], held[k], factors, format);
       forget(from);
 #pragma unroll
       for (int k = 0; k < kHold; k++)
         if (inside && k < at.size) store_pack<T, N>(dx + from + k * a.x_step, grad[k]);
     } else {
       // More samples than registers hold: x is read again, from cache.
-      Moments<T, N> moments(inside ? load_pack<T, N>(x + from) : Pack<T, N>{});
+      Moments<T, N> moments(inside ? load_pack<T, N>(x + from) : Pack<T, N>{}, format);
 #pragma unroll 2
       for (int k = 0; k < at.size; k++)
         if (inside) moments.add(load_pack<T, N>(x + from + k * a.x_step));
-      Deviation<A> d[N];
 #pragma unroll
       for (int j = 0; j < N; j++) {
-        d[j] = moments.deviation(j, inv_size);
-        d[j].var = slope * rsqrt_(d[j].var);
+        factors[j] = moments.deviation(j, inv_size);
+        factors[j].var = slope * rsqrt_(factors[j].var);
       }
 #pragma unroll 2
       for (int k = 0; k < at.size; k++) {
-        Pack<T, N> grad = gradient(k);
+        const Pack<T, N> grad = gradient(k);
         if (!inside) continue;
         const Pack<T, N> v = load_pack<T, N>(x + from + k * a.x_step);
-#pragma unroll
-        for (int j = 0; j < N; j++)
-          grad.v[j] = from_acc<T>(to_acc(grad.v[j]) +
-                                  d[j].var * ((to_acc(v.v[j]) - d[j].origin) - d[j].mean));
-        store_pack<T, N>(dx + from + k * a.x_step, grad);
+        store_pack<T, N>(dx + from + k * a.x_step, differentiate(grad, v, factors, format));
       }
     }
     row += a.step_rows;
@@ -455,10 +481,10 @@ __device__ __forceinline__ void differentiate_rows(const T* dy, const T* x, T* d
 // The same by flat spans. stage: [kHold][Flat::kSize].
 template <typename T, bool kSmall>
 __device__ __forceinline__ void differentiate_flat(const T* dy, const T* x, T* dx, const Layout& a,
-                                                   const Place& at, T* stage) {
+                                                   const Place& at, Format<T> format, T* stage) {
   using A = Acc<T>;
   constexpr int kBatch = kSmall ? kHold : 2;
-  const A inv_size = A(1) / A(at.size), slope = slope_of(dy, a, at, inv_size);
+  const A inv_size = A(1) / A(at.size), slope = slope_of(dy, a, at, format, inv_size);
   const int mine = threadIdx.x * 4;
   const int64_t x_first = at.m * a.x_sample + at.f * a.L + mine;
   const T* dy_group = dy + at.m * a.y_sample + at.f * a.L;
@@ -466,7 +492,7 @@ __device__ __forceinline__ void differentiate_flat(const T* dy, const T* x, T* d
     const bool inside = mine < span.count;
     const int ended = span.ends(a, mine), size = span.count + span.ends(a, span.count - 1);
     const T* first = x + x_first + span.u;
-    Moments<T, 4> moments(inside && !kSmall ? load_pack<T, 4>(first) : Pack<T, 4>{});
+    Moments<T, 4> moments(inside && !kSmall ? load_pack<T, 4>(first) : Pack<T, 4>{}, format);
     if constexpr (!kSmall)
 #pragma unroll 2
       for (int k = 0; k < at.size; k++)
@@ -500,37 +526,40 @@ __device__ __forceinline__ void differentiate_flat(const T* dy, const T* x, T* d
 #pragma unroll
       for (int k = 0; k < kBatch; k++)
         own[k] = Flat<T>(from + k * a.y_step, size).before + mine + ended;
+      A v[kBatch][4];
+      widen_all(held, format, v);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         Deviation<A> d;
         if constexpr (kSmall)
-          d = deviation<T, 4>(held, j, at.size, inv_size);
+          d = deviation(v, j, at.size, inv_size);
         else
           d = moments.deviation(j, inv_size);
         const A factor = slope * rsqrt_(d.var);
 #pragma unroll
         for (int k = 0; k < kBatch; k++)
           if (k0 + k < at.size)
-            held[k].v[j] = from_acc<T>(to_acc(stage[Flat<T>::in(k, own[k] + j)]) +
-                                       factor * ((to_acc(held[k].v[j]) - d.origin) - d.mean));
+            v[k][j] = to_acc(stage[Flat<T>::in(k, own[k] + j)], format) +
+                      factor * ((v[k][j] - d.origin) - d.mean);
       }
       forget(here);
 #pragma unroll
       for (int k = 0; k < kBatch; k++)
-        if (k0 + k < at.size) store_pack<T, 4>(dx + here + k * a.x_step, held[k]);
+        if (k0 + k < at.size)
+          store_pack<T, 4>(dx + here + k * a.x_step, narrow<T, 4>(v[k], format));
     }
   }
 }
 
 template <typename T, int N, bool kFlat, bool kSmall>
 __global__ void __launch_bounds__(32 * kMostWarps<T, kFlat>, 32 / kMostWarps<T, kFlat>)
-    minibatch_stddev_bwd_kernel(const T* dy, const T* x, T* dx, Layout a) {
+    minibatch_stddev_bwd_kernel(const T* dy, const T* x, T* dx, Layout a, Format<T> format) {
   const Place at(a);
   if constexpr (kFlat) {
     __shared__ __align__(16) unsigned char stage[(kSmall ? kHold : 2) * Flat<T>::kSize * sizeof(T)];
-    differentiate_flat<T, kSmall>(dy, x, dx, a, at, reinterpret_cast<T*>(stage));
+    differentiate_flat<T, kSmall>(dy, x, dx, a, at, format, reinterpret_cast<T*>(stage));
   } else {
-    differentiate_rows<T, N, kSmall>(dy, x, dx, a, at);
+    differentiate_rows<T, N, kSmall>(dy, x, dx, a, at, format);
   }
 }
 
@@ -632,7 +661,7 @@ int64_t minibatch_stddev_workspace(int dtype, int64_t N, int64_t C, int64_t pixe
 int minibatch_stddev(int dtype, const void* x, void* y, void* workspace, int64_t N, int64_t C,
                      int64_t pixels, int64_t M, int64_t F, bool channels_last, void* stream) {
   if (N * C * pixels == 0) return 0;
-  return by_dtype(dtype, [&](auto zero) {
+  return by_width(dtype, [&](auto zero, auto format) {
     using T = decltype(zero);
     using A = Acc<T>;
     const bool aligned = aligned16(x) && aligned16(y);
@@ -648,7 +677,7 @@ int minibatch_stddev(int dtype, const void* x, void* y, void* workspace, int64_t
       GK_LAUNCH((minibatch_stddev_fwd_kernel<T, decltype(n)::value, decltype(flat)::value,
                                              decltype(small)::value>),
                 dim3(plan.blocks()), dim3(32 * plan.warps), 0, stream, static_cast<const T*>(x),
-                static_cast<T*>(y), plan.layout, partials, tickets);
+                static_cast<T*>(y), plan.layout, format, partials, tickets);
     });
     return static_cast<int>(cudaGetLastError());
   });
@@ -657,7 +686,7 @@ int minibatch_stddev(int dtype, const void* x, void* y, void* workspace, int64_t
 int minibatch_stddev_bwd(int dtype, const void* dy, const void* x, void* dx, int64_t N, int64_t C,
                          int64_t pixels, int64_t M, int64_t F, bool channels_last, void* stream) {
   if (N * C * pixels == 0) return 0;
-  return by_dtype(dtype, [&](auto zero) {
+  return by_width(dtype, [&](auto zero, auto format) {
     using T = decltype(zero);
     const bool aligned = aligned16(x) && aligned16(dy) && aligned16(dx);
     const Plan plan = make_plan(dtype, aligned, N, C, pixels, M, F, channels_last, true);
@@ -665,7 +694,7 @@ int minibatch_stddev_bwd(int dtype, const void* dy, const void* x, void* dx, int
       GK_LAUNCH((minibatch_stddev_bwd_kernel<T, decltype(n)::value, decltype(flat)::value,
                                              decltype(small)::value>),
                 dim3(plan.blocks()), dim3(32 * plan.warps), 0, stream, static_cast<const T*>(dy),
-                static_cast<const T*>(x), static_cast<T*>(dx), plan.layout);
+                static_cast<const T*>(x), static_cast<T*>(dx), plan.layout, format);
     });
     return static_cast<int>(cudaGetLastError());
   });

@@ -11,7 +11,7 @@
 // Sums are taken in a fixed order.
 //
 // An Op says what is computed:
-//   Elem, kIn, kOut, kSums, kFactors; in[kIn], out[kOut]
+//   Elem, kIn, kOut, kSums, kFactors; in[kIn], out[kOut], format
 //   kPivot           add() takes x relative to the mean of what is held, for a variance without
 //                    cancellation
 //   kHold            packs of 16 bytes that a thread of a row keeps of each input
@@ -49,22 +49,66 @@ __device__ __forceinline__ void load_inputs(const Op& op, int64_t i,
   for (int a = 0; a < Op::kIn; a++) x[a] = load_pack<typename Op::Elem, N>(op.in[a] + i);
 }
 
-template <typename Op, int N>
-__device__ __forceinline__ void values_at(const Pack<typename Op::Elem, N> (&x)[Op::kIn], int j,
-                                          Acc<typename Op::Elem> (&v)[Op::kIn]) {
+// f(j, v) for every j, where v are the values of element j of each input. Four elements at a time:
+// more of several inputs would not fit into registers.
+template <typename Op, int N, typename F>
+__device__ __forceinline__ void each_value(const Op& op,
+                                           const Pack<typename Op::Elem, N> (&x)[Op::kIn], F f) {
+  constexpr int kPart = Op::kIn > 1 && N > 4 ? 4 : N;
 #pragma unroll
-  for (int a = 0; a < Op::kIn; a++) v[a] = to_acc(x[a].v[j]);
+  for (int first = 0; first < N; first += kPart) {
+    Acc<typename Op::Elem> wide[Op::kIn][kPart];
+#pragma unroll
+    for (int a = 0; a < Op::kIn; a++) {
+      Pack<typename Op::Elem, kPart> part;
+#pragma unroll
+      for (int j = 0; j < kPart; j++) part.v[j] = x[a].v[first + j];
+      widen(part, op.format, wide[a]);
+    }
+#pragma unroll
+    for (int j = 0; j < kPart; j++) {
+      Acc<typename Op::Elem> v[Op::kIn];
+#pragma unroll
+      for (int a = 0; a < Op::kIn; a++) v[a] = wide[a][j];
+      f(first + j, v);
+    }
+  }
 }
 
-// Maps element j of a pack of each input in place: the outputs take the first inputs' registers.
-template <typename Op, int N>
-__device__ __forceinline__ void map_element(Pack<typename Op::Elem, N> (&x)[Op::kIn], int j,
-                                            const Acc<typename Op::Elem> (&factors)[Op::kFactors]) {
-  Acc<typename Op::Elem> v[Op::kIn], y[Op::kOut];
-  values_at<Op, N>(x, j, v);
-  Op::map(v, factors, y);
+// V: vectors of a pack, 1 or N; element j is of vector j % V.
+// Adds the first input to the sums of which the pivots are made.
+template <typename Op, int N, int V>
+__device__ __forceinline__ void add_first(const Op& op, const Pack<typename Op::Elem, N>& x,
+                                          Acc<typename Op::Elem> (&sums)[V][1]) {
+  Acc<typename Op::Elem> wide[N];
+  widen(x, op.format, wide);
 #pragma unroll
-  for (int a = 0; a < Op::kOut; a++) x[a].v[j] = from_acc<typename Op::Elem>(y[a]);
+  for (int j = 0; j < N; j++) sums[j % V][0] += wide[j];
+}
+
+template <typename Op, int N, int V>
+__device__ __forceinline__ void add_pack(const Op& op,
+                                         const Pack<typename Op::Elem, N> (&x)[Op::kIn],
+                                         const typename Op::Params (&params)[V],
+                                         Acc<typename Op::Elem> (&sums)[V][Op::kSums]) {
+  each_value<Op, N>(op, x, [&](int j, const Acc<typename Op::Elem>* v) {
+    Op::add(v, params[j % V], sums[j % V]);
+  });
+}
+
+// Maps a pack of each input in place: the outputs take the first inputs' registers.
+template <typename Op, int N, int V>
+__device__ __forceinline__ void map_pack(const Op& op, Pack<typename Op::Elem, N> (&x)[Op::kIn],
+                                         const Acc<typename Op::Elem> (&factors)[V][Op::kFactors]) {
+  Acc<typename Op::Elem> out[Op::kOut][N];
+  each_value<Op, N>(op, x, [&](int j, const Acc<typename Op::Elem>* v) {
+    Acc<typename Op::Elem> y[Op::kOut];
+    Op::map(v, factors[j % V], y);
+#pragma unroll
+    for (int a = 0; a < Op::kOut; a++) out[a][j] = y[a];
+  });
+#pragma unroll
+  for (int a = 0; a < Op::kOut; a++) x[a] = narrow<typename Op::Elem, N>(out[a], op.format);
 }
 
 template <typename Op, int N>
@@ -147,39 +191,28 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     const int i = lane + (k << log_group);
     if (i < near) load_inputs<Op, N>(op, base + i * N, x[k]);
   }
-  typename Op::Params params = op.params(row < rows ? row : 0);
+  typename Op::Params params[1] = {op.params(row < rows ? row : 0)};
   if constexpr (Op::kPivot) {
-    A mean[1] = {A(0)};
+    A mean[1][1] = {};
 #pragma unroll
     for (int k = 0; k < K; k++)
-      if (lane + (k << log_group) < near)
-#pragma unroll
-        for (int j = 0; j < N; j++) mean[0] += to_acc(x[k][0].v[j]);
-    group_sum(mean, group);
-    params.pivot = mean[0] / A(max(near, 1) * N);
+      if (lane + (k << log_group) < near) add_first(op, x[k][0], mean);
+    group_sum(mean[0], group);
+    params[0].pivot = mean[0][0] / A(max(near, 1) * N);
   }
 
-  A sums[Op::kSums] = {}, v[Op::kIn];
+  A sums[1][Op::kSums] = {};
 #pragma unroll
   for (int k = 0; k < K; k++)
-    if (lane + (k << log_group) < near)
-#pragma unroll
-      for (int j = 0; j < N; j++) {
-        values_at<Op, N>(x[k], j, v);
-        Op::add(v, params, sums);
-      }
+    if (lane + (k << log_group) < near) add_pack(op, x[k], params, sums);
 #pragma unroll 1
   for (int k = 0; lane + ((static_cast<int64_t>(K) + k) << log_group) < packs; k++) {
     const int64_t i = lane + ((static_cast<int64_t>(K) + k) << log_group);
     Pack<T, N> far[Op::kIn];
     load_far<Op, N>(op, base + i * N, k, kept, far);
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-      values_at<Op, N>(far, j, v);
-      Op::add(v, params, sums);
-    }
+    add_pack(op, far, params, sums);
   }
-  group_sum(sums, group);
+  group_sum(sums[0], group);
 
   if (row >= rows) return;
   forget(base);
@@ -187,13 +220,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   for (int k = 0; k < K; k++)
 #pragma unroll
     for (int a = 0; a < Op::kIn; a++) forget_values(x[k][a]);
-  A factors[Op::kFactors];
-  op.finish(row, sums, params, A(1) / A(length), factors, lane == 0);
+  A factors[1][Op::kFactors];
+  op.finish(row, sums[0], params[0], A(1) / A(length), factors[0], lane == 0);
 #pragma unroll
   for (int k = 0; k < K; k++) {
     const int i = lane + (k << log_group);
-#pragma unroll
-    for (int j = 0; j < N; j++) map_element<Op, N>(x[k], j, factors);
+    map_pack(op, x[k], factors);
     if (i < near) store_outputs<Op, N>(op, base + i * N, x[k]);
   }
 #pragma unroll 1
@@ -201,8 +233,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     const int64_t i = lane + ((static_cast<int64_t>(K) + k) << log_group);
     Pack<T, N> far[Op::kIn];
     load_far_again<Op, N>(op, base + i * N, k, kept, far);
-#pragma unroll
-    for (int j = 0; j < N; j++) map_element<Op, N>(far, j, factors);
+    map_pack(op, far, factors);
     store_outputs<Op, N>(op, base + i * N, far);
   }
 }
@@ -286,9 +317,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     A mean[N][1] = {}, pivot[N][1];
 #pragma unroll
     for (int k = 0; k < K; k++)
-      if (ty + k * ty_count < near)
-#pragma unroll
-        for (int j = 0; j < N; j++) mean[j][0] += to_acc(x[k][0].v[j]);
+      if (ty + k * ty_count < near) add_first(op, x[k][0], mean);
     const A scale = A(1) / A(min(length, static_cast<int64_t>(K) * ty_count));
     column_sum<1, 1, N>(mean, pivot, log_tx, shared + columns,
                         [&](int, const A* s, A* f, bool) { f[0] = s[0] * scale; });
@@ -300,24 +329,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     __syncthreads();
   }
 
-  A sums[N][Op::kSums] = {}, v[Op::kIn];
+  A sums[N][Op::kSums] = {};
 #pragma unroll
   for (int k = 0; k < K; k++)
-    if (ty + k * ty_count < near)
-#pragma unroll
-      for (int j = 0; j < N; j++) {
-        values_at<Op, N>(x[k], j, v);
-        Op::add(v, params[j], sums[j]);
-      }
+    if (ty + k * ty_count < near) add_pack(op, x[k], params, sums);
 #pragma unroll 1
   for (int k = K; ty + static_cast<int64_t>(k) * ty_count < stop; k++) {
     Pack<T, N> far[Op::kIn];
     load_far<Op, N>(op, base + k * step, k - K, kept, far);
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-      values_at<Op, N>(far, j, v);
-      Op::add(v, params[j], sums[j]);
-    }
+    add_pack(op, far, params, sums);
   }
 
   A factors[N][Op::kFactors];
@@ -337,18 +357,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 #pragma unroll
     for (int a = 0; a < Op::kIn; a++) forget_values(x[k][a]);
 #pragma unroll
-  for (int j = 0; j < N; j++)
-#pragma unroll
-    for (int k = 0; k < K; k++) map_element<Op, N>(x[k], j, factors[j]);
-#pragma unroll
-  for (int k = 0; k < K; k++)
+  for (int k = 0; k < K; k++) {
+    map_pack(op, x[k], factors);
     if (ty + k * ty_count < near) store_outputs<Op, N>(op, base + k * step, x[k]);
+  }
 #pragma unroll 1
   for (int k = K; ty + static_cast<int64_t>(k) * ty_count < stop; k++) {
     Pack<T, N> far[Op::kIn];
     load_far_again<Op, N>(op, base + k * step, k - K, kept, far);
-#pragma unroll
-    for (int j = 0; j < N; j++) map_element<Op, N>(far, j, factors[j]);
+    map_pack(op, far, factors);
     store_outputs<Op, N>(op, base + k * step, far);
   }
 }

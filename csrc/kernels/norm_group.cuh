@@ -99,9 +99,7 @@ __global__ void __launch_bounds__(kGroupThreads, 2)
       A mean[V][1] = {}, pivot[V][1];
 #pragma unroll
       for (int k = 0; k < K; k++)
-        if (ty + k * ty_count < stop)
-#pragma unroll
-          for (int j = 0; j < N; j++) mean[j % V][0] += to_acc(x[k][0].v[j]);
+        if (ty + k * ty_count < stop) add_first(op, x[k][0], mean);
       const A scale = A(1) / A(min(rows_of(part), K * ty_count) * kEach);
       column_sum<1, 1, V>(mean, pivot, log_tx, scratch,
                           [&](int, const A* s, A* f, bool) { f[0] = s[0] * scale; });
@@ -116,24 +114,15 @@ __global__ void __launch_bounds__(kGroupThreads, 2)
       for (int j = 0; j < V; j++) params[j] = known[tx * V + j];
     }
 
-    A sums[V][Op::kSums] = {}, v[Op::kIn];
+    A sums[V][Op::kSums] = {};
 #pragma unroll
     for (int k = 0; k < K; k++)
-      if (ty + k * ty_count < stop)
-#pragma unroll
-        for (int j = 0; j < N; j++) {
-          values_at<Op, N>(x[k], j, v);
-          Op::add(v, params[j % V], sums[j % V]);
-        }
+      if (ty + k * ty_count < stop) add_pack(op, x[k], params, sums);
 #pragma unroll 1
     for (int k = K; ty + k * ty_count < stop; k++) {
       Pack<T, N> far[Op::kIn];
       load_far<Op, N>(op, base + k * step, k - K, kept, far);
-#pragma unroll
-      for (int j = 0; j < N; j++) {
-        values_at<Op, N>(far, j, v);
-        Op::add(v, params[j % V], sums[j % V]);
-      }
+      add_pack(op, far, params, sums);
     }
     A none[V][1];
     column_sum<Op::kSums, 1, V>(sums, none, log_tx, scratch, [&](int c, const A* s, A* f, bool) {
@@ -204,16 +193,14 @@ __global__ void __launch_bounds__(kGroupThreads, 2)
     for (int a = 0; a < Op::kIn; a++) forget_values(x[k][a]);
 #pragma unroll
   for (int k = 0; k < K; k++) {
-#pragma unroll
-    for (int j = 0; j < N; j++) map_element<Op, N>(x[k], j, factors[j % V]);
+    map_pack(op, x[k], factors);
     if (ty + k * ty_count < stop) store_outputs<Op, N>(op, base + k * step, x[k]);
   }
 #pragma unroll 1
   for (int k = K; ty + k * ty_count < stop; k++) {
     Pack<T, N> far[Op::kIn];
     load_far_again<Op, N>(op, base + k * step, k - K, kept, far);
-#pragma unroll
-    for (int j = 0; j < N; j++) map_element<Op, N>(far, j, factors[j % V]);
+    map_pack(op, far, factors);
     store_outputs<Op, N>(op, base + k * step, far);
   }
 }

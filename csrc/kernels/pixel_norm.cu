@@ -20,6 +20,7 @@ struct PixelNorm {
   static constexpr bool kPivot = false, kShared = false;
   struct Params {};
   __device__ Params params(int64_t) const { return {}; }
+  Format<T> format;
   const T* in[kIn];
   T* out[kOut];
   Acc<T> eps;
@@ -88,9 +89,9 @@ namespace GANKERN_BACKEND {
 
 int pixel_norm(int dtype, const void* x, void* y, int64_t outer, int64_t length, int64_t inner,
                double eps, void* stream) {
-  return by_dtype(dtype, [&](auto zero) {
+  return by_width(dtype, [&](auto zero, auto format) {
     using T = decltype(zero);
-    Forward<T> op;
+    Forward<T> op{{format}};
     op.in[0] = static_cast<const T*>(x);
     op.out[0] = static_cast<T*>(y);
     op.eps = static_cast<Acc<T>>(eps);
@@ -100,9 +101,9 @@ int pixel_norm(int dtype, const void* x, void* y, int64_t outer, int64_t length,
 
 int pixel_norm_bwd(int dtype, const void* dy, const void* x, void* dx, int64_t outer,
                    int64_t length, int64_t inner, double eps, void* stream) {
-  return by_dtype(dtype, [&](auto zero) {
+  return by_width(dtype, [&](auto zero, auto format) {
     using T = decltype(zero);
-    Backward<T> op;
+    Backward<T> op{{format}};
     op.in[0] = static_cast<const T*>(dy);
     op.in[1] = static_cast<const T*>(x);
     op.out[0] = static_cast<T*>(dx);
@@ -113,9 +114,9 @@ int pixel_norm_bwd(int dtype, const void* dy, const void* x, void* dx, int64_t o
 
 int pixel_norm_bwd2(int dtype, const void* g, const void* dy, const void* x, void* d_dy, void* d_x,
                     int64_t outer, int64_t length, int64_t inner, double eps, void* stream) {
-  return by_dtype(dtype, [&](auto zero) {
+  return by_width(dtype, [&](auto zero, auto format) {
     using T = decltype(zero);
-    Backward2<T> op;
+    Backward2<T> op{{format}};
     op.in[0] = static_cast<const T*>(g);
     op.in[1] = static_cast<const T*>(dy);
     op.in[2] = static_cast<const T*>(x);

@@ -43,24 +43,6 @@ struct AccOf<double> {
 template <typename T>
 using Acc = typename AccOf<T>::type;
 
-__device__ __forceinline__ float to_acc(float v) { return v; }
-__device__ __forceinline__ double to_acc(double v) { return v; }
-__device__ __forceinline__ float to_acc(__half v) { return __half2float(v); }
-__device__ __forceinline__ float to_acc(__nv_bfloat16 v) { return __bfloat162float(v); }
-
-template <typename T>
-__device__ __forceinline__ T from_acc(Acc<T> v) {
-  return static_cast<T>(v);
-}
-template <>
-__device__ __forceinline__ __half from_acc<__half>(float v) {
-  return __float2half_rn(v);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_acc<__nv_bfloat16>(float v) {
-  return __float2bfloat16_rn(v);
-}
-
 // A number of 16 bits, float16 or bfloat16: a kernel is compiled once for both, and which of them
 // it is comes with its arguments, in a Format.
 struct Half16 {
@@ -186,20 +168,6 @@ __device__ __forceinline__ void forget(W& v) {
 
 // Element i of a small operand (bias, styles, noise) that is float32 or has x's own type.
 template <typename T>
-__device__ __forceinline__ Acc<T> load_param(const void* p, bool is_f32, int64_t i) {
-  return is_f32 ? static_cast<Acc<T>>(static_cast<const float*>(p)[i])
-                : static_cast<Acc<T>>(to_acc(static_cast<const T*>(p)[i]));
-}
-
-template <typename T>
-__device__ __forceinline__ void store_param(void* p, bool is_f32, int64_t i, Acc<T> v) {
-  if (is_f32)
-    static_cast<float*>(p)[i] = static_cast<float>(v);
-  else
-    static_cast<T*>(p)[i] = from_acc<T>(v);
-}
-
-template <typename T>
 __device__ __forceinline__ Acc<T> load_param(const void* p, bool is_f32, int64_t i,
                                              Format<T> format) {
   return is_f32 ? static_cast<Acc<T>>(static_cast<const float*>(p)[i])
@@ -230,22 +198,7 @@ __device__ __forceinline__ A warp_sum(A v, int width = 32) {
   return v;
 }
 
-// Calls f with a value of the element type; the only place where dtypes become types.
-template <typename F>
-inline int by_dtype(int dtype, F f) {
-  switch (dtype) {
-    case kF32:
-      return f(float{});
-    case kF16:
-      return f(__half{});
-    case kBF16:
-      return f(__nv_bfloat16{});
-    default:
-      return f(double{});
-  }
-}
-
-// As by_dtype, with one type for both formats of 16 bits: f(T{}, Format<T>(dtype)).
+// Calls f(T{}, Format<T>(dtype)) with the element type; the only place where dtypes become types.
 template <typename F>
 inline int by_width(int dtype, F f) {
   switch (dtype) {

@@ -258,7 +258,7 @@ X, S = torch.ones(2, 3, 4, 4), torch.ones(2, 3)
         ((S, S, S), ValueError, r"adain: x must be \(N, C, \*\), got 2 dimensions \(2, 3\)"),
         ((X, S[0], S), ValueError, r"adain: scale must be \(N, C\) = \(2, 3\), got \(3,\)"),
         ((X, S, S.T), ValueError, r"adain: shift must be \(N, C\) = \(2, 3\), got \(3, 2\)"),
-        ((X, S.half(), S), TypeError, "adain: scale must be torch.float32 or torch.float32, got"),
+        ((X, S.half(), S), TypeError, "adain: scale must be torch.float32, got"),
         ((X.half(), S, S.half()), TypeError, "adain: shift must be torch.float32 like scale"),
         ((X, S, S, None), TypeError, "adain: eps must be a number, got NoneType"),
         ((X, S, S, -1), ValueError, "adain: eps must be at least 0, got -1"),

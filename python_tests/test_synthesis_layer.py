@@ -437,7 +437,7 @@ def test_compile():
          "synthesis_epilogue: noise must have shape (2, 1, 4, 4) or (1, 1, 4, 4) or (4, 4), "
          "got (2, 2, 4, 4)"),
         ({"b": torch.zeros(3).half()}, TypeError,
-         "synthesis_epilogue: b must be torch.float32 or torch.float32, got torch.float16"),
+         "synthesis_epilogue: b must be torch.float32, got torch.float16"),
         ({"padding": -3}, ValueError,
          "synthesis_epilogue: padding must leave an output of at least 1x1 for x (2, 3, 4, 4) and "
          "1x1 taps, got (-3, -3, -3, -3)"),

@@ -209,6 +209,7 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
         (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
         (["--batch-gpu", "5"], "--batch-gpu must divide a process's share of a batch, 16, got 5"),
         (["--held-out", "5000"], "images held out must be fewer than 5000"),
+        (["--metrics-ticks", "1", "--metrics-extractor", "x.pt"], "got 'x.pt': no such file"),
     ],
 )
 def test_dry_run_refuses_what_training_does(args, text, capsys, tmp_path, monkeypatch):

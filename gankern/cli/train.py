@@ -126,12 +126,13 @@ def describe(config: TrainConfig) -> str:
     """The resolved configuration, the parameters of both networks, and the memory, as text.
 
     Raises:
-        ValueError: what training would refuse before it starts (TrainError, DataError).
+        ValueError: what training would refuse before it starts (TrainError, DataError, MetricsError).
     """
     import torch
 
     from gankern import models
     from gankern.data.subset import hold_out
+    from gankern.metrics import load_extractor
     from gankern.training.distributed import choose_device, rank_and_world
     from gankern.training.graphs import check_graphs
     from gankern.training.loop import open_data
@@ -145,6 +146,8 @@ def describe(config: TrainConfig) -> str:
     Schedule(config, level_sides(D), world)
     if config.cuda_graphs:
         check_graphs(config, device, world)
+    if config.metrics_ticks:
+        load_extractor(config.metrics_extractor)
     lines = [config.to_json()]
     for name, net in (("G", G), ("D", D)):
         total = sum(p.numel() for p in net.parameters())

@@ -237,4 +237,10 @@ def check_float(op_name: str, name: str, t: Any) -> None:
         )
 
 
+def wrong_dtype(op_name: str, name: str, t: torch.Tensor, x: torch.Tensor) -> TypeError:
+    """The error of an operand that has neither x's dtype nor float32."""
+    wanted = " or ".join(dict.fromkeys((str(x.dtype), "torch.float32")))
+    return TypeError(f"{op_name}: {name} must be {wanted}, got {t.dtype}")
+
+
 load_libraries()

@@ -65,7 +65,7 @@ def _check(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> None:
         if t.device != device:
             raise ValueError(f"adain: {name} must be on x's device {device}, got {t.device}")
     if scale.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"adain: scale must be {x.dtype} or torch.float32, got {scale.dtype}")
+        raise _impl.wrong_dtype("adain", "scale", scale, x)
     if shift.dtype != scale.dtype:
         raise TypeError(f"adain: shift must be {scale.dtype} like scale, got {shift.dtype}")
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):

@@ -90,7 +90,7 @@ def _check(x, b, dim, act, alpha, gain, clamp) -> tuple[int, tuple[float, float,
         if b.shape != x.shape[dim : dim + 1]:
             raise ValueError(f"bias_act: b must have shape ({x.shape[dim]},), got {tuple(b.shape)}")
         if b.dtype not in (x.dtype, torch.float32):
-            raise TypeError(f"bias_act: b must be {x.dtype} or torch.float32, got {b.dtype}")
+            raise _impl.wrong_dtype("bias_act", "b", b, x)
         if b.device != x.device:
             raise ValueError(f"bias_act: b must be on x's device {x.device}, got {b.device}")
     if clamp is not None and not clamp >= 0:

@@ -142,7 +142,7 @@ def _check_filter(x: Tensor, f: Tensor) -> tuple[int, int]:
 def _check_operand(x: Tensor, name: str, t: Any, *shapes: tuple[int, ...]) -> None:
     _impl.check_float(OP, name, t)
     if t.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"{OP}: {name} must be {x.dtype} or torch.float32, got {t.dtype}")
+        raise _impl.wrong_dtype(OP, name, t, x)
     if t.device != x.device:
         raise ValueError(f"{OP}: {name} must be on x's device {x.device}, got {t.device}")
     # Lengths first: a traced batch size must not be compared with a noise map's height.

@@ -126,7 +126,7 @@ def describe(config: TrainConfig) -> str:
     """The resolved configuration, the parameters of both networks, and the memory, as text.
 
     Raises:
-        ValueError: what training would refuse before it starts (TrainError, DataError, MetricsError).
+        ValueError: what training would refuse before it starts (TrainError and its like).
     """
     import torch
 

@@ -50,8 +50,8 @@ TESTS = {
 MUTATIONS = [
     Mutation(
         "bias_act", "index: a plane's last pack is left out", "bias_act.cu",
-        "const int64_t stop = min(packs, static_cast<int64_t>(chunk + 1) * span);",
-        "const int64_t stop = min(packs - 1, static_cast<int64_t>(chunk + 1) * span);",
+        "const int64_t stop = behind(packs);",
+        "const int64_t stop = behind(packs - 1);",
     ),
     Mutation(
         "bias_act", "barrier: sums of a column are read at once", "bias_act.cu",
@@ -130,8 +130,8 @@ MUTATIONS = [
     ),
     Mutation(
         "upfirdn2d", "barrier: the tile is read while it is written", "upfirdn2d_planes.cuh",
-        "unsigned short>(p, tile, image, ix0, iy0);\n    __syncthreads();",
-        "unsigned short>(p, tile, image, ix0, iy0);",
+        "Half16>(p, tile, image, ix0, iy0);\n    __syncthreads();",
+        "Half16>(p, tile, image, ix0, iy0);",
         "race",
     ),
     Mutation(
@@ -169,8 +169,8 @@ MUTATIONS = [
     ),
     Mutation(
         "synthesis_epilogue", "gain: left out of the gradient", "synthesis_epilogue_bwd.cuh",
-        "const A dv = dy * p.gain * act_slope",
-        "const A dv = dy * act_slope",
+        "const A dv = to * p.gain * act_slope",
+        "const A dv = to * act_slope",
     ),
 ]  # fmt: skip
 

@@ -181,6 +181,8 @@ def plan_cuda(ninja: Ninja, torch: Torch, nvcc: Nvcc, cxx: str, warnings: str) -
     torch_side, left_out = torch_sources("kernels", "cpu", ninja.without)
     left_out = [op for op in left_out if op not in CPU_ALONE]
     kernels = sources("kernels", ninja.without)
+    # What takes longest is started first, so that no processor waits for it at the end.
+    kernels.sort(key=lambda path: -sum(f.stat().st_size for f in path.parent.glob(f"{path.stem}*")))
     flags = f"{NVCC_FLAGS} -ccbin={cxx} {gencode}"
     objects = [ninja.build(f"cuda/{path.stem}.o", "nvcc", [str(path)], flags) for path in kernels]
     flags = f"{CXX_FLAGS} {warnings} -DGANKERN_BACKEND=cuda -DUSE_CUDA {torch_flags(torch)}"
@@ -237,7 +239,7 @@ class BuildLibraries(build_ext):
         ninja.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", depfile=True)
         ninja.rule("link", f"{cxx} -o $out $in $flags", depfile=False)
         warnings = "-Werror" if _toolchain.compiler_version(cxx).startswith(CI_CXX) else ""
-        libraries = {"cpu": plan_cpu(ninja, torch, warnings)}
+        libraries = {}
         nvcc = _toolchain.find_nvcc(torch, os.environ, sys.path)
         if self.cpu_only:
             nvcc = "built with --cpu-only; build again without it"
@@ -246,6 +248,7 @@ class BuildLibraries(build_ext):
             logged = "> $out.log 2>&1 || (cat $out.log; false)"
             ninja.rule("nvcc", f"{compile_cu} {logged}", depfile=True)
             libraries["cuda"] = plan_cuda(ninja, torch, nvcc, cxx, warnings)
+        libraries["cpu"] = plan_cpu(ninja, torch, warnings)
         for library in libraries.values():
             if library.objects:
                 ninja.build(library.name, "link", library.objects, library.link)

@@ -246,7 +246,7 @@ def test_a_process_that_dies_stops_the_run_which_then_resumes(tmp_path):
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     # torchrun looks seldom enough that the process that is left can speak before it is ended.
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launch += ["--monitor-interval", "4", "-m"]
+    launch += ["--monitor-interval", "10", "-m"]
     command = [sys.executable, "-m", *launch, "gankern", "train", *flags, f"--out={tmp_path}"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200

@@ -126,3 +126,25 @@ def test_the_end_of_a_large_weight_gradient(channels_last, last_blocks):
     styles, d, q = torch.ones(1, 4096), torch.ones(1, 58300), torch.zeros(58300, 4096)
     bwd = _impl.op("simt", "demod_coefs_bwd")
     check(lambda: bwd(-d, d, q, w, styles, True, False)[0], w[-TAIL:])
+
+
+def test_the_interpreter_notices_an_overflow(device):
+    """The check of 32-bit indices that conftest puts in place of Triton's own, which is slower."""
+    if device != "cpu":
+        pytest.skip("Triton's interpreter runs on the CPU")
+    triton = pytest.importorskip("triton")
+    import triton.language as tl
+    from conftest import quicken_interpreter
+
+    quicken_interpreter()
+
+    @triton.jit
+    def sums(out_ptr, first, n: tl.constexpr):
+        at = tl.arange(0, n)
+        tl.store(out_ptr + at, first + at)
+
+    out = torch.zeros(4, dtype=torch.int32)
+    sums[(1,)](out, 2**31 - 4, n=4)
+    assert out.tolist() == [2**31 - 4 + i for i in range(4)]
+    with pytest.raises(Exception, match="int32 overflow in add"):
+        sums[(1,)](out, 2**31 - 3, n=4)

@@ -28,6 +28,7 @@ from types import ModuleType, SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("plain", "asan", "race")
+MODULE = "csrc/simt/CMakeFiles/simt_module.dir/module.cpp.o"  # in build folder "module"
 
 
 def variant() -> str:
@@ -63,10 +64,13 @@ def tool(name: str) -> str:
 
 @functools.cache
 def build(name: str, *, strict: bool = False) -> Path:
-    """Builds a variant, or "torch": the ops of all variants. Returns its folder.
+    """Builds a variant, or of all variants "torch": the ops, "module": what binds them to Python.
 
-    Kernels that fail to compile are left out, with a warning; with strict they are an error.
+    Returns its folder. Kernels that fail to compile are left out, with a warning; with strict they
+    are an error.
     """
+    if name in VARIANTS:
+        build("module", strict=True)
     out = folder(name)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as lock:  # one build at a time in a folder
@@ -82,6 +86,8 @@ def build(name: str, *, strict: bool = False) -> Path:
                 command += ["-DGANKERN_SIMT=OFF", f"-DGANKERN_TORCH={torch[0] if torch else ''}"]
             else:
                 command += [f"-DGANKERN_SIMT={name}"]
+                if name in VARIANTS:
+                    command += [f"-DGANKERN_SIMT_MODULE={folder('module') / MODULE}"]
             run = subprocess.run(command, capture_output=True, text=True)
             if run.returncode:
                 raise RuntimeError(f"simt: cmake failed\n{run.stdout}{run.stderr}")

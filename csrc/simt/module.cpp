@@ -157,13 +157,7 @@ static py::array copy(const py::array& given) {
 PYBIND11_MODULE(simt, m) {
   m.doc() = "Runs CUDA kernels, compiled by g++, on the CPU: checks them and counts their traffic.";
   py::register_exception<simt::Error>(m, "Error", PyExc_RuntimeError);
-#if defined(GANKERN_SIMT_RACE)
-  m.attr("variant") = "race";
-#elif defined(GANKERN_SIMT_ASAN)
-  m.attr("variant") = "asan";
-#else
-  m.attr("variant") = "plain";
-#endif
+  m.attr("variant") = simt::variant;
   m.def("load", &simt::load, py::arg("path"), "Loads a library; returns its launchers by name.");
   m.def("counters", &simt::all_counters, "Totals, and \"kernels\" and \"launch_list\".");
   m.def("reset", &simt::reset, "Sets all counters to zero.");

@@ -20,6 +20,18 @@ std::vector<LaunchRecord> launch_records;
 Counters* counting;
 std::vector<Region> regions;
 
+#ifndef GANKERN_SIMT_RACE
+void checks::unwritten(const void*, size_t) {}
+void checks::forget(const void*) {}
+#endif
+#if defined(GANKERN_SIMT_RACE)
+const char* const variant = "race";
+#elif defined(GANKERN_SIMT_ASAN)
+const char* const variant = "asan";
+#else
+const char* const variant = "plain";
+#endif
+
 static Fiber scheduler;
 static std::map<const void*, int> shared_limits;  // set by cudaFuncSetAttribute
 

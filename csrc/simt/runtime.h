@@ -112,7 +112,13 @@ extern std::vector<Region> regions;
 
 const std::vector<Export>& exports();
 
+extern const char* const variant;  // plain, asan or race
+
 // What the race build does at each event (checks.cpp); nothing in the others.
+namespace checks {
+void unwritten(const void* p, size_t bytes);  // a fresh array, until forget()
+void forget(const void* p);
+}  // namespace checks
 #ifdef GANKERN_SIMT_RACE
 namespace checks {
 void launch_begins();
@@ -124,8 +130,6 @@ void warp_pauses();                         // no lane of the running warp can g
 void fence();
 void atomic(const void* p, int size, const void* pc);
 void written_by_host(const void* p, size_t bytes);
-void unwritten(const void* p, size_t bytes);  // a fresh array, until forget()
-void forget(const void* p);
 }  // namespace checks
 #else
 namespace checks {
@@ -137,8 +141,6 @@ inline void rendezvous(int, unsigned) {}
 inline void warp_pauses() {}
 inline void fence() {}
 inline void written_by_host(const void*, size_t) {}
-inline void unwritten(const void*, size_t) {}
-inline void forget(const void*) {}
 #ifdef GANKERN_SIMT_ASAN
 void atomic(const void* p, int size, const void* pc);
 #else

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gankern import models
+from gankern.cli import main
 from gankern.training import checkpoint, make_config, train
 from gankern.training.distributed import average_gradients, rank_and_world
 from gankern.training.phases import Part, Phases
@@ -71,9 +72,14 @@ def train_all(out, runs):
         if options:
             train(make_config(**options | {"kimg": kimg}, device="cpu", out=str(out / name)))
             continue
-        config = read_config(the_run(out / name))
-        config.kimg = kimg
-        train(config, the_run(out / name))
+        go_on(the_run(out / name), kimg)
+
+
+def go_on(run, kimg):
+    """In every process."""
+    config = read_config(run)
+    config.kimg = kimg
+    train(config, run)
 
 
 def gradients(model):
@@ -203,13 +209,20 @@ def test_two_processes_resume_exactly(model, two):
         )
 
 
+def fail_by_command(out):
+    """In every process: a command that cannot run; what it says goes to a file."""
+    with open(out / f"said by {rank_and_world()[0]}", "w") as file:
+        os.dup2(file.fileno(), 2)
+        with pytest.raises(SystemExit) as exit:
+            main(["train", "--batch=33", f"--out={out / 'runs'}"])
+    assert exit.value.code
+
+
 def test_one_process_tells_the_error(tmp_path):
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command = [sys.executable, "-m", *launch, "gankern", "train", "--batch=33"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert result.returncode
-    assert result.stderr.count("gankern: --batch must be a multiple of 2 processes, got 33") == 1
-    assert not list(tmp_path.iterdir())
+    processes.run(2, fail_by_command, tmp_path)
+    said = [(tmp_path / f"said by {rank}").read_text() for rank in range(2)]
+    assert said == ["gankern: --batch must be a multiple of 2 processes, got 33\n", ""]
+    assert not (tmp_path / "runs").exists()
 
 
 def test_two_nodes_at_two_addresses(tmp_path):
@@ -259,9 +272,5 @@ def test_a_process_that_dies_stops_the_run_which_then_resumes(tmp_path):
     assert "has lost another of the 2: go on with --resume" in err
     (run,) = tmp_path.iterdir()
     reached = int(checkpoint.list_checkpoints(run)[-1].name)
-    again = [*command[: command.index("train") + 1], "--resume", str(run)]
-    result = subprocess.run(
-        [*again, f"--kimg={(reached + 64) / 1000}"], capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
+    processes.run(2, go_on, run, (reached + 64) / 1000)
     assert int(checkpoint.list_checkpoints(run)[-1].name) == reached + 64

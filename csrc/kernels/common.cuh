@@ -114,6 +114,25 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, N>& value) {
   *reinterpret_cast<Raw*>(p) = *reinterpret_cast<const Raw*>(&value);
 }
 
+// The same to global memory, in one instruction where the compiler would take the pack apart, as it
+// does where elements are also used one by one.
+template <typename T, int N>
+__device__ __forceinline__ void store_whole(T* p, const Pack<T, N>& value) {
+#ifdef __CUDA_ARCH__
+  constexpr int kWords = sizeof(T) * N / 4;
+  if constexpr (kWords == 4 || kWords == 2) {
+    const unsigned* w = reinterpret_cast<const unsigned*>(&value);
+    if constexpr (kWords == 4)
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(w[0]), "r"(w[1]),
+                   "r"(w[2]), "r"(w[3]));
+    else
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(w[0]), "r"(w[1]));
+    return;
+  }
+#endif
+  store_pack<T, N>(p, value);
+}
+
 // The elements of a pack as numbers to reckon with, and back; one branch serves the whole pack.
 template <typename T, int N>
 __device__ __forceinline__ void widen(const Pack<T, N>& pack, Format<T> format, Acc<T> (&out)[N]) {

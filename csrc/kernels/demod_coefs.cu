@@ -514,7 +514,7 @@ __device__ __forceinline__ void weight_rows(const Backward<T>& a, const Tile<T, 
             w[e] *= f;
             if (++next == K && e + 1 < N) next = 0, f = tile.factors[++channel];
           }
-          store_pack<T, N>(a.dw + at + p * N, narrow<T, N>(w, a.format));
+          store_whole<T, N>(a.dw + at + p * N, narrow<T, N>(w, a.format));
         }
         p += 32;
         c += skip_c;
@@ -564,7 +564,7 @@ __device__ __forceinline__ void weight_columns(const Backward<T>& a, const Tile<
           widen(x[t], a.format, w);
 #pragma unroll
           for (int j = 0; j < N; j++) w[j] *= factor[j];
-          store_pack<T, N>(a.dw + to, narrow<T, N>(w, a.format));
+          store_whole<T, N>(a.dw + to, narrow<T, N>(w, a.format));
         }
       load(k);
     }

@@ -254,7 +254,7 @@ __device__ __forceinline__ Acc<T> copy_rows(const T* x, T* y, const Layout& a, c
     const T* from = x_group + row * a.x_row + begin;
     int64_t to = row * a.y_row + begin;
     const auto copy = [&](int k, const Pack<T, N>& v) {
-      if (inside) store_pack<T, N>(y_group + to + k * a.y_step, v);
+      if (inside) store_whole<T, N>(y_group + to + k * a.y_step, v);
     };
     if constexpr (kSmall) {
       Pack<T, N> held[kHold] = {};
@@ -340,7 +340,7 @@ __device__ __forceinline__ Acc<T> copy_flat(const T* x, T* y, const Layout& a, c
         T* p = to + k * a.y_step;
         const Flat<T> flat(p, size);
         const int i = flat.pack();
-        if (i >= 0) store_pack(p + (i - flat.before), Flat<T>::get(stage, k, i));
+        if (i >= 0) store_whole<T, 4>(p + (i - flat.before), Flat<T>::get(stage, k, i));
       }
       Flat<T>::template edges<kBatch>(to, a.y_step, size, at.size - k0,
                                       [&](T* p, int i) { *p = stage[i]; });
@@ -449,7 +449,7 @@ __device__ __forceinline__ void differentiate_rows(const T* dy, const T* x, T* d
       forget(from);
 #pragma unroll
       for (int k = 0; k < kHold; k++)
-        if (inside && k < at.size) store_pack<T, N>(dx + from + k * a.x_step, grad[k]);
+        if (inside && k < at.size) store_whole<T, N>(dx + from + k * a.x_step, grad[k]);
     } else {
       // More samples than registers hold: x is read again, from cache.
       Moments<T, N> moments(inside ? load_pack<T, N>(x + from) : Pack<T, N>{}, format);
@@ -466,7 +466,7 @@ __device__ __forceinline__ void differentiate_rows(const T* dy, const T* x, T* d
         const Pack<T, N> grad = gradient(k);
         if (!inside) continue;
         const Pack<T, N> v = load_pack<T, N>(x + from + k * a.x_step);
-        store_pack<T, N>(dx + from + k * a.x_step, differentiate(grad, v, factors, format));
+        store_whole<T, N>(dx + from + k * a.x_step, differentiate(grad, v, factors, format));
       }
     }
     row += a.step_rows;
@@ -546,7 +546,7 @@ __device__ __forceinline__ void differentiate_flat(const T* dy, const T* x, T* d
 #pragma unroll
       for (int k = 0; k < kBatch; k++)
         if (k0 + k < at.size)
-          store_pack<T, 4>(dx + here + k * a.x_step, narrow<T, 4>(v[k], format));
+          store_whole<T, 4>(dx + here + k * a.x_step, narrow<T, 4>(v[k], format));
     }
   }
 }

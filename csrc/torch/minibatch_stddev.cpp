@@ -79,8 +79,8 @@ Tensor backward(const Tensor& dy_in, const Tensor& x_in, int64_t groups, int64_t
 }  // namespace
 
 GANKERN_SCHEMAS(m) {
-  m.def("minibatch_stddev(Tensor x, int groups, int num_channels) -> Tensor");
-  m.def("minibatch_stddev_bwd(Tensor dy, Tensor x, int groups, int num_channels) -> Tensor");
+  m.def("minibatch_stddev(Tensor x, SymInt groups, int num_channels) -> Tensor");
+  m.def("minibatch_stddev_bwd(Tensor dy, Tensor x, SymInt groups, int num_channels) -> Tensor");
 }
 
 GANKERN_IMPLS(m) {

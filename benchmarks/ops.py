@@ -207,7 +207,10 @@ def step(row: Row, inputs: list[Tensor], impl: str, dy: Tensor | None) -> Callab
 
 
 def compiled_step(row: Row, inputs: list[Tensor], dy: Tensor | None) -> Callable[[], Any]:
-    call = torch.compile(functools.partial(row.call, impl="reference"))
+    torch._dynamo.reset()  # after a few graphs of one function it would run the function instead
+    call = torch.compile(
+        functools.partial(row.call, impl="reference"), fullgraph=True, dynamic=False
+    )
     return step(Row(row.op, row.case, row.make, lambda *t, impl: call(*t), "", row.frozen), inputs,
                 "", dy)  # fmt: skip
 

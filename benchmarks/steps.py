@@ -229,7 +229,8 @@ def rows(
         columns["ours"] = lambda step=step: ours.run(step)
         columns["reference"] = lambda step=step: _with("reference", ours, step)
         if compiled and step not in ("R1", "PL"):
-            nets = [torch.compile(copy.deepcopy(net)) for net in (G, D)]
+            torch._dynamo.reset()  # after a few graphs of one function it would run the function
+            nets = [torch.compile(copy.deepcopy(net), dynamic=False) for net in (G, D)]
             other = Model(*nets, z, real)
             columns["compile"] = lambda step=step, other=other: _with("reference", other, step)
         with Recorder() as recorder:  # ours run some convolutions in kernels of their own

@@ -10,6 +10,8 @@ First every implementation is compared with the reference. Then rounds go throug
 torch.compile (with --compile), the implementations and a plain copy, once each; printed are medians
 with the 10 % and 90 % quantiles, the median of the rounds' ratios reference / implementation, GB/s
 of the fewest bytes that the op must move, and their share of the copy's GB/s in the same rounds.
+With --keep-memory freed memory stays with the process, as in `gankern train`: no column then pays
+for fresh pages, which the reference touches most of.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from gankern import ops  # noqa: E402
+from gankern.memory import keep_memory  # noqa: E402
 from gankern.ops import _impl  # noqa: E402
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -337,7 +340,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="small tensors, two rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the results to FILE")
+    parser.add_argument("--keep-memory", action="store_true", help="as the command gankern does")
     args = parser.parse_args()
+    if args.keep_memory:
+        keep_memory()
     about = machine(args.device)
     print(" ".join(f"{k} {v}" for k, v in about.items()))
     print(f"{'op':26} {'x':14} {'what':16} {'impl':9} {'median ms':>9} [{'10 %':>8} {'90 %':>8}] "

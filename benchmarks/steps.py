@@ -13,6 +13,8 @@ PyTorch operations, same networks), torch.compile of the reference (not for the 
 differentiate twice), and the floor: the step's convolutions and matrix products alone, forward and
 backward as the reference runs them, by PyTorch, each in the faster of the two memory formats. Our
 own convolutions may undercut it. Peak memory is what the step allocates, above what was there.
+With --keep-memory freed memory stays with the process, as in `gankern train`: no column then pays
+for fresh pages, which the reference touches most of.
 
 --scaling runs iterations of G's and D's steps of a small StyleGAN2 of one width, changing one size
 at a time; ranks are processes of one thread that average their gradients as training does. With
@@ -42,6 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from ops import figures, machine, measure, seconds
 
+from gankern.memory import keep_memory
 from gankern.models import dcgan, stylegan, stylegan2
 from gankern.ops import _impl
 from gankern.ops.modulated_conv2d import no_weight_gradients
@@ -356,7 +359,10 @@ def main() -> int:
     parser.add_argument("--scaling", action="store_true", help="img/s as work grows instead")
     parser.add_argument("--breakdown", action="store_true", help="profile instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the results to FILE")
+    parser.add_argument("--keep-memory", action="store_true", help="as the command gankern does")
     args = parser.parse_args()
+    if args.keep_memory:
+        keep_memory()
     about = machine(on)
     print(" ".join(f"{k} {v}" for k, v in about.items()))
     if args.scaling:

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from gankern import __version__
+from gankern.memory import keep_memory
 
 # Name and one-line help, so that `gankern --help` imports none of them; a missing file is no entry.
 COMMANDS = {
@@ -67,6 +68,7 @@ class Commands(click.Group):
         args = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in args
         extra["standalone_mode"] = False
+        keep_memory()
         try:
             status = super().main([arg for arg in args if arg != "--debug"], *rest, **extra)
         except (click.Abort, KeyboardInterrupt):

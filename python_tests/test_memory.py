@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from gankern.memory import SETTINGS
+
 # Minor page faults of each of some rounds that free 64 MiB and take them again.
 ROUNDS = """
 import resource, sys
@@ -22,7 +24,7 @@ for _ in range(12):
 
 
 def rounds(how, **settings):
-    environment = {k: v for k, v in os.environ.items() if "MALLOC" not in k} | settings
+    environment = {k: v for k, v in os.environ.items() if k not in SETTINGS} | settings
     command = [sys.executable, "-c", ROUNDS, how]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     taken, *faults = done.stdout.split()

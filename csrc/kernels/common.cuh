@@ -124,9 +124,10 @@ __device__ __forceinline__ void store_whole(T* p, const Pack<T, N>& value) {
     const unsigned* w = reinterpret_cast<const unsigned*>(&value);
     if constexpr (kWords == 4)
       asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(w[0]), "r"(w[1]),
-                   "r"(w[2]), "r"(w[3]));
+                   "r"(w[2]), "r"(w[3])
+                   : "memory");
     else
-      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(w[0]), "r"(w[1]));
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(w[0]), "r"(w[1]) : "memory");
     return;
   }
 #endif

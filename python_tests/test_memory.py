@@ -8,16 +8,16 @@ import pytest
 
 from gankern.memory import SETTINGS
 
-# Minor page faults of each of some rounds that free 64 MiB and take them again.
+# Minor page faults of each of some rounds that free 40 MiB and take them again.
 ROUNDS = """
 import resource, sys
 import numpy
 from gankern.memory import keep_memory
 print(keep_memory() if sys.argv[1] == "keep" else False)
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(12):
+for _ in range(2 if sys.argv[1] == "plain" else 10):
     before = faults()
-    x = numpy.ones(2**23)
+    x = numpy.ones(5 * 2**20)
     del x
     print(faults() - before)
 """
@@ -41,7 +41,7 @@ def test_pages_are_touched_once():
     _, given_back = rounds("plain")
     assert taken
     assert max(kept[-3:]) < 10  # after some, between which smaller blocks lie
-    assert min(given_back[-3:]) > 20  # a page of 2 MiB is one, too
+    assert min(given_back) > 15  # a page of 2 MiB is one, too
 
 
 def test_the_environment_goes_first():

@@ -10,6 +10,8 @@ First every implementation is compared with the reference. Then rounds go throug
 torch.compile (with --compile), the implementations and a plain copy, once each; printed are medians
 with the 10 % and 90 % quantiles, the median of the rounds' ratios reference / implementation, GB/s
 of the fewest bytes that the op must move, and their share of the copy's GB/s in the same rounds.
+On a GPU each column is a CUDA graph of eight calls; what a call costs the CPU is overhead.py's to
+tell. Tensors that fit the GPU's cache stay there between calls: --batch makes larger ones.
 With --keep-memory freed memory stays with the process, as in `gankern train`: no column then pays
 for fresh pages, which the reference touches most of.
 """
@@ -20,6 +22,7 @@ import argparse
 import functools
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -41,6 +44,13 @@ from gankern.ops import _impl  # noqa: E402
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 F4 = ops.setup_filter([1, 3, 3, 1])
+GRAPH_CALLS = 8  # the gap between two replays is shared by so many
+
+
+@functools.cache
+def f4(device: torch.device) -> Tensor:
+    """The filter there: a copy at every call would wait for the GPU."""
+    return F4.to(device)
 
 
 @dataclass
@@ -95,14 +105,14 @@ def square_sums(inputs: list[Tensor], d: Tensor) -> tuple[int, int]:
 
 
 def epilogue(x, d, b, strength, noise, impl):
-    f, pads = (F4.to(x.device), 1) if x.shape[-1] % 2 else (None, 0)
+    f, pads = (f4(x.device), 1) if x.shape[-1] % 2 else (None, 0)
     factor = 1 if f is None else 4
     return ops.synthesis_epilogue(x, f, d, noise, strength, b, pads, filter_gain=factor, impl=impl)
 
 
 def layer(x, weight, styles, b, strength, noise, impl):
     up = noise.shape[-1] // x.shape[-1]
-    f = F4.to(x.device) if up > 1 else None
+    f = f4(x.device) if up > 1 else None
     return ops.synthesis_layer(x, weight, styles, b, noise, strength, up, 1, f, impl=impl)
 
 
@@ -253,9 +263,25 @@ def measure(
     return times
 
 
+def captured(f: Callable[[], Any]) -> Callable[[], None]:
+    """GRAPH_CALLS calls of f as one CUDA graph: what the GPU does, whatever a launch costs the CPU."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            f()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPH_CALLS):
+            f()
+    return graph.replay
+
+
 def check(row: Row, inputs: list[Tensor], impl: str) -> None:
     """The output is the reference's, to a few roundings."""
-    actual, expected = (row.call(*inputs, impl=i) for i in (impl, "reference"))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        actual, expected = (row.call(*inputs, impl=i) for i in (impl, "reference"))
     error = (actual.double() - expected.double()).abs().max().item()
     bound = 64 * torch.finfo(expected.dtype).eps * expected.abs().max().item()
     if not error <= bound or actual.shape != expected.shape:
@@ -281,10 +307,16 @@ def results(
         steps = {impl: step(row, inputs, impl, dy) for impl in names}
         if compiled:
             steps["compile"] = compiled_step(row, inputs, dy)
-        steps["copy"] = functools.partial(target.copy_, y)
+        # A GPU's copy of memory, which copy_ is, is slower than a kernel that reads and writes.
+        copy = functools.partial(torch.neg, y, out=target)
+        steps["copy"] = copy if make.device == "cuda" else functools.partial(target.copy_, y)
         moved = row.forward_bytes(inputs, y)
         moved += 0 if dy is None else row.backward_bytes(inputs, y)
+        if make.device == "cuda":
+            steps = {name: captured(f) for name, f in steps.items()}
         times = measure(steps, rounds, make.device)
+        if make.device == "cuda":
+            times = {name: [t / GRAPH_CALLS for t in values] for name, values in times.items()}
         copied = times.pop("copy")
         copy_rate = 2 * nbytes(y) / statistics.median(copied)
         for impl, values in times.items():
@@ -311,7 +343,8 @@ def machine(device: str) -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    git = ["git", "rev-parse", "HEAD"] if shutil.which("git") else ["true"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
     return {
         "machine": torch.cuda.get_device_name() if device == "cuda" else (names or [model])[0],
         "threads": torch.get_num_threads(), "torch": torch.__version__,
@@ -334,6 +367,7 @@ def main() -> int:
     parser.add_argument("--impl", nargs="+", help="default: all of the device")
     parser.add_argument("--op", nargs="+", choices=names, default=names)
     parser.add_argument("--shapes", nargs="+", choices=["64", "256"], default=["64"])
+    parser.add_argument("--batch", type=int, help="default: 8 of 64, 4 of 256")
     parser.add_argument("--dtype", choices=list(DTYPES), default="f32")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true", help="also torch.compile(reference)")
@@ -350,7 +384,7 @@ def main() -> int:
           f"{'ratio':>7} {'GB/s':>8} {'copy':>6}")  # fmt: skip
     for shapes in ["quick"] if args.quick else args.shapes:
         batch, *shape = SHAPES[shapes]
-        make = Make(batch, DTYPES[args.dtype], args.device, args.channels_last)
+        make = Make(args.batch or batch, DTYPES[args.dtype], args.device, args.channels_last)
         for row in (row for row in ROWS if row.op in args.op):
             impls = args.impl or implementations(args.device)
             rounds = 2 if args.quick else args.rounds

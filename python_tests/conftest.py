@@ -168,9 +168,14 @@ def poison_kernels() -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Fresh tensors hold NaN, so that an element no kernel writes cannot pass for a result."""
+    """Fresh tensors hold NaN, so that an element no kernel writes cannot pass for a result.
+
+    And a GPU's convolutions are of float32, not of its 19-bit form: both sides of a comparison
+    are.
+    """
     import torch
 
+    torch.backends.cudnn.allow_tf32 = False
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

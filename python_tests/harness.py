@@ -170,14 +170,14 @@ def compare(
     case: str = "",
     nudged: bool = False,
 ) -> list[Tensor]:
-    """f against reference at the inputs' dtype, both judged by reference in float64 on the CPU.
+    """f against reference at the inputs' dtype, both judged by reference in float64.
 
     `case` names one of many random ones, for once(). `nudged` judges by the reference on inputs
     rounded once more too: for results that are small differences of large sums.
     """
 
     def judges() -> tuple[list[Tensor], list[Tensor], list[float]]:
-        doubled = [None if t is None else t.detach().double().cpu() for t in inputs]
+        doubled = [None if t is None else t.detach().double() for t in inputs]
         exact = derivative(reference, doubled)
         nudges = [0.0] * len(exact)
         if nudged:
@@ -197,8 +197,8 @@ def compare(
 
 def rounded_once(t: Tensor) -> Tensor:
     """t in float64, every value larger or smaller by a rounding of t's dtype."""
-    signs = randn(*t.shape, seed=9).sign()
-    return t.detach().double().cpu() * (1 + torch.finfo(t.dtype).eps * signs)
+    signs = randn(*t.shape, seed=9).sign().to(t.device)
+    return t.detach().double() * (1 + torch.finfo(t.dtype).eps * signs)
 
 
 def golden(op: str) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:

@@ -8,8 +8,7 @@
 // the row. Channels-last: in granules of 16 bytes, as they came. Global memory is read in whole
 // sectors, 16 bytes a thread. The filtered backward walks down a strip, and keeps in shared memory
 // the rows that the next ones need: the halo above and below is paid once a strip.
-#include "synthesis_epilogue_bwd.cuh"
-#include "synthesis_epilogue_fwd.cuh"
+#include "synthesis_epilogue_flat.cuh"
 
 namespace gankern {
 namespace {

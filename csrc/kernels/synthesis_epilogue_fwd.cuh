@@ -1,4 +1,4 @@
-// The forward kernels of synthesis_epilogue, without and with a filter.
+// The forward kernel of synthesis_epilogue with a filter.
 #pragma once
 
 #include "synthesis_epilogue.cuh"
@@ -9,56 +9,6 @@ namespace {
 template <bool kPwl, typename A>
 __device__ __forceinline__ A value(A u, A d, A noise, A s, A b, const ActArgs<A>& p) {
   return clamped(act_value<kPwl>(u * d + (noise * s + b), p) * p.gain, p.clamp);
-}
-
-// Without a filter: a plane is one row; NCHW: rows of threads have channels of their own. x is
-// under way while noise and parameters are shared.
-template <typename T, bool kLast, bool kPwl>
-__global__ void __launch_bounds__(kThreads<T>, kBlocks)
-    synthesis_epilogue_fwd_kernel(Args<T> a, ActArgs<Acc<T>> p) {
-  using A = Acc<T>;
-  constexpr int V = kVec<T>, kStep = kChannels<T, kLast>, kNoise = kLast ? 1 : V;
-  constexpr int kStride = kLast ? kStep : kFlatChannels;
-  __shared__ A params[3 * kStride];
-  __shared__ __align__(16) A noises[kLast ? 1 : 32 * V + 32];
-  const Place at = place<kLast>(a);
-  const int first = blockIdx.x * a.tile_w, col = first + (kLast ? at.lx : at.lx * V);
-  const int span = a.groups * a.tile_h, c_block = static_cast<int>(blockIdx.y) * span * kStep;
-  const int c_first = c_block + (kLast ? at.half * V : at.gy), c_step = a.tile_h * kStep;
-  for (int n = blockIdx.z; n < a.N; n += gridDim.z) {
-    int64_t i = offset<kLast>(a.C, n, c_first, 1, a.out_w, 0, col);
-    const int64_t i_step = kLast ? c_step : static_cast<int64_t>(c_step) * a.out_w;
-    const auto count = [&](int c) {
-      return col >= a.out_w ? 0 : kLast ? a.C - c : c < a.C ? a.out_w - col : 0;
-    };
-    Pack<T, V> next = load_packed<T>(a.x + i, a.vec_x, count(c_first));
-    A noise[kNoise] = {};
-    if (kLast && a.noise) load_noise<T, kLast>(noise, a, n, 0, col, a.out_w - col);
-    if (!kLast) {
-      __syncthreads();
-      if (a.noise) share_noise(noises, a, n, first);
-      share_params<T, kStride>(params, a, n, c_block, threadIdx.x, span);
-      __syncthreads();
-      if constexpr (!kLast)
-        if (a.noise) read_pieces<T>(noise, noises, piece_pitch<T>(a.tile_w), col - first);
-    }
-    for (int g = 0, c = c_first; g < a.groups; g++, c += c_step, i += i_step) {
-      if (kLast) {
-        __syncthreads();
-        share_params<T, kStride>(params, a, n, c_block + g * c_step, threadIdx.x);
-        __syncthreads();
-      }
-      const Pack<T, V> x = next;
-      if (g + 1 < a.groups) next = load_packed<T>(a.x + i + i_step, a.vec_x, count(c + c_step));
-      if (count(c) <= 0) continue;
-      const Params<T, kLast, kStride> k(params + (kLast ? at.half * V : c - c_block));
-      A u[V];
-      widen(x, a.format, u);
-      each<kPwl, 2>([&](int e, A& v, A z) { v = value<kPwl>(v, k.d(e), z, k.s(e), k.b(e), p); }, u,
-                    noise);
-      store_some<T>(a.out + i, u, a.vec_out, count(c), a.format);
-    }
-  }
 }
 
 // One kernel for all activations, but more rows than one for the piecewise linear alone.

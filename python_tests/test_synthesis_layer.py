@@ -129,10 +129,11 @@ def test_large_tiles(impl, device, f, shape, layout, dtype):
 
 @pytest.mark.parametrize("act", ["lrelu", "swish"])
 @pytest.mark.parametrize("name", ["up_layer", "no_filter"])
-def test_gradgradcheck(impl, name, act):
+def test_gradgradcheck(impl, device, name, act):
     skip_float64_triton(impl, torch.float64)
     (n, _c, _, _), f, padding = SHAPES[name]
-    leaves = [t.requires_grad_() for t in make_inputs((n, 2, 3, 4), f, padding, torch.float64)]
+    inputs = make_inputs((n, 2, 3, 4), f, padding, torch.float64)
+    leaves = [t.to(device).requires_grad_() for t in inputs]
     run = runner(impl, f, padding, act=act)
     assert torch.autograd.gradcheck(run, leaves)
     assert torch.autograd.gradgradcheck(run, leaves)

@@ -241,7 +241,7 @@ if _impl.triton is not None:
         pixel = part * BLOCK + tl.arange(0, BLOCK)[:, None]
         inside = (pixel < out_h * out_w) & (c < C)
         row, col = pixel // out_w + c * 0, pixel % out_w + c * 0
-        area, out_area = H.to(tl.int64) * W, out_h.to(tl.int64) * out_w
+        area, out_area = tl.cast(H, tl.int64) * W, tl.cast(out_h, tl.int64) * out_w
         if LAST:
             base, out, stride = n * area * C + c, (n * out_area + pixel) * C + c, C
         else:

@@ -42,7 +42,6 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from steps import MODELS, STEPS, Model, implementation
 
-from gankern.models import stylegan2
 from gankern.ops import _impl
 
 aten = torch.ops.aten
@@ -237,13 +236,8 @@ def cuda_path() -> Iterator[None]:
 
 
 def networks(name: str, dtype: str) -> tuple[Any, Any]:
-    if dtype == "f32" or not name.startswith("stylegan2"):
-        return MODELS[name][0]()
-    res, base, most = {"stylegan2-64": (64, 8192, 128), "stylegan2-256": (256, 16384, 512)}[name]
-    size: dict[str, Any] = {"resolution": (res, res), "channel_base": base, "channel_max": most}
-    return tuple(
-        net(**size, num_fp16_res=4) for net in (stylegan2.Generator, stylegan2.Discriminator)
-    )  # type: ignore[return-value]
+    low = dtype == "f16" and name.startswith("stylegan2")
+    return MODELS[f"{name}-f16" if low else name][0]()
 
 
 def count(name: str, step: str, batch: int, dtype: str, impl: str) -> Counts:

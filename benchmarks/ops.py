@@ -264,7 +264,7 @@ def measure(
 
 
 def captured(f: Callable[[], Any]) -> Callable[[], None]:
-    """GRAPH_CALLS calls of f as one CUDA graph: what the GPU does, whatever a launch costs the CPU."""
+    """GRAPH_CALLS calls of f as one CUDA graph: the GPU's time, whatever a launch costs the CPU."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

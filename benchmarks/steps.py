@@ -55,8 +55,11 @@ from gankern.training.penalties import path_length, r1
 aten = torch.ops.aten
 
 
-def stylegan2_nets(resolution: int, base: int, most: int) -> tuple[nn.Module, nn.Module]:
+def stylegan2_nets(
+    resolution: int, base: int, most: int, num_fp16_res: int = 0
+) -> tuple[nn.Module, nn.Module]:
     size = {"resolution": (resolution, resolution), "channel_base": base, "channel_max": most}
+    size["num_fp16_res"] = num_fp16_res
     return stylegan2.Generator(**size), stylegan2.Discriminator(**size)  # type: ignore[arg-type]
 
 
@@ -73,7 +76,9 @@ def dcgan_nets(resolution: int) -> tuple[nn.Module, nn.Module]:
 STEPS = ("generate", "G", "D", "R1", "PL")
 MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], tuple[str, ...]]] = {
     "stylegan2-64": (lambda: stylegan2_nets(64, 8192, 128), STEPS),
+    "stylegan2-64-f16": (lambda: stylegan2_nets(64, 8192, 128, num_fp16_res=4), STEPS),
     "stylegan2-256": (lambda: stylegan2_nets(256, 16384, 512), STEPS),
+    "stylegan2-256-f16": (lambda: stylegan2_nets(256, 16384, 512, num_fp16_res=4), STEPS),
     "stylegan-64": (lambda: stylegan_nets(64, 8192, 128), ("generate", "G", "D", "R1")),
     "dcgan-32": (lambda: dcgan_nets(32), ("G", "D")),
     "dcgan-64": (lambda: dcgan_nets(64), ("G", "D")),
@@ -187,8 +192,11 @@ def floor(calls: Counter[tuple[Any, ...]], device: torch.device) -> Callable[[],
 
 
 def _seconds(func: Callable[..., Any], args: list[Any]) -> float:
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     start = time.perf_counter()
     func(*args)
+    wait()
     return time.perf_counter() - start
 
 
@@ -349,7 +357,7 @@ def _rank(rank: int, sizes: dict[str, int], rounds: int, cpu_time: bool, folder:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     on = "cuda" if torch.cuda.is_available() else "cpu"
-    usual = [name for name in MODELS if name != "stylegan2-256" or on == "cuda"]
+    usual = [name for name in MODELS if on == "cuda" or "256" not in name and "f16" not in name]
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=usual)
     parser.add_argument("--step", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--batch", type=int, default=8)

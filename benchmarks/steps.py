@@ -357,7 +357,7 @@ def _rank(rank: int, sizes: dict[str, int], rounds: int, cpu_time: bool, folder:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     on = "cuda" if torch.cuda.is_available() else "cpu"
-    usual = [name for name in MODELS if on == "cuda" or "256" not in name and "f16" not in name]
+    usual = [name for name in MODELS if on == "cuda" or ("256" not in name and "f16" not in name)]
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=usual)
     parser.add_argument("--step", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--batch", type=int, default=8)

@@ -184,10 +184,16 @@ inline Tensor empty_strided([[maybe_unused]] const Tensor& t, Sizes sizes, const
   if (0 < bytes && bytes <= 1 << 26) memset(fresh.mutable_data_ptr(), 0xff, bytes);
   return fresh;
 }
+struct RowMajor {
+  int64_t strides[64];  // no tensor has more dimensions
+  explicit RowMajor(Sizes sizes) {
+    int64_t step = 1;
+    for (size_t i = sizes.size(); i-- > 0; step *= std::max(sizes[i], int64_t(1)))
+      strides[i] = step;
+  }
+};
 inline Tensor empty_beside(const Tensor& t, Sizes sizes, ScalarType dtype) {
-  int64_t strides[64], step = 1;  // no tensor has more dimensions
-  for (size_t i = sizes.size(); i-- > 0; step *= std::max(sizes[i], int64_t(1))) strides[i] = step;
-  return empty_strided(t, sizes, strides, dtype);
+  return empty_strided(t, sizes, RowMajor(sizes).strides, dtype);
 }
 inline Tensor empty_beside(const Tensor& t, Sizes sizes) {
   return empty_beside(t, sizes, t.scalar_type());
@@ -284,7 +290,11 @@ inline WithWorkspace empty_with_workspace(const Tensor& like, Sizes sizes, Scala
   const int64_t padded = (n * size + 15) / 16 * 16;
   Tensor all = empty_beside(like, {(padded + (bytes + 15) / 16 * 16) / size}, dtype);
   char* base = static_cast<char*>(all.mutable_data_ptr());
-  return {torch::stable::view(torch::stable::narrow(all, 0, 0, n), sizes), base + padded};
+  AtenTensorHandle out = nullptr;  // a view by its address: PyTorch's by name take longer
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(all.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
+                                     RowMajor(sizes).strides, 0, &out));
+  return {Tensor(out), base + padded};
 }
 
 }  // namespace gankern

@@ -52,8 +52,17 @@ KERNELS: dict[str, list[dict[str, Any]]] = {
         {"ACT": 8, "HAS_B": True, "CLAMPED": False, "BLOCK": 1024},
     ],
     "bias_act_bwd_kernel": [
-        {"ACT": 2, "BLOCK": 1024, **BWD},
-        {"ACT": 8, "BLOCK": 1024, **BWD, "SECOND": True, "FROM_X": True, "SUMS": False},
+        {"ACT": 2, "BLOCK": 1024, "BLOCK_C": 1, **BWD},
+        {"ACT": 2, "BLOCK": 16, "BLOCK_C": 64, "inner": 1, **BWD},
+        {
+            "ACT": 8,
+            "BLOCK": 1024,
+            "BLOCK_C": 1,
+            **BWD,
+            "SECOND": True,
+            "FROM_X": True,
+            "SUMS": False,
+        },
     ],
     "pixel_norm_kernel": [
         *({"ORDER": order, "BLOCK_C": 512, "BLOCK_V": 8} for order in (0, 1, 2)),

@@ -224,20 +224,20 @@ if _impl.triton is not None:
         dy_ptr, v_ptr, ref_ptr, b_ptr, dx_ptr, sums_ptr,
         outer, C, inner, alpha, gain, inv_gain, clamp,
         ACT: tl.constexpr, HAS_B: tl.constexpr, CLAMPED: tl.constexpr, FROM_X: tl.constexpr,
-        SECOND: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
+        SECOND: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
     ):  # fmt: skip
-        # One program per channel (or one group of channels where inner is 1) and per part of outer.
-        c = tl.program_id(0).to(tl.int64)
+        # BLOCK elements of each of BLOCK_C channels at a time; a program has a part of the elements.
+        c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
         part = tl.program_id(1)
         parts = tl.num_programs(1)
         total = outer * inner
         bias = 0.0
         if HAS_B:
-            bias = tl.load(b_ptr + c).to(tl.float32)
-        acc = tl.zeros([BLOCK], tl.float32)
+            bias = tl.load(b_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+        acc = tl.zeros([BLOCK, BLOCK_C], tl.float32)
         for start in range(part * BLOCK, total, parts * BLOCK):
-            e = start + tl.arange(0, BLOCK)
-            inside = e < total
+            e = start + tl.arange(0, BLOCK)[:, None]
+            inside = (e < total) & (c < C)
             i = (e // inner).to(tl.int64) * C * inner + c * inner + e % inner
             ref = tl.load(ref_ptr + i, mask=inside, other=0.0).to(tl.float32)
             d = tl.load(dy_ptr + i, mask=inside, other=0.0).to(tl.float32)
@@ -260,17 +260,24 @@ if _impl.triton is not None:
             tl.store(dx_ptr + i, d.to(dx_ptr.dtype.element_ty), mask=inside)
             acc += tl.where(inside, d, 0.0)
         if SUMS:
-            tl.store(sums_ptr + part * C + c, tl.sum(acc))
+            tl.store(sums_ptr + part * C + c, tl.sum(acc, 0)[None, :], mask=c < C)
+
+    def _in_order(x: Tensor) -> Tensor:
+        """x in contiguous or channels-last memory."""
+        return x.contiguous(memory_format=_impl.memory_format(x))
 
     def _around(x: Tensor, dim: int) -> tuple[int, int, int]:
-        """(outer, C, inner) of a contiguous x around dim."""
-        return math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :])
+        """(outer, C, inner) of x around dim, as it lies in memory."""
+        order = (0, 2, 3, 1) if _impl.memory_format(x) == torch.channels_last else range(x.dim())
+        sizes = [x.shape[d] for d in order]
+        at = list(order).index(dim)
+        return math.prod(sizes[:at]), x.shape[dim], math.prod(sizes[at + 1 :])
 
     @_impl.triton_op("bias_act")
     def _triton_fwd(
         x: Tensor, b: Tensor | None, dim: int, act: int, alpha: float, gain: float, clamp: float
     ) -> Tensor:
-        x = x.contiguous()
+        x = _in_order(x)
         y = torch.empty_like(x)
         if x.numel() == 0:
             return y
@@ -286,20 +293,25 @@ if _impl.triton is not None:
         dy: Tensor, v: Tensor | None, ref: Tensor, b: Tensor | None, dim: int, act: int,
         alpha: float, gain: float, clamp: float, from_x: bool, needs_db: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        dy, ref = dy.contiguous(), ref.contiguous()
+        ref = _in_order(ref)
+        layout = _impl.memory_format(ref)
+        dy = dy.contiguous(memory_format=layout)
+        v = None if v is None else v.contiguous(memory_format=layout)
         dx = torch.empty_like(ref)
         outer, C, inner = _around(ref, dim)
-        parts = max(1, min(64, triton.cdiv(outer * inner, 4 * BLOCK)))
+        block_c = min(64, triton.next_power_of_2(C)) if inner == 1 else 1
+        block, groups = BLOCK // block_c, triton.cdiv(C, block_c)
+        parts = max(1, min(triton.cdiv(outer * inner, 4 * block), max(64, 2048 // groups)))
         db_dtype = ref.dtype if b is None else b.dtype
         if ref.numel() == 0:
             return dx, torch.zeros(C if needs_db else 0, dtype=db_dtype, device=ref.device)
         sums = torch.empty((parts, C) if needs_db else (0, C), device=ref.device)
         slope = {0: 1.0, 1: 0.0}.get(act, alpha)
-        torch.library.wrap_triton(bias_act_bwd_kernel)[(C, parts)](
-            dy, dy if v is None else v.contiguous(), ref, dy if b is None else b, dx, sums,
+        torch.library.wrap_triton(bias_act_bwd_kernel)[(groups, parts)](
+            dy, dy if v is None else v, ref, dy if b is None else b, dx, sums,
             outer, C, inner, slope, gain, 1 / gain if gain else 0.0, clamp,
             ACT=act, HAS_B=b is not None, CLAMPED=clamp >= 0, FROM_X=from_x,
-            SECOND=v is not None, SUMS=needs_db, BLOCK=BLOCK,
+            SECOND=v is not None, SUMS=needs_db, BLOCK=block, BLOCK_C=block_c,
         )  # fmt: skip
         return dx, sums.sum(0).to(db_dtype) if needs_db else sums.new_empty(0, dtype=db_dtype)
 

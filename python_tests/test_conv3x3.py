@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gankern.ops import _impl, conv2d_resample, setup_filter
 from gankern.ops.conv3x3 import FEWEST_TILES, Form, _ours, convolution, has_own_kernels
+from gankern.ops.modulated_conv2d import scaled_convolution
 
 pytestmark = pytest.mark.skipif(
     bool(_impl.LIBRARIES["cpu"]), reason=f"no CPU library: {_impl.LIBRARIES['cpu']}"
@@ -77,6 +78,39 @@ def test_forward_and_gradients(form, shape, layout, isa):
         assert y.is_contiguous(memory_format=list(FEWEST_TILES)[layout == "channels_last"])
     finally:
         _impl.set_cpu_isa(-1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("shape", ["odd", "wide"])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_scaled(form, shape, layout):
+    """Images times factors, as they are read."""
+    x, w = inputs_of(shape, form)
+    x, factors = lay_out(x, layout), randn(*x.shape[:2], seed=3).float()
+
+    def scaled(x, factors, w):
+        return scaled_convolution(factors, "cpu")(x, w, form)
+
+    y, *_ = compare(scaled, of_product(form), [x, factors, w])
+    with torch.no_grad():
+        assert torch.equal(scaled(x, factors, w), y)
+    if shape == "odd":
+        compare(scaled, of_product(form), [x, factors, w], second_grads)
+
+
+def of_product(form: Form):
+    return lambda x, f, w: torch.convolution(x * f[:, :, None, None], w, None, *form.arguments())
+
+
+def test_scaled_saves_no_product():
+    """x alone is kept for the backward: no image beside it, and none made in the forward."""
+    form = FORMS["pad 1"]
+    x, w = inputs_of("8x8", form)
+    x, factors = x.requires_grad_(), randn(*x.shape[:2], seed=3).float()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        scaled_convolution(factors, "cpu")(x, w, form)
+    assert [t for t in kept if t.shape == x.shape] == [x]
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -165,10 +199,13 @@ def test_opcheck():
     for rest in args:
         for layout in LAYOUTS:
             laid = lay_out(x, layout)
-            torch.library.opcheck(ops.conv3x3.default, (laid, w, *rest), test_utils=checks)
-    torch.library.opcheck(ops.conv3x3.default, (x, up, 2, 0, 0, True, 1, 0), test_utils=checks)
+            torch.library.opcheck(ops.conv3x3.default, (laid, w, None, *rest), test_utils=checks)
+    factors = randn(*x.shape[:2]).float()
+    rest = (2, 0, 0, True, 1, 0)
+    torch.library.opcheck(ops.conv3x3.default, (x, up, factors, *rest), test_utils=checks)
     dy = randn(3, 24, 9, 13).float()
-    torch.library.opcheck(ops.conv3x3_weight_gradient.default, (dy, x, 1, 1, 1), test_utils=checks)
+    gradient = ops.conv3x3_weight_gradient.default
+    torch.library.opcheck(gradient, (dy, x, None, factors, 1, 1, 1), test_utils=checks)
 
 
 def test_compile():
@@ -186,17 +223,17 @@ def test_compile():
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        ((torch.zeros(1, 2, 4), torch.zeros(2, 2, 3, 3), 1, 1, 1),
+        ((torch.zeros(1, 2, 4), torch.zeros(2, 2, 3, 3), None, 1, 1, 1),
          "conv3x3: x must have 4 dimensions, got 3"),
-        ((torch.zeros(1, 2, 4, 4), torch.zeros(2, 2, 3, 3).double(), 1, 1, 1),
+        ((torch.zeros(1, 2, 4, 4), torch.zeros(2, 2, 3, 3).double(), None, 1, 1, 1),
          "conv3x3: w must be float32, got float64"),
-        ((torch.zeros(1, 2, 4, 4), torch.zeros(2, 2, 3, 3), 3, 0, 0),
+        ((torch.zeros(1, 2, 4, 4), torch.zeros(2, 2, 3, 3), None, 3, 0, 0),
          "conv3x3: stride must be 1 or 2, got 3"),
-        ((torch.zeros(1, 2, 4, 4), torch.zeros(2, 2, 3, 3), 2, 1, 0),
+        ((torch.zeros(1, 2, 4, 4), torch.zeros(2, 2, 3, 3), None, 2, 1, 0),
          "conv3x3: padding must be from 0 to 0, got 1 and 0"),
-        ((torch.zeros(1, 2, 4, 4), torch.zeros(2, 4, 3, 3), 1, 1, 1),
+        ((torch.zeros(1, 2, 4, 4), torch.zeros(2, 4, 3, 3), None, 1, 1, 1),
          "conv3x3: w must have 2 channels in and 3x3 taps, got 4 and 3x3"),
-        ((torch.zeros(1, 2, 2, 4), torch.zeros(2, 2, 3, 3), 1, 0, 1),
+        ((torch.zeros(1, 2, 2, 4), torch.zeros(2, 2, 3, 3), None, 1, 0, 1),
          "conv3x3: padding must leave an output, got 0x4"),
     ],
 )  # fmt: skip

@@ -16,6 +16,10 @@ constexpr int64_t kRow = kTile + kLanes;  // what a block's tiles take: a vector
 template <int kMode>
 using InputReader = Reader<Axis<kMode>::kIn, Axis<kMode>::kInStep, Axis<kMode>::kProducts>;
 
+float factor_of(const Images& im, int64_t n, int64_t c) {
+  return im.factors ? im.factors[n * im.C + c] : 1.f;
+}
+
 // The transformed inputs of tiles [begin, stop) of channel c: to[place * place_stride + tile].
 template <int kMode>
 void transform_input(float* to, int64_t place_stride, InputReader<kMode>& reader, const float* x,
@@ -24,9 +28,15 @@ void transform_input(float* to, int64_t place_stride, InputReader<kMode>& reader
   using A = Axis<kMode>;
   constexpr int kP = A::kProducts;
   each_run(tiles, begin, stop, [&](int64_t n, int64_t row, int64_t first, int64_t end, int64_t at) {
+    const float factor = factor_of(im, n, c);
     reader.run(
         x + (n * im.C + c) * im.H * im.W, im.H, im.W, row * A::kInStep - pad.y,
-        first * A::kInStep - pad.x, end - first, [](const vf* d, vf* v) { A::input(d, v); },
+        first * A::kInStep - pad.x, end - first,
+        [factor](const vf* d, vf* v) {
+          vf by[A::kIn];
+          for (int k = 0; k < A::kIn; k++) by[k] = d[k] * factor;
+          A::input(by, v);
+        },
         [&](int64_t j, const vf(*d)[A::kIn]) {
           for (int p = 0; p < kP; p++) {
             vf v[kP];
@@ -160,9 +170,10 @@ void transform_output_grad(float* to, int64_t place_stride, Reader<2, 2, 2>& rea
   using A = Axis<kMode>;
   constexpr int kP = A::kProducts;
   each_run(tiles, begin, stop, [&](int64_t n, int64_t row, int64_t first, int64_t end, int64_t at) {
+    const float factor = factor_of(im, n, o);
     reader.run(
         dy + (n * im.C + o) * im.H * im.W, im.H, im.W, row * 2, first * 2, end - first,
-        [](const vf* d, vf* v) { v[0] = d[0], v[1] = d[1]; },
+        [factor](const vf* d, vf* v) { v[0] = d[0] * factor, v[1] = d[1] * factor; },
         [&](int64_t j, const vf(*d)[2]) {
           vf half[2][kP];
           for (int r = 0; r < 2; r++) A::output_grad(d[r], half[r]);
@@ -221,10 +232,10 @@ void weight_gradient(const float* dy, const float* x, float* dw, const Images& o
 
 }  // namespace
 
-int conv3x3(int, const void* x, const void* w, void* y, int64_t N, int64_t I, int64_t H, int64_t W,
-            int64_t O, int64_t out_h, int64_t out_w, int64_t w_out, int64_t w_in, int stride,
-            bool transposed, int64_t pad_y, int64_t pad_x) {
-  const Images in{N, I, H, W}, out{N, O, out_h, out_w};
+int conv3x3(int, const void* x, const void* factors, const void* w, void* y, int64_t N, int64_t I,
+            int64_t H, int64_t W, int64_t O, int64_t out_h, int64_t out_w, int64_t w_out,
+            int64_t w_in, int stride, bool transposed, int64_t pad_y, int64_t pad_x) {
+  const Images in{N, I, H, W, static_cast<const float*>(factors)}, out{N, O, out_h, out_w};
   const Weights weights{static_cast<const float*>(w), w_out, w_in, transposed && stride == 1};
   const auto* from = static_cast<const float*>(x);
   auto* to = static_cast<float*>(y);
@@ -237,10 +248,12 @@ int conv3x3(int, const void* x, const void* w, void* y, int64_t N, int64_t I, in
   return 0;
 }
 
-int conv3x3_weight_gradient(int, const void* dy, const void* x, void* dw, int64_t N, int64_t O,
-                            int64_t out_h, int64_t out_w, int64_t I, int64_t H, int64_t W,
-                            int stride, int64_t pad_y, int64_t pad_x) {
-  const Images out{N, O, out_h, out_w}, in{N, I, H, W};
+int conv3x3_weight_gradient(int, const void* dy, const void* dy_factors, const void* x,
+                            const void* x_factors, void* dw, int64_t N, int64_t O, int64_t out_h,
+                            int64_t out_w, int64_t I, int64_t H, int64_t W, int stride,
+                            int64_t pad_y, int64_t pad_x) {
+  const Images out{N, O, out_h, out_w, static_cast<const float*>(dy_factors)};
+  const Images in{N, I, H, W, static_cast<const float*>(x_factors)};
   const auto* grad = static_cast<const float*>(dy);
   const auto* from = static_cast<const float*>(x);
   auto* to = static_cast<float*>(dw);

@@ -10,15 +10,25 @@ GK_INLINE int64_t whole(int64_t n, int64_t of) { return (n + of - 1) / of * of; 
 template <int kSide>
 struct Window {
   const float* at[kSide][kSide];
+  const float* factors;
   Window(const float* x, const Images& im, int64_t n, int64_t row, int64_t column) {
     for (int64_t r = 0; r < kSide; r++)
       for (int64_t c = 0; c < kSide; c++) {
         const bool inside = row + r >= 0 && row + r < im.H && column + c >= 0 && column + c < im.W;
         at[r][c] = inside ? x + ((n * im.H + row + r) * im.W + column + c) * im.C : nullptr;
       }
+    factors = im.factors ? im.factors + n * im.C : nullptr;
   }
   GK_INLINE vf read(int r, int c, int64_t channel, int64_t left) const {
-    const float* p = at[r][c];
+    return some(at[r][c], channel, left);
+  }
+  // What the samples of a channel are multiplied by.
+  GK_INLINE vf factor(int64_t channel, int64_t left) const {
+    return factors ? some(factors, channel, left) : vf{} + 1.f;
+  }
+
+ private:
+  GK_INLINE static vf some(const float* p, int64_t channel, int64_t left) {
     return !p || left <= 0  ? vf{}
            : left >= kLanes ? load(p + channel)
                             : load_part(p + channel, left);
@@ -44,9 +54,10 @@ GK_INLINE void transform_input(const float* x, const Images& im, const Tiles& ti
     const Window<kIn> window(x, im, n, row * A::kInStep - pad.y, column * A::kInStep - pad.x);
     for (int64_t c = first; c < end; c += kLanes) {
       vf half[kP][kIn];
+      const vf factor = window.factor(c, im.C - c);
       for (int j = 0; j < kIn; j++) {
         vf d[kIn], v[kP];
-        for (int r = 0; r < kIn; r++) d[r] = window.read(r, j, c, im.C - c);
+        for (int r = 0; r < kIn; r++) d[r] = window.read(r, j, c, im.C - c) * factor;
         A::input(d, v);
         for (int p = 0; p < kP; p++) half[p][j] = v[p];
       }
@@ -70,8 +81,10 @@ GK_INLINE void transform_output_grad(const float* dy, const Images& im, const Ti
     const Window<2> window(dy, im, n, row * 2, column * 2);
     for (int64_t c = first; c < end; c += kLanes) {
       vf half[2][kP];
+      const vf factor = window.factor(c, im.C - c);
       for (int r = 0; r < 2; r++) {
-        const vf g[2] = {window.read(r, 0, c, im.C - c), window.read(r, 1, c, im.C - c)};
+        const vf g[2] = {window.read(r, 0, c, im.C - c) * factor,
+                         window.read(r, 1, c, im.C - c) * factor};
         A::output_grad(g, half[r]);
       }
       for (int q = 0; q < kP; q++) {
@@ -181,10 +194,11 @@ void weight_gradient(const float* dy, const float* x, float* dw, const Images& o
 
 }  // namespace
 
-int conv3x3_last(int, const void* x, const void* w, void* y, int64_t N, int64_t I, int64_t H,
-                 int64_t W, int64_t O, int64_t out_h, int64_t out_w, int64_t w_out, int64_t w_in,
-                 int stride, bool transposed, int64_t pad_y, int64_t pad_x) {
-  const Images in{N, I, H, W}, out{N, O, out_h, out_w};
+int conv3x3_last(int, const void* x, const void* factors, const void* w, void* y, int64_t N,
+                 int64_t I, int64_t H, int64_t W, int64_t O, int64_t out_h, int64_t out_w,
+                 int64_t w_out, int64_t w_in, int stride, bool transposed, int64_t pad_y,
+                 int64_t pad_x) {
+  const Images in{N, I, H, W, static_cast<const float*>(factors)}, out{N, O, out_h, out_w};
   const Weights weights{static_cast<const float*>(w), w_out, w_in, transposed && stride == 1};
   const auto* from = static_cast<const float*>(x);
   auto* to = static_cast<float*>(y);
@@ -197,10 +211,12 @@ int conv3x3_last(int, const void* x, const void* w, void* y, int64_t N, int64_t 
   return 0;
 }
 
-int conv3x3_last_weight_gradient(int, const void* dy, const void* x, void* dw, int64_t N, int64_t O,
+int conv3x3_last_weight_gradient(int, const void* dy, const void* dy_factors, const void* x,
+                                 const void* x_factors, void* dw, int64_t N, int64_t O,
                                  int64_t out_h, int64_t out_w, int64_t I, int64_t H, int64_t W,
                                  int stride, int64_t pad_y, int64_t pad_x) {
-  const Images out{N, O, out_h, out_w}, in{N, I, H, W};
+  const Images out{N, O, out_h, out_w, static_cast<const float*>(dy_factors)};
+  const Images in{N, I, H, W, static_cast<const float*>(x_factors)};
   const auto* grad = static_cast<const float*>(dy);
   const auto* from = static_cast<const float*>(x);
   auto* to = static_cast<float*>(dw);

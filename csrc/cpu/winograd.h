@@ -85,10 +85,12 @@ struct Axis<kUp> {  // likewise; a tile starts one input before its first
   }
 };
 
-// NCHW images cut into tiles, and the tiles' inputs or outputs along an axis.
+// Images, and if there are some the factors [N, C] that they are read with.
 struct Images {
   int64_t N, C, H, W;
+  const float* factors = nullptr;
 };
+// NCHW images cut into tiles, and the tiles' inputs or outputs along an axis.
 struct Tiles {
   int64_t rows, columns, count;  // rows and columns of one image; count of the batch
   Tiles(int64_t N, int64_t out_h, int64_t out_w, int per_tile)

@@ -2,19 +2,22 @@
 // gankern/ops/conv3x3.py. The CPU alone has kernels.
 #include "common.h"
 
-GANKERN_KERNEL(int, conv3x3, int dtype, const void* x, const void* w, void* y, int64_t N, int64_t I,
-               int64_t H, int64_t W, int64_t O, int64_t out_h, int64_t out_w, int64_t w_out,
-               int64_t w_in, int stride, bool transposed, int64_t pad_y, int64_t pad_x)
-GANKERN_KERNEL(int, conv3x3_weight_gradient, int dtype, const void* dy, const void* x, void* dw,
-               int64_t N, int64_t O, int64_t out_h, int64_t out_w, int64_t I, int64_t H, int64_t W,
-               int stride, int64_t pad_y, int64_t pad_x)
-GANKERN_KERNEL(int, conv3x3_last, int dtype, const void* x, const void* w, void* y, int64_t N,
-               int64_t I, int64_t H, int64_t W, int64_t O, int64_t out_h, int64_t out_w,
+GANKERN_KERNEL(int, conv3x3, int dtype, const void* x, const void* factors, const void* w, void* y,
+               int64_t N, int64_t I, int64_t H, int64_t W, int64_t O, int64_t out_h, int64_t out_w,
                int64_t w_out, int64_t w_in, int stride, bool transposed, int64_t pad_y,
                int64_t pad_x)
-GANKERN_KERNEL(int, conv3x3_last_weight_gradient, int dtype, const void* dy, const void* x,
-               void* dw, int64_t N, int64_t O, int64_t out_h, int64_t out_w, int64_t I, int64_t H,
-               int64_t W, int stride, int64_t pad_y, int64_t pad_x)
+GANKERN_KERNEL(int, conv3x3_weight_gradient, int dtype, const void* dy, const void* dy_factors,
+               const void* x, const void* x_factors, void* dw, int64_t N, int64_t O, int64_t out_h,
+               int64_t out_w, int64_t I, int64_t H, int64_t W, int stride, int64_t pad_y,
+               int64_t pad_x)
+GANKERN_KERNEL(int, conv3x3_last, int dtype, const void* x, const void* factors, const void* w,
+               void* y, int64_t N, int64_t I, int64_t H, int64_t W, int64_t O, int64_t out_h,
+               int64_t out_w, int64_t w_out, int64_t w_in, int stride, bool transposed,
+               int64_t pad_y, int64_t pad_x)
+GANKERN_KERNEL(int, conv3x3_last_weight_gradient, int dtype, const void* dy, const void* dy_factors,
+               const void* x, const void* x_factors, void* dw, int64_t N, int64_t O, int64_t out_h,
+               int64_t out_w, int64_t I, int64_t H, int64_t W, int stride, int64_t pad_y,
+               int64_t pad_x)
 
 namespace gankern {
 namespace {
@@ -38,13 +41,30 @@ int64_t out_size(int64_t in, int64_t stride, int64_t pad, bool transposed, int64
   return transposed ? (in - 1) * stride + 3 - 2 * pad + rest : (in + 2 * pad - 3) / stride + 1;
 }
 
-Tensor forward(const Tensor& x_in, const Tensor& w_in, int64_t stride, int64_t pad_y, int64_t pad_x,
-               bool transposed, int64_t rest_y, int64_t rest_x) {
+// Factors [N, C] of images t, row by row; null without.
+struct Factors {
+  MaybeTensor rows;
+  Factors(const char* name, const MaybeTensor& factors, const Tensor& t) {
+    if (!factors) return;
+    STD_TORCH_CHECK(
+        factors->dim() == 2 && factors->size(0) == t.size(0) && factors->size(1) == t.size(1) &&
+            factors->scalar_type() == ScalarType::Float,
+        kOp, ": ", name, " must be float32 of shape (", t.size(0), ", ", t.size(1), "), got ",
+        dtype_name(factors->scalar_type()), " of ", factors->numel(), " elements");
+    rows = row_major(*factors);
+  }
+  const void* data() const { return rows ? rows->const_data_ptr() : nullptr; }
+};
+
+Tensor forward(const Tensor& x_in, const Tensor& w_in, const MaybeTensor& factors_in,
+               int64_t stride, int64_t pad_y, int64_t pad_x, bool transposed, int64_t rest_y,
+               int64_t rest_x) {
   check("x", x_in);
   check("w", w_in);
   check_stride(stride, pad_y, pad_x);
   const bool last = is_channels_last(x_in);
   const Tensor x = last ? x_in : row_major(x_in);
+  const Factors factors("factors", factors_in, x);
   const Tensor w = w_in.stride(3) == 1 && w_in.stride(2) == 3 ? w_in : row_major(w_in);
   const int in_dim = transposed ? 0 : 1;
   const int64_t N = x.size(0), I = x.size(1), O = w.size(1 - in_dim);
@@ -61,13 +81,15 @@ Tensor forward(const Tensor& x_in, const Tensor& w_in, int64_t stride, int64_t p
   };
   Tensor y = fresh_images(x, N, O, out_h, out_w, last);
   if (y.numel())
-    run(x.const_data_ptr(), w.const_data_ptr(), y.mutable_data_ptr(), N, I, x.size(2), x.size(3), O,
-        out_h, out_w, w.stride(1 - in_dim), w.stride(in_dim), static_cast<int>(stride), transposed,
-        flipped ? 2 - pad_y : pad_y, flipped ? 2 - pad_x : pad_x);
+    run(x.const_data_ptr(), factors.data(), w.const_data_ptr(), y.mutable_data_ptr(), N, I,
+        x.size(2), x.size(3), O, out_h, out_w, w.stride(1 - in_dim), w.stride(in_dim),
+        static_cast<int>(stride), transposed, flipped ? 2 - pad_y : pad_y,
+        flipped ? 2 - pad_x : pad_x);
   return y;
 }
 
-Tensor weight_gradient(const Tensor& dy_in, const Tensor& x_in, int64_t stride, int64_t pad_y,
+Tensor weight_gradient(const Tensor& dy_in, const Tensor& x_in, const MaybeTensor& dy_factors_in,
+                       const MaybeTensor& x_factors_in, int64_t stride, int64_t pad_y,
                        int64_t pad_x) {
   check("dy", dy_in);
   check("x", x_in);
@@ -75,6 +97,8 @@ Tensor weight_gradient(const Tensor& dy_in, const Tensor& x_in, int64_t stride, 
   const bool last = is_channels_last(dy_in) && is_channels_last(x_in);
   const Tensor dy = last ? dy_in : row_major(dy_in);
   const Tensor x = last ? x_in : row_major(x_in);
+  const Factors dy_factors("dy_factors", dy_factors_in, dy),
+      x_factors("x_factors", x_factors_in, x);
   const int64_t N = x.size(0), O = dy.size(1), I = x.size(1);
   STD_TORCH_CHECK(dy.size(0) == N && dy.size(2) <= out_size(x.size(2), stride, pad_y, false, 0) &&
                       dy.size(3) <= out_size(x.size(3), stride, pad_x, false, 0),
@@ -85,8 +109,9 @@ Tensor weight_gradient(const Tensor& dy_in, const Tensor& x_in, int64_t stride, 
                 : kernels::conv3x3_weight_gradient(kF32, args...);
   };
   if (dw.numel())
-    run(dy.const_data_ptr(), x.const_data_ptr(), dw.mutable_data_ptr(), N, O, dy.size(2),
-        dy.size(3), I, x.size(2), x.size(3), static_cast<int>(stride), pad_y, pad_x);
+    run(dy.const_data_ptr(), dy_factors.data(), x.const_data_ptr(), x_factors.data(),
+        dw.mutable_data_ptr(), N, O, dy.size(2), dy.size(3), I, x.size(2), x.size(3),
+        static_cast<int>(stride), pad_y, pad_x);
   return dw;
 }
 
@@ -94,9 +119,12 @@ Tensor weight_gradient(const Tensor& dy_in, const Tensor& x_in, int64_t stride, 
 
 GANKERN_SCHEMAS(m) {
   m.def(
-      "conv3x3(Tensor x, Tensor w, int stride, int pad_y, int pad_x, bool transposed, int rest_y, "
+      "conv3x3(Tensor x, Tensor w, Tensor? factors, int stride, int pad_y, int pad_x, bool "
+      "transposed, int rest_y, "
       "int rest_x) -> Tensor");
-  m.def("conv3x3_weight_gradient(Tensor dy, Tensor x, int stride, int pad_y, int pad_x) -> Tensor");
+  m.def(
+      "conv3x3_weight_gradient(Tensor dy, Tensor x, Tensor? dy_factors, Tensor? x_factors, int "
+      "stride, int pad_y, int pad_x) -> Tensor");
 }
 
 GANKERN_IMPLS(m) {

@@ -226,7 +226,7 @@ if _impl.triton is not None:
         ACT: tl.constexpr, HAS_B: tl.constexpr, CLAMPED: tl.constexpr, FROM_X: tl.constexpr,
         SECOND: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
     ):  # fmt: skip
-        # BLOCK elements of each of BLOCK_C channels at a time; a program has a part of the elements.
+        # BLOCK elements of each of BLOCK_C channels at a time, of a part of the elements.
         c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
         part = tl.program_id(1)
         parts = tl.num_programs(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from gankern.ops.conv3x3 import Form, convolution, has_own_kernels, no_weight_gr
 from gankern.ops.upfirdn2d import upfirdn2d
 
 __all__ = ["conv2d_resample", "no_weight_gradients"]
+
+Convolve = Callable[[Tensor, Tensor, Form], Tensor]  # of x and w, as `convolution`
 
 
 def conv2d_resample(
@@ -77,12 +79,13 @@ def resampled_conv(
     flip_filter: bool,
     impl: str | None,
     derived: bool = False,
+    convolve: Convolve = convolution,
 ) -> Tensor:
     """`conv2d_resample` of checked arguments, the filter's own padding included in `pads`."""
     kh, kw = w.shape[2:]
     resample: dict[str, Any] = {"flip_filter": flip_filter, "impl": impl}
     conv: dict[str, Any] = {"groups": groups, "flip_weight": flip_weight, "impl": impl}
-    conv["derived"] = derived
+    conv |= {"derived": derived, "convolve": convolve}
     if kh == kw == 1 and down > 1 and up == 1:
         x = upfirdn2d(x, f, down=down, padding=pads, **resample)
         return _conv2d(x, w, **conv)
@@ -110,6 +113,7 @@ def transposed_conv(
     flip_weight: bool,
     impl: str | None,
     derived: bool = False,
+    convolve: Convolve = convolution,
 ) -> tuple[Tensor, list[int]]:
     """The convolution of the zero-upsampled x, and the padding that is left for the filter."""
     kh, kw = w.shape[2:]
@@ -121,7 +125,7 @@ def transposed_conv(
     w = w.unflatten(0, (groups, o // groups)).transpose(1, 2).flatten(0, 1)  # [I, O/groups, kh, kw]
     w = w.flip([2, 3]) if flip_weight and kh * kw > 1 else w
     form = Form(up, (crop_y, crop_x), True, (0, 0), groups, has_own_kernels(x, impl), derived)
-    return convolution(x, w, form), [x0 + crop_x, x1 + crop_x, y0 + crop_y, y1 + crop_y]
+    return convolve(x, w, form), [x0 + crop_x, x1 + crop_x, y0 + crop_y, y1 + crop_y]
 
 
 def _conv2d(
@@ -133,10 +137,11 @@ def _conv2d(
     flip_weight: bool = True,
     impl: str | None = None,
     derived: bool = False,
+    convolve: Convolve = convolution,
 ) -> Tensor:
     w = w if flip_weight or w.shape[2:].numel() == 1 else w.flip([2, 3])
     own = has_own_kernels(x, impl)
-    return convolution(x, w, Form(stride, padding, False, (0, 0), groups, own, derived))
+    return convolve(x, w, Form(stride, padding, False, (0, 0), groups, own, derived))
 
 
 def to_conv_dtype(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:

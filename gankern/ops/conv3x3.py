@@ -107,23 +107,28 @@ def _ours(w: Tensor, small: Tensor, large: Tensor | None, form: Form) -> bool:
     return tiles >= FEWEST_TILES[formats[0]][form.stride - 1 if large is None else 2]
 
 
-def _forward(x: Tensor, w: Tensor, form: Form) -> Tensor:
+def _forward(x: Tensor, w: Tensor, form: Form, factors: Tensor | None = None) -> Tensor:
     if w.dtype == x.dtype and _ours(w, x, None, form):
         place = (form.stride, *form.padding, form.transposed, *form.output_padding)
-        return _impl.op("cpu", OP)(x, w, *place)
+        return _impl.op("cpu", OP)(x, w, factors, *place)
     return torch.convolution(x, w, None, *form.arguments())
 
 
-def _gradients(dy: Tensor, x: Tensor, w: Tensor, form: Form, wanted: list[bool]) -> list[Any]:
-    """[dx, dw], None where not wanted."""
+def _gradients(
+    dy: Tensor, x: Tensor, w: Tensor, form: Form, wanted: list[bool], factors: Tensor | None = None
+) -> list[Any]:
+    """[gradient of x times its factors, dw], None where not wanted."""
     found: list[Any] = [None, None]
     left = list(wanted)
     if wanted[0] and _ours(w, dy, None, form):
         found[0], left[0] = _forward(dy, w, form.adjoint(x, dy, w)), False
     small, large = (x, dy) if form.transposed else (dy, x)
     if wanted[1] and _ours(w, small, large, form):
+        by = (factors, None) if form.transposed else (None, factors)
         gradient = _impl.op("cpu", OP + "_weight_gradient")
-        found[1], left[1] = gradient(small, large, form.stride, *form.padding), False
+        found[1], left[1] = gradient(small, large, *by, form.stride, *form.padding), False
+    if left[1] and factors is not None:
+        x = x * factors[:, :, None, None]
     if any(left):
         backward = torch.ops.aten.convolution_backward
         others = backward(dy, x, w, None, *form.arguments(), [*left, False])
@@ -236,7 +241,7 @@ def no_weight_gradients() -> Iterator[None]:
 # --- Shape functions of the registered ops.
 
 
-def _fake(x, w, stride, pad_y, pad_x, transposed, rest_y, rest_x):
+def _fake(x, w, factors, stride, pad_y, pad_x, transposed, rest_y, rest_x):
     sizes = []
     for dim, pad, rest in ((2, pad_y, rest_y), (3, pad_x, rest_x)):
         if transposed:
@@ -248,7 +253,7 @@ def _fake(x, w, stride, pad_y, pad_x, transposed, rest_y, rest_x):
     return y.contiguous(memory_format=torch.channels_last) if last else y
 
 
-def _fake_weight_gradient(dy, x, stride, pad_y, pad_x):
+def _fake_weight_gradient(dy, x, dy_factors, x_factors, stride, pad_y, pad_x):
     return x.new_empty((dy.shape[1], x.shape[1], 3, 3))
 
 

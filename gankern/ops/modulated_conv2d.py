@@ -11,15 +11,26 @@ from torch import Tensor
 
 from gankern.ops import _impl
 from gankern.ops.conv2d_resample import (
+    Convolve,
     check_conv,
-    conv2d_resample,
     conv_dtype,
     filter_padding,
     resampled_conv,
     to_conv_dtype,
 )
-from gankern.ops.conv3x3 import gate, no_weight_gradients
+from gankern.ops.conv3x3 import (
+    Form,
+    _forward,
+    _gradients,
+    _ours,
+    convolution,
+    gate,
+    no_weight_gradients,
+    weight_gradient,
+    weight_gradients,
+)
 from gankern.ops.demod_coefs import demod_coefs
+from gankern.ops.synthesis_epilogue import _bwd as epilogue_bwd
 from gankern.ops.synthesis_epilogue import synthesis_epilogue
 
 __all__ = ["modulated_conv2d", "no_weight_gradients"]
@@ -74,8 +85,11 @@ def modulated_conv2d(
     if fused_modconv:
         y = _grouped(x, weight, styles, resample_filter, demodulate, args, impl)
         return y if noise is None else y + noise.to(y.dtype)
-    x, weight, d = modulate(x, weight, styles, demodulate, impl)
-    y = conv2d_resample(x, weight, resample_filter, *args, impl=impl)
+    x, weight, styles, d = modulation(x, weight, styles, demodulate, impl)
+    pads = filter_padding(resample_filter, up, down, pads)
+    args = (up, down, pads, 1, flip_weight, False, impl)
+    convolve = scaled_convolution(styles, impl)
+    y = resampled_conv(x, weight, resample_filter, *args, convolve=convolve)
     return _scale_add(y, d, noise)
 
 
@@ -102,15 +116,59 @@ def _grouped(
     return y.reshape(n, o, *y.shape[2:])
 
 
-def modulate(
-    x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool, impl: str | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Input and weights of the convolution, both in its dtype, and what scales its output."""
-    x, weight, styles, d = modulation(x, weight, styles, demodulate, impl)
+def scaled_convolution(styles: Tensor, impl: str | None) -> Convolve:
+    """The convolution of images times their styles, [N, I].
+
+    Our kernels multiply as they read the images. Elsewhere the product is an image.
+    """
+
+    def convolve(x: Tensor, w: Tensor, form: Form) -> Tensor:
+        own = styles.dtype == torch.float32 and not _impl.transformed()
+        if not own or not _ours(w, x, None, form):
+            return convolution(scale(x, styles, impl), w, form)
+        if _impl.records(x, styles, w):
+            return _ScaledConvolution.apply(x, styles, w, form)
+        return _forward(x, w, form, styles)
+
+    return convolve
+
+
+def scale(x: Tensor, styles: Tensor, impl: str | None) -> Tensor:
+    """x * styles[:, :, None, None]."""
     if _impl.choose("synthesis_epilogue", impl, x) == "reference":
-        return x * styles.to(x.dtype)[:, :, None, None], weight, d
+        return x * styles.to(x.dtype)[:, :, None, None]
     # An epilogue of nothing but a factor a channel: its gradients take one launch each.
-    return synthesis_epilogue(x, d=styles, act="linear", impl=impl), weight, d
+    return synthesis_epilogue(x, d=styles, act="linear", impl=impl)
+
+
+class _ScaledConvolution(torch.autograd.Function):
+    """The convolution of x * styles, which is not stored, by the CPU's kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x, styles, w, form):
+        ctx.save_for_backward(x, styles, w)
+        ctx.form = form
+        ctx.set_materialize_grads(False)
+        return _forward(x, w, form, styles)
+
+    @staticmethod
+    def backward(ctx: Any, dy):
+        if dy is None:
+            return (None,) * 4
+        x, styles, w = ctx.saved_tensors
+        form, needs = ctx.form, ctx.needs_input_grad
+        scaled = needs[0] or needs[1]
+        wanted = [scaled, needs[2] and (weight_gradients() or form.derived)]
+        if torch.is_grad_enabled():
+            dz = convolution(dy, w, form.adjoint(x, dy, w)) if scaled else None
+            dw = weight_gradient(dy, scale(x, styles, "cpu"), w, form) if wanted[1] else None
+        else:
+            dz, dw = _gradients(dy, x, w, form, wanted, styles) if any(wanted) else (None, None)
+        dx = d_styles = None
+        if scaled:
+            linear = (0, 0, 0, 0, False, 1.0, "linear", 0.0, 1.0, -1.0, "cpu")
+            dx, d_styles, _, _ = epilogue_bwd(dz, x, None, styles, None, None, None, linear)
+        return dx if needs[0] else None, d_styles if needs[1] else None, dw, None
 
 
 def modulation(

@@ -8,13 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from gankern.ops.conv2d_resample import (
+    Convolve,
     check_conv,
     filter_padding,
     resampled_conv,
     to_conv_dtype,
     transposed_conv,
 )
-from gankern.ops.modulated_conv2d import check_modulated, modulate
+from gankern.ops.conv3x3 import convolution
+from gankern.ops.modulated_conv2d import check_modulated, modulation, scaled_convolution
 from gankern.ops.synthesis_epilogue import synthesis_epilogue
 
 __all__ = ["conv2d_layer", "synthesis_layer"]
@@ -70,10 +72,10 @@ def synthesis_layer(
     (Karras et al., 2020), figure 2 and appendix B.
     """
     pads = check_modulated("synthesis_layer", x, weight, styles, noise, up, 1, padding)
-    x, weight, d = modulate(x, weight, styles, demodulate, impl)
+    x, weight, styles, d = modulation(x, weight, styles, demodulate, impl)
     conv = (resample_filter, up, 1, pads, 1, flip_weight, False)
     tail = (d, noise, noise_strength, b, act, alpha, gain, clamp)
-    return _conv_epilogue(x, weight, conv, tail, impl)
+    return _conv_epilogue(x, weight, conv, tail, impl, scaled_convolution(styles, impl))
 
 
 def conv2d_layer(
@@ -114,16 +116,23 @@ def conv2d_layer(
 
 
 def _conv_epilogue(
-    x: Tensor, w: Tensor, conv: tuple[Any, ...], tail: tuple[Any, ...], impl: str | None
+    x: Tensor,
+    w: Tensor,
+    conv: tuple[Any, ...],
+    tail: tuple[Any, ...],
+    impl: str | None,
+    convolve: Convolve = convolution,
 ) -> Tensor:
     f, up, down, pads, groups, flip_weight, flip_filter = conv
     d, noise, noise_strength, b, act, alpha, gain, clamp = tail
     pads = filter_padding(f, up, down, pads)
     if up > 1 and down == 1 and w.shape[2:].numel() > 1:
-        x, pads = transposed_conv(x, w, up, pads, groups, flip_weight, impl)
+        how = (groups, flip_weight, impl, False, convolve)
+        x, pads = transposed_conv(x, w, up, pads, *how)
         filter_gain = float(up**2)
     else:
-        x = resampled_conv(x, w, f, up, down, pads, groups, flip_weight, flip_filter, impl)
+        how = (groups, flip_weight, flip_filter, impl, False, convolve)
+        x = resampled_conv(x, w, f, up, down, pads, *how)
         f, pads, filter_gain = None, [0, 0, 0, 0], 1.0
     return synthesis_epilogue(x, f, d, noise, noise_strength, b, pads, flip_filter, filter_gain,
                               act, alpha, gain, clamp, impl=impl)  # fmt: skip

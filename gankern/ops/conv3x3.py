@@ -248,9 +248,9 @@ def _fake(x, w, factors, stride, pad_y, pad_x, transposed, rest_y, rest_x):
             sizes.append((x.shape[dim] - 1) * stride + 3 - 2 * pad + rest)
         else:
             sizes.append((x.shape[dim] + 2 * pad - 3) // stride + 1)
-    y = x.new_empty((x.shape[0], w.shape[1 if transposed else 0], *sizes))
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return y.contiguous(memory_format=torch.channels_last) if last else y
+    shape = (x.shape[0], w.shape[1 if transposed else 0], *sizes)
+    layout = _impl.memory_format(x)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _fake_weight_gradient(dy, x, dy_factors, x_factors, stride, pad_y, pad_x):

@@ -352,8 +352,9 @@ def _zeros_bwd(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _fake_fwd(x, f, d, noise, strength, b, x0, x1, y0, y1, *args):
     n, c, h, w = x.shape
     taps_y, taps_x = (1, 1) if f is None else (f.shape[0], f.shape[-1])
-    y = x.new_empty(n, c, h + y0 + y1 - taps_y + 1, w + x0 + x1 - taps_x + 1)
-    return y.contiguous(memory_format=_impl.memory_format(x))
+    shape = n, c, h + y0 + y1 - taps_y + 1, w + x0 + x1 - taps_x + 1
+    layout = _impl.memory_format(x)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _fake_bwd(dy, x, *args):

@@ -1,4 +1,8 @@
 // The kernels of synthesis_epilogue without a filter: a plane is one row.
+//
+// The forward in channels-last and the backward: a block has some channels, and several threads for
+// each that go through its pixels with long strides, `workers`. A worker has N pixels of a plane
+// (NCHW) or N channels of a pixel (channels-last) at once, a unit, and P units under way.
 #pragma once
 
 #include "synthesis_epilogue_bwd.cuh"
@@ -7,47 +11,144 @@
 namespace gankern {
 namespace {
 
-// Without a filter: a plane is one row; NCHW: rows of threads have channels of their own. x is
-// under way while noise and parameters are shared.
-template <typename T, bool kLast, bool kPwl>
+constexpr int kFlatThreads = 256;
+template <typename T>
+constexpr int kFlatBlocks = sizeof(T) == 8 ? 2 : 4;
+
+// Elements of a unit. Channels-last, the backward has sums and parameters of its channels in
+// registers: 4 channels, since those of 8 do not fit.
+template <typename T, bool kLast, bool kBackward>
+constexpr int kUnit = sizeof(T) == 8       ? 1
+                      : kLast && kBackward ? kPiece<T>
+                                           : kVec<T>;
+
+// Channels of a block, at most.
+template <bool kLast, int N>
+constexpr int kSpan = kLast ? 32 * N : kFlatChannels;
+
+struct Worker {
+  int slot, index,
+      of;    // its first channel, of the block's; its number, of the workers of a channel
+  int span;  // channels of the block
+};
+template <bool kLast, int N, typename T>
+__device__ __forceinline__ Worker worker(const Args<T>& a) {
+  const int t = threadIdx.x, lanes = 1 << a.lanes_log2, across = t & (lanes - 1);
+  const int down = t >> a.lanes_log2, rows = static_cast<int>(blockDim.x) >> a.lanes_log2;
+  if (kLast) return {across * N, down, rows, lanes * N};
+  return {down, across, lanes, rows};
+}
+
+// d, b and strength of the block's channels, in rows of kStride; and of K channels of a thread.
+template <int kStride, typename T>
+__device__ __forceinline__ void share_span(Acc<T>* params, const Args<T>& a, int n, int c0,
+                                           int span) {
+  for (int e = threadIdx.x; e < 3 * span; e += blockDim.x) {
+    const int which = (e >= span) + (e >= 2 * span), c = e - which * span;
+    params[which * kStride + c] = param(a, which, n, c0 + c);
+  }
+}
+template <int K, int kStride, typename A>
+struct Kept {
+  Pack<A, K> d, b, s;
+  __device__ __forceinline__ explicit Kept(const A* params)
+      : d(load_pack<A, K>(params)),
+        b(load_pack<A, K>(params + kStride)),
+        s(load_pack<A, K>(params + 2 * kStride)) {}
+};
+
+// The noise of P pixels, `step` apart, of which the first `count` exist.
+template <int P, typename T>
+__device__ __forceinline__ void load_noises(Acc<T> (&out)[P], const Args<T>& a, int n, int px,
+                                            int step, int stop) {
+  const int64_t i = (a.one_noise ? 0 : static_cast<int64_t>(n) * a.out_w) + px;
+#pragma unroll
+  for (int j = 0; j < P; j++) out[j] = Acc<T>(0);
+  if (!a.noise) return;
+  if (a.f32 & 2) {
+#pragma unroll
+    for (int j = 0; j < P; j++)
+      if (px + j * step < stop) out[j] = static_cast<const float*>(a.noise)[i + j * step];
+  } else {
+#pragma unroll
+    for (int j = 0; j < P; j++)
+      if (px + j * step < stop)
+        out[j] = to_acc(static_cast<const T*>(a.noise)[i + j * step], a.format);
+  }
+}
+
+// N values of a row that lies like that of read_pieces(), a thread's unit, from pixel `at` on.
+template <typename T, typename A, int N>
+__device__ __forceinline__ void read_units(A (&out)[N], const A* row, int pitch, int at) {
+  if constexpr (N == 1)
+    out[0] = row[piece_at<T>(at, pitch)];
+  else
+    read_pieces<T>(out, row, pitch, at);
+}
+
+// f(format), with code of its own for float16 and for bfloat16 where it is short.
+template <bool kShort, typename T, typename F>
+__device__ __forceinline__ void by_format(Format<T> format, F f) {
+  if constexpr (kShort && std::is_same<T, Half16>::value) {
+    if (format.bf16)
+      f(Format<T>(kBF16));
+    else
+      f(Format<T>(kF16));
+  } else {
+    f(format);
+  }
+}
+
+// The piecewise linear activations in few instructions. relu(-inf) is 0.
+struct Pwl {
+  float gain, negative, clamp;
+  bool relu, free;
+  template <typename A>
+  __device__ __forceinline__ explicit Pwl(const ActArgs<A>& p)
+      : gain(p.gain), negative(p.gain * p.alpha), clamp(p.clamp), relu(p.act == kRelu) {
+    free = clamp < 0.f;
+    if (free) clamp = INFINITY;
+  }
+  __device__ __forceinline__ float slope(float v) const { return v > 0.f ? gain : negative; }
+  __device__ __forceinline__ float value(float v) const {
+    float y = v * slope(v);
+    if (relu & (v <= 0.f)) y = 0.f;
+    return fabsf(y) > clamp ? copysignf(clamp, y) : y;
+  }
+  __device__ __forceinline__ float grad(float dy, float v) const {
+    const float k = slope(v);
+    return free | (fabsf(v * k) < clamp) ? dy * k : 0.f;
+  }
+};
+
+// Without a filter, NCHW: rows of threads have channels of their own. x is under way while noise
+// and parameters are shared.
+template <typename T, bool kPwl>
 __global__ void __launch_bounds__(kThreads<T>, kBlocks)
-    synthesis_epilogue_fwd_kernel(Args<T> a, ActArgs<Acc<T>> p) {
+    synthesis_epilogue_fwd_planes_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
-  constexpr int V = kVec<T>, kStep = kChannels<T, kLast>, kNoise = kLast ? 1 : V;
-  constexpr int kStride = kLast ? kStep : kFlatChannels;
-  __shared__ A params[3 * kStride];
-  __shared__ __align__(16) A noises[kLast ? 1 : 32 * V + 32];
-  const Place at = place<kLast>(a);
-  const int first = blockIdx.x * a.tile_w, col = first + (kLast ? at.lx : at.lx * V);
-  const int span = a.groups * a.tile_h, c_block = static_cast<int>(blockIdx.y) * span * kStep;
-  const int c_first = c_block + (kLast ? at.half * V : at.gy), c_step = a.tile_h * kStep;
+  constexpr int V = kVec<T>;
+  __shared__ A params[3 * kFlatChannels];
+  __shared__ __align__(16) A noises[32 * V + 32];
+  const Place at = place<false>(a);
+  const int first = blockIdx.x * a.tile_w, col = first + at.lx * V;
+  const int span = a.groups * a.tile_h, c_block = static_cast<int>(blockIdx.y) * span;
   for (int n = blockIdx.z; n < a.N; n += gridDim.z) {
-    int64_t i = offset<kLast>(a.C, n, c_first, 1, a.out_w, 0, col);
-    const int64_t i_step = kLast ? c_step : static_cast<int64_t>(c_step) * a.out_w;
-    const auto count = [&](int c) {
-      return col >= a.out_w ? 0 : kLast ? a.C - c : c < a.C ? a.out_w - col : 0;
-    };
-    Pack<T, V> next = load_packed<T>(a.x + i, a.vec_x, count(c_first));
-    A noise[kNoise] = {};
-    if (kLast && a.noise) load_noise<T, kLast>(noise, a, n, 0, col, a.out_w - col);
-    if (!kLast) {
-      __syncthreads();
-      if (a.noise) share_noise(noises, a, n, first);
-      share_params<T, kStride>(params, a, n, c_block, threadIdx.x, span);
-      __syncthreads();
-      if constexpr (!kLast)
-        if (a.noise) read_pieces<T>(noise, noises, piece_pitch<T>(a.tile_w), col - first);
-    }
-    for (int g = 0, c = c_first; g < a.groups; g++, c += c_step, i += i_step) {
-      if (kLast) {
-        __syncthreads();
-        share_params<T, kStride>(params, a, n, c_block + g * c_step, threadIdx.x);
-        __syncthreads();
-      }
+    int64_t i = offset<false>(a.C, n, c_block + at.gy, 1, a.out_w, 0, col);
+    const int64_t i_step = static_cast<int64_t>(a.tile_h) * a.out_w;
+    const auto count = [&](int c) { return col < a.out_w && c < a.C ? a.out_w - col : 0; };
+    Pack<T, V> next = load_packed<T>(a.x + i, a.vec_x, count(c_block + at.gy));
+    A noise[V] = {};
+    __syncthreads();
+    if (a.noise) share_noise(noises, a, n, first);
+    share_params<T, kFlatChannels>(params, a, n, c_block, threadIdx.x, span);
+    __syncthreads();
+    if (a.noise) read_pieces<T>(noise, noises, piece_pitch<T>(a.tile_w), col - first);
+    for (int g = 0, c = c_block + at.gy; g < a.groups; g++, c += a.tile_h, i += i_step) {
       const Pack<T, V> x = next;
-      if (g + 1 < a.groups) next = load_packed<T>(a.x + i + i_step, a.vec_x, count(c + c_step));
+      if (g + 1 < a.groups) next = load_packed<T>(a.x + i + i_step, a.vec_x, count(c + a.tile_h));
       if (count(c) <= 0) continue;
-      const Params<T, kLast, kStride> k(params + (kLast ? at.half * V : c - c_block));
+      const Params<T, false, kFlatChannels> k(params + c - c_block);
       A u[V];
       widen(x, a.format, u);
       each<kPwl, 2>([&](int e, A& v, A z) { v = value<kPwl>(v, k.d(e), z, k.s(e), k.b(e), p); }, u,
@@ -57,92 +158,204 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   }
 }
 
-// Without a filter: dx = dv * d. NCHW: each warp has channels of its own.
-template <typename T, bool kLast, bool kPwl>
-__global__ void __launch_bounds__(kThreads<T>, kBlocks)
+// Without a filter, channels-last.
+template <typename T, bool kPwl, int N>
+__global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<T>)
+    synthesis_epilogue_fwd_pixels_kernel(Args<T> a, ActArgs<Acc<T>> p) {
+  using A = Acc<T>;
+  constexpr int P = kPwl ? 2 : 1, kStride = kSpan<true, N>;
+  __shared__ __align__(16) A params[3 * kStride];
+  const Worker at = worker<true, N>(a);
+  const int first = blockIdx.x * a.tile_w;
+  const int64_t hop = static_cast<int64_t>(at.of) * a.C;
+  for (int n = blockIdx.z; n < a.N; n += gridDim.z)
+    for (int c0 = blockIdx.y * at.span; c0 < a.C; c0 += gridDim.y * at.span) {
+      const int c = c0 + at.slot, stop = c < a.C ? min(a.out_w, first + a.tile_w) : 0;
+      int px = first + at.index;
+      int64_t i = offset<true>(a.C, n, c, 1, a.out_w, 0, px);
+      Pack<T, N> x[P];
+      A noise[P];
+      const auto load = [&] {
+#pragma unroll
+        for (int j = 0; j < P; j++)
+          if (px + j * at.of < stop) x[j] = load_pack<T, N>(a.x + i + j * hop);
+        load_noises(noise, a, n, px, at.of, stop);
+      };
+      load();
+      __syncthreads();
+      share_span<kStride>(params, a, n, c0, at.span);
+      __syncthreads();
+      const Kept<N, kStride, A> k(params + at.slot);
+      const Pwl pwl(p);
+      by_format<kPwl>(a.format, [&](auto format) {
+        while (px < stop) {
+#pragma unroll
+          for (int j = 0; j < P; j++) {
+            A u[N];
+            widen(x[j], format, u);
+            if constexpr (kPwl) {
+#pragma unroll
+              for (int e = 0; e < N; e++)
+                u[e] = pwl.value(u[e] * k.d.v[e] + (noise[j] * k.s.v[e] + k.b.v[e]));
+            } else {
+              A d[N], s[N], b[N];
+#pragma unroll
+              for (int e = 0; e < N; e++) d[e] = k.d.v[e], s[e] = k.s.v[e], b[e] = k.b.v[e];
+              each<false, 1>(
+                  [&](int, A& v, A d, A s, A b) { v = value<false>(v, d, noise[j], s, b, p); }, u,
+                  d, s, b);
+            }
+            if (px + j * at.of < stop)
+              store_pack<T, N>(a.out + i + j * hop, narrow<T, N>(u, format));
+          }
+          px += P * at.of, i += P * hop;
+          load();
+        }
+      });
+    }
+}
+
+// Adds up the workers of each channel: f(which sum, channel of the block, sum).
+template <bool kLast, int K, typename A, typename F>
+__device__ __forceinline__ void add_workers(A (&sums)[3][K], A* scratch, const Worker& at,
+                                            int lanes, F f) {
+  const int t = threadIdx.x, lane = t % 32, row = min(lanes, 32);
+#pragma unroll 1
+  for (int step = kLast ? 16 : row / 2; step >= (kLast ? lanes : 1); step /= 2)
+#pragma unroll
+    for (int k = 0; k < 3; k++)
+#pragma unroll
+      for (int q = 0; q < K; q++) sums[k][q] += __shfl_xor_sync(0xffffffffu, sums[k][q], step);
+  const int span = at.span, part = kLast ? t / 32 : at.index / 32;
+  const int parts = kLast ? static_cast<int>(blockDim.x) / 32 : max(lanes / 32, 1);
+  if (kLast ? lane < lanes : (lane & (row - 1)) == 0)
+#pragma unroll
+    for (int k = 0; k < 3; k++) {
+      Pack<A, K> pack;
+#pragma unroll
+      for (int q = 0; q < K; q++) pack.v[q] = sums[k][q];
+      store_pack<A, K>(scratch + (part * 3 + k) * span + at.slot, pack);
+    }
+  __syncthreads();
+  for (int e = t; e < 3 * span; e += blockDim.x) {
+    A sum = A(0);
+#pragma unroll 4
+    for (int w = 0; w < parts; w++) sum += scratch[w * 3 * span + e];
+    const int k = (e >= span) + (e >= 2 * span);
+    f(k, e - k * span, sum);
+  }
+}
+
+// Without a filter: dx = dv * d, and the sums of dv * u, dv and dv * noise.
+template <typename T, bool kLast, bool kPwl, int N>
+__global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<T>)
     synthesis_epilogue_bwd_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
-  constexpr int V = kVec<T>, kStep = kChannels<T, kLast>, kNoise = kLast ? 1 : V;
-  // The rare activations leave registers for the sums of 4 channels; they read x and dy twice.
-  constexpr int kPart = kLast && !kPwl && V > 4 ? 4 : V;
-  constexpr int kStride = kLast ? kStep : kFlatChannels;
-  __shared__ A scratch[kLast ? kThreads<T> / 32 * 3 * kStep : 1], params[3 * kStride];
+  constexpr int P = !kPwl ? 1 : N * sizeof(T) == 16 ? 2 : 4, K = kLast ? N : 1;
+  constexpr int kStride = kSpan<kLast, N>, kEach = kLast ? 1 : N;  // pixels of a unit
+  __shared__ __align__(16) A params[3 * kStride], scratch[(kLast ? 24 : 3) * kStride];
   __shared__ __align__(16) A noises[kLast ? 1 : kSharedNoise + 32];
-  const Place at = place<kLast>(a);
-  const int tile = blockIdx.x * a.tile_w, first = tile + (kLast ? at.lx : at.lx * V);
-  const int step = (kLast ? 1 : V) << a.lanes_log2;
-  const int stop = min(a.out_w, tile + a.tile_w);
-  for (int n = blockIdx.z; n < a.N; n += gridDim.z) {
-    if (!kLast) {
-      __syncthreads();
-      if (a.noise) share_noise(noises, a, n, tile);
-      const int span = a.groups * a.tile_h;
-      share_params<T, kStride>(params, a, n, static_cast<int64_t>(blockIdx.y) * span, threadIdx.x,
-                               span);
-      __syncthreads();
-    }
-    for (int g = 0; g < a.groups; g++) {
-      const int group = static_cast<int>(blockIdx.y) * a.groups + g;
-      const int c0 = kLast ? group * kStep : group * a.tile_h + at.gy;
-      if (c0 >= a.C) break;
-      const int c = c0 + (kLast ? at.half * V : 0);
-      if (kLast) share_params<T, kStride>(params, a, n, c0, threadIdx.x);
-      if (kLast) __syncthreads();
-      const Params<T, kLast, kStride> q(params + (kLast ? at.half * V : g * a.tile_h + at.gy));
-#pragma unroll 1
-      for (int part = 0; part < V; part += kPart) {
-        const auto widen_piece = [&](const Pack<T, V>& pack, int at, auto& out) {
-          Pack<T, kPiece<T>> piece;
+  const Worker at = worker<kLast, N>(a);
+  const int lanes = 1 << a.lanes_log2, first = blockIdx.x * a.tile_w, step = at.of * kEach;
+  const int64_t hop = kLast ? static_cast<int64_t>(step) * a.C : step;
+  const int groups = (a.C + at.span - 1) / at.span;
+  for (int n = blockIdx.z; n < a.N; n += gridDim.z)
+    for (int group = blockIdx.y; group < groups; group += gridDim.y) {
+      const int c0 = group * at.span, c = c0 + at.slot;
+      const int stop = c < a.C ? min(a.out_w, first + a.tile_w) : 0;
+      int px = first + at.index * kEach;
+      int64_t i = offset<kLast>(a.C, n, c, 1, a.out_w, 0, px);
+      Pack<T, N> x[P], dy[P];
+      A noise[P];  // channels-last
+      const auto load = [&] {
 #pragma unroll
-          for (int k = 0; k < kPiece<T>; k++)
-            piece.v[k] = part == 0 ? pack.v[at + k] : pack.v[(kPart + at + k) % V];
-          widen(piece, a.format, out);
-        };
-        Sums<T, kLast, kLast ? kPart : 1> sums;
-        int64_t i = offset<kLast>(a.C, n, c, 1, a.out_w, 0, first);
-        const int64_t i_step = static_cast<int64_t>(step) * (kLast ? a.C : 1);
-        for (int col = first; col < stop && c < a.C; col += step, i += i_step) {
-          const int count = kLast ? a.C - c : a.out_w - col;
-          A noise[kNoise] = {};
-          if (kLast && a.noise) load_noise<T, kLast>(noise, a, n, 0, col, a.out_w - col);
-          if constexpr (!kLast)
-            if (a.noise) read_pieces<T>(noise, noises, piece_pitch<T>(a.tile_w), col - tile);
-          const Pack<T, V> x = load_packed<T>(a.x + i, a.vec_x, count);
-          const Pack<T, V> dy = load_packed<T>(a.dy + i, a.vec_x, count);
-          Pack<T, kPart> dx;
-          // Piece by piece: more would not fit into registers.
-#pragma unroll
-          for (int at = 0; at < kPart; at += kPiece<T>) {
-            A u[kPiece<T>], v[kPiece<T>], dv[kPiece<T>];
-            widen_piece(x, at, u);
-            widen_piece(dy, at, dv);
-#pragma unroll
-            for (int k = 0; k < kPiece<T>; k++) {
-              const int e = part + at + k;
-              v[k] = u[k] * q.d(e) + (noise[kLast ? 0 : at + k] * q.s(e) + q.b(e));
-            }
-            grad<kPwl>(dv, v, p);
-#pragma unroll
-            for (int k = 0; k < kPiece<T>; k++) {
-              const int e = at + k;
-              sums.add(kLast ? e : 0, part + e < count ? dv[k] : A(0), u[k], noise[kLast ? 0 : e]);
-              dv[k] *= q.d(part + e);
-            }
-            const auto piece = narrow<T, kPiece<T>>(dv, a.format);
-#pragma unroll
-            for (int k = 0; k < kPiece<T>; k++) dx.v[at + k] = piece.v[k];
+        for (int j = 0; j < P; j++) {
+          x[j] = dy[j] = {};
+          if (px + j * step < stop) {
+            x[j] = load_pack<T, N>(a.x + i + j * hop);
+            dy[j] = load_pack<T, N>(a.dy + i + j * hop);
           }
-          store_packed<T, kPart>(a.out + i + part, dx, a.vec_out, count - part);
         }
-        if constexpr (kLast)
-          sums.reduce(scratch, part);
-        else
-          write_warp_partials<T>(sums, a, n, c);
+        if (kLast) load_noises(noise, a, n, px, step, stop);
+      };
+      load();
+      share_span<kStride>(params, a, n, c0, at.span);
+      if (!kLast && a.noise) share_noise(noises, a, n, first);
+      __syncthreads();
+      const Kept<K, kStride, A> q(params + at.slot);
+      const Pwl pwl(p);
+      A sums[3][K] = {};
+      by_format<kPwl>(a.format, [&](auto format) {
+        while (px < stop) {
+#pragma unroll
+          for (int j = 0; j < P; j++) {
+            A u[N], v[N], dv[N], z[kEach] = {};
+            widen(x[j], format, u);
+            widen(dy[j], format, dv);
+            if constexpr (kLast)
+              z[0] = noise[j];
+            else if (a.noise)
+              read_units<T>(z, noises, piece_pitch<T>(a.tile_w), px + j * step - first);
+#pragma unroll
+            for (int e = 0; e < N; e++) {
+              const int k = kLast ? e : 0;
+              v[e] = u[e] * q.d.v[k] + (z[kLast ? 0 : e] * q.s.v[k] + q.b.v[k]);
+            }
+            if constexpr (kPwl)
+#pragma unroll
+              for (int e = 0; e < N; e++) dv[e] = pwl.grad(dv[e], v[e]);
+            else
+              grad<false>(dv, v, p);
+#pragma unroll
+            for (int e = 0; e < N; e++) {
+              const int k = kLast ? e : 0;
+              sums[0][k] += dv[e] * u[e];
+              sums[1][k] += dv[e];
+              sums[2][k] += dv[e] * z[kLast ? 0 : e];
+              dv[e] *= q.d.v[k];
+            }
+            if (px + j * step < stop)
+              store_pack<T, N>(a.out + i + j * hop, narrow<T, N>(dv, format));
+          }
+          px += P * step, i += P * hop;
+          load();
+        }
+      });
+      // Partial sums are rows of 3 * C. Level 0 adds up the workers, 1 the tiles of a sample, into
+      // the row of the first, 2 the samples.
+      const int64_t row = 3 * static_cast<int64_t>(a.C), sample = n * a.tiles * row;
+#pragma unroll 1
+      for (int level = a.tiles > 1 ? 0 : 1;; level++) {
+        const bool whole = level == 2 || (level == 1 && a.N == 1);
+        add_workers<kLast>(sums, scratch, at, lanes, [&](int k, int channel, A sum) {
+          const int ch = c0 + channel;
+          if (ch >= a.C || (level == 2 && k == 0)) return;
+          A* to = a.partials + sample + (level ? 0 : blockIdx.x * row) + k * a.C;
+          if (level && k == 0) to = a.dd + static_cast<int64_t>(n) * a.C;
+          if (whole && k) to = k == 1 ? a.db : a.ds;
+          to[ch] = sum;
+        });
+        if (whole) break;
+        const int of = level ? a.N : a.tiles;
+        int* const ticket = a.tickets + static_cast<int64_t>(level ? a.N : n) * groups + group;
+        if (!arrives_last(ticket, of)) break;
+        const A* part = a.partials + (level ? 0 : sample) + min(c, a.C - K);
+        const int64_t next = level ? a.tiles * row : row;
+#pragma unroll
+        for (int k = 0; k < 3; k++)
+#pragma unroll
+          for (int e = 0; e < K; e++) sums[k][e] = A(0);
+#pragma unroll 2
+        for (int r = at.index; r < of; r += at.of)
+#pragma unroll
+          for (int k = 0; k < 3; k++) {
+            if (k == 0 && level) continue;
+            const auto pack = load_pack<A, K>(part + r * next + k * static_cast<int64_t>(a.C));
+#pragma unroll
+            for (int e = 0; e < K; e++) sums[k][e] += pack.v[e];
+          }
       }
-      if (kLast) write_partials<T, kLast>(scratch, a, n, c0, blockIdx.x);
     }
-  }
-  finish<T>(a, a.groups * (kLast ? kStep : a.tile_h));
 }
 
 }  // namespace

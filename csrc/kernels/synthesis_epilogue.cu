@@ -17,7 +17,7 @@ namespace {
 struct Plan {
   int lanes, rows, per_thread, tile_w, tile_h, tiles_x, tiles_y, threads, groups;
   int pieces, step;  // strips: of a row, and rows of dv that a block makes at once
-  int span;          // without a filter: channels of a block
+  int span;  // without a filter: channels of a block; groups is the number of such spans there
   int64_t tiles() const { return static_cast<int64_t>(tiles_x) * tiles_y; }
 };
 
@@ -165,6 +165,7 @@ Plan plan_workers(int unit, bool last, bool noise, int64_t N, int64_t C, int are
   const int most = last || !noise ? 8 * kRun : kSharedNoise / (t.lanes * unit);
   while (run > most || (run > 1 && tiles(run) > 1 && blocks(run) < sms)) run /= 2;
   while (2 * run <= most && blocks(2 * run) >= 12 * sms) run *= 2;
+  t.groups = static_cast<int>(ceil_div(C, t.span));
   t.tile_w = workers() * run * (last ? 1 : unit);
   t.tiles_x = static_cast<int>(tiles(run));
   return t;
@@ -211,19 +212,18 @@ struct Launcher {
   Args<T> a;
   ActArgs<Acc<T>> p;
   Plan plan;
-  bool last, filtered, strips, packed;
+  bool last, filtered, strips, packed, loops;  // loops: over the channels
   void* stream;
 
   // Sums that the backward's blocks leave for each other, and its tickets.
   int64_t partials() const { return 3 * a.N * static_cast<int64_t>(a.C) * plan.tiles(); }
-  int64_t tickets() const {
-    return filtered ? grid().y : (a.N + int64_t(1)) * ceil_div(a.C, plan.span);
-  }
+  int64_t tickets() const { return filtered ? grid().y : (a.N + int64_t(1)) * plan.groups; }
 
   dim3 grid() const {
     const int step = filtered ? (last ? 2 * kVec<T> : 1) * plan.groups : plan.span;
     const unsigned tiles = static_cast<unsigned>(plan.tiles() * (strips ? a.N : 1));
-    return dim3(tiles, static_cast<unsigned>(ceil_div(a.C, step)),
+    const int64_t groups = ceil_div(a.C, step);
+    return dim3(tiles, static_cast<unsigned>(loops ? min(groups, int64_t(65535)) : groups),
                 strips ? 1 : static_cast<unsigned>(min(a.N, 65535)));
   }
 
@@ -299,6 +299,7 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
   const double slope = act == kLinear ? 1.0 : act == kRelu ? 0.0 : alpha;
   l.p = ActArgs<A>{act, A(slope), A(gain), A(0), A(clamp), true};
   const int unit = unit_of(dtype, last, backward);
+  l.loops = !f && (last || backward);
   l.packed = (last ? C : H * W) % unit == 0 && aligned16(x) && aligned16(dy) && aligned16(out);
   const Plan t = l.plan =
       make_plan(dtype, last, backward, l.filtered, act <= kLrelu, noise != nullptr,
@@ -387,7 +388,7 @@ int64_t synthesis_epilogue_bwd_workspace(int dtype, int64_t N, int64_t C, int64_
   int64_t bytes = 0;
   for (const int unit : {1, unit_of(dtype, channels_last, true)}) {
     const Plan t = make_plan(dtype, channels_last, true, filtered, true, noise, unit, N, C, H, W);
-    const int64_t tickets = filtered ? C : (N + 1) * ceil_div(C, t.span);
+    const int64_t tickets = filtered ? C : (N + 1) * t.groups;
     bytes = max(bytes, 3 * N * C * t.tiles() * (dtype == kF64 ? 8 : 4) + tickets * 4);
   }
   return bytes;

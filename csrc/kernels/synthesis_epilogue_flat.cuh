@@ -27,13 +27,13 @@ template <bool kLast, int N>
 constexpr int kSpan = kLast ? 32 * N : kFlatChannels;
 
 struct Worker {
-  int slot, index,
-      of;    // its first channel, of the block's; its number, of the workers of a channel
-  int span;  // channels of the block
+  int slot;       // its first channel, of the block's
+  int index, of;  // its number, of the workers of a channel
+  int span;       // channels of the block
 };
 template <bool kLast, int N, typename T>
 __device__ __forceinline__ Worker worker(const Args<T>& a) {
-  const int t = threadIdx.x, lanes = 1 << a.lanes_log2, across = t & (lanes - 1);
+  const int t = thread_again(), lanes = 1 << a.lanes_log2, across = t & (lanes - 1);
   const int down = t >> a.lanes_log2, rows = static_cast<int>(blockDim.x) >> a.lanes_log2;
   if (kLast) return {across * N, down, rows, lanes * N};
   return {down, across, lanes, rows};
@@ -50,40 +50,61 @@ __device__ __forceinline__ void share_span(Acc<T>* params, const Args<T>& a, int
 }
 template <int K, int kStride, typename A>
 struct Kept {
-  Pack<A, K> d, b, s;
-  __device__ __forceinline__ explicit Kept(const A* params)
-      : d(load_pack<A, K>(params)),
-        b(load_pack<A, K>(params + kStride)),
-        s(load_pack<A, K>(params + 2 * kStride)) {}
+  A d[K], b[K], s[K];
+  __device__ __forceinline__ explicit Kept(const A* params) {
+    constexpr int kRead = K < 4 ? K : 4;
+    const auto read = [&](A(&to)[K], const A* from) {
+#pragma unroll
+      for (int k = 0; k < K; k += kRead) {
+        const auto pack = load_pack<A, kRead>(from + k);
+#pragma unroll
+        for (int e = 0; e < kRead; e++) to[k + e] = pack.v[e];
+      }
+    };
+    read(d, params), read(b, params + kStride), read(s, params + 2 * kStride);
+  }
 };
 
-// The noise of P pixels, `step` apart, of which the first `count` exist.
+// The noise of P pixels from px on, `step` apart, of those from i on of which `last` is the last.
 template <int P, typename T>
-__device__ __forceinline__ void load_noises(Acc<T> (&out)[P], const Args<T>& a, int n, int px,
-                                            int step, int stop) {
-  const int64_t i = (a.one_noise ? 0 : static_cast<int64_t>(n) * a.out_w) + px;
-#pragma unroll
-  for (int j = 0; j < P; j++) out[j] = Acc<T>(0);
-  if (!a.noise) return;
+__device__ __forceinline__ void load_noises(Acc<T> (&out)[P], const Args<T>& a, int64_t i, int px,
+                                            int step, int last) {
   if (a.f32 & 2) {
+    const float* const noise = static_cast<const float*>(a.noise) + i;
 #pragma unroll
-    for (int j = 0; j < P; j++)
-      if (px + j * step < stop) out[j] = static_cast<const float*>(a.noise)[i + j * step];
+    for (int j = 0; j < P; j++) out[j] = noise[min(px + j * step, last)];
   } else {
+    const T* const noise = static_cast<const T*>(a.noise) + i;
 #pragma unroll
-    for (int j = 0; j < P; j++)
-      if (px + j * step < stop)
-        out[j] = to_acc(static_cast<const T*>(a.noise)[i + j * step], a.format);
+    for (int j = 0; j < P; j++) out[j] = to_acc(noise[min(px + j * step, last)], a.format);
   }
 }
 
-// N values of a row that lies like that of read_pieces(), a thread's unit, from pixel `at` on.
-template <typename T, typename A, int N>
-__device__ __forceinline__ void read_units(A (&out)[N], const A* row, int pitch, int at) {
-  if constexpr (N == 1)
-    out[0] = row[piece_at<T>(at, pitch)];
-  else
-    read_pieces<T>(out, row, pitch, at);
+// M values of a row that lies like that of read_pieces(), from pixel `at` on.
+template <typename T, typename A, int M>
+__device__ __forceinline__ void read_piece(A (&out)[M], const A* row, int pitch, int at) {
+  const auto v = load_pack<A, M>(row + piece_at<T>(at, pitch));
+#pragma unroll
+  for (int e = 0; e < M; e++) out[e] = v.v[e];
+}
+
+// A pack as the words that were loaded: the compiler would keep each element of 16 bits in a
+// register of its own.
+template <typename T, int N>
+using Raw = typename RawOf<sizeof(T) * N>::type;
+template <typename T, int N>
+__device__ __forceinline__ Raw<T, N> load_raw(const T* p) {
+  return *reinterpret_cast<const Raw<T, N>*>(p);
+}
+
+// M elements of it.
+template <int M, typename T, int N>
+__device__ __forceinline__ Pack<T, M> piece_of(const Raw<T, N>& raw, int at) {
+  const auto& pack = reinterpret_cast<const Pack<T, N>&>(raw);
+  Pack<T, M> out;
+#pragma unroll
+  for (int e = 0; e < M; e++) out.v[e] = pack.v[at + e];
+  return out;
 }
 
 // f(format), with code of its own for float16 and for bfloat16 where it is short.
@@ -166,47 +187,45 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<T>)
   constexpr int P = kPwl ? 2 : 1, kStride = kSpan<true, N>;
   __shared__ __align__(16) A params[3 * kStride];
   const Worker at = worker<true, N>(a);
-  const int first = blockIdx.x * a.tile_w;
-  const int64_t hop = static_cast<int64_t>(at.of) * a.C;
+  const int first = blockIdx.x * a.tile_w, pixels = min(a.out_w - first, a.tile_w);
+  const int hop = at.of * a.C;
   for (int n = blockIdx.z; n < a.N; n += gridDim.z)
     for (int c0 = blockIdx.y * at.span; c0 < a.C; c0 += gridDim.y * at.span) {
-      const int c = c0 + at.slot, stop = c < a.C ? min(a.out_w, first + a.tile_w) : 0;
-      int px = first + at.index;
-      int64_t i = offset<true>(a.C, n, c, 1, a.out_w, 0, px);
-      Pack<T, N> x[P];
-      A noise[P];
+      const int stop = c0 + at.slot < a.C ? pixels : 0;
+      const int64_t tile = offset<true>(a.C, n, c0, 1, a.out_w, 0, first);
+      int px = at.index, i = px * a.C + at.slot;
+      Raw<T, N> x[P];
+      A noise[P] = {};
       const auto load = [&] {
 #pragma unroll
         for (int j = 0; j < P; j++)
-          if (px + j * at.of < stop) x[j] = load_pack<T, N>(a.x + i + j * hop);
-        load_noises(noise, a, n, px, at.of, stop);
+          if (px + j * at.of < stop) x[j] = load_raw<T, N>(a.x + tile + (i + j * hop));
+        const int64_t row = a.one_noise ? 0 : static_cast<int64_t>(n) * a.out_w;
+        if (a.noise) load_noises(noise, a, row + first, px, at.of, pixels - 1);
       };
       load();
       __syncthreads();
       share_span<kStride>(params, a, n, c0, at.span);
       __syncthreads();
-      const Kept<N, kStride, A> k(params + at.slot);
+      Kept<N, kStride, A> k(params + at.slot);
       const Pwl pwl(p);
       by_format<kPwl>(a.format, [&](auto format) {
         while (px < stop) {
 #pragma unroll
           for (int j = 0; j < P; j++) {
             A u[N];
-            widen(x[j], format, u);
+            widen(piece_of<N, T, N>(x[j], 0), format, u);
             if constexpr (kPwl) {
 #pragma unroll
               for (int e = 0; e < N; e++)
-                u[e] = pwl.value(u[e] * k.d.v[e] + (noise[j] * k.s.v[e] + k.b.v[e]));
+                u[e] = pwl.value(u[e] * k.d[e] + (noise[j] * k.s[e] + k.b[e]));
             } else {
-              A d[N], s[N], b[N];
-#pragma unroll
-              for (int e = 0; e < N; e++) d[e] = k.d.v[e], s[e] = k.s.v[e], b[e] = k.b.v[e];
               each<false, 1>(
                   [&](int, A& v, A d, A s, A b) { v = value<false>(v, d, noise[j], s, b, p); }, u,
-                  d, s, b);
+                  k.d, k.s, k.b);
             }
             if (px + j * at.of < stop)
-              store_pack<T, N>(a.out + i + j * hop, narrow<T, N>(u, format));
+              store_pack<T, N>(a.out + tile + (i + j * hop), narrow<T, N>(u, format));
           }
           px += P * at.of, i += P * hop;
           load();
@@ -246,37 +265,85 @@ __device__ __forceinline__ void add_workers(A (&sums)[3][K], A* scratch, const W
   }
 }
 
+// Partial sums are rows of 3 * C. Level 0 adds up the workers, 1 the tiles of a sample, into the
+// row of the first, 2 the samples.
+template <bool kLast, int N, typename T, int K>
+__device__ __forceinline__ void finish_flat(const Args<T>& a, Acc<T> (&sums)[3][K], Acc<T>* scratch,
+                                            int n, int group) {
+  using A = Acc<T>;
+  const Worker at = worker<kLast, N>(a);
+  const int c0 = group * at.span;
+  const int64_t row = 3 * static_cast<int64_t>(a.C), sample = n * a.tiles * row;
+#pragma unroll 1
+  for (int level = a.tiles > 1 ? 0 : 1;; level++) {
+    const bool whole = level == 2 || (level == 1 && a.N == 1);
+    add_workers<kLast>(sums, scratch, at, 1 << a.lanes_log2, [&](int k, int channel, A sum) {
+      const int c = c0 + channel;
+      if (c >= a.C || (level == 2 && k == 0)) return;
+      A* to = a.partials + sample + (level ? 0 : blockIdx.x * row) + k * static_cast<int64_t>(a.C);
+      if (level && k == 0) to = a.dd + static_cast<int64_t>(n) * a.C;
+      if (whole && k) to = k == 1 ? a.db : a.ds;
+      to[c] = sum;
+    });
+    if (whole) return;
+    const int of = level ? a.N : a.tiles;
+    int* const ticket = a.tickets + static_cast<int64_t>(level ? a.N : n) * a.groups + group;
+    if (!arrives_last(ticket, of)) return;
+    const A* part = a.partials + (level ? 0 : sample) + min(c0 + at.slot, a.C - K);
+    const int64_t next = level ? a.tiles * row : row;
+#pragma unroll
+    for (int k = 0; k < 3; k++)
+#pragma unroll
+      for (int e = 0; e < K; e++) sums[k][e] = A(0);
+#pragma unroll 2
+    for (int r = at.index; r < of; r += at.of)
+#pragma unroll
+      for (int k = 0; k < 3; k++) {
+        if (k == 0 && level) continue;  // dd is finished
+        const auto pack = load_pack<A, K>(part + r * next + k * static_cast<int64_t>(a.C));
+#pragma unroll
+        for (int e = 0; e < K; e++) sums[k][e] += pack.v[e];
+      }
+  }
+}
+
 // Without a filter: dx = dv * d, and the sums of dv * u, dv and dv * noise.
 template <typename T, bool kLast, bool kPwl, int N>
 __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<T>)
     synthesis_epilogue_bwd_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
   constexpr int P = !kPwl ? 1 : N * sizeof(T) == 16 ? 2 : 4, K = kLast ? N : 1;
-  constexpr int kStride = kSpan<kLast, N>, kEach = kLast ? 1 : N;  // pixels of a unit
+  constexpr int M = N < 4 ? N : 4, kStride = kSpan<kLast, N>,
+                kEach = kLast ? 1 : N;  // pixels of a unit
   __shared__ __align__(16) A params[3 * kStride], scratch[(kLast ? 24 : 3) * kStride];
   __shared__ __align__(16) A noises[kLast ? 1 : kSharedNoise + 32];
-  const Worker at = worker<kLast, N>(a);
-  const int lanes = 1 << a.lanes_log2, first = blockIdx.x * a.tile_w, step = at.of * kEach;
-  const int64_t hop = kLast ? static_cast<int64_t>(step) * a.C : step;
-  const int groups = (a.C + at.span - 1) / at.span;
+  const int first = blockIdx.x * a.tile_w, pixels = min(a.out_w - first, a.tile_w);
   for (int n = blockIdx.z; n < a.N; n += gridDim.z)
-    for (int group = blockIdx.y; group < groups; group += gridDim.y) {
-      const int c0 = group * at.span, c = c0 + at.slot;
-      const int stop = c < a.C ? min(a.out_w, first + a.tile_w) : 0;
-      int px = first + at.index * kEach;
-      int64_t i = offset<kLast>(a.C, n, c, 1, a.out_w, 0, px);
-      Pack<T, N> x[P], dy[P];
-      A noise[P];  // channels-last
+    for (int group = blockIdx.y; group < a.groups; group += gridDim.y) {
+      const Worker at = worker<kLast, N>(a);
+      const int c0 = group * at.span, step = at.of * kEach, hop = kLast ? step * a.C : step;
+      const int64_t tile = offset<kLast>(a.C, n, kLast ? c0 : c0 + at.slot, 1, a.out_w, 0, first);
+      int px = at.index * kEach, i = kLast ? px * a.C + at.slot : px;
+      if (kLast && c0 + at.slot >= a.C) px = pixels;
+      Raw<T, N> x[P], dy[P];
+      A noise[P] = {};  // channels-last
+      const auto fetch = [&](int j) {
+        x[j] = load_raw<T, N>(a.x + tile + (i + j * hop));
+        dy[j] = load_raw<T, N>(a.dy + tile + (i + j * hop));
+      };
       const auto load = [&] {
+        if (px + (P - 1) * step < pixels) {
 #pragma unroll
-        for (int j = 0; j < P; j++) {
-          x[j] = dy[j] = {};
-          if (px + j * step < stop) {
-            x[j] = load_pack<T, N>(a.x + i + j * hop);
-            dy[j] = load_pack<T, N>(a.dy + i + j * hop);
+          for (int j = 0; j < P; j++) fetch(j);
+        } else {
+#pragma unroll
+          for (int j = 0; j < P; j++) {
+            x[j] = dy[j] = {};
+            if (px + j * step < pixels) fetch(j);
           }
         }
-        if (kLast) load_noises(noise, a, n, px, step, stop);
+        const int64_t row = a.one_noise ? 0 : static_cast<int64_t>(n) * a.out_w;
+        if (kLast && a.noise) load_noises(noise, a, row + first, px, step, pixels - 1);
       };
       load();
       share_span<kStride>(params, a, n, c0, at.span);
@@ -286,75 +353,48 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<T>)
       const Pwl pwl(p);
       A sums[3][K] = {};
       by_format<kPwl>(a.format, [&](auto format) {
-        while (px < stop) {
+        while (px < pixels) {
 #pragma unroll
           for (int j = 0; j < P; j++) {
-            A u[N], v[N], dv[N], z[kEach] = {};
-            widen(x[j], format, u);
-            widen(dy[j], format, dv);
-            if constexpr (kLast)
-              z[0] = noise[j];
-            else if (a.noise)
-              read_units<T>(z, noises, piece_pitch<T>(a.tile_w), px + j * step - first);
+            Pack<T, N> dx;
 #pragma unroll
-            for (int e = 0; e < N; e++) {
-              const int k = kLast ? e : 0;
-              v[e] = u[e] * q.d.v[k] + (z[kLast ? 0 : e] * q.s.v[k] + q.b.v[k]);
+            for (int h = 0; h < N; h += M) {  // what fits into registers
+              A u[M], v[M], dv[M], z[kLast ? 1 : M] = {};
+              widen(piece_of<M, T, N>(x[j], h), format, u);
+              widen(piece_of<M, T, N>(dy[j], h), format, dv);
+              if constexpr (kLast)
+                z[0] = noise[j];
+              else if (a.noise)
+                read_piece<T>(z, noises, piece_pitch<T>(a.tile_w), px + j * step + h);
+#pragma unroll
+              for (int e = 0; e < M; e++) {
+                const int k = kLast ? e : 0;
+                v[e] = u[e] * q.d[k] + (z[kLast ? 0 : e] * q.s[k] + q.b[k]);
+              }
+              if constexpr (kPwl)
+#pragma unroll
+                for (int e = 0; e < M; e++) dv[e] = pwl.grad(dv[e], v[e]);
+              else
+                grad<false>(dv, v, p);
+#pragma unroll
+              for (int e = 0; e < M; e++) {
+                const int k = kLast ? e : 0;
+                sums[0][k] += dv[e] * u[e];
+                sums[1][k] += dv[e];
+                sums[2][k] += dv[e] * z[kLast ? 0 : e];
+                dv[e] *= q.d[k];
+              }
+              const auto piece = narrow<T, M>(dv, format);
+#pragma unroll
+              for (int e = 0; e < M; e++) dx.v[h + e] = piece.v[e];
             }
-            if constexpr (kPwl)
-#pragma unroll
-              for (int e = 0; e < N; e++) dv[e] = pwl.grad(dv[e], v[e]);
-            else
-              grad<false>(dv, v, p);
-#pragma unroll
-            for (int e = 0; e < N; e++) {
-              const int k = kLast ? e : 0;
-              sums[0][k] += dv[e] * u[e];
-              sums[1][k] += dv[e];
-              sums[2][k] += dv[e] * z[kLast ? 0 : e];
-              dv[e] *= q.d.v[k];
-            }
-            if (px + j * step < stop)
-              store_pack<T, N>(a.out + i + j * hop, narrow<T, N>(dv, format));
+            if (px + j * step < pixels) store_whole<T, N>(a.out + tile + (i + j * hop), dx);
           }
           px += P * step, i += P * hop;
           load();
         }
       });
-      // Partial sums are rows of 3 * C. Level 0 adds up the workers, 1 the tiles of a sample, into
-      // the row of the first, 2 the samples.
-      const int64_t row = 3 * static_cast<int64_t>(a.C), sample = n * a.tiles * row;
-#pragma unroll 1
-      for (int level = a.tiles > 1 ? 0 : 1;; level++) {
-        const bool whole = level == 2 || (level == 1 && a.N == 1);
-        add_workers<kLast>(sums, scratch, at, lanes, [&](int k, int channel, A sum) {
-          const int ch = c0 + channel;
-          if (ch >= a.C || (level == 2 && k == 0)) return;
-          A* to = a.partials + sample + (level ? 0 : blockIdx.x * row) + k * a.C;
-          if (level && k == 0) to = a.dd + static_cast<int64_t>(n) * a.C;
-          if (whole && k) to = k == 1 ? a.db : a.ds;
-          to[ch] = sum;
-        });
-        if (whole) break;
-        const int of = level ? a.N : a.tiles;
-        int* const ticket = a.tickets + static_cast<int64_t>(level ? a.N : n) * groups + group;
-        if (!arrives_last(ticket, of)) break;
-        const A* part = a.partials + (level ? 0 : sample) + min(c, a.C - K);
-        const int64_t next = level ? a.tiles * row : row;
-#pragma unroll
-        for (int k = 0; k < 3; k++)
-#pragma unroll
-          for (int e = 0; e < K; e++) sums[k][e] = A(0);
-#pragma unroll 2
-        for (int r = at.index; r < of; r += at.of)
-#pragma unroll
-          for (int k = 0; k < 3; k++) {
-            if (k == 0 && level) continue;
-            const auto pack = load_pack<A, K>(part + r * next + k * static_cast<int64_t>(a.C));
-#pragma unroll
-            for (int e = 0; e < K; e++) sums[k][e] += pack.v[e];
-          }
-      }
+      finish_flat<kLast, N>(a, sums, scratch, n, group);
     }
 }
 

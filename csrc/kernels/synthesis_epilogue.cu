@@ -165,6 +165,8 @@ Plan plan_workers(int unit, bool last, bool noise, int64_t N, int64_t C, int are
   const int most = last || !noise ? 8 * kRun : kSharedNoise / (t.lanes * unit);
   while (run > most || (run > 1 && tiles(run) > 1 && blocks(run) < sms)) run /= 2;
   while (2 * run <= most && blocks(2 * run) >= 12 * sms) run *= 2;
+  // Offsets in a tile have 32 bits.
+  while (last && run > 1 && C * workers() * run > INT32_MAX) run /= 2;
   t.groups = static_cast<int>(ceil_div(C, t.span));
   t.tile_w = workers() * run * (last ? 1 : unit);
   t.tiles_x = static_cast<int>(tiles(run));

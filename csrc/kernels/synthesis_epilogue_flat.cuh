@@ -43,9 +43,11 @@ __device__ __forceinline__ Worker worker(const Args<T>& a) {
 template <int kStride, typename T>
 __device__ __forceinline__ void share_span(Acc<T>* params, const Args<T>& a, int n, int c0,
                                            int span) {
-  for (int e = threadIdx.x; e < 3 * span; e += blockDim.x) {
-    const int which = (e >= span) + (e >= 2 * span), c = e - which * span;
-    params[which * kStride + c] = param(a, which, n, c0 + c);
+  const int t = threadIdx.x, units = 3 * ((span + 31) / 32);
+  // A warp has one of the three.
+  for (int unit = t / 32; unit < units; unit += blockDim.x / 32) {
+    const int which = unit % 3, c = unit / 3 * 32 + t % 32;
+    if (c < span) params[which * kStride + c] = param(a, which, n, c0 + c);
   }
 }
 template <int K, int kStride, typename A>
@@ -79,6 +81,54 @@ __device__ __forceinline__ void load_noises(Acc<T> (&out)[P], const Args<T>& a, 
     for (int j = 0; j < P; j++) out[j] = to_acc(noise[min(px + j * step, last)], a.format);
   }
 }
+
+// share_noise() in two halves, of which the first, at the construction, only asks for 4 pixels at
+// once twice: they are under way together with other loads.
+template <typename T>
+struct NoiseQuads {
+  static constexpr int kQuad = kVec<T> < 4 ? 1 : 4;
+  using Quad = Pack<Acc<T>, kQuad>;
+  const Args<T>& a;
+  int n, first, pixels;
+  Quad quads[2];
+
+  __device__ __forceinline__ NoiseQuads(const Args<T>& a, int n, int first)
+      : a(a), n(n), first(first), pixels(a.vec_noise ? min(a.tile_w, a.out_w - first) : 0) {
+    if (kQuad > 1) load(0);
+  }
+  __device__ __forceinline__ int pixel(int from, int k) const {
+    return (from + k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kQuad;
+  }
+  __device__ __forceinline__ void load(int from) {
+    const int64_t i = (a.one_noise ? 0 : static_cast<int64_t>(n) * a.out_w) + first;
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      const int px = pixel(from, k);
+      if (px >= pixels) continue;
+      if (a.f32 & 2) {
+        const auto pack = load_pack<float, kQuad>(static_cast<const float*>(a.noise) + i + px);
+#pragma unroll
+        for (int e = 0; e < kQuad; e++) quads[k].v[e] = pack.v[e];
+      } else {
+        widen(load_pack<T, kQuad>(static_cast<const T*>(a.noise) + i + px), a.format, quads[k].v);
+      }
+    }
+  }
+  __device__ __forceinline__ void store(Acc<T>* shared) {
+    if (!a.noise) return;
+    if (kQuad == 1 || !a.vec_noise) return share_noise(shared, a, n, first);
+    const int pitch = piece_pitch<T>(a.tile_w);
+    for (int from = 0;;) {
+#pragma unroll
+      for (int k = 0; k < 2; k++)
+        if (pixel(from, k) < pixels)
+          store_pack<Acc<T>, kQuad>(shared + piece_at<T>(pixel(from, k), pitch), quads[k]);
+      from += 2 * blockDim.x;
+      if (from * kQuad >= pixels) return;
+      load(from);
+    }
+  }
+};
 
 // M values of a row that lies like that of read_pieces(), from pixel `at` on.
 template <typename T, typename A, int M>
@@ -238,7 +288,7 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<T>)
 template <bool kLast, int K, typename A, typename F>
 __device__ __forceinline__ void add_workers(A (&sums)[3][K], A* scratch, const Worker& at,
                                             int lanes, F f) {
-  const int t = threadIdx.x, lane = t % 32, row = min(lanes, 32);
+  const int t = thread_again(), lane = t % 32, row = min(lanes, 32);
 #pragma unroll 1
   for (int step = kLast ? 16 : row / 2; step >= (kLast ? lanes : 1); step /= 2)
 #pragma unroll
@@ -346,8 +396,13 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<T>)
         if (kLast && a.noise) load_noises(noise, a, row + first, px, step, pixels - 1);
       };
       load();
-      share_span<kStride>(params, a, n, c0, at.span);
-      if (!kLast && a.noise) share_noise(noises, a, n, first);
+      if constexpr (kLast) {
+        share_span<kStride>(params, a, n, c0, at.span);
+      } else {
+        NoiseQuads<T> quads(a, n, first);
+        share_span<kStride>(params, a, n, c0, at.span);
+        quads.store(noises);
+      }
       __syncthreads();
       const Kept<K, kStride, A> q(params + at.slot);
       const Pwl pwl(p);

@@ -74,31 +74,22 @@ __device__ __forceinline__ Acc<T> process(const Tensors<T>& t, int64_t i, Bias b
   return sum;
 }
 
-// How the bias gradient is finished: a block adds its partial sums, the last block of a group of
-// channels adds the partials of all of them in order. splits == 1: no partials, no ticket.
+// How the bias gradient is finished: a block writes its partial sums, the last block to arrive adds
+// those of all in order. Rows have many blocks: the last of each kTogether adds those of these, the
+// last of all their sums. splits == 1: no partials, no ticket.
 template <typename A>
 struct Reduce {
   void* db;      // [C], or null
-  A* partials;   // [splits, columns]
-  int* tickets;  // [gridDim.x], zero before the launch
+  A* partials;   // [splits, C]
+  int* tickets;  // [gridDim.x, 1 + chunks], zero before the launch
   bool db_f32;
 };
+
+constexpr int kTogether = 64;
 
 // The parts that a group of channels is cut into, along y and z of the grid, and this block's.
 __device__ __forceinline__ int splits() { return static_cast<int>(gridDim.y * gridDim.z); }
 __device__ __forceinline__ int64_t split() { return blockIdx.z * gridDim.y + blockIdx.y; }
-
-// True in every thread of the block that arrives last in its column of the grid.
-__device__ __forceinline__ bool last_block(int* tickets) {
-  __shared__ int last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0 && threadIdx.y == 0)
-    last = atomicAdd(tickets + blockIdx.x, 1) == splits() - 1;
-  __syncthreads();
-  __threadfence();
-  return last;
-}
 
 // Planes: thread row threadIdx.y owns channel c; blockIdx.y is a part of the plane, z of outer. A
 // part is `span` packs and, in the first, the elements before and behind them; or all elements one
@@ -143,29 +134,29 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (kOp != kBwd || !r.db) return;
 
-  // Sum over the row of threads: within warps, then across the warps of a row.
+  // Thread 0 of a row gets the sum over the row: within warps, then across them.
   __shared__ A warp_sums[kThreads / 32];
-  const int lanes = min(static_cast<int>(blockDim.x), 32);
-  sum = warp_sum(sum, lanes);
-  const int warps = blockDim.x / 32;  // of a row
-  if (warps > 1) {
-    if (threadIdx.x % 32 == 0) warp_sums[threadIdx.y * warps + threadIdx.x / 32] = sum;
+  const auto row_sum = [&](A v) {
+    v = warp_sum(v, min(static_cast<int>(blockDim.x), 32));
+    const int warps = blockDim.x / 32;  // of a row
+    if (warps <= 1) return v;
+    if (threadIdx.x % 32 == 0) warp_sums[threadIdx.y * warps + threadIdx.x / 32] = v;
     __syncthreads();
-    if (threadIdx.x == 0) {
-      sum = A(0);
-      for (int w = 0; w < warps; w++) sum += warp_sums[threadIdx.y * warps + w];
-    }
+    if (threadIdx.x == 0)
+      for (int w = 1; w < warps; w++) v += warp_sums[threadIdx.y * warps + w];
+    return v;
+  };
+  sum = row_sum(sum);
+  if (splits() > 1) {
+    if (threadIdx.x == 0 && c < C) r.partials[split() * C + c] = sum;
+    if (!arrives_last(r.tickets + blockIdx.x, splits())) return;
+    sum = A(0);
+#pragma unroll 4
+    for (int s = threadIdx.x; s < splits(); s += blockDim.x)
+      if (c < C) sum += r.partials[s * C + c];
+    sum = row_sum(sum);
   }
-  if (splits() == 1) {
-    if (threadIdx.x == 0 && c < C) store_param<T>(r.db, r.db_f32, c, sum, t.format);
-    return;
-  }
-  if (threadIdx.x == 0 && c < C) r.partials[split() * C + c] = sum;
-  if (!last_block(r.tickets) || c >= C) return;
-  if (threadIdx.x != 0) return;
-  sum = A(0);
-  for (int s = 0; s < splits(); s++) sum += r.partials[s * C + c];
-  store_param<T>(r.db, r.db_f32, c, sum, t.format);
+  if (threadIdx.x == 0 && c < C) store_param<T>(r.db, r.db_f32, c, sum, t.format);
 }
 
 // Where in shared memory the bias of element j of thread x lies: in pieces of kRead, which are read
@@ -193,6 +184,42 @@ __device__ __forceinline__ void share_row_bias(Acc<T>* shared, const void* b, bo
   __syncthreads();
 }
 
+// The sums of each thread's columns to shared memory, those of a warp added up where its threads
+// have columns in common.
+template <typename A, int N>
+__device__ __forceinline__ void share_sums(A* shared, A (&sums)[N]) {
+  constexpr int kRead = N < 4 ? N : 4;
+  const int x = blockDim.x, lane = (threadIdx.y * x + threadIdx.x) % 32;
+#pragma unroll 1
+  for (int step = 16; step >= x; step /= 2)
+#pragma unroll
+    for (int j = 0; j < N; j++) sums[j] += __shfl_xor_sync(0xffffffffu, sums[j], step);
+  if (x >= 32 || lane < x) {
+    A* const part =
+        shared + (x >= 32 ? threadIdx.y : threadIdx.y * x / 32) * bias_at<N, kRead>(0, N);
+#pragma unroll
+    for (int j = 0; j < N; j += kRead) {
+      Pack<A, kRead> piece;
+#pragma unroll
+      for (int k = 0; k < kRead; k++) piece.v[k] = sums[j + k];
+      store_pack<A, kRead>(part + bias_at<N, kRead>(threadIdx.x, j), piece);
+    }
+  }
+  __syncthreads();
+}
+
+// Of them, the sum of a column of the block.
+template <typename A, int N>
+__device__ __forceinline__ A shared_sum(const A* shared, int column) {
+  constexpr int kRead = N < 4 ? N : 4;
+  const int x = blockDim.x, parts = x >= 32 ? blockDim.y : blockDim.y * x / 32;
+  A sum = A(0);
+#pragma unroll 4
+  for (int i = 0; i < parts; i++)
+    sum += shared[i * bias_at<N, kRead>(0, N) + bias_at<N, kRead>(column / N, column % N)];
+  return sum;
+}
+
 // Rows: memory is rows of `columns` elements (columns = fold * C, a multiple of N); a thread owns N
 // columns, whose channels are (column + j) % C; the last row may be partial.
 template <int kOp, bool kPwl, typename T, int N>
@@ -207,7 +234,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.y * columns;
   const bool biased = b && (kOp == kFwd || p.from_x);
   A sums[N] = {};
-  __shared__ __align__(16) A shared[kThreads * N + 32];
+  __shared__ __align__(16) A shared[kThreads * N + kThreads];
   if (biased) share_row_bias<T, N, kRead>(shared, b, b_f32, columns, C, t.format);
   if (column < columns) {
     const auto shared_bias = [&](int j) {
@@ -238,34 +265,39 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (kOp != kBwd || !r.db) return;
 
-  // Sum over the threads of a column, then over the blocks, then over the fold.
-  const int slot = threadIdx.y * blockDim.x + threadIdx.x;
-  __syncthreads();  // the bias has been read
-#pragma unroll
-  for (int j = 0; j < N; j++) shared[j * kThreads + slot] = sums[j];
-  __syncthreads();
-  if (threadIdx.y == 0 && column < columns) {
-    for (int y = 1; y < static_cast<int>(blockDim.y); y++)
-#pragma unroll
-      for (int j = 0; j < N; j++) sums[j] += shared[j * kThreads + y * blockDim.x + threadIdx.x];
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-      if (gridDim.y == 1 && columns == C)
-        store_param<T>(r.db, r.db_f32, column + j, sums[j], t.format);
-      else
-        r.partials[blockIdx.y * columns + column + j] = sums[j];
-    }
-  }
-  if (gridDim.y == 1 && columns == C) return;
-  if (!last_block(r.tickets)) return;
-  // With a fold there is one block column, so that this block sees every replica of a channel.
+  // Level 0 adds up the threads, 1 the blocks of a chunk, 2 the chunks; each folds the columns.
+  const int slot = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  const int chunks = (splits() + kTogether - 1) / kTogether, chunk = blockIdx.y / kTogether;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x * N;
-  const int64_t stop = min(C, first + static_cast<int64_t>(blockDim.x) * N);
-  for (int64_t c = first + slot; c < stop; c += blockDim.x * blockDim.y) {
-    A sum = A(0);
-    for (int s = 0; s < static_cast<int>(gridDim.y); s++)
-      for (int64_t k = c; k < columns; k += C) sum += r.partials[s * columns + k];
-    store_param<T>(r.db, r.db_f32, c, sum, t.format);
+  const int width = static_cast<int>(min(columns - first, static_cast<int64_t>(blockDim.x) * N));
+  const int channels = static_cast<int>(min(C - first, static_cast<int64_t>(width)));
+  __syncthreads();  // the bias has been read
+#pragma unroll 1
+  for (int level = 0;; level++) {
+    share_sums<A, N>(shared, sums);
+    const bool whole = level == 2 || splits() == 1 || (level == 1 && chunks == 1);
+    const int row = level == 0 ? blockIdx.y : chunk * kTogether;
+    for (int c = slot; c < channels; c += threads) {
+      A sum = A(0);
+      for (int k = c; k < width; k += channels) sum += shared_sum<A, N>(shared, k);
+      if (whole)
+        store_param<T>(r.db, r.db_f32, first + c, sum, t.format);
+      else
+        r.partials[row * C + first + c] = sum;
+    }
+    if (whole) return;
+    const int of = level ? chunks : min(kTogether, splits() - chunk * kTogether);
+    if (!arrives_last(r.tickets + blockIdx.x * (chunks + 1) + (level ? chunks : chunk), of)) return;
+    const A* from = r.partials + (level ? 0 : chunk * kTogether * C) + column;
+#pragma unroll
+    for (int j = 0; j < N; j++) sums[j] = A(0);
+#pragma unroll 2
+    for (int s = threadIdx.y; s < of; s += blockDim.y) {
+      const A* part = from + (level ? kTogether * s : s) * C;
+#pragma unroll
+      for (int j = 0; j < N; j++)
+        if (column + j < C) sums[j] += part[j];
+    }
   }
 }
 
@@ -275,7 +307,9 @@ struct Plan {
   int64_t columns;
   dim3 grid, block;
   int64_t splits() const { return static_cast<int64_t>(grid.y) * grid.z; }
-  int64_t partials() const { return splits() * columns; }
+  int64_t tickets() const {
+    return splits() == 1 ? 0 : grid.x * (rows ? 1 + ceil_div(splits(), kTogether) : 1);
+  }
 };
 
 // Chooses grid and block: enough blocks for every multiprocessor, long runs for each thread.
@@ -283,8 +317,9 @@ struct Plan {
 Plan make_plan(int64_t outer, int64_t C, int64_t inner, int packed, bool reduces) {
   Plan plan{};
   const int64_t numel = outer * C * inner, sms = sm_count();
-  // Blocks; rows are as many as run at once, so that the bias is loaded for several.
-  const int64_t want = sms * (reduces || inner == 1 ? 8 : 16);
+  // Blocks; rows are as many as run at once, so that the bias is loaded for several. Their sums are
+  // cheap: more blocks, so that none is waited for at the end.
+  const int64_t want = sms * (inner == 1 ? (reduces ? 24 : 8) : reduces ? 8 : 16);
   int threads = kThreads;
   while (threads > 64 && numel / packed < sms * threads) threads /= 2;
   plan.rows = inner == 1;
@@ -295,13 +330,23 @@ Plan make_plan(int64_t outer, int64_t C, int64_t inner, int packed, bool reduces
     const int64_t packs = plan.columns / packed, rows = ceil_div(outer, plan.fold);
     // A folded row is reduced by one block, so it has to fit into one.
     if (plan.fold > 1) threads = max(threads, pow2_between(packs, 1, kThreads));
-    const int x = pow2_between(packs, 1, plan.fold > 1 ? threads : 32);
+    if (reduces) threads = kThreads;
+    int x = pow2_between(packs, 1, plan.fold > 1 ? threads : 32);
+    const auto runs = [&] { return ceil_div(rows * x, threads); };  // a thread's rows in one block
+    // Few rows: blocks so narrow, but of whole sectors, that none needs another one's sums.
+    const int narrowest = packed > 1 ? 2 : 16;
+    if (reduces && plan.fold == 1 && rows * narrowest <= 4 * threads)
+      while (x > narrowest && (runs() > 4 || ceil_div(packs, x) < sms)) x /= 2;
     const int64_t groups = ceil_div(packs, x);
-    const int y = static_cast<int>(threads / x);
-    plan.block = dim3(x, y);
-    const int64_t splits = ceil_div(rows, y);
-    const int64_t most = reduces ? 1024 : 65535;
-    plan.grid = dim3(groups, max(int64_t(1), min(min(splits, most), ceil_div(want, groups))));
+    int64_t splits = runs();
+    if (reduces) {
+      int run = runs() <= 4 ? 4 : 8;
+      while (runs() > 4 && run > 1 && groups * ceil_div(runs(), run) < sms) run /= 2;
+      splits = ceil_div(runs(), run);
+    }
+    plan.block = dim3(x, threads / x);
+    plan.grid =
+        dim3(groups, max(int64_t(1), min(min(splits, int64_t(65535)), ceil_div(want, groups))));
     return plan;
   }
   const int64_t packs = max(int64_t(1), inner / packed);
@@ -354,11 +399,11 @@ int run(int dtype, int bdtype, const void* in0, const void* in1, const void* in2
     const double slope = act == kLinear ? 1.0 : act == kRelu ? 0.0 : alpha;
     const ActArgs<A> p{act, A(slope), A(gain), gain == 0 ? A(0) : A(1 / gain), A(clamp), from_x};
     A* partials = static_cast<A*>(workspace);
-    int* tickets = reinterpret_cast<int*>(partials + plan.partials());
+    int* tickets = reinterpret_cast<int*>(partials + plan.splits() * C);
     const Reduce<A> r{db, partials, tickets, bdtype == kF32};
-    if (db && (plan.splits() > 1 || plan.columns > C)) {
-      const cudaError_t e =
-          cudaMemsetAsync(tickets, 0, plan.grid.x * sizeof(int), static_cast<cudaStream_t>(stream));
+    if (db && plan.splits() > 1) {
+      const cudaError_t e = cudaMemsetAsync(tickets, 0, plan.tickets() * sizeof(int),
+                                            static_cast<cudaStream_t>(stream));
       if (e != cudaSuccess) return static_cast<int>(e);
     }
     const Tensors<T> t{static_cast<const T*>(in0), static_cast<const T*>(in1),
@@ -400,8 +445,8 @@ int64_t bias_act_bwd_workspace(int dtype, int64_t outer, int64_t C, int64_t inne
   int64_t bytes = 0;
   for (const int packed : {1, pack_of(dtype)}) {
     const Plan plan = make_plan(outer, C, inner, packed, true);
-    const int64_t need = plan.partials() * (dtype == kF64 ? 8 : 4) + plan.grid.x * 4;
-    bytes = max(bytes, need);
+    const int64_t sums = plan.splits() == 1 ? 0 : plan.splits() * C;
+    bytes = max(bytes, sums * (dtype == kF64 ? 8 : 4) + plan.tickets() * 4);
   }
   return bytes;
 }

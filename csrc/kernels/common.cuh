@@ -218,6 +218,20 @@ __device__ __forceinline__ A warp_sum(A v, int width = 32) {
   return v;
 }
 
+// True in every thread of the block that arrives last of `of` at a ticket, which was 0: it may read
+// what all of them wrote before.
+__device__ __forceinline__ bool arrives_last(int* ticket, int of) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0 && threadIdx.y == 0) {
+    __threadfence();  // for the whole block, whose writes the barrier has shown to this thread
+    last = atomicAdd(ticket, 1) == of - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
 // Calls f(T{}, Format<T>(dtype)) with the element type; the only place where dtypes become types.
 template <typename F>
 inline int by_width(int dtype, F f) {

@@ -17,6 +17,7 @@ namespace {
 struct Plan {
   int lanes, rows, per_thread, tile_w, tile_h, tiles_x, tiles_y, threads, groups;
   int pieces, step;  // strips: of a row, and rows of dv that a block makes at once
+  int span;  // without a filter: channels of a block; groups is the number of such spans there
   int64_t tiles() const { return static_cast<int64_t>(tiles_x) * tiles_y; }
 };
 
@@ -101,47 +102,91 @@ Plan plan_strips(int V, bool last, bool noise, int64_t planes, int channels, int
   return t;
 }
 
-// Without a filter a plane is one row.
-Plan plan_flat(int V, bool last, bool backward, bool noise, int64_t planes, int channels,
-               int area) {
-  const int sms = sm_count(), across = last ? 1 : V;
+// Without a filter a plane is one row. NCHW: rows of threads have channels of their own.
+Plan plan_planes(int V, bool noise, int64_t planes, int channels, int area) {
+  const int sms = sm_count();
   Plan t{};
-  t.per_thread = 1;
-  // NCHW: rows of threads, in the backward warps, have channels of their own and share the noise.
-  const int least = last ? 16 : backward ? 32 : 1;
-  const int most = last ? 64 : backward || noise ? 32 : 128;
-  const auto blocks = [&] { return ceil_div(area, t.lanes * across) * planes / max(t.rows, 1); };
-  t.lanes = pow2_between(ceil_div(area, across), least, most);
+  t.per_thread = t.tiles_y = t.groups = 1;
+  const auto blocks = [&] { return ceil_div(area, t.lanes * V) * planes / max(t.rows, 1); };
+  t.lanes = pow2_between(ceil_div(area, V), 1, noise ? 32 : 128);
   while (t.lanes > 32 && blocks() < sms) t.lanes /= 2;
-  t.rows = last ? 1 : backward ? pow2_between(channels, 1, 4) : min(128 / t.lanes, kFlatChannels);
+  t.rows = min(128 / t.lanes, kFlatChannels);
   while (t.rows > 1 && t.rows * t.lanes > 32 && blocks() < sms) t.rows /= 2;
-  t.threads = t.lanes * t.rows * (last ? 2 : 1);
+  t.threads = t.lanes * t.rows;
   t.tile_h = t.rows;
-  t.tile_w = t.lanes * across;
-  // The backward adds up a block's sums at the end: long runs, while there are blocks enough.
-  const int longest = last ? 16 * t.lanes : min(16 * t.lanes * across, kSharedNoise);
-  while (backward && t.tile_w < area && t.tile_w < longest &&
-         ceil_div(area, 2 * t.tile_w) * planes / t.rows >= 4 * sms)
-    t.tile_w *= 2;
+  t.tile_w = t.lanes * V;
   t.tiles_x = static_cast<int>(ceil_div(area, t.tile_w));
-  t.tiles_y = 1;
-  t.groups = 1;
   while (noise && t.groups < 8 && t.groups * t.rows < channels &&
-         (last || 2 * t.groups * t.rows <= kFlatChannels) &&
+         2 * t.groups * t.rows <= kFlatChannels &&
          t.tiles() * planes / (t.rows * 2 * t.groups) >= 2 * sms)
     t.groups *= 2;
+  t.span = t.rows * t.groups;
   return t;
 }
 
-// pwl: the activation is piecewise linear.
-Plan make_plan(int dtype, bool last, bool backward, bool filtered, bool pwl, bool noise, int64_t N,
-               int64_t C, int64_t H, int64_t W) {
+// Without a filter, channels-last or the backward; unit: elements that a worker has at once.
+Plan plan_workers(int unit, bool last, bool noise, int64_t N, int64_t C, int area) {
+  constexpr int kRun = 4;  // units of a worker that are worth a block
+  const int sms = sm_count(), units = last ? area : area / unit;
+  Plan t{};
+  t.per_thread = t.tiles_y = t.groups = 1;
+  if (last) {
+    t.lanes = pow2_between(ceil_div(C, unit), 1, 32);
+    t.threads = pow2_between(ceil_div(units, kRun) * t.lanes, 64, kFlatThreads);
+  } else {
+    // Rows of threads have channels of their own and share the noise, unless a block has all of a
+    // plane; none stands beyond the last channel.
+    const bool whole = units <= kRun * kFlatThreads;
+    const int even = static_cast<int>(min(C & -C, int64_t(kFlatChannels)));
+    t.lanes = whole ? pow2_between(ceil_div(units, kRun), 4, kFlatThreads) : kFlatThreads / 8;
+    if (!whole && !noise) t.lanes = kFlatThreads;
+    const int rows = min(kFlatThreads / t.lanes, even);
+    t.lanes = max(whole ? t.lanes : kFlatThreads / rows, 32 / rows);
+    t.threads = rows * t.lanes;
+  }
+  const auto workers = [&] { return last ? t.threads / t.lanes : t.lanes; };
+  const auto tiles = [&](int run) {
+    return ceil_div(units, static_cast<int64_t>(workers()) * run);
+  };
+  const auto blocks = [&](int run) {
+    t.span = last ? t.lanes * unit : t.threads / t.lanes;
+    return tiles(run) * ceil_div(C, t.span) * N;
+  };
+  // More blocks: of fewer channels, if that leaves no tiles to add up, or of fewer threads.
+  while (blocks(kRun) < sms) {
+    if (last && tiles(kRun) == 1 && t.lanes > 8)
+      t.lanes /= 2;
+    else if (t.threads > 64 && (last ? tiles(kRun) > 1 : t.threads > t.lanes))
+      t.threads /= 2;
+    else
+      break;
+  }
+  int run = kRun;
+  const int most = last || !noise ? 8 * kRun : kSharedNoise / (t.lanes * unit);
+  while (run > most || (run > 1 && tiles(run) > 1 && blocks(run) < sms)) run /= 2;
+  while (2 * run <= most && blocks(2 * run) >= 12 * sms) run *= 2;
+  // Offsets in a tile have 32 bits.
+  while (last && run > 1 && C * workers() * run > INT32_MAX) run /= 2;
+  t.groups = static_cast<int>(ceil_div(C, t.span));
+  t.tile_w = workers() * run * (last ? 1 : unit);
+  t.tiles_x = static_cast<int>(tiles(run));
+  return t;
+}
+
+// pwl: the activation is piecewise linear; unit: see plan_workers().
+Plan make_plan(int dtype, bool last, bool backward, bool filtered, bool pwl, bool noise, int unit,
+               int64_t N, int64_t C, int64_t H, int64_t W) {
   const int V = vec_of(dtype), channels = static_cast<int>(ceil_div(C, last ? 2 * V : 1));
-  if (!filtered)
-    return plan_flat(V, last, backward, noise, N * channels, channels, static_cast<int>(H * W));
   const int width = static_cast<int>(W), height = static_cast<int>(H);
+  if (!filtered && (last || backward)) return plan_workers(unit, last, noise, N, C, width * height);
+  if (!filtered) return plan_planes(V, noise, N * channels, channels, width * height);
   if (backward) return plan_strips(V, last, noise, N * channels, channels, width, height);
   return plan_filter(V, last, pwl, noise, N * channels, channels, width, height);
+}
+
+// Elements of a worker's unit, where rows of them are aligned.
+int unit_of(int dtype, bool last, bool backward) {
+  return dtype == kF64 ? 1 : last && backward ? 4 : vec_of(dtype);
 }
 
 // Channels-last: granules of 16 bytes of a row of n pixels, of which `threads` follow each other in
@@ -169,13 +214,18 @@ struct Launcher {
   Args<T> a;
   ActArgs<Acc<T>> p;
   Plan plan;
-  bool last, filtered, strips;
+  bool last, filtered, strips, packed, loops;  // loops: over the channels
   void* stream;
 
+  // Sums that the backward's blocks leave for each other, and its tickets.
+  int64_t partials() const { return 3 * a.N * static_cast<int64_t>(a.C) * plan.tiles(); }
+  int64_t tickets() const { return filtered ? grid().y : (a.N + int64_t(1)) * plan.groups; }
+
   dim3 grid() const {
-    const int step = (last ? 2 * kVec<T> : 1) * (filtered ? 1 : plan.rows) * plan.groups;
+    const int step = filtered ? (last ? 2 * kVec<T> : 1) * plan.groups : plan.span;
     const unsigned tiles = static_cast<unsigned>(plan.tiles() * (strips ? a.N : 1));
-    return dim3(tiles, static_cast<unsigned>(ceil_div(a.C, step)),
+    const int64_t groups = ceil_div(a.C, step);
+    return dim3(tiles, static_cast<unsigned>(loops ? min(groups, int64_t(65535)) : groups),
                 strips ? 1 : static_cast<unsigned>(min(a.N, 65535)));
   }
 
@@ -195,10 +245,18 @@ struct Launcher {
   template <bool kLast>
   int forward() {
     constexpr int V = kVec<T>, kMost = 16 / V > 4 ? 1 : 16 / V;
-    if (!filtered)
-      return launch(pwl() ? synthesis_epilogue_fwd_kernel<T, kLast, kFast<T>>
-                          : synthesis_epilogue_fwd_kernel<T, kLast, false>,
+    if constexpr (kLast) {
+      constexpr int N = kUnit<T, true, false>;
+      if (!filtered)
+        return launch(!packed ? synthesis_epilogue_fwd_pixels_kernel<T, false, 1>
+                      : pwl() ? synthesis_epilogue_fwd_pixels_kernel<T, kFast<T>, N>
+                              : synthesis_epilogue_fwd_pixels_kernel<T, false, N>,
+                      0);
+    } else if (!filtered) {
+      return launch(pwl() ? synthesis_epilogue_fwd_planes_kernel<T, kFast<T>>
+                          : synthesis_epilogue_fwd_planes_kernel<T, false>,
                     0);
+    }
     const int words = (kLast ? V / kPiece<T> : V) * a.plane +
                       (a.noise ? plan.per_thread * (kLast ? 1 : V) * plan.threads : 0);
     return launch(plan.per_thread > 1 ? synthesis_epilogue_fwd_filter_kernel<T, kLast, kMost>
@@ -209,9 +267,11 @@ struct Launcher {
   template <bool kLast>
   int backward() {
     constexpr int V = kVec<T>, kPlanes = kLast ? V / kPiece<T> : V;
+    constexpr int N = kUnit<T, kLast, true>;
     if (!filtered)
-      return launch(pwl() ? synthesis_epilogue_bwd_kernel<T, kLast, kFast<T>>
-                          : synthesis_epilogue_bwd_kernel<T, kLast, false>,
+      return launch(!packed ? synthesis_epilogue_bwd_kernel<T, kLast, false, 1>
+                    : pwl() ? synthesis_epilogue_bwd_kernel<T, kLast, kFast<T>, N>
+                            : synthesis_epilogue_bwd_kernel<T, kLast, false, N>,
                     0);
     const int sums = V > 4 ? 3 * kPiece<T> * plan.threads : 0;
     const int words =
@@ -228,20 +288,24 @@ struct Launcher {
 
 template <typename T>
 Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const void* d,
-                     const void* noise, const void* strength, const void* b, void* out, int64_t N,
-                     int64_t C, int64_t H, int64_t W, int64_t out_h, int64_t out_w, int64_t taps_y,
-                     int64_t taps_x, bool separable, int64_t noise_n, int64_t strength_n,
-                     int64_t x0, int64_t y0, bool flip, double filter_gain, bool last, int act,
-                     double alpha, double gain, double clamp, bool backward, void* stream) {
+                     const void* noise, const void* strength, const void* b, const void* dy,
+                     void* out, int64_t N, int64_t C, int64_t H, int64_t W, int64_t out_h,
+                     int64_t out_w, int64_t taps_y, int64_t taps_x, bool separable, int64_t noise_n,
+                     int64_t strength_n, int64_t x0, int64_t y0, bool flip, double filter_gain,
+                     bool last, int act, double alpha, double gain, double clamp, bool backward,
+                     void* stream) {
   using A = Acc<T>;
   constexpr int V = kVec<T>;
   Launcher<T> l{};
   l.last = last, l.filtered = f != nullptr, l.strips = backward && f != nullptr, l.stream = stream;
   const double slope = act == kLinear ? 1.0 : act == kRelu ? 0.0 : alpha;
   l.p = ActArgs<A>{act, A(slope), A(gain), A(0), A(clamp), true};
+  const int unit = unit_of(dtype, last, backward);
+  l.loops = !f && (last || backward);
+  l.packed = (last ? C : H * W) % unit == 0 && aligned16(x) && aligned16(dy) && aligned16(out);
   const Plan t = l.plan =
-      make_plan(dtype, last, backward, l.filtered, act <= kLrelu, noise != nullptr, N, C,
-                backward ? H : out_h, backward ? W : out_w);
+      make_plan(dtype, last, backward, l.filtered, act <= kLrelu, noise != nullptr,
+                l.packed ? unit : 1, N, C, backward ? H : out_h, backward ? W : out_w);
   Args<T>& a = l.a;
   a.x = static_cast<const T*>(x), a.x_end = a.x + N * C * H * W, a.out = static_cast<T*>(out);
   a.f = static_cast<const float*>(f);
@@ -311,10 +375,10 @@ int synthesis_epilogue(int dtype, int f32, const void* x, const void* f, const v
   if (N * C * out_h * out_w == 0) return 0;
   if (max(max(H * W, out_h * out_w), max(N, C)) > (int64_t(1) << 30)) return cudaErrorInvalidValue;
   return by_width(dtype, [&](auto zero, auto) {
-    return launcher<decltype(zero)>(dtype, f32, x, f, d, noise, strength, b, y, N, C, H, W, out_h,
-                                    out_w, taps_y, taps_x, separable, noise_n, strength_n, x0, y0,
-                                    flip, filter_gain, channels_last, act, alpha, gain, clamp,
-                                    false, stream)
+    return launcher<decltype(zero)>(dtype, f32, x, f, d, noise, strength, b, nullptr, y, N, C, H, W,
+                                    out_h, out_w, taps_y, taps_x, separable, noise_n, strength_n,
+                                    x0, y0, flip, filter_gain, channels_last, act, alpha, gain,
+                                    clamp, false, stream)
         .run(false);
   });
 }
@@ -323,11 +387,13 @@ int synthesis_epilogue(int dtype, int f32, const void* x, const void* f, const v
 int64_t synthesis_epilogue_bwd_workspace(int dtype, int64_t N, int64_t C, int64_t H, int64_t W,
                                          bool filtered, bool noise, bool channels_last) {
   if (N * C * H * W == 0) return 0;
-  int64_t tiles = 0;
-  for (const bool pwl : {false, true})
-    tiles =
-        max(tiles, make_plan(dtype, channels_last, true, filtered, pwl, noise, N, C, H, W).tiles());
-  return 3 * N * C * tiles * (dtype == kF64 ? 8 : 4) + C * 4;
+  int64_t bytes = 0;
+  for (const int unit : {1, unit_of(dtype, channels_last, true)}) {
+    const Plan t = make_plan(dtype, channels_last, true, filtered, true, noise, unit, N, C, H, W);
+    const int64_t tickets = filtered ? C : (N + 1) * t.groups;
+    bytes = max(bytes, 3 * N * C * t.tiles() * (dtype == kF64 ? 8 : 4) + tickets * 4);
+  }
+  return bytes;
 }
 
 // dd [N, C], db [C] and ds [C] are float32, or float64 for float64.
@@ -343,7 +409,7 @@ int synthesis_epilogue_bwd(int dtype, int f32, const void* dy, const void* x, co
   if (max(max(H * W, out_h * out_w), max(N, C)) > (int64_t(1) << 30)) return cudaErrorInvalidValue;
   return by_width(dtype, [&](auto zero, auto) {
     using T = decltype(zero);
-    auto l = launcher<T>(dtype, f32, x, f, d, noise, strength, b, dx, N, C, H, W, out_h, out_w,
+    auto l = launcher<T>(dtype, f32, x, f, d, noise, strength, b, dy, dx, N, C, H, W, out_h, out_w,
                          taps_y, taps_x, separable, noise_n, strength_n, x0, y0, flip, filter_gain,
                          channels_last, act, alpha, gain, clamp, true, stream);
     Args<T>& a = l.a;
@@ -352,10 +418,10 @@ int synthesis_epilogue_bwd(int dtype, int f32, const void* dy, const void* x, co
     a.dd = static_cast<Acc<T>*>(dd), a.db = static_cast<Acc<T>*>(db);
     a.ds = static_cast<Acc<T>*>(ds);
     a.partials = static_cast<Acc<T>*>(workspace);
-    a.tickets = reinterpret_cast<int*>(a.partials + 3 * N * C * l.plan.tiles());
+    a.tickets = reinterpret_cast<int*>(a.partials + l.partials());
     if (l.strips && l.plan.tiles() * N > INT32_MAX) return static_cast<int>(cudaErrorInvalidValue);
     const cudaError_t e =
-        cudaMemsetAsync(a.tickets, 0, l.grid().y * sizeof(int), static_cast<cudaStream_t>(stream));
+        cudaMemsetAsync(a.tickets, 0, l.tickets() * sizeof(int), static_cast<cudaStream_t>(stream));
     if (e != cudaSuccess) return static_cast<int>(e);
     return l.run(true);
   });

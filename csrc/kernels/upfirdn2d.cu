@@ -153,9 +153,10 @@ template <typename T>
 int try_pixels(const Args& p, void* stream) {
   if (p.channels % (16 / sizeof(T))) return -1;
   if (p.separable && p.w.taps > 6) return launch_strips<T>(p, stream);
+  const bool even = p.w.pad % 2 == 0 && p.h.pad % 2 == 0;
   if (p.w.taps == 4 && p.h.taps == 4 && p.w.up == p.h.up && p.w.down == p.h.down) {
     if (p.w.up == 1 && p.w.down == 1) return launch_pixels<T, 1, 1, 4>(p, stream);
-    if (p.w.up == 2 && p.w.down == 1) return launch_pixels<T, 2, 1, 4>(p, stream);
+    if (p.w.up == 2 && p.w.down == 1 && even) return launch_pixels<T, 2, 1, 4>(p, stream);
     if (p.w.up == 1 && p.w.down == 2) return launch_pixels<T, 1, 2, 4>(p, stream);
   }
   return launch_pixels<T, 1, 1, 0>(p, stream);

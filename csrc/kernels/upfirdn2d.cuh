@@ -95,11 +95,11 @@ template <int kUp, int kDown, int kOutputs>
 struct Waiting {
   float sums[kUp == 1 && kDown == 1 ? 3 : 2][kOutputs] = {};
 
-  static constexpr int outputs(int rows) {
+  __host__ __device__ static constexpr int outputs(int rows) {
     return kUp == 2 ? 2 * (rows - 1) : kDown == 2 ? rows / 2 - 1 : rows - 3;
   }
-  static constexpr int rows(int outputs) {
-    return kUp == 2 ? outputs / 2 + 1 : kDown == 2 ? 2 * outputs + 2 : outputs + 3;
+  __host__ __device__ static constexpr int rows(int outputs) {
+    return kUp == 2 ? (outputs + 1) / 2 + 1 : kDown == 2 ? 2 * outputs + 2 : outputs + 3;
   }
   // Takes row `row`; k is its parity, known to the compiler. add(sums, ky) adds to an output what
   // row ky of the filter makes of the row; store(j, sums) takes output j.

@@ -8,6 +8,7 @@
 //   pixels: channels-last, 16 bytes of channels a thread, the usual 2-D filters compiled in.
 //   strips: channels-last, separable filters of more than 6 taps, in two passes.
 //   any: every other filter, factor, layout and dtype.
+#include "upfirdn2d_march.cuh"
 #include "upfirdn2d_pixels.cuh"
 #include "upfirdn2d_planes.cuh"
 #include "upfirdn2d_strips.cuh"
@@ -152,9 +153,10 @@ template <typename T>
 int try_pixels(const Args& p, void* stream) {
   if (p.channels % (16 / sizeof(T))) return -1;
   if (p.separable && p.w.taps > 6) return launch_strips<T>(p, stream);
+  const bool even = p.w.pad % 2 == 0 && p.h.pad % 2 == 0;
   if (p.w.taps == 4 && p.h.taps == 4 && p.w.up == p.h.up && p.w.down == p.h.down) {
     if (p.w.up == 1 && p.w.down == 1) return launch_pixels<T, 1, 1, 4>(p, stream);
-    if (p.w.up == 2 && p.w.down == 1) return launch_pixels<T, 2, 1, 4>(p, stream);
+    if (p.w.up == 2 && p.w.down == 1 && even) return launch_pixels<T, 2, 1, 4>(p, stream);
     if (p.w.up == 1 && p.w.down == 2) return launch_pixels<T, 1, 2, 4>(p, stream);
   }
   return launch_pixels<T, 1, 1, 0>(p, stream);
@@ -167,6 +169,11 @@ int try_planes(const Args& p, void* stream) {
       if constexpr (kUp < 4) return launch_planes<kUp, kDown, 2, false>(p, stream);
       return -1;
     case 4:
+      if constexpr (kUp <= 2 && kDown <= 2) {
+        const int error = p.dtype == kF32 ? try_march<float, kUp, kDown>(p, stream)
+                                          : try_march<Half16, kUp, kDown>(p, stream);
+        if (error >= 0) return error;
+      }
       return launch_planes<kUp, kDown, 4, false>(p, stream);
     case 6:
       if constexpr (kUp < 4) return launch_planes<kUp, kDown, 6, false>(p, stream);

@@ -26,6 +26,7 @@ struct Args {
   int columns;                         // samples of a row of the tile that are needed
   int pitch;                           // elements of such a row in shared memory
   int in_rows;                         // rows of it
+  int rows;                            // outputs of a thread along y
   int threads_y, magic_x, magic_row;   // planes: rows of threads; see quotient()
   int dtype;
   bool separable, flip;
@@ -68,6 +69,76 @@ template <typename S>
 __device__ __forceinline__ S filter_tap(const Args& p, int k) {
   return static_cast<const S*>(p.f)[p.flip ? k : p.w.taps - 1 - k];
 }
+
+// The filter as an outer product x y, if it is one up to rounding. Lane i of 16 has tap i. Row and
+// column go through the smallest tap, of which the others are multiples in the usual filters: exact.
+struct OuterProduct {
+  float x, y;  // of this lane's tap
+  bool exists;
+  __device__ __forceinline__ explicit OuterProduct(float tap) {
+    const unsigned all = 0xffffffffu;
+    const int lane = threadIdx.x & 31;
+    const float size = tap == 0.f ? INFINITY : fabsf(tap);
+    float least = size;
+#pragma unroll
+    for (int i = 8; i > 0; i /= 2) least = fminf(least, __shfl_xor_sync(all, least, i));
+    const int pivot = (__ffs(static_cast<int>(__ballot_sync(all, size == least))) - 1) & 15;
+    x = __shfl_sync(all, tap, (pivot & 12) + (lane & 3));
+    y = __shfl_sync(all, tap, (lane & 12) + (pivot & 3)) / __shfl_sync(all, tap, pivot);
+    exists = __all_sync(all, fabsf(tap - x * y) <= 1e-6f * fabsf(tap) && fabsf(y) <= 65536.f);
+  }
+};
+
+// The outputs of 4 taps along y that wait for more rows of the input. Row by row, each makes some
+// outputs whole; the first rows only begin some. With up 2 the first output is an odd one.
+template <int kUp, int kDown, int kOutputs>
+struct Waiting {
+  float sums[kUp == 1 && kDown == 1 ? 3 : 2][kOutputs] = {};
+
+  __host__ __device__ static constexpr int outputs(int rows) {
+    return kUp == 2 ? 2 * (rows - 1) : kDown == 2 ? rows / 2 - 1 : rows - 3;
+  }
+  __host__ __device__ static constexpr int rows(int outputs) {
+    return kUp == 2 ? (outputs + 1) / 2 + 1 : kDown == 2 ? 2 * outputs + 2 : outputs + 3;
+  }
+  // Takes row `row`; k is its parity, known to the compiler. add(sums, ky) adds to an output what
+  // row ky of the filter makes of the row; store(j, sums) takes output j.
+  template <typename Add, typename Store>
+  __device__ __forceinline__ void take(int k, int row, Add add, Store store) {
+    using Sums = float[kOutputs];
+    const auto plus = [&](Sums& to, const Sums& from, int ky) {
+#pragma unroll
+      for (int j = 0; j < kOutputs; j++) to[j] = from[j];
+      add(to, ky);
+    };
+    constexpr Sums kNone = {};
+    Sums out;
+    if constexpr (kUp == 2) {
+      Sums even;
+      plus(out, sums[1], 3);
+      plus(even, sums[0], 2);
+      plus(sums[0], kNone, 0);
+      plus(sums[1], kNone, 1);
+      if (row >= 1) {
+        store(2 * row - 2, out);
+        store(2 * row - 1, even);
+      }
+    } else if constexpr (kDown == 1) {
+      plus(out, sums[0], 3);
+      plus(sums[0], sums[1], 2);
+      plus(sums[1], sums[2], 1);
+      plus(sums[2], kNone, 0);
+      if (row >= 3) store(row - 3, out);
+    } else if (k % 2 == 0) {
+      plus(sums[1], sums[0], 2);
+      plus(sums[0], kNone, 0);
+    } else {
+      plus(out, sums[1], 3);
+      add(sums[0], 1);
+      if (row >= 3) store(row / 2 - 1, out);
+    }
+  }
+};
 
 // Blocks along y are images and chunks of channels; along x, tiles of an image, or if they are not
 // too many, tiles of a row, and along z the rows of tiles.

@@ -1,6 +1,7 @@
-// upfirdn2d in channels-last memory. A thread makes 2 rows of one column for 16 bytes of
-// channels; a tile has 32 bytes of channels (a sector) where the image does. kTaps 0: factors
-// and taps as given.
+// upfirdn2d in channels-last memory. A block reads a tile of 32 bytes of channels (a sector) into
+// shared memory. With 4 taps a thread then walks down a column of it for 4 channels, as
+// upfirdn2d_march.cuh does; with other taps (kTaps 0, factors as given too) it makes 2 rows of a
+// column for 16 bytes of channels.
 #pragma once
 
 #include "upfirdn2d.cuh"
@@ -8,24 +9,54 @@
 namespace gankern {
 namespace {
 
-constexpr int kLog2Granules = 1;
+constexpr int pixel_threads(int taps) { return taps ? 256 : 512; }
 
-constexpr int kPixelRows = 2, kPixelThreads = 512;
+// A tile's samples of 16 bytes. Rows are split into their `down` phases; where threads read 16-byte
+// granules of neighbouring samples, these lie in different banks.
+template <typename T, int kDown>
+__device__ __forceinline__ void load_pixels(const Args& p, T* tile, const T* x, int ix0, int iy0,
+                                            int channels) {
+  constexpr int N = 16 / sizeof(T), kBatch = 4;
+  // A thread reads one granule of every `step`-th row.
+  const int granules = 2 * p.columns, step = quotient(blockDim.x, p.magic_row);
+  const int row0 = quotient(threadIdx.x, p.magic_row), v = threadIdx.x - row0 * granules;
+  if (row0 >= step) return;
+  const int column = v >> 1, ix = ix0 + column, c = (v & 1) * N;
+  const bool inside = ix >= 0 && ix < p.w.in && c < channels;
+  const int64_t stride = static_cast<int64_t>(step) * p.w.in * p.channels;
+  x += (static_cast<int64_t>(iy0 + row0) * p.w.in + ix) * p.channels + c;
+  tile += row0 * p.pitch * N + column % kDown * (p.pitch / kDown) * N + column / kDown * 2 * N + c;
+  for (int r = row0; r < p.in_rows; r += step * kBatch) {
+    Pack<T, N> batch[kBatch] = {};
+#pragma unroll
+    for (int b = 0; b < kBatch; b++) {
+      const int row = r + b * step;
+      if (inside && row < p.in_rows &&
+          static_cast<unsigned>(iy0 + row) < static_cast<unsigned>(p.h.in))
+        batch[b] = load_pack<T, N>(x);
+      x += stride;
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; b++) {
+      if (r + b * step < p.in_rows) store_pack<T, N>(tile, batch[b]);
+      tile += step * p.pitch * N;
+    }
+  }
+}
 
 template <typename T, int kUp, int kDown, int kTaps>
-__global__ void __launch_bounds__(kPixelThreads, 2) upfirdn2d_pixels_kernel(Args p) {
-  constexpr int N = 16 / sizeof(T), kBatch = N == 4 ? 3 : 2, kRows = kPixelRows;
-  constexpr int kStep = N << kLog2Granules;  // elements from one sample to the next
-  using Granule = Pack<T, N>;
+__global__ void __launch_bounds__(pixel_threads(kTaps), kTaps ? 4 : 2) upfirdn2d_pixels_kernel(Args p) {
+  constexpr int N = 16 / sizeof(T), kStep = 2 * N;  // elements of a granule, and of a sample
+  constexpr int kOwn = kTaps ? 4 : N, kLog2 = kTaps && N == 8 ? 2 : 1;  // a thread's; threads
+  constexpr unsigned kAll = 0xffffffffu;
   const Format<T> format(p.dtype);
   GK_DYNAMIC_SHARED(float, f);
-  const int f_size = kTaps ? kTaps * kTaps : p.h.taps * p.w.taps;
+  const int f_size = kTaps ? 0 : p.h.taps * p.w.taps;
   T* tile = reinterpret_cast<T*>(f + (f_size + 3) / 4 * 4);
-  const int g = threadIdx.x & ((1 << kLog2Granules) - 1);
-  const int tx = threadIdx.x >> kLog2Granules & (p.tile_w - 1);
-  const int ty = threadIdx.x >> (kLog2Granules + p.log2_x);
-  const int ox0 = static_cast<int>(blockIdx.x) * p.tile_w;
-  const int oy0 = static_cast<int>(blockIdx.z) * p.tile_h;
+  const int c = (threadIdx.x & ((1 << kLog2) - 1)) * kOwn;
+  const int tx = threadIdx.x >> kLog2 & (p.tile_w - 1), ty = threadIdx.x >> (kLog2 + p.log2_x);
+  const int ox0 = static_cast<int>(blockIdx.x) * p.tile_w, ox = ox0 + tx;
+  const int oy0 = static_cast<int>(blockIdx.z) * p.tile_h - (kTaps ? kUp - 1 : 0);
   const auto first = [](const Axis& a, int o) {
     if constexpr (kTaps)
       return first_sample<kUp, kDown>(a, o);
@@ -33,152 +64,159 @@ __global__ void __launch_bounds__(kPixelThreads, 2) upfirdn2d_pixels_kernel(Args
       return first_sample(a, o);
   };
   const int ix0 = first(p.w, ox0), iy0 = first(p.h, oy0);
-  for (int i = threadIdx.x; i < f_size; i += blockDim.x) {
-    const int taps = kTaps ? kTaps : p.w.taps;
-    f[i] = filter_tap<float>(p, i / taps, i % taps) * static_cast<float>(p.gain);
-  }
-  // A row of the tile is split into its `down` phases; column c of it starts at element at(c).
-  const int phase = p.pitch / kDown;
-  const auto at = [&](int c) { return c % kDown * phase * N + c / kDown * kStep; };
-  const int first_x = first(p.w, ox0 + tx), tap_x = first_tap(p.w, ox0 + tx, first_x);
+  const int first_x = first(p.w, ox), tap_x = first_tap(p.w, ox, first_x);
+  const float gain = static_cast<float>(p.gain);
+  for (int i = threadIdx.x; i < f_size; i += blockDim.x)
+    f[i] = filter_tap<float>(p, i / p.w.taps, i % p.w.taps) * gain;
+  float tap = 0.f;  // of this lane
+  if constexpr (kTaps) tap = filter_tap<float>(p, threadIdx.x >> 2 & 3, threadIdx.x & 3);
 
   const unsigned parts = static_cast<unsigned>(p.images * p.chunks), chunks = p.chunks;
   for (unsigned part = blockIdx.y; part < parts; part += gridDim.y) {
     const int64_t image = part / chunks;
-    const int c0 = static_cast<int>(part % chunks) * kStep;
+    const int c0 = static_cast<int>(part % chunks) * kStep, channels = p.channels - c0;
     const T* x = static_cast<const T*>(p.x) + image * p.h.in * p.w.in * p.channels + c0;
-    T* y = static_cast<T*>(p.y) + image * p.h.out * p.w.out * p.channels + c0 + g * N;
+    const int height = ox < p.w.out && c < channels ? p.h.out : 0;
+    T* y = static_cast<T*>(p.y) + image * p.h.out * p.w.out * p.channels + c0 + c +
+           static_cast<int64_t>(ox) * p.channels;
+    const int64_t row_of_y = static_cast<int64_t>(p.w.out) * p.channels;
     __syncthreads();
-    const int step_r = quotient(blockDim.x, p.magic_row), step_v = blockDim.x - step_r * p.pitch;
-    int r = quotient(threadIdx.x, p.magic_row), v = threadIdx.x - r * p.pitch;
-    const auto advance = [&](int& row, int& vec) {
-      row += step_r;
-      vec += step_v;
-      if (vec >= p.pitch) {
-        vec -= p.pitch;
-        row++;
-      }
-    };
-    while (r < p.in_rows) {
-      Granule batch[kBatch];
-      int r2 = r, v2 = v;
-#pragma unroll
-      for (int b = 0; b < kBatch; b++) {
-        const int iy = iy0 + r, ix = ix0 + (v >> kLog2Granules);
-        const int c = (v & ((1 << kLog2Granules) - 1)) * N;
-        batch[b] = Granule{};
-        if (r < p.in_rows && iy >= 0 && iy < p.h.in && ix >= 0 && ix < p.w.in &&
-            c0 + c < p.channels)
-          batch[b] = load_pack<T, N>(x + (static_cast<int64_t>(iy) * p.w.in + ix) * p.channels + c);
-        advance(r, v);
-      }
-#pragma unroll
-      for (int b = 0; b < kBatch; b++) {
-        if (r2 < p.in_rows)
-          store_pack<T, N>(tile + r2 * p.pitch * N + at(v2 >> kLog2Granules) +
-                               (v2 & ((1 << kLog2Granules) - 1)) * N,
-                           batch[b]);
-        advance(r2, v2);
-      }
-    }
+    load_pixels<T, kDown>(p, tile, x, ix0, iy0, channels);
     __syncthreads();
 
-    float acc[kRows][N] = {};
-    float values[N];
-    const auto add = [&](float* sums, float w) {
-#pragma unroll
-      for (int j = 0; j < N; j++) sums[j] += w * values[j];
-    };
     const int row_step = p.pitch * N;
-    const T* column = tile + (first_x - ix0) * kStep + g * N;
+    const T* column = tile + (first_x - ix0) / kDown * kStep + c;
     if constexpr (kTaps == 0) {
 #pragma unroll
-      for (int jr = 0; jr < kRows; jr++) {
-        const int oy = oy0 + ty * kRows + jr;
-        const int first_y = first(p.h, oy);
+      for (int jr = 0; jr < 2; jr++) {
+        const int oy = oy0 + ty * 2 + jr, first_y = first(p.h, oy);
+        if (oy >= height) continue;
+        float sums[N] = {};
         const T* row = column + (first_y - iy0) * row_step;
         for (int ky = first_tap(p.h, oy, first_y); ky < p.h.taps; ky += p.h.up, row += row_step) {
           const T* sample = row;
           for (int kx = tap_x; kx < p.w.taps; kx += p.w.up, sample += kStep) {
+            float values[N];
             widen(load_pack<T, N>(sample), format, values);
-            add(acc[jr], f[ky * p.w.taps + kx]);
+            const float w = f[ky * p.w.taps + kx];
+#pragma unroll
+            for (int j = 0; j < N; j++) sums[j] += w * values[j];
           }
         }
+        store_pack<T, N>(y + oy * row_of_y, narrow<T, N>(sums, format));
       }
-    } else if constexpr (kUp == 1) {
-      const T* row = tile + tx * kStep + g * N + ty * kRows * kDown * row_step;
-#pragma unroll
-      for (int i = 0; i < (kRows - 1) * kDown + kTaps; i++, row += row_step)
-#pragma unroll
-        for (int kx = 0; kx < kTaps; kx++) {
-          widen(load_pack<T, N>(row + at(kx)), format, values);
-#pragma unroll
-          for (int jr = 0; jr < kRows; jr++)
-            if (i - jr * kDown >= 0 && i - jr * kDown < kTaps)
-              add(acc[jr], f[(i - jr * kDown) * kTaps + kx]);
-        }
     } else {
-      constexpr int kMeet = kTaps / kUp;
-      const int qy = (p.h.pad % kUp + kUp) % kUp;
+      // The samples that meet a row of the filter; with up 2, only every other tap does.
+      constexpr int kMeet = 4 / kUp;
+      const int y0 = oy0 + ty * p.rows, skipped = y0 < 0 ? 1 : 0;
+      const int most = max(min(height - y0, p.rows), skipped);
+      const int rows = Waiting<kUp, kDown, 4>::rows(min(p.h.out - oy0, p.rows));
+      column += ty * (p.rows * kDown / kUp) * row_step;
+      y += y0 * row_of_y;
+      const auto march = [&](auto along_x, auto filter) {
+        const T* row = column;
+        T* out = y;
+        Waiting<kUp, kDown, 4> waiting;
+        const auto take = [&](int k, int i) {
+          float samples[kMeet][4], passed[4];
 #pragma unroll
-      for (int jr = 0; jr < kRows; jr++) {
-        const int late = jr % kUp > qy ? 1 : 0, tap_y = late * kUp + qy - jr % kUp;
-        const T* row = column + (ty * (kRows / kUp) + jr / kUp + late) * row_step;
-        const float* w = f + tap_y * kTaps + tap_x;
+          for (int m = 0; m < kMeet; m++)
+            widen(load_pack<T, 4>(row + m % kDown * (p.pitch / kDown) * N + m / kDown * kStep),
+                  format, samples[m]);
+          row += row_step;
+          along_x(samples, passed);
+          waiting.take(
+              k, i, [&](float(&sums)[4], int ky) { filter(ky, samples, passed, sums); },
+              [&](int j, const float(&sums)[4]) {
+                if (static_cast<unsigned>(j - skipped) < static_cast<unsigned>(most - skipped))
+                  store_whole<T, 4>(out, narrow<T, 4>(sums, format));
+                out += row_of_y;
+              });
+        };
+        for (int i = 0; i < rows; i += 2) {
+          take(0, i);
+          if (kDown == 2 || i + 1 < rows) take(1, i + 1);
+        }
+      };
+      const OuterProduct product(tap);
+      if (product.exists) {
+        float fx[kMeet], fy[4];
 #pragma unroll
-        for (int my = 0; my < kMeet; my++, row += row_step)
+        for (int m = 0; m < kMeet; m++) fx[m] = __shfl_sync(kAll, product.x, tap_x + m * kUp) * gain;
 #pragma unroll
-          for (int mx = 0; mx < kMeet; mx++) {
-            widen(load_pack<T, N>(row + mx * kStep), format, values);
-            add(acc[jr], w[my * kUp * kTaps + mx * kUp]);
-          }
+        for (int k = 0; k < 4; k++) fy[k] = __shfl_sync(kAll, product.y, 4 * k);
+        march(
+            [&](const float(&samples)[kMeet][4], float(&passed)[4]) {
+#pragma unroll
+              for (int j = 0; j < 4; j++) {
+                passed[j] = 0.f;
+#pragma unroll
+                for (int m = 0; m < kMeet; m++) passed[j] += fx[m] * samples[m][j];
+              }
+            },
+            [&](int ky, const float(&)[kMeet][4], const float(&passed)[4], float(&sums)[4]) {
+#pragma unroll
+              for (int j = 0; j < 4; j++) sums[j] += fy[ky] * passed[j];
+            });
+      } else {
+        const float scaled = tap * gain;
+        march([](const float(&)[kMeet][4], float(&)[4]) {},
+              [&](int ky, const float(&samples)[kMeet][4], const float(&)[4], float(&sums)[4]) {
+#pragma unroll
+                for (int m = 0; m < kMeet; m++) {
+                  const float w = __shfl_sync(kAll, scaled, 4 * ky + tap_x + m * kUp);
+#pragma unroll
+                  for (int j = 0; j < 4; j++) sums[j] += w * samples[m][j];
+                }
+              });
       }
-    }
-
-    const int ox = ox0 + tx;
-#pragma unroll
-    for (int jr = 0; jr < kRows; jr++) {
-      const int oy = oy0 + ty * kRows + jr;
-      if (oy >= p.h.out || ox >= p.w.out || c0 + g * N >= p.channels) continue;
-      store_pack<T, N>(y + (static_cast<int64_t>(oy) * p.w.out + ox) * p.channels,
-                       narrow<T, N>(acc[jr], format));
     }
   }
 }
 
 template <typename T, int kUp, int kDown, int kTaps>
 int launch_pixels(Args p, void* stream) {
-  constexpr int N = 16 / sizeof(T), kRows = kPixelRows;
-  constexpr int g = 1 << kLog2Granules;
-  int x = pow2_between(p.w.out, 32 / g / 4, kDown == 1 ? 32 : 16);
-  int y = pow2_between(ceil_div(p.h.out, kRows), 1, kPixelThreads / (g * x));
+  constexpr int N = 16 / sizeof(T), kLanes = kTaps && N == 8 ? 4 : 2, kLeast = kUp == 2 ? 2 : 1;
+  int x = pow2_between(p.w.out, 32 / kLanes / 2, kDown == 1 ? 32 : 16);
+  int y = pixel_threads(kTaps) / (kLanes * x);
+  // The largest tile that fits: the squarer, the smaller its halo.
+  p.rows = kTaps == 0 ? 2 : max((kUp == 2 ? 64 : kDown == 2 ? 16 : 32) / y, kLeast);
+  y = pow2_between(ceil_div(p.h.out, p.rows), 1, y);
   const int64_t wanted = sm_count();
-  p.chunks = static_cast<int>(ceil_div(p.channels, N * g));
-  int64_t shared = 0;
+  p.chunks = static_cast<int>(ceil_div(p.channels, 2 * N));
+  int64_t shared = 0, tiles_h = 0;
   for (;;) {
-    while (x * y * g < 32) y *= 2;
+    while (x * y * kLanes < 32) y *= 2;
     p.tile_w = x;
-    p.tile_h = y * kRows;
+    p.tile_h = y * p.rows;
     p.tiles_w = static_cast<int>(ceil_div(p.w.out, x));
-    const int columns = samples_for(p.w, x) + (p.w.up > 1);
-    // Phases of rows lie so that neighbouring columns fall into different banks.
-    const int phase = static_cast<int>(ceil_div(columns, kDown)) | (kDown == 4 ? 1 : 0);
-    p.pitch = kDown * (kDown == 2 ? phase / 4 * 4 + 2 + (phase % 4 > 2 ? 4 : 0) : phase) * g;
-    p.in_rows = samples_for(p.h, p.tile_h) + (p.h.up > 1);
-    const int64_t f = (static_cast<int64_t>(p.h.taps) * p.w.taps + 3) / 4 * 4;
+    p.columns = samples_for(p.w, x) + (p.w.up > 1);
+    const int phase = static_cast<int>(ceil_div(p.columns, kDown));
+    p.pitch = kDown * (kDown == 2 ? phase / 4 * 4 + 2 + (phase % 4 > 2 ? 4 : 0) : phase) * 2;
+    p.in_rows = kTaps ? Waiting<kUp, kDown, 4>::rows(p.tile_h)
+                      : samples_for(p.h, p.tile_h) + (p.h.up > 1);
+    const int64_t f = kTaps ? 0 : (static_cast<int64_t>(p.h.taps) * p.w.taps + 3) / 4 * 4;
     shared = 4 * f + static_cast<int64_t>(p.in_rows) * p.pitch * 16;
-    const int64_t blocks = ceil_div(p.h.out, p.tile_h) * p.tiles_w * p.images * p.chunks;
-    if (shared <= kSharedBytes && p.pitch < 2048 && (x * y * g <= 32 || blocks >= wanted)) break;
-    if (x * y * g <= 32) return -1;
-    if (y > 1)
+    tiles_h = ceil_div(p.h.out + (kTaps ? kUp - 1 : 0), p.tile_h);
+    const int64_t blocks = tiles_h * p.tiles_w * p.images * p.chunks;
+    const bool fits = shared <= kSharedBytes && 2 * p.columns <= x * y * kLanes;
+    const bool least = x * y * kLanes <= 32 && (!kTaps || p.rows == kLeast);
+    if (fits && (least || blocks >= wanted)) break;
+    if (least) return -1;
+    if (kTaps && p.rows > (x * y * kLanes > 64 ? 2 : kLeast))
+      p.rows /= 2;
+    else if (y > 1)
       y /= 2;
     else
       x /= 2;
   }
-  if (!has_grid3(p)) return -1;
+  if (tiles_h > 65535 || p.images * p.chunks > int64_t(1) << 30) return -1;
   p.log2_x = log2_of(x);
-  p.magic_row = magic_of(p.pitch);
-  GK_LAUNCH((upfirdn2d_pixels_kernel<T, kUp, kDown, kTaps>), grid3_of(p), dim3(g * x * y),
+  p.magic_row = magic_of(2 * p.columns);
+  const dim3 grid(static_cast<unsigned>(p.tiles_w),
+                  static_cast<unsigned>(min(p.images * p.chunks, int64_t(65535))),
+                  static_cast<unsigned>(tiles_h));
+  GK_LAUNCH((upfirdn2d_pixels_kernel<T, kUp, kDown, kTaps>), grid, dim3(kLanes * x * y),
             static_cast<int>(shared), stream, p);
   return static_cast<int>(cudaGetLastError());
 }

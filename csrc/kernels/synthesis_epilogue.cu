@@ -8,6 +8,7 @@
 // the row. Channels-last: in granules of 16 bytes, as they came. Global memory is read in whole
 // sectors, 16 bytes a thread. The filtered backward walks down a strip, and keeps in shared memory
 // the rows that the next ones need: the halo above and below is paid once a strip.
+#include "synthesis_epilogue_bwd_last.cuh"
 #include "synthesis_epilogue_flat.cuh"
 
 namespace gankern {
@@ -17,6 +18,7 @@ namespace {
 struct Plan {
   int lanes, rows, per_thread, tile_w, tile_h, tiles_x, tiles_y, threads, groups;
   int pieces, step;  // strips: of a row, and rows of dv that a block makes at once
+  int across, pitch, shared;
   int64_t tiles() const { return static_cast<int64_t>(tiles_x) * tiles_y; }
 };
 
@@ -101,6 +103,38 @@ Plan plan_strips(int V, bool last, bool noise, int64_t planes, int channels, int
   return t;
 }
 
+// NCHW with a filter: whole rows as far as the lanes of a warp reach, and as many as shared memory
+// holds, which is that of half a multiprocessor, but fewer where there would be too few tiles.
+Plan plan_planes(int V, bool backward, bool pwl, bool noise, int64_t planes, int channels, int width,
+                 int height) {
+  const int sms = sm_count(), limit = shared_limit(), sector = 2 * V;
+  const int word = V == 2 ? 8 : 4, halo = backward ? kHalo : 0;
+  Plan t{};
+  t.tiles_x = width <= 32 * kRun - halo ? 1 : static_cast<int>(ceil_div(width, 31 * kRun));
+  t.tile_w = static_cast<int>(ceil_div(width, t.tiles_x));
+  if (t.tiles_x > 1) t.tile_w = static_cast<int>(ceil_div(t.tile_w, kRun)) * kRun;
+  t.across = static_cast<int>(ceil_div(t.tile_w + halo, kRun));
+  t.lanes = pow2_between(t.across, 1, 32);
+  t.pitch = static_cast<int>(ceil_div(t.across * kRun + kHalo + sector - 1, sector)) * sector;
+  const int noise_row = noise ? t.across * kRun : 0;
+  const int most = ((limit < 128 * 1024 ? limit : limit / 2) - 3 * 1024) / word;
+  // Of x, dy and the noise.
+  int longest = (most - 3 * kHalo * t.pitch - kHalo * noise_row) / (2 * t.pitch + noise_row);
+  // And of threads.
+  longest = min(longest, (V == 2 ? 256 : kMaxThreads) / t.lanes * (V > 2 && pwl ? kManyRows<float> : 1) - halo);
+  for (int strips = static_cast<int>(ceil_div(height, longest));; strips *= 2) {
+    t.tile_h = static_cast<int>(ceil_div(height, strips));
+    t.tiles_y = static_cast<int>(ceil_div(height, t.tile_h));
+    if (t.tiles() * planes >= 3 * sms / 4 || t.tile_h <= 4) break;
+  }
+  const int rows = t.tile_h + halo;
+  t.per_thread = pwl && V > 2 && rows * t.lanes > 256 ? kManyRows<float> : 1;
+  t.threads = static_cast<int>(ceil_div(ceil_div(rows, t.per_thread) * t.lanes, 32)) * 32;
+  t.shared = word * ((2 * t.tile_h + 3 * kHalo) * t.pitch + (t.tile_h + kHalo) * noise_row);
+  t.groups = shared_groups(t, noise, planes, channels);
+  return t;
+}
+
 // Without a filter a plane is one row.
 Plan plan_flat(int V, bool last, bool backward, bool noise, int64_t planes, int channels,
                int area) {
@@ -140,6 +174,8 @@ Plan make_plan(int dtype, bool last, bool backward, bool filtered, bool pwl, boo
   if (!filtered)
     return plan_flat(V, last, backward, noise, N * channels, channels, static_cast<int>(H * W));
   const int width = static_cast<int>(W), height = static_cast<int>(H);
+  if (backward && !last)
+    return plan_planes(V, true, pwl, noise, N * channels, channels, width, height);
   if (backward) return plan_strips(V, last, noise, N * channels, channels, width, height);
   return plan_filter(V, last, pwl, noise, N * channels, channels, width, height);
 }
@@ -213,11 +249,17 @@ struct Launcher {
       return launch(pwl() ? synthesis_epilogue_bwd_kernel<T, kLast, kFast<T>>
                           : synthesis_epilogue_bwd_kernel<T, kLast, false>,
                     0);
+    if constexpr (!kLast) {
+      return launch(plan.per_thread > 1 ? synthesis_epilogue_bwd_planes_kernel<T, kManyRows<T>>
+                                        : synthesis_epilogue_bwd_planes_kernel<T, 1>,
+                    plan.shared);
+    } else {
     const int sums = V > 4 ? 3 * kPiece<T> * plan.threads : 0;
     const int words =
         kPlanes * (a.plane + a.plane2) + (kLast ? sums : 1 + V * (a.noise_plane + 2 * a.step));
     return launch(synthesis_epilogue_bwd_filter_kernel<T, kLast>,
                   words * static_cast<int>(sizeof(Acc<T>)));
+    }
   }
 
   int run(bool back) {
@@ -256,7 +298,10 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
   a.tile_h = t.tile_h, a.tile_w = t.tile_w, a.groups = t.groups;
   while ((1 << a.lanes_log2) < t.lanes) a.lanes_log2++;
   const int cols = t.tile_w + kHalo;
-  if (l.strips) {
+  if (l.strips && !last) {
+    a.across = t.across, a.pitch = t.pitch, a.rows = t.per_thread;
+    a.magic = magic_of(t.pitch / (sizeof(A) == 8 ? 4 : 8));
+  } else if (l.strips) {
     a.step = t.step, a.ring = t.step + kHalo, a.lap = t.pieces;
     a.lap_magic = magic_of(a.lap);
     a.across = last ? cols : static_cast<int>(ceil_div(cols, V));

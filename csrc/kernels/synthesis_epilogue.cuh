@@ -55,6 +55,7 @@ struct Args {
   int plane, plane2;           // words from one plane of these rows to the next
   int across, lap, lap_magic;  // backward: pieces, or pixels, of a row of dv, and threads for them
   int step, ring;              // rows that a block makes at once, and rows of shared memory
+  int rows;                    // of dx that a thread makes
   int noise_pieces, noise_plane;
   int row_bits, warp_bits;  // see place()
   int f32;

@@ -1,3 +1,4 @@
+// The backward kernel of synthesis_epilogue with a filter, channels-last.
 #pragma once
 
 #include "synthesis_epilogue_bwd.cuh"
@@ -5,283 +6,190 @@
 namespace gankern {
 namespace {
 
-// With a filter: a block walks down a strip of dx, `step` rows at a time, a row of threads each.
-// Row j of the strip's dv needs rows j to j + 3 of x, and row j - 3 of dx rows j - 3 to j of du =
-// dv * d. Both lie in rings of step + 3 rows, so that the halo along y is that of the whole strip;
-// rows of dy become du in place.
-template <typename T, bool kLast>
+// A block walks down a strip of dx, with a sector of channels, `step` rows at a time. Row j of the
+// strip's dv needs rows j to j + 3 of x, and row j - 3 of dx rows j - 3 to j of du = dv * d. Both lie
+// in rings of step + 3 rows, so that the halo along y is that of the whole strip. A thread has 16
+// bytes of float32 of channels, at two columns, of kRows rows; one kernel for all activations, but
+// more rows than one for the piecewise linear alone.
+template <typename T, int kRows>
 __global__ void __launch_bounds__(kThreads<T>, kBlocks)
-    synthesis_epilogue_bwd_filter_kernel(Args<T> a, ActArgs<Acc<T>> p) {
+    synthesis_epilogue_bwd_pixels_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
-  constexpr int V = kVec<T>, kStep = kChannels<T, kLast>, kPlanes = kLast ? V / kPiece<T> : V;
-  // At once: more would not fit into registers. Channels-last: threads with sums of a pixel.
-  constexpr int kPart = kPiece<T>, kParts = kLast ? 2 * V / kPart : V / kPart;
-  constexpr int kLanes = kLast ? kParts : 1;
-  constexpr bool kStored = kLast && V > 4;  // the sums wait in shared memory
+  constexpr int K = kPiece<T>, kStep = kChannels<T, true>, kLanes = kStep / K, N = 2 * K;
   GK_DYNAMIC_SHARED(A, shared);
-  __shared__ __align__(16) A taps[2 * kTaps * kTaps];
-  __shared__ A scratch[kThreads<T> / 32 * 3 * kStep], params[3 * kStep];
-  // What threads look up again and again, since registers are short: the tile's row and column, the
-  // rows and columns of dv whose sums are this block's, and the sample.
-  __shared__ volatile int kept[7];
-  const auto row0 = [&] { return kept[0]; };
-  const auto col0 = [&] { return kept[1]; };
-  const auto orow0 = [&] { return kept[0] + a.y0 - kHalo; };  // of dv
-  const auto ocol0 = [&] { return kept[1] + a.x0 - kHalo; };
-  const auto width = [&] { return min(a.tile_w, a.W - kept[1]); };
-  const auto height = [&] { return min(a.tile_h, a.H - kept[0]); };
-  const auto n = [&] { return kept[6]; };
-  if (threadIdx.x == 0) {
-    const int sample = static_cast<int>(blockIdx.x) / a.tiles;
-    const int tile = static_cast<int>(blockIdx.x) - sample * a.tiles;
-    const int tile_y = tile / a.tiles_x, tile_x = tile - tile_y * a.tiles_x;
-    const int r = tile_y * a.tile_h, c = tile_x * a.tile_w;
-    kept[6] = sample;
-    kept[0] = r;
-    kept[1] = c;
-    kept[2] = (tile_y ? r : 0) - (r + a.y0 - kHalo);
-    kept[3] = (r + a.tile_h < a.H ? r + a.tile_h : a.out_h) - (r + a.y0 - kHalo);
-    kept[4] = (tile_x ? c : 0) - (c + a.x0 - kHalo);
-    kept[5] = (c + a.tile_w < a.W ? c + a.tile_w : a.out_w) - (c + a.x0 - kHalo);
-  }
-  // NCHW: a word before the first, which pieces of dx that begin left of the strip read.
-  A* xs = shared;
-  A* dus = xs + kPlanes * a.plane + (kLast ? 0 : 1);
-  A* noises = dus + kPlanes * a.plane2;
-  A* edges = noises + V * a.noise_plane;  // of rows of dx
-  A* stored = noises;
-  // The thread's row and its place in it, computed again in each phase rather than kept.
-  int row, at;
-  const auto locate = [&] {
-    const unsigned t = thread_again();
-    row = static_cast<int>(t * static_cast<unsigned>(a.lap_magic) >> 20);
-    at = static_cast<int>(t) - row * a.lap;
-  };
-  locate();
-  const auto lx = [&] { return kLast ? at >> 1 : at; };
-  const auto half = [&] { return kLast ? at & 1 : 0; };
-  const auto c_first = [&] { return static_cast<int>(blockIdx.y) * a.groups * kStep; };
-  const auto slot = [&](int i) { return i < a.ring ? i : i - a.ring; };
-  const auto granule = [&](int pixel) { return (2 * pixel + half()) * kPiece<T>; };
-
-  for (int i = threadIdx.x; i < kPlanes * (a.plane + a.plane2) + (kLast ? 0 : 1); i += blockDim.x)
-    shared[i] = A(0);
+  __shared__ Taps<A> taps, adjoint;
+  __shared__ __align__(16) A params[3 * kStep];
+  __shared__ A scratch[kThreads<T> / 32 * 3 * kStep];
+  __shared__ Tile tile;
+  A* const xs = shared;
+  A* const dus = xs + a.ring * a.pitch;
+  A* const stored = dus + a.ring * a.pitch;
+  if (threadIdx.x == 0) tile.set(a);
+  if (threadIdx.x < 32) share_taps(&taps, &adjoint, a);
+  const int c0 = static_cast<int>(blockIdx.y) * kStep;
+  Sums<T, true, K>().store(stored);
+  for (int i = threadIdx.x; i < a.ring * a.pitch; i += blockDim.x) dus[i] = A(0);
   __syncthreads();
-  // Taps and parameters are read by other threads than the first rows of x, at the same time.
-  load_taps(taps, a, static_cast<int>(blockDim.x) / 2 - 1 - static_cast<int>(threadIdx.x));
-  for (int c0 = c_first(); c0 < min(a.C, c_first() + a.groups * kStep); c0 += kStep) {
-    const auto c = [&] { return c0 + half() * V; };
-    Sums<T, kLast, kLast ? kPart : 1> sums;
-    if constexpr (kStored) sums.store(stored);
-    // NCHW: the columns of the image among those of the tile of x, and of dy.
-    const auto x_lo = [&] { return max(0, kHalo - col0()); };
-    const auto x_hi = [&] { return min(a.tile_w + 2 * kHalo, a.W + kHalo - col0()); };
-    const auto y_lo = [&] { return max(0, -ocol0()); };
-    const auto y_hi = [&] { return min(a.tile_w + kHalo, a.out_w - ocol0()); };
-    // Row j of x to where row i of the ring is, and of dy.
-    const auto fetch_x = [&](int j, int l) {
-      if constexpr (kLast)
-        return fetch_pixel<T>(a.x + offset<true>(a.C, n(), 0, a.H, a.W, 0, 0), a.C, c(), a.vec_x,
-                              a.H, a.W, row0() - kHalo + j, col0() - kHalo + l);
-      else
-        return fetch_piece<T>(a.x + offset<false>(a.C, n(), c0, a.H, a.W, 0, 0), a.x, a.x_end, a.H,
-                              a.W, row0() - kHalo + j, col0() - kHalo, x_lo(), x_hi(), l);
-    };
-    const auto put_x = [&](int i, int l, const auto& v) {
-      if constexpr (kLast)
-        put_pixel<T>(xs + i * a.pitch * kPiece<T> + granule(l), v, a.plane, a.format);
-      else
-        put_piece<A, V>(xs + i * a.pitch, v, x_lo(), x_hi(), a.pitch, a.plane, a.format);
-    };
-    const auto fetch_dy = [&](int j) {
-      if constexpr (kLast)
-        return fetch_pixel<T>(a.dy + offset<true>(a.C, n(), 0, a.out_h, a.out_w, 0, 0), a.C, c(),
-                              a.vec_x, a.out_h, a.out_w, orow0() + j, ocol0() + lx());
-      else
-        return fetch_piece<T>(a.dy + offset<false>(a.C, n(), c0, a.out_h, a.out_w, 0, 0), a.dy,
-                              a.dy_end, a.out_h, a.out_w, orow0() + j, ocol0(), y_lo(), y_hi(),
-                              lx());
-    };
-    const auto put_dy = [&](int i, const auto& v) {
-      if constexpr (kLast)
-        put_pixel<T>(dus + i * a.pitch2 * kPiece<T> + granule(lx()), v, a.plane2, a.format);
-      else
-        put_piece<A, V>(dus + i * a.pitch2, v, y_lo(), y_hi(), a.pitch2, a.plane2, a.format);
-    };
-    // NCHW: a piece of the noise, read with the first channel, whose type may be float32.
-    const auto fetch_noise = [&](const auto* noise, int j, int l) {
-      const int64_t area = static_cast<int64_t>(a.out_h) * a.out_w;
-      const auto* plane = noise + (a.one_noise ? 0 : n() * area);
-      return fetch_piece(plane, noise, noise + (a.one_noise ? 1 : a.N) * area, a.out_h, a.out_w,
-                         orow0() + j, ocol0(), y_lo(), y_hi(), l);
-    };
-    const auto put_noise = [&](const auto& v, int j, auto format) {
-      put_piece<A, V>(noises + j * a.pitch, v, y_lo(), y_hi(), a.pitch, a.noise_plane, format);
-    };
-    const auto extra = [&] { return kLast && at < 2 * kHalo; };  // pixels of x beyond those of dv
-    share_params<T, kStep>(params, a, n(), c0, static_cast<int>(blockDim.x - 1 - thread_again()));
-    for (int r = row; row < a.step && r < kHalo; r += a.step) {
-      put_x(r, lx(), fetch_x(r, lx()));
-      if (extra()) put_x(r, lx() + a.lap / 2, fetch_x(r, lx() + a.lap / 2));
+  share_params<T, kStep>(params, a, tile.n, c0, threadIdx.x);
+  // Where a thread is: its first row of a step, its first column, its channels.
+  struct At {
+    int row, lx, ch;
+    __device__ __forceinline__ At(const Args<T>& a) {
+      const unsigned t = thread_again();
+      const int group = static_cast<int>(t * static_cast<unsigned>(a.lap_magic) >> 20);
+      const int rest = static_cast<int>(t) - group * a.lap;
+      row = group * kRows, lx = rest / kLanes * 2, ch = rest % kLanes * K;
     }
-    int i = row;  // of row j in the rings
-    for (int j = row; j - row < height() + kHalo; j += a.step, i = slot(i + a.step)) {
-      locate();
-      const bool busy = row < a.step && j < height() + kHalo;
-      if (busy) {
-        const auto x_piece = fetch_x(j + kHalo, lx());
-        const auto dy_piece = fetch_dy(j);
-        constexpr bool kF32 = sizeof(T) == 4;
-        const bool noise = !kLast && a.noise && c0 == c_first();
-        if constexpr (!kLast)
-          if (noise && (kF32 || !(a.f32 & 2)))
-            put_noise(fetch_noise(static_cast<const T*>(a.noise), j, lx()), j, a.format);
-        put_x(slot(i + kHalo), lx(), x_piece);
-        put_dy(i, dy_piece);
-        if constexpr (!kLast && !kF32)
-          if (noise && a.f32 & 2)
-            for (int l = lx(); l < a.noise_pieces; l += a.lap)
-              put_noise(fetch_noise(static_cast<const float*>(a.noise), j, l), j,
-                        Format<float>(kF32));
-        if (extra()) put_x(slot(i + kHalo), lx() + a.lap / 2, fetch_x(j + kHalo, lx() + a.lap / 2));
+    __device__ __forceinline__ int word() const { return lx / 2 * kStep + ch; }
+  };
+  int start = 0;  // where row j0 lies in the rings
+  const auto slot = [&](int i) {
+    i += start;
+    return (i < 0 ? i + a.ring : i < a.ring ? i : i - a.ring) * a.pitch;
+  };
+  // Of rows from `row` of the step on; even columns lie in the first half of a row.
+  const auto filtered = [&](auto& out, const Taps<A>& by, const A* ring, int row) {
+    const At at(a);
+    int line = slot(row + at.row);
+    ring += at.word();
+    filter_rows<K>(out, by, [&](int, A(&v)[N + kHalo * K]) {
+#pragma unroll
+      for (int k = 0; k < kTaps + 1; k++) {
+        const auto pixel = load_pack<A, K>(ring + line + k % 2 * (a.pitch / 2) + k / 2 * kStep);
+#pragma unroll
+        for (int e = 0; e < K; e++) v[k * K + e] = pixel.v[e];
       }
-      __syncthreads();
-      locate();
-      const auto j_own = [&](int e) { return lx() * V + e >= kept[4] && lx() * V + e < kept[5]; };
-      const bool row_own = j >= kept[2] && j < kept[3];
-      // Outside of the image dy is zero, and so is dv.
-      // z(e): the noise of element e; du: dy, and then du.
-      const auto make_du = [&](auto& du, const auto& u, const auto& k, const auto& z,
-                               const auto& is_own) {
-        A v[kPart];
+      line += a.pitch;
+      if (line == a.ring * a.pitch) line = 0;
+    });
+  };
+  for (int j0 = 0;; j0 += a.step, start = start + a.step - (start + a.step < a.ring ? 0 : a.ring)) {
+    {
+      const TileAt t(tile);
+      const int first = j0 == 0 ? 0 : kHalo, cols = 2 * a.across + kHalo;
+      const int bottom = min(a.H, t.row0 + a.tile_h + kHalo);
+      const int right = min(a.W, t.col0 + a.tile_w + kHalo);
+      const T* sample = a.x + offset<true>(a.C, t.n, c0, a.H, a.W, 0, 0);
+      const int count = (a.ring - first) * cols * 2;
+#pragma unroll 2
+      for (int i = thread_again(); i < count; i += blockDim.x) {
+        const int r = static_cast<int>(static_cast<unsigned>(i / 2) * static_cast<unsigned>(a.magic) >> 20);
+        const int pixel = i / 2 - r * cols, half = i % 2 * kVec<T>;
+        const int row = t.row0 - kHalo + j0 + first + r, col = t.col0 - kHalo + pixel;
+        Pack<T, kVec<T>> raw{};
+        if (row >= 0 && row < bottom && col >= 0 && col < right && c0 + half < a.C)
+          raw = load_packed<T>(sample + (static_cast<int64_t>(row) * a.W + col) * a.C + half,
+                               a.vec_x, a.C - c0 - half);
+        A values[kVec<T>];
+        widen(raw, a.format, values);
+        A* to = xs + slot(first + r) + pixel % 2 * (a.pitch / 2) + pixel / 2 * kStep;
 #pragma unroll
-        for (int e = 0; e < kPart; e++) v[e] = u[e] * k.d(e) + (z(e) * k.s(e) + k.b(e));
-        if (kFast<T> && p.act <= kLrelu)
-          grad<true>(du, v, p);
-        else
-          grad<false>(du, v, p);
+        for (int k = 0; k < kVec<T>; k += K) {
+          Pack<A, K> piece;
 #pragma unroll
-        for (int e = 0; e < kPart; e++) {
-          if (is_own(e)) sums.add(kLast ? e : 0, du[e], u[e], z(e));
-          du[e] *= k.d(e);
+          for (int e = 0; e < K; e++) piece.v[e] = values[k + e];
+          store_pack<A, K>(to + half + k, piece);
         }
-      };
-      if constexpr (kLast) {
+      }
+    }
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < a.step / kRows * a.lap) {
+      {
+        A u[kRows][N];
+        filtered(u, taps, xs, 0);
+        // To where du will be, since registers are short.
+        const At at(a);
+#pragma unroll
+        for (int r = 0; r < kRows; r++)
+#pragma unroll
+          for (int k = 0; k < 2; k++) {
+            Pack<A, K> piece;
+#pragma unroll
+            for (int e = 0; e < K; e++) piece.v[e] = u[r][k * K + e];
+            store_pack<A, K>(dus + slot(at.row + r) + k * (a.pitch / 2) + at.word(), piece);
+          }
+      }
+      {
+        const TileAt t(tile);
+        const At at(a);
+        const int height = min(a.tile_h, a.H - t.row0), j = j0 + at.row;
+        const int own_rows = t.row0 + a.tile_h < a.H ? a.tile_h : height + kHalo;
+        const int own_cols = t.col0 + a.tile_w < a.W ? a.tile_w : a.tile_w + kHalo;
+        const int rows = min(kRows, height + kHalo - j);
+        const int row0 = t.row0 + a.y0 - kHalo + j, col0 = t.col0 + a.x0 - kHalo + at.lx;
+        const int count = a.C - c0 - at.ch;
+        const T* dy = a.dy + offset<true>(a.C, t.n, c0 + at.ch, a.out_h, a.out_w, row0, col0);
+        int64_t noise = offset<false>(1, a.one_noise ? 0 : t.n, 0, a.out_h, a.out_w, row0, col0);
+        Sums<T, true, K> sums;
+        sums.load(stored);
 #pragma unroll 1
-        for (int pass = 0; pass < V / kPart; pass++) {
-          const int t = at + pass * a.lap;
-          if (!busy || t >= kParts * a.across) break;
-          forget(i);
-          if constexpr (kStored) sums.load(stored);
-          const int pixel = t / kParts, part = t % kParts * kPart, col = ocol0() + pixel;
-          const int cell = (2 * pixel + part / V) * kPiece<T>, plane = part % V / kPiece<T>;
-          A z[1] = {};
-          if (a.noise && orow0() + j >= 0 && orow0() + j < a.out_h && col >= 0 && col < a.out_w)
-            load_noise<T, true>(z, a, n(), orow0() + j, col, 1);
-          A u[1][kPart];
-          filter<kLast>(u, taps, [&](A* v, int q, int kx) {
-            const A* line = xs + plane * a.plane + slot(i + q) * a.pitch * kPiece<T>;
-            read_pixel<T, kPart>(v, line + cell + 2 * kx * kPiece<T>, a.plane);
-          });
-          A* at_du = dus + plane * a.plane2 + i * a.pitch2 * kPiece<T> + cell;
-          Piece<T> du = *reinterpret_cast<const Piece<T>*>(at_du);
-          const Params<T, kLast, kStep> k(params + part);
-          const bool is_own = row_own && pixel >= kept[4] && pixel < kept[5];
-          make_du(du.v, u[0], k, [&](int) { return z[0]; }, [&](int) { return is_own; });
-          *reinterpret_cast<Piece<T>*>(at_du) = du;
-          if constexpr (kStored) sums.store(stored);
-        }
-      } else if (busy && lx() < a.across) {
-        const Params<T, kLast, kStep> k(params);
-#pragma unroll
-        for (int part = 0; part < V; part += kPart) {
-          forget(i);
-          A u[1][kPart];
-          filter<kLast>(u, taps, [&](A* v, int q, int) {
-            read_planes<T, kPart + kHalo>(v, xs + slot(i + q) * a.pitch + lx(), part, a.plane);
-          });
-          A du[kPart], z[kPart];
-          A* cell = dus + part * a.plane2 + i * a.pitch2 + lx();
-#pragma unroll
-          for (int e = 0; e < kPart; e++) {
-            const int in_noise = (part + e) * a.noise_plane + j * a.pitch + lx();
-            z[e] = a.noise && lx() * V + part + e < a.tile_w + kHalo ? noises[in_noise] : A(0);
-            du[e] = cell[e * a.plane2];
+        for (int i = 0; i < 2 * rows; i++) {
+          const int r = i / 2, k = i % 2;
+          A* to = dus + slot(at.row + r) + k * (a.pitch / 2) + at.word();
+          const bool inside = row0 + r >= 0 && row0 + r < a.out_h && col0 + k >= 0 &&
+                              col0 + k < a.out_w && at.lx + k < a.tile_w + kHalo && count > 0;
+          Pack<T, K> raw{};
+          A z = 0, v[K], dv[K];
+          if (inside) {
+            raw = load_packed<T, K>(dy, a.vec_x, count);
+            if (a.noise) z = load_param<T>(a.noise, a.f32 & 2, noise, a.format);
           }
-          make_du(
-              du, u[0], k, [&](int e) { return z[e]; },
-              [&](int e) { return row_own && j_own(part + e); });
+          dy += k ? static_cast<int64_t>(a.out_w - 1) * a.C : a.C;
+          noise += k ? a.out_w - 1 : 1;
+          widen(raw, a.format, dv);
+          const auto u = load_pack<A, K>(to);
+          {
+            const auto d = load_pack<A, K>(params + at.ch);
+            const auto b = load_pack<A, K>(params + kStep + at.ch);
+            const auto s = load_pack<A, K>(params + 2 * kStep + at.ch);
 #pragma unroll
-          for (int e = 0; e < kPart; e++) cell[e * a.plane2] = du[e];
-        }
-      }
-      __syncthreads();
-      const int h = j - kHalo;  // row of dx
-      locate();
-      if (busy && h >= 0 && h < height()) {
-        int from = slot(i + a.step);  // row h in the ring
-        if constexpr (kLast) {
-          const int count = lx() < width() ? min(a.C - c(), V) : 0;
-          A dx[V];
-#pragma unroll
-          for (int part = 0; part < V && count > 0; part += kPart) {
-            forget(from);
-            A sum[1][kPart];
-            filter<kLast>(sum, taps + kTaps * kTaps, [&](A* v, int q, int kx) {
-              const A* line = dus + slot(from + q) * a.pitch2 * kPiece<T> + granule(lx() + kx);
-              read_pixel<T, kPart>(v, line + part / kPiece<T> * a.plane2, a.plane2);
-            });
-#pragma unroll
-            for (int e = 0; e < kPart; e++) dx[part + e] = sum[0][e];
+            for (int e = 0; e < K; e++) v[e] = u.v[e] * d.v[e] + (z * s.v[e] + b.v[e]);
           }
-          store_some<T>(a.out + offset<kLast>(a.C, n(), c(), a.H, a.W, row0() + h, col0() + lx()),
-                        dx, a.vec_out, count, a.format);
-        } else {
-          // The thread's 16 bytes begin where memory's do, whatever the alignment of the row.
-          T* out = a.out + offset<kLast>(a.C, n(), c0, a.H, a.W, row0() + h, col0());
-          const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(out) / sizeof(T) % V);
-          const int first = lx() * V - shift;
-          if (first < width()) {
-            int word[V];
+          if (kRows > 1 || (kFast<T> && p.act <= kLrelu))
+            grad<true>(dv, v, p);
+          else
+            grad<false>(dv, v, p);
+          if (j + r < own_rows && at.lx + k < own_cols)
 #pragma unroll
-            for (int e = 0; e < V; e++)
-              word[e] = ((e - shift) & (V - 1)) * a.plane2 + lx() + (e < shift ? -1 : 0);
-            A dx[1][V];
-            filter<kLast>(dx, taps + kTaps * kTaps, [&](A* v, int q, int) {
-              const A* line = dus + slot(from + q) * a.pitch2;
+            for (int e = 0; e < K; e++) sums.add(e, dv[e], u.v[e], z);
+          const auto d = load_pack<A, K>(params + at.ch);
+          Pack<A, K> du;
 #pragma unroll
-              for (int e = 0; e < V + kHalo; e++) v[e] = line[word[e % V] + e / V];
-            });
-            if (first >= 0 && first + V <= width()) {
-              int to = first;
-              forget(to);  // else the compiler splits the store
-              store_pack<T, V>(out + to, narrow<T, V>(dx[0], a.format));
-            } else {
-#pragma unroll
-              for (int e = 0; e < V; e++) edges[(2 * row + (first >= 0)) * V + e] = dx[0][e];
-            }
-          }
+          for (int e = 0; e < K; e++) du.v[e] = dv[e] * d.v[e];
+          store_pack<A, K>(to, du);
         }
+        sums.store(stored);
       }
-      __syncthreads();
-      // NCHW: what lies beside the whole 16 bytes of a row, together with its neighbours.
-      for (int t = threadIdx.x; !kLast && t < 2 * V * a.step; t += blockDim.x) {
-        const int r = j - row + t / (2 * V) - kHalo;
-        if (r < 0 || r >= height()) continue;
-        T* out = a.out + offset<kLast>(a.C, n(), c0, a.H, a.W, row0() + r, col0());
-        const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(out) / sizeof(T) % V);
-        const bool right = t / V % 2;
-        const int first = (right ? (width() + shift) / V * V : 0) - shift, col = first + t % V;
-        if (right == (first >= 0) && col >= 0 && col < width())
-          out[col] = from_acc<T>(edges[t], a.format);
-      }
-      locate();
     }
-    if constexpr (kStored) sums.load(stored);
-    sums.template reduce<kLanes>(scratch, 0, kPart);
-    write_partials<T, kLast>(scratch, a, n(), c0, static_cast<int>(blockIdx.x) - n() * a.tiles);
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < a.step / kRows * a.lap) {
+      A dx[kRows][N];
+      filtered(dx, adjoint, dus, -kHalo);
+      const TileAt t(tile);
+      const At at(a);
+      const int h = j0 - kHalo + at.row, count = a.C - c0 - at.ch;
+      const int bottom = min(a.tile_h, a.H - t.row0), right = min(a.tile_w, a.W - t.col0);
+      T* out = a.out + offset<true>(a.C, t.n, c0 + at.ch, a.H, a.W, t.row0 + h, t.col0 + at.lx);
+#pragma unroll
+      for (int r = 0; r < kRows; r++) {
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          A values[K];
+#pragma unroll
+          for (int e = 0; e < K; e++) values[e] = dx[r][k * K + e];
+          if (h + r >= 0 && h + r < bottom && at.lx + k < right && count > 0)
+            store_packed<T, K>(out + k * a.C, narrow<T, K>(values, a.format), a.vec_out, count);
+        }
+        out += static_cast<int64_t>(a.W) * a.C;
+      }
+    }
+    if (j0 + a.step >= min(a.tile_h, a.H - TileAt(tile).row0) + kHalo) break;
   }
-  finish<T>(a, a.groups * kStep);
+  Sums<T, true, K> sums;
+  sums.load(stored);
+  sums.template reduce<kLanes>(scratch, 0, K);
+  write_partials<T, true>(scratch, a, tile.n, c0, tile.index);
+  finish<T>(a, kStep);
 }
 
 }  // namespace

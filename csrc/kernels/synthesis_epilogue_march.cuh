@@ -14,6 +14,7 @@ constexpr int kPart = 3;  // of them at once: more would not fit into registers
 // Rows that a thread makes at once of a large tile, with a piecewise linear activation.
 template <typename T>
 constexpr int kManyRows = sizeof(T) == 8 ? 1 : 3;
+constexpr int kManyLast = 2;
 
 // What a thread has of a tile: kRun columns from `at` on, and rows from `first` on.
 struct Run {
@@ -209,7 +210,9 @@ __device__ __forceinline__ void stage_noise(Acc<T>* s, const Args<T>& a, int n, 
   for (int r = static_cast<int>(threadIdx.x) / 32; r < rows; r += static_cast<int>(blockDim.x) / 32) {
     const int row = row0 + r;
     const int64_t i = offset<false>(1, a.one_noise ? 0 : n, 0, a.out_h, a.out_w, row, col0);
-    for (int k = static_cast<int>(threadIdx.x) % 32; k < cols; k += 32) {
+    // From the begin of a sector of float32 on.
+    for (int k = static_cast<int>(threadIdx.x) % 32 - static_cast<int>(i & 7); k < cols; k += 32) {
+      if (k < 0) continue;
       const bool inside = row >= 0 && row < a.out_h && col0 + k >= 0 && col0 + k < a.out_w;
       s[r * cols + k] = inside ? load_param<T>(a.noise, a.f32 & 2, i + k, a.format) : Acc<T>(0);
     }
@@ -217,20 +220,17 @@ __device__ __forceinline__ void stage_noise(Acc<T>* s, const Args<T>& a, int n, 
 }
 
 // A row of `width` columns that lies in shared memory with the alignment of `to`, by lanes lx of a
-// warp's `lanes`.
+// warp's `lanes`: whole pieces, then what lies beside them.
 template <typename T, typename A>
 __device__ __forceinline__ void store_row(T* to, const A* s, int shift, int width, int lx,
                                           int lanes, Format<T> format) {
   constexpr int L = 16 / static_cast<int>(sizeof(A));
-  for (int j = lx * L - shift; j < width; j += lanes * L) {
-    const auto v = load_pack<A, L>(s + (j + shift));
-    const auto out = narrow<T, L>(v.v, format);
-    if (j >= 0 && j + L <= width)
-      store_whole<T, L>(to + j, out);
-    else
-#pragma unroll
-      for (int e = 0; e < L; e++)
-        if (j + e >= 0 && j + e < width) to[j + e] = out.v[e];
+  const int left = min(width, -shift & (L - 1)), right = width - ((width + shift) & (L - 1));
+  for (int j = left + lx * L; j < right; j += lanes * L)
+    store_whole<T, L>(to + j, narrow<T, L>(load_pack<A, L>(s + shift + j).v, format));
+  for (int e = lx; e < 2 * L; e += lanes) {
+    const int j = e < L ? e : max(right, left) + e - L;
+    if (j < (e < L ? left : width)) to[j] = from_acc<T>(s[shift + j], format);
   }
 }
 

@@ -8,6 +8,7 @@
 // the row. Channels-last: in granules of 16 bytes, as they came. Global memory is read in whole
 // sectors, 16 bytes a thread. The filtered backward walks down a strip, and keeps in shared memory
 // the rows that the next ones need: the halo above and below is paid once a strip.
+#include "synthesis_epilogue_bwd_last.cuh"
 #include "synthesis_epilogue_flat.cuh"
 
 namespace gankern {
@@ -18,6 +19,7 @@ struct Plan {
   int lanes, rows, per_thread, tile_w, tile_h, tiles_x, tiles_y, threads, groups;
   int pieces, step;  // strips: of a row, and rows of dv that a block makes at once
   int span;  // without a filter: channels of a block; groups is the number of such spans there
+  int across, pitch, shared;
   int64_t tiles() const { return static_cast<int64_t>(tiles_x) * tiles_y; }
 };
 
@@ -48,6 +50,8 @@ int shared_groups(const Plan& t, bool noise, int64_t planes, int channels) {
   return groups;
 }
 
+int threads_of(int n) { return static_cast<int>(ceil_div(n, 32)) * 32; }
+
 // Bytes that a block can have: 64 KiB on Turing, 99 and more since.
 int shared_limit() {
   int device = 0, most = 48 * 1024;
@@ -72,38 +76,74 @@ Plan plan_filter(int V, bool last, bool pwl, bool noise, int64_t planes, int cha
   return t;
 }
 
-// NCHW: 16-byte pieces of a row of `cols` elements at any alignment, an even number. Each has a
-// thread, so that warps go on from row to row without bank conflicts.
-int pieces_of(int cols, int V) { return static_cast<int>(ceil_div(cols + 2 * V - 1, 2 * V)) * 2; }
-
-// The backward with a filter: strips as wide as a row where shared memory allows, and the longest
-// of which there are enough.
-Plan plan_strips(int V, bool last, bool noise, int64_t planes, int channels, int width,
-                 int height) {
-  // Where a multiprocessor has at most 100 KiB of shared memory, blocks of half the size.
-  const int sms = sm_count(), part = shared_limit() < 128 * 1024 ? 2 : 1;
-  const int widest = last ? (V == 8 ? 40 : 56) : (V == 2 ? 128 : 272 / part);
+// Channels-last, the backward with a filter: strips about as wide as the halo allows, and the
+// longest of which there are enough.
+Plan plan_strips(int V, bool pwl, int64_t planes, int width, int height) {
+  const int sms = sm_count(), limit = shared_limit();
+  const int word = V == 2 ? 8 : 4, lanes = V == 8 ? 4 : 2, sector = 2 * V;
   Plan t{};
-  t.tiles_x = static_cast<int>(ceil_div(width, widest));
+  t.tiles_x = static_cast<int>(ceil_div(width, V == 8 ? 40 : 56));
   t.tile_w = static_cast<int>(ceil_div(width, t.tiles_x));
-  t.pieces = last ? 2 * ((t.tile_w + kHalo + 1) / 2 * 2)
-                  : pieces_of(static_cast<int>(ceil_div(t.tile_w + kHalo, V)) * V + kHalo, V);
-  // NCHW: the noise of a strip lies in shared memory.
-  const int longest = noise && !last ? 33 : 65;
+  for (int strips = static_cast<int>(ceil_div(height, 65));; strips *= 2) {
+    t.tile_h = static_cast<int>(ceil_div(height, strips));
+    t.tiles_y = static_cast<int>(ceil_div(height, t.tile_h));
+    if (t.tiles() * planes >= 3 * sms / 4 || t.tile_h <= 4) break;
+  }
+  // Pairs of columns for whole groups of 8 lanes, which meet all banks.
+  t.across = static_cast<int>(ceil_div(t.tile_w + kHalo, 16 / lanes)) * (8 / lanes);
+  t.lanes = t.across * lanes;
+  const int banks = 128 / word, plane = (t.across + 2) * sector, apart = V == 8 ? 4 : banks / 2;
+  t.pitch = 2 * (plane + ((apart - plane) % banks + banks) % banks);
+  const int rows = t.tile_h + kHalo;
+  t.per_thread = pwl && V > 2 && rows * t.lanes > 256 ? kManyLast : 1;
+  const int groups = static_cast<int>(ceil_div(rows, t.per_thread));
+  const int most = limit < 128 * 1024 ? limit / 2 : limit / 3;
+  const auto shared = [&](int n) {
+    const int ring = n * t.per_thread + kHalo;
+    return word * (2 * ring * t.pitch + 3 * (V == 2 ? 2 : 4) * threads_of(n * t.lanes));
+  };
+  int n = max(1, min(groups, (V == 2 ? 256 : 352) / t.lanes));
+  while (n > 1 && shared(n) > most) n--;
+  n = static_cast<int>(ceil_div(groups, ceil_div(groups, n)));
+  t.step = n * t.per_thread, t.threads = threads_of(n * t.lanes), t.shared = shared(n);
+  t.groups = 1;
+  return t;
+}
+
+// NCHW with a filter: whole rows as far as the lanes of a warp reach, and as many as shared memory
+// holds, which is that of half a multiprocessor, but fewer where there would be too few tiles.
+Plan plan_planes(int V, bool backward, bool pwl, bool noise, int64_t planes, int channels, int width,
+                 int height) {
+  const int sms = sm_count(), limit = shared_limit(), sector = 2 * V;
+  const int word = V == 2 ? 8 : 4, halo = backward ? kHalo : 0;
+  Plan t{};
+  t.tiles_x = width <= 32 * kRun - halo ? 1 : static_cast<int>(ceil_div(width, 31 * kRun));
+  t.tile_w = static_cast<int>(ceil_div(width, t.tiles_x));
+  if (t.tiles_x > 1) t.tile_w = static_cast<int>(ceil_div(t.tile_w, kRun)) * kRun;
+  t.across = static_cast<int>(ceil_div(t.tile_w + halo, kRun));
+  t.lanes = pow2_between(t.across, 1, 32);
+  t.pitch = static_cast<int>(ceil_div(t.across * kRun + kHalo + sector - 1, sector)) * sector;
+  const int noise_row = noise ? t.across * kRun : 0;
+  const int most = ((limit < 128 * 1024 ? limit : limit / 2) - 3 * 1024) / word;
+  // Of x, dy and the noise.
+  int longest = (most - 3 * kHalo * t.pitch - kHalo * noise_row) / (2 * t.pitch + noise_row);
+  // And of threads.
+  longest = min(longest, (V == 2 ? 256 : kMaxThreads) / t.lanes * (V > 2 && pwl ? kManyRows<float> : 1) - halo);
   for (int strips = static_cast<int>(ceil_div(height, longest));; strips *= 2) {
     t.tile_h = static_cast<int>(ceil_div(height, strips));
     t.tiles_y = static_cast<int>(ceil_div(height, t.tile_h));
     if (t.tiles() * planes >= 3 * sms / 4 || t.tile_h <= 4) break;
   }
-  const int rows = t.tile_h + kHalo, most = max(1, (V == 2 ? 256 : kMaxThreads / part) / t.pieces);
-  t.step = static_cast<int>(ceil_div(rows, ceil_div(rows, most)));
-  t.threads = static_cast<int>(ceil_div(t.step * t.pieces, 32)) * 32;
+  const int rows = t.tile_h + halo;
+  t.per_thread = pwl && V > 2 && rows * t.lanes > 256 ? kManyRows<float> : 1;
+  t.threads = static_cast<int>(ceil_div(ceil_div(rows, t.per_thread) * t.lanes, 32)) * 32;
+  t.shared = word * ((2 * t.tile_h + 3 * kHalo) * t.pitch + (t.tile_h + kHalo) * noise_row);
   t.groups = shared_groups(t, noise, planes, channels);
   return t;
 }
 
 // Without a filter a plane is one row. NCHW: rows of threads have channels of their own.
-Plan plan_planes(int V, bool noise, int64_t planes, int channels, int area) {
+Plan plan_flat(int V, bool noise, int64_t planes, int channels, int area) {
   const int sms = sm_count();
   Plan t{};
   t.per_thread = t.tiles_y = t.groups = 1;
@@ -179,8 +219,10 @@ Plan make_plan(int dtype, bool last, bool backward, bool filtered, bool pwl, boo
   const int V = vec_of(dtype), channels = static_cast<int>(ceil_div(C, last ? 2 * V : 1));
   const int width = static_cast<int>(W), height = static_cast<int>(H);
   if (!filtered && (last || backward)) return plan_workers(unit, last, noise, N, C, width * height);
-  if (!filtered) return plan_planes(V, noise, N * channels, channels, width * height);
-  if (backward) return plan_strips(V, last, noise, N * channels, channels, width, height);
+  if (!filtered) return plan_flat(V, noise, N * channels, channels, width * height);
+  if (backward && !last)
+    return plan_planes(V, true, pwl, noise, N * channels, channels, width, height);
+  if (backward) return plan_strips(V, pwl, N * channels, width, height);
   return plan_filter(V, last, pwl, noise, N * channels, channels, width, height);
 }
 
@@ -266,18 +308,22 @@ struct Launcher {
 
   template <bool kLast>
   int backward() {
-    constexpr int V = kVec<T>, kPlanes = kLast ? V / kPiece<T> : V;
     constexpr int N = kUnit<T, kLast, true>;
     if (!filtered)
       return launch(!packed ? synthesis_epilogue_bwd_kernel<T, kLast, false, 1>
                     : pwl() ? synthesis_epilogue_bwd_kernel<T, kLast, kFast<T>, N>
                             : synthesis_epilogue_bwd_kernel<T, kLast, false, N>,
                     0);
-    const int sums = V > 4 ? 3 * kPiece<T> * plan.threads : 0;
-    const int words =
-        kPlanes * (a.plane + a.plane2) + (kLast ? sums : 1 + V * (a.noise_plane + 2 * a.step));
-    return launch(synthesis_epilogue_bwd_filter_kernel<T, kLast>,
-                  words * static_cast<int>(sizeof(Acc<T>)));
+    if constexpr (!kLast) {
+      return launch(plan.per_thread > 1 ? synthesis_epilogue_bwd_planes_kernel<T, kManyRows<T>>
+                                        : synthesis_epilogue_bwd_planes_kernel<T, 1>,
+                    plan.shared);
+    } else {
+      return launch(plan.per_thread > 1
+                        ? synthesis_epilogue_bwd_pixels_kernel<T, kFast<T> ? kManyLast : 1>
+                        : synthesis_epilogue_bwd_pixels_kernel<T, 1>,
+                    plan.shared);
+    }
   }
 
   int run(bool back) {
@@ -320,17 +366,13 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
   a.tile_h = t.tile_h, a.tile_w = t.tile_w, a.groups = t.groups;
   while ((1 << a.lanes_log2) < t.lanes) a.lanes_log2++;
   const int cols = t.tile_w + kHalo;
-  if (l.strips) {
-    a.step = t.step, a.ring = t.step + kHalo, a.lap = t.pieces;
-    a.lap_magic = magic_of(a.lap);
-    a.across = last ? cols : static_cast<int>(ceil_div(cols, V));
-    a.pitch = last ? pitch_last(t.pieces / 2 + kHalo, t.pieces) : t.pieces;
-    a.pitch2 = t.pieces;
-    a.plane = last ? plane_last(a.ring * a.pitch, kPiece<T>) : plane_words(a.ring, a.pitch);
-    a.plane2 = last ? plane_last(a.ring * a.pitch2, kPiece<T>) : a.plane;
-    a.magic = magic_of(a.pitch);
-    a.noise_plane = noise ? plane_words(t.tile_h + kHalo, a.pitch) : 0;
-    a.noise_pieces = V == 4 ? a.pitch : ((cols + 10) / 4 + 1) / 2 * 2;  // of float32
+  if (l.strips && !last) {
+    a.across = t.across, a.pitch = t.pitch, a.rows = t.per_thread;
+    a.magic = magic_of(t.pitch / (sizeof(A) == 8 ? 4 : 8));
+  } else if (l.strips) {
+    a.step = t.step, a.ring = t.step + kHalo, a.lap = t.lanes;
+    a.lap_magic = magic_of(a.lap), a.across = t.across, a.pitch = t.pitch;
+    a.magic = magic_of(2 * a.across + kHalo);
   } else if (last) {
     a.pitch = pitch_last(cols, 2 * t.lanes), a.magic = magic_of(cols);
     a.plane = plane_last((t.tile_h + kHalo) * a.pitch, kPiece<T>);

@@ -55,6 +55,7 @@ struct Args {
   int plane, plane2;           // words from one plane of these rows to the next
   int across, lap, lap_magic;  // backward: pieces, or pixels, of a row of dv, and threads for them
   int step, ring;              // rows that a block makes at once, and rows of shared memory
+  int rows;                    // of dx that a thread makes
   int noise_pieces, noise_plane;
   int row_bits, warp_bits;  // see place()
   int f32;
@@ -313,9 +314,8 @@ __device__ __forceinline__ int64_t offset(int C, int n, int c, int h, int w, int
 }
 
 // A thread's V elements, of which `count` exist.
-template <typename T>
-__device__ __forceinline__ Pack<T, kVec<T>> load_packed(const T* p, bool vec, int count) {
-  constexpr int V = kVec<T>;
+template <typename T, int V = kVec<T>>
+__device__ __forceinline__ Pack<T, V> load_packed(const T* p, bool vec, int count) {
   if (vec && count >= V) return load_pack<T, V>(p);
   Pack<T, V> v{};
 #pragma unroll

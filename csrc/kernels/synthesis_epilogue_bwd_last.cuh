@@ -1,0 +1,196 @@
+// The backward kernel of synthesis_epilogue with a filter, channels-last.
+#pragma once
+
+#include "synthesis_epilogue_bwd.cuh"
+
+namespace gankern {
+namespace {
+
+// A block walks down a strip of dx, with a sector of channels, `step` rows at a time. Row j of the
+// strip's dv needs rows j to j + 3 of x, and row j - 3 of dx rows j - 3 to j of du = dv * d. Both lie
+// in rings of step + 3 rows, so that the halo along y is that of the whole strip. A thread has 16
+// bytes of float32 of channels, at two columns, of kRows rows; one kernel for all activations, but
+// more rows than one for the piecewise linear alone.
+template <typename T, int kRows>
+__global__ void __launch_bounds__(kThreads<T>, kBlocks)
+    synthesis_epilogue_bwd_pixels_kernel(Args<T> a, ActArgs<Acc<T>> p) {
+  using A = Acc<T>;
+  constexpr int K = kPiece<T>, kStep = kChannels<T, true>, kLanes = kStep / K, N = 2 * K;
+  GK_DYNAMIC_SHARED(A, shared);
+  __shared__ Taps<A> taps, adjoint;
+  __shared__ __align__(16) A params[3 * kStep];
+  __shared__ A scratch[kThreads<T> / 32 * 3 * kStep];
+  __shared__ Tile tile;
+  A* const xs = shared;
+  A* const dus = xs + a.ring * a.pitch;
+  A* const stored = dus + a.ring * a.pitch;
+  if (threadIdx.x == 0) tile.set(a);
+  if (threadIdx.x < 32) share_taps(&taps, &adjoint, a);
+  const int c0 = static_cast<int>(blockIdx.y) * kStep;
+  Sums<T, true, K>().store(stored);
+  for (int i = threadIdx.x; i < a.ring * a.pitch; i += blockDim.x) dus[i] = A(0);
+  __syncthreads();
+  share_params<T, kStep>(params, a, tile.n, c0, threadIdx.x);
+  // Where a thread is: its first row of a step, its first column, its channels.
+  struct At {
+    int row, lx, ch;
+    __device__ __forceinline__ At(const Args<T>& a) {
+      const unsigned t = thread_again();
+      const int group = static_cast<int>(t * static_cast<unsigned>(a.lap_magic) >> 20);
+      const int rest = static_cast<int>(t) - group * a.lap;
+      row = group * kRows, lx = rest / kLanes * 2, ch = rest % kLanes * K;
+    }
+    __device__ __forceinline__ int word() const { return lx / 2 * kStep + ch; }
+  };
+  int start = 0;  // where row j0 lies in the rings
+  const auto slot = [&](int i) {
+    i += start;
+    return (i < 0 ? i + a.ring : i < a.ring ? i : i - a.ring) * a.pitch;
+  };
+  // Of rows from `row` of the step on; even columns lie in the first half of a row.
+  const auto filtered = [&](auto& out, const Taps<A>& by, const A* ring, int row) {
+    const At at(a);
+    int line = slot(row + at.row);
+    ring += at.word();
+    filter_rows<K>(out, by, [&](int, A(&v)[N + kHalo * K]) {
+#pragma unroll
+      for (int k = 0; k < kTaps + 1; k++) {
+        const auto pixel = load_pack<A, K>(ring + line + k % 2 * (a.pitch / 2) + k / 2 * kStep);
+#pragma unroll
+        for (int e = 0; e < K; e++) v[k * K + e] = pixel.v[e];
+      }
+      line += a.pitch;
+      if (line == a.ring * a.pitch) line = 0;
+    });
+  };
+  for (int j0 = 0;; j0 += a.step, start = start + a.step - (start + a.step < a.ring ? 0 : a.ring)) {
+    {
+      const TileAt t(tile);
+      const int first = j0 == 0 ? 0 : kHalo, cols = 2 * a.across + kHalo;
+      const int bottom = min(a.H, t.row0 + a.tile_h + kHalo);
+      const int right = min(a.W, t.col0 + a.tile_w + kHalo);
+      const T* sample = a.x + offset<true>(a.C, t.n, c0, a.H, a.W, 0, 0);
+      const int count = (a.ring - first) * cols * 2;
+#pragma unroll 2
+      for (int i = thread_again(); i < count; i += blockDim.x) {
+        const int r = static_cast<int>(static_cast<unsigned>(i / 2) * static_cast<unsigned>(a.magic) >> 20);
+        const int pixel = i / 2 - r * cols, half = i % 2 * kVec<T>;
+        const int row = t.row0 - kHalo + j0 + first + r, col = t.col0 - kHalo + pixel;
+        Pack<T, kVec<T>> raw{};
+        if (row >= 0 && row < bottom && col >= 0 && col < right && c0 + half < a.C)
+          raw = load_packed<T>(sample + (static_cast<int64_t>(row) * a.W + col) * a.C + half,
+                               a.vec_x, a.C - c0 - half);
+        A values[kVec<T>];
+        widen(raw, a.format, values);
+        A* to = xs + slot(first + r) + pixel % 2 * (a.pitch / 2) + pixel / 2 * kStep;
+#pragma unroll
+        for (int k = 0; k < kVec<T>; k += K) {
+          Pack<A, K> piece;
+#pragma unroll
+          for (int e = 0; e < K; e++) piece.v[e] = values[k + e];
+          store_pack<A, K>(to + half + k, piece);
+        }
+      }
+    }
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < a.step / kRows * a.lap) {
+      {
+        A u[kRows][N];
+        filtered(u, taps, xs, 0);
+        // To where du will be, since registers are short.
+        const At at(a);
+#pragma unroll
+        for (int r = 0; r < kRows; r++)
+#pragma unroll
+          for (int k = 0; k < 2; k++) {
+            Pack<A, K> piece;
+#pragma unroll
+            for (int e = 0; e < K; e++) piece.v[e] = u[r][k * K + e];
+            store_pack<A, K>(dus + slot(at.row + r) + k * (a.pitch / 2) + at.word(), piece);
+          }
+      }
+      {
+        const TileAt t(tile);
+        const At at(a);
+        const int height = min(a.tile_h, a.H - t.row0), j = j0 + at.row;
+        const int own_rows = t.row0 + a.tile_h < a.H ? a.tile_h : height + kHalo;
+        const int own_cols = t.col0 + a.tile_w < a.W ? a.tile_w : a.tile_w + kHalo;
+        const int rows = min(kRows, height + kHalo - j);
+        const int row0 = t.row0 + a.y0 - kHalo + j, col0 = t.col0 + a.x0 - kHalo + at.lx;
+        const int count = a.C - c0 - at.ch;
+        const T* dy = a.dy + offset<true>(a.C, t.n, c0 + at.ch, a.out_h, a.out_w, row0, col0);
+        int64_t noise = offset<false>(1, a.one_noise ? 0 : t.n, 0, a.out_h, a.out_w, row0, col0);
+        Sums<T, true, K> sums;
+        sums.load(stored);
+#pragma unroll 1
+        for (int i = 0; i < 2 * rows; i++) {
+          const int r = i / 2, k = i % 2;
+          A* to = dus + slot(at.row + r) + k * (a.pitch / 2) + at.word();
+          const bool inside = row0 + r >= 0 && row0 + r < a.out_h && col0 + k >= 0 &&
+                              col0 + k < a.out_w && at.lx + k < a.tile_w + kHalo && count > 0;
+          Pack<T, K> raw{};
+          A z = 0, v[K], dv[K];
+          if (inside) {
+            raw = load_packed<T, K>(dy, a.vec_x, count);
+            if (a.noise) z = load_param<T>(a.noise, a.f32 & 2, noise, a.format);
+          }
+          dy += k ? static_cast<int64_t>(a.out_w - 1) * a.C : a.C;
+          noise += k ? a.out_w - 1 : 1;
+          widen(raw, a.format, dv);
+          const auto u = load_pack<A, K>(to);
+          {
+            const auto d = load_pack<A, K>(params + at.ch);
+            const auto b = load_pack<A, K>(params + kStep + at.ch);
+            const auto s = load_pack<A, K>(params + 2 * kStep + at.ch);
+#pragma unroll
+            for (int e = 0; e < K; e++) v[e] = u.v[e] * d.v[e] + (z * s.v[e] + b.v[e]);
+          }
+          if (kRows > 1 || (kFast<T> && p.act <= kLrelu))
+            grad<true>(dv, v, p);
+          else
+            grad<false>(dv, v, p);
+          if (j + r < own_rows && at.lx + k < own_cols)
+#pragma unroll
+            for (int e = 0; e < K; e++) sums.add(e, dv[e], u.v[e], z);
+          const auto d = load_pack<A, K>(params + at.ch);
+          Pack<A, K> du;
+#pragma unroll
+          for (int e = 0; e < K; e++) du.v[e] = dv[e] * d.v[e];
+          store_pack<A, K>(to, du);
+        }
+        sums.store(stored);
+      }
+    }
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < a.step / kRows * a.lap) {
+      A dx[kRows][N];
+      filtered(dx, adjoint, dus, -kHalo);
+      const TileAt t(tile);
+      const At at(a);
+      const int h = j0 - kHalo + at.row, count = a.C - c0 - at.ch;
+      const int bottom = min(a.tile_h, a.H - t.row0), right = min(a.tile_w, a.W - t.col0);
+      T* out = a.out + offset<true>(a.C, t.n, c0 + at.ch, a.H, a.W, t.row0 + h, t.col0 + at.lx);
+#pragma unroll
+      for (int r = 0; r < kRows; r++) {
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          A values[K];
+#pragma unroll
+          for (int e = 0; e < K; e++) values[e] = dx[r][k * K + e];
+          if (h + r >= 0 && h + r < bottom && at.lx + k < right && count > 0)
+            store_packed<T, K>(out + k * a.C, narrow<T, K>(values, a.format), a.vec_out, count);
+        }
+        out += static_cast<int64_t>(a.W) * a.C;
+      }
+    }
+    if (j0 + a.step >= min(a.tile_h, a.H - TileAt(tile).row0) + kHalo) break;
+  }
+  Sums<T, true, K> sums;
+  sums.load(stored);
+  sums.template reduce<kLanes>(scratch, 0, K);
+  write_partials<T, true>(scratch, a, tile.n, c0, tile.index);
+  finish<T>(a, kStep);
+}
+
+}  // namespace
+}  // namespace gankern

@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
 
   A sums[V][Op::kSums];
 #pragma unroll 1
-  for (int part = own;;) {
+  for (int part = own, known_there = 0;;) {
     const int64_t begin = static_cast<int64_t>(part) * steps * ty_count;
     const int64_t left = inside ? length - begin - ty + ty_count - 1 : 0;
     mine = static_cast<int>(min(static_cast<int64_t>(steps), left >> (kLogThreads - log_tx)));
@@ -128,7 +128,8 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
           copy_pack<T, N>(own_stage + (k * Op::kIn + a) * kLine, op.in[a] + at);
       copy_batch();
     }
-    if (part == own) {
+    if (!known_there) {
+      known_there = 1;
       if (threadIdx.x == 0 && parts > 1) *next = atomicExch(claims + own, 1) == 0 ? own : -1;
       if constexpr (Op::kPivot) {
         Params pivots[V];

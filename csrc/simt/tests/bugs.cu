@@ -192,7 +192,8 @@ __global__ void both_kinds_kernel(float* y) {
   GK_DYNAMIC_SHARED(float, shared);
   __shared__ float fixed[32];
   fixed[threadIdx.x] = y[threadIdx.x];
-  shared[threadIdx.x] = fixed[threadIdx.x];
+  __syncthreads();
+  shared[threadIdx.x] = fixed[31 - threadIdx.x];
   y[threadIdx.x] = shared[threadIdx.x] + 1;
 }
 

@@ -299,6 +299,16 @@ def shared_too_large(toys, simt):
     toys.any_launch(1, 1, 1, 32, 1, 1, 49153)
 
 
+@case(message="less 128 of static arrays")
+def shared_and_static_too_large(toys, simt):
+    toys.shared_of_both_kinds(ramp(simt, 32) + 1, 48 * 1024 - 127)
+
+
+@case()
+def shared_and_static(toys, simt):
+    toys.shared_of_both_kinds(ramp(simt, 32) + 1, 48 * 1024 - 128)
+
+
 @case()
 def shared_opted_in(toys, simt):
     toys.opt_in(227 * 1024)

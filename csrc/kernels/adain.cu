@@ -18,7 +18,8 @@ struct Forward {
   using A = Acc<T>;
   static constexpr int kIn = 1, kOut = 1, kSums = 2, kFactors = 3, kHold = sizeof(T) == 2 ? 4 : 8;
   static constexpr int kColumnHold = sizeof(T) == 2 ? 4 : 8, kColumnBytes = 8;
-  static constexpr bool kPivot = true, kShared = true;
+  static constexpr bool kPivot = true;
+  static constexpr int kGroupBytes = sizeof(T) == 8 ? 0 : 16;
   struct Params {
     A pivot;
   };
@@ -35,10 +36,6 @@ struct Forward {
     const A d = v[0] - p.pivot;
     s[0] += d;
     s[1] += d * d;
-  }
-  __device__ static void move_pivot(A* s, A n, A d) {
-    s[1] += d * (s[0] + s[0] + n * d);
-    s[0] += n * d;
   }
   __device__ void finish(int64_t i, const A* s, const Params& p, A inv_length, A* f,
                          bool first) const {
@@ -60,9 +57,11 @@ struct Backward {
   using A = Acc<T>;
   static constexpr int kIn = 2, kOut = 1, kSums = 2, kFactors = 4, kHold = 4;
   static constexpr int kColumnHold = 4, kColumnBytes = 8;
-  static constexpr bool kPivot = false, kShared = true;
+  static constexpr bool kPivot = false;
+  // 16-bit types take 8 bytes, for the registers of their columns' factors.
+  static constexpr int kGroupBytes = sizeof(T) == 8 ? 0 : sizeof(T) == 2 ? 8 : 16;
   struct Params {
-    A mean, rstd;
+    A mean;
   };
   Format<T> format;
   const T* in[2];
@@ -72,19 +71,20 @@ struct Backward {
   void *dscale, *dshift;
   bool style_f32;
 
-  __device__ Params params(int64_t i) const { return {mean[i], rstd[i]}; }
+  __device__ Params params(int64_t i) const { return {mean[i]}; }
   __device__ static void add(const A* v, const Params& p, A* s) {
     s[0] += v[0];
-    s[1] += v[0] * ((v[1] - p.mean) * p.rstd);
+    s[1] += v[0] * (v[1] - p.mean);
   }
   __device__ void finish(int64_t i, const A* s, const Params& p, A inv_length, A* f,
                          bool first) const {
-    f[0] = load_param<T>(scale, style_f32, i, format) * p.rstd;
+    const A r = rstd[i], along = s[1] * r;
+    f[0] = load_param<T>(scale, style_f32, i, format) * r;
     f[1] = s[0] * inv_length;
-    f[2] = p.rstd * (s[1] * inv_length);
+    f[2] = r * (along * inv_length);
     f[3] = p.mean;
     if (!first) return;
-    store_param<T>(dscale, style_f32, i, s[1], format);
+    store_param<T>(dscale, style_f32, i, along, format);
     store_param<T>(dshift, style_f32, i, s[0], format);
   }
   __device__ static void map(const A* v, const A* f, A* y) {

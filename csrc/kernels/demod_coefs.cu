@@ -2,15 +2,12 @@
 // gradient. With g[n,o] = -d³ dd,
 //   dW[o,i,k] = W[o,i,k] Σ_n g[n,o] s[n,i]²        ds[n,i] = s[n,i] Σ_o g[n,o] q[o,i].
 //
-// Forward: a block takes some output channels, so that it reads the styles once for all of them. A
-// warp takes one, or a part of one, and works alone on 64 input channels at a time: it reads the
-// weights, 16 bytes a lane and step, keeps q for the backward, and adds up over the input channels
-// in a fixed order. Weights [O, I, k] go through the warp's own piece of shared memory, from which
-// a lane sums the k of a channel. Of weights [O, k, I] (channels-last, or k = 1) the lanes share
-// the k, and each ends with the sums of two channels. Backward: one launch, in which some blocks
-// each take a tile of ds and the others a tile of dW. q makes them independent: without it ds would
-// need sums over blocks, or few and large blocks, and a gradient in the styles alone would read the
-// weights.
+// Forward: a block takes an output channel. Its weights are all under way at once; their squares go
+// through shared memory, from which a thread sums the k of a channel, keeps q for the backward, and
+// adds up over some samples. Where k is the outer dimension (channels-last), or too long for that,
+// groups of threads share the k instead. Backward: one launch, in which some blocks each take a
+// tile of ds and the others a tile of dW. q makes them independent: without it ds would need sums
+// over blocks, or few and large blocks, and a gradient in the styles alone would read the weights.
 #include "common.cuh"
 
 namespace gankern {
@@ -104,9 +101,8 @@ struct Shape {
 // --- Forward.
 
 template <typename A>
-constexpr int kStage = 2304 / sizeof(A);  // squares of a warp: 64 channels of 3x3 in float32
-template <typename A>
-constexpr int kStyles = 2048 / sizeof(A);  // input channels whose squared styles are at hand
+constexpr int kStage = 18432 / sizeof(A);  // squares of a chunk: 512 channels of 3x3 in float32
+constexpr int kSteps = 2;                  // channels of a chunk that a thread adds up
 
 template <typename T>
 struct Forward {
@@ -116,266 +112,147 @@ struct Forward {
   const T* w;
   A *d, *q;
   Shape shape;
-  int log_outs, log_parts;  // output channels of a block, warps of an output channel
-  int staged;               // channels in a warp's stage, 0 where K is too long for that
-  bool style_packs;         // four styles at a time
+  // Threads side by side along the channels, at least a warp; such groups take kSamples each.
+  int log_columns;
+  int chunk;               // channels at a time, kSteps for each of these threads or fewer
+  int64_t i_step, k_step;  // of the weights, where they are not staged
   A eps;
 };
 
-// What a warp of the forward works on: one output channel, and chunk after chunk of input channels.
-template <typename T>
-struct Work {
-  using A = Acc<T>;
-  int64_t row;  // the output channel's first square sum
-  A* styles;
-  int part;     // it takes every step of the channels that is `part` modulo 1 << log_parts
-  bool active;  // there is such an output channel
-  int n0, samples;
-  int i0, channels;
+// A channel's styles of up to kSamples samples, as they are in memory: numbers only when they are
+// used, so that nothing waits for them before.
+template <typename A>
+struct ChannelStyles {
+  using Raw = std::conditional_t<sizeof(A) == 8, double, unsigned>;
+  Raw raw[kSamples];
+
+  __device__ __forceinline__ void load(const Styles<A>& from, int64_t at, int I, int count) {
+#pragma unroll
+    for (int n = 0; n < kSamples; n++, at += I) {
+      forget(at);
+      raw[n] = Raw(0);
+      if (n >= count) continue;
+      if constexpr (sizeof(A) == 8)
+        raw[n] = static_cast<const double*>(from.p)[at];
+      else if (from.is_f32)
+        raw[n] = static_cast<const unsigned*>(from.p)[at];
+      else
+        raw[n] = static_cast<const unsigned short*>(from.p)[at];
+    }
+  }
+  __device__ __forceinline__ A at(const Styles<A>& from, int n) const {
+    if constexpr (sizeof(A) == 8)
+      return raw[n];
+    else
+      return from.is_f32 ? __uint_as_float(raw[n])
+                         : to_acc(Half16{static_cast<unsigned short>(raw[n])}, from.format);
+  }
 };
 
-template <typename S, typename T>
-__device__ __forceinline__ void square_packs(const Forward<T>& a, const Work<T>& k,
-                                             Format<S> format) {
-  using A = Acc<T>;
-  for (int i = threadIdx.x * 4; i < k.channels; i += blockDim.x * 4) {
-#pragma unroll 1
-    for (int n0 = 0; n0 < kSamples; n0 += 4) {  // more at a time would not fit into registers
-      Pack<S, 4> x[4] = {};
-      int64_t at = static_cast<int64_t>(k.n0 + n0) * a.shape.I + k.i0 + i;
-      forget(at);
-#pragma unroll
-      for (int n = 0; n < 4; n++, at += a.shape.I)
-        if (n0 + n < k.samples) x[n] = load_pack<S, 4>(static_cast<const S*>(a.styles.p) + at);
-#pragma unroll
-      for (int n = 0; n < 4; n++) {
-        Pack<A, 4> squares;
-        widen(x[n], format, squares.v);
-#pragma unroll
-        for (int j = 0; j < 4; j++) squares.v[j] *= squares.v[j];
-        if (n0 + n < k.samples) store_pack<A, 4>(k.styles + (n0 + n) * kStyles<A> + i, squares);
-      }
-    }
-  }
-}
-
-// The squared styles of a chunk to shared memory, by the whole block.
-template <typename T>
-__device__ __forceinline__ void square_styles(const Forward<T>& a, const Work<T>& k) {
-  using A = Acc<T>;
-  __syncthreads();  // those before these have been read
-  if (sizeof(A) == 4 && a.style_packs) {
-    if constexpr (sizeof(A) == 4) {
-      // A loop for each format: to choose inside of one would take more registers than there are.
-      if (a.styles.is_f32)
-        square_packs(a, k, Format<float>(kF32));
-      else if (a.styles.format.bf16)
-        square_packs(a, k, Format<Half16>(kBF16));
-      else
-        square_packs(a, k, Format<Half16>(kF16));
-    }
-  } else {
-    for (int n = 0; n < k.samples; n++)
-      for (int i = threadIdx.x; i < k.channels; i += blockDim.x) {
-        const int64_t at = static_cast<int64_t>(k.n0 + n) * a.shape.I + k.i0 + i;
-        const A s = a.styles.at(at);
-        k.styles[n * kStyles<A> + i] = s * s;
-      }
-  }
-  __syncthreads();
-}
-
-// Adds N channels, from i of the chunk on.
-template <int N, typename T>
-__device__ __forceinline__ void add(const Work<T>& k, int i, const Pack<Acc<T>, N>& q,
-                                    Acc<T> (&sums)[kSamples]) {
-  using A = Acc<T>;
-#pragma unroll
-  for (int n = 0; n < kSamples; n++)
-    if (n < k.samples) {
-      const Pack<A, N> s = load_pack<A, N>(k.styles + n * kStyles<A> + i);
-#pragma unroll
-      for (int j = 0; j < N; j++) sums[n] += s.v[j] * q.v[j];
-    }
-}
-
-// A chunk of weights [I, K]. The next step's are under way while this one's are added up.
+// The squares of a chunk of weights [I, K] to shared memory.
 template <typename T, int N>
-__device__ __forceinline__ void sum_rows(const Forward<T>& a, const Work<T>& k, Acc<T>* stage,
-                                         Acc<T> (&sums)[kSamples]) {
+__device__ __forceinline__ void stage_rows(const Forward<T>& a, const T* from, int packs,
+                                           Acc<T>* stage) {
+  constexpr int kLoads = N == 1 ? 9 : (kSteps * 9 + N - 1) / N;
+  for (int first = threadIdx.x; first < packs; first += kLoads * blockDim.x) {
+    Pack<T, N> x[kLoads];
+#pragma unroll
+    for (int j = 0; j < kLoads; j++) {
+      const int p = first + j * blockDim.x;
+      if (p < packs) x[j] = load_pack<T, N>(from + p * N);
+    }
+#pragma unroll
+    for (int j = 0; j < kLoads; j++) {
+      const int p = first + j * blockDim.x;
+      if (p >= packs) continue;
+      Acc<T> squares[N];
+      widen(x[j], a.format, squares);
+#pragma unroll
+      for (int e = 0; e < N; e++) squares[e] *= squares[e];
+      store_parts<N>(stage + p * N, squares);
+    }
+  }
+}
+
+// The same for other weights: [groups][channels], each group's sums over its k.
+template <typename T>
+__device__ __forceinline__ void stage_columns(const Forward<T>& a, const T* from, int channels,
+                                              Acc<T>* stage) {
   using A = Acc<T>;
-  constexpr int kLoads = N == 1 ? 4 : (kStage<A> / N + 31) / 32;
-  const int lane = threadIdx.x % 32, K = a.shape.K, stride = a.staged << a.log_parts;
-  Pack<T, N> x[kLoads];
-  const auto load = [&](int first, int p, int packs) {
-    int64_t at = (k.row + k.i0 + first) * K + p * N;
+  constexpr int kTaps = 9;
+  const int columns = 1 << a.log_columns, groups = blockDim.x >> a.log_columns;
+  const int group = threadIdx.x >> a.log_columns, column = threadIdx.x & (columns - 1);
+  const int64_t step = groups * a.k_step, other = columns * a.i_step;
+  int64_t at = column * a.i_step + group * a.k_step;
+  A sums[kSteps] = {};
+  for (int k0 = group; k0 < a.shape.K; k0 += kTaps * groups) {
+    T x[kTaps][kSteps] = {};
     forget(at);
 #pragma unroll
-    for (int j = 0; j < kLoads; j++)
-      if (p + 32 * j < packs) x[j] = load_pack<T, N>(a.w + at + 32 * N * j);
-  };
-  const auto packs_of = [&](int first) { return min(a.staged, k.channels - first) * K / N; };
-  int first = k.part * a.staged;
-  if (k.active) load(first, lane, packs_of(first));
-  square_styles(a, k);
-  if (!k.active) return;
-  for (; first < k.channels; first += stride) {
-    const int packs = packs_of(first);
-    for (int p = lane;;) {
+    for (int t = 0; t < kTaps; t++, at += step)
 #pragma unroll
-      for (int j = 0; j < kLoads; j++)
-        if (p + 32 * j < packs) {
-          A squares[N];
-          widen(x[j], a.format, squares);
+      for (int j = 0; j < kSteps; j++)
+        if (column + j * columns < channels && k0 + t * groups < a.shape.K)
+          x[t][j] = from[at + j * other];
 #pragma unroll
-          for (int e = 0; e < N; e++) squares[e] *= squares[e];
-          store_parts<N>(stage + (p + 32 * j) * N, squares);
-        }
-      p += 32 * kLoads;
-      if (N > 1 || p >= packs) break;  // packs are all there
-      load(first, p, packs);
-    }
-    __syncwarp();
-    load(first + stride, lane, packs_of(first + stride));
-#pragma unroll 1
-    for (int c = lane; c < min(a.staged, k.channels - first); c += 32) {
-      Pack<A, 1> q = {};
-#pragma unroll 3
-      for (int e = 0; e < K; e++) q.v[0] += stage[c * K + e];
-      a.q[k.row + k.i0 + first + c] = q.v[0];
-      add(k, first + c, q, sums);
-    }
-    __syncwarp();
-  }
-}
-
-// The same where the K of eight channels are too many for the stage.
-template <typename T>
-__device__ __forceinline__ void sum_long_rows(const Forward<T>& a, const Work<T>& k,
-                                              Acc<T> (&sums)[kSamples]) {
-  using A = Acc<T>;
-#pragma unroll 1
-  for (int c = k.part * 32 + threadIdx.x % 32; c < k.channels; c += 32 << a.log_parts) {
-    const T* from = a.w + (k.row + k.i0 + c) * a.shape.K;
-    Pack<A, 1> q = {};
-#pragma unroll 4
-    for (int e = 0; e < a.shape.K; e++) {
-      const A w = to_acc(from[e], a.format);
-      q.v[0] += w * w;
-    }
-    a.q[k.row + k.i0 + c] = q.v[0];
-    add(k, c, q, sums);
-  }
-}
-
-// What a lane keeps of the packs of its column, whose k its group shares with others: two channels,
-// so that neighbouring lanes of half a warp meet all banks. Returns the first.
-template <int N, typename A, int M>
-__device__ __forceinline__ int share(const A (&q)[N], Pack<A, M>& own) {
-  const int lane = threadIdx.x % 32, column = lane % Step<N>::kColumns;
-  if constexpr (N == 4) {
-    const bool upper = (lane >> 4 ^ lane >> 3) & 1;
-    halve(q, own.v, upper, 16);
-    return column * 4 + upper * 2;
-  } else if constexpr (N == 8) {
-    const bool upper = (lane >> 4 ^ lane >> 2) & 1, odd = lane >> 3 & 1;
-    A half[4];
-    halve(q, half, upper, 16);
-    halve(half, own.v, odd, 8);
-    return column * 8 + upper * 4 + odd * 2;
-  } else {
-    own.v[0] = q[0];
-    return column;
-  }
-}
-
-// A chunk of weights [K, I].
-template <typename T, int N>
-__device__ __forceinline__ void sum_columns(const Forward<T>& a, const Work<T>& k,
-                                            Acc<T> (&sums)[kSamples]) {
-  using A = Acc<T>;
-  using S = Step<N>;
-  const int lane = threadIdx.x % 32, column = lane % S::kColumns, group = lane / S::kColumns;
-  const int K = a.shape.K, stride = S::kChannels << a.log_parts;
-  Pack<T, N> x[S::kTaps];
-  const auto load = [&](int first, int tap) {
-    const bool inside = first + column * N < k.channels;
-    const int64_t step = static_cast<int64_t>(S::kGroups) * a.shape.I;
-    int64_t at = k.row * K + static_cast<int64_t>(tap + group) * a.shape.I;
-    at += k.i0 + first + column * N;
-    forget(at);
+    for (int t = 0; t < kTaps; t++)
 #pragma unroll
-    for (int t = 0; t < S::kTaps; t++, at += step) {
-      x[t] = Pack<T, N>{};
-      if (inside && tap + t * S::kGroups + group < K) x[t] = load_pack<T, N>(a.w + at);
-    }
-  };
-  int first = k.part * S::kChannels;
-  if (k.active) load(first, 0);
-  square_styles(a, k);
-  if (!k.active) return;
-  for (; first < k.channels; first += stride) {
-    A q[N] = {};
-    for (int tap = 0;;) {
-#pragma unroll
-      for (int t = 0; t < S::kTaps; t++) {
-        A w[N];
-        widen(x[t], a.format, w);
-#pragma unroll
-        for (int j = 0; j < N; j++) q[j] += w[j] * w[j];
+      for (int j = 0; j < kSteps; j++) {
+        const A w = to_acc(x[t][j], a.format);
+        sums[j] += w * w;
       }
-      tap += S::kTaps * S::kGroups;
-      if (tap >= K) break;
-      load(first, tap);
-    }
-    load(first + stride, 0);
-    constexpr int kOwn = N == 1 ? 1 : 2;
-    Pack<A, kOwn> own;
-    const int i = first + share(q, own);
-    if (i < k.channels) {
-      store_pack<A, kOwn>(a.q + k.row + k.i0 + i, own);
-      add(k, i, own, sums);
-    }
   }
+#pragma unroll
+  for (int j = 0; j < kSteps; j++) stage[(group * kSteps + j) * columns + column] = sums[j];
 }
 
-// A chunk for samples beyond the first kSamples: q is known.
-template <typename T>
-__device__ __forceinline__ void sum_again(const Forward<T>& a, const Work<T>& k,
-                                          Acc<T> (&sums)[kSamples]) {
-#pragma unroll 1
-  for (int c = k.part * 32 + threadIdx.x % 32; c < k.channels; c += 32 << a.log_parts)
-    add(k, c, Pack<Acc<T>, 1>{a.q[k.row + k.i0 + c]}, sums);
-}
-
-template <typename T, int N, bool kRows>
+template <typename T, int N, bool kStaged>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) demod_coefs_fwd_kernel(Forward<T> a) {
   using A = Acc<T>;
-  __shared__ __align__(16) A stages[kWarps * kStage<A>];
-  __shared__ __align__(16) A styles[kSamples * kStyles<A>];
+  __shared__ __align__(16) A stage[kStaged ? kStage<A> : kSteps * kThreads];
   __shared__ A of_warps[kWarps][kSamples];
-  const int I = a.shape.I, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t o0 = static_cast<int64_t>(blockIdx.x) << a.log_outs;
-  Work<T> k;
-  k.row = (o0 + (warp >> a.log_parts)) * I;
-  k.styles = styles;
-  k.part = warp & ((1 << a.log_parts) - 1);
-  k.active = o0 + (warp >> a.log_parts) < a.shape.O;
-  for (k.n0 = 0; k.n0 == 0 || k.n0 < a.shape.N; k.n0 += kSamples) {
-    k.samples = min(kSamples, a.shape.N - k.n0);
+  const int I = a.shape.I, K = a.shape.K, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int columns = 1 << a.log_columns, groups = blockDim.x >> a.log_columns;
+  const int group = threadIdx.x >> a.log_columns;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * I;
+  const int column = threadIdx.x & (columns - 1);
+  for (int n0 = 0; n0 == 0 || n0 < a.shape.N; n0 += groups * kSamples) {
+    const int n = n0 + group * kSamples, samples = min(kSamples, a.shape.N - n);
+    if (n0 > 0) __syncthreads();  // q is there, and the sums of the samples before have been read
     A sums[kSamples] = {};
-    for (k.i0 = 0; k.i0 < I; k.i0 += kStyles<A>) {
-      k.channels = min(kStyles<A>, I - k.i0);
-      if (k.n0 == 0 && !kRows) {
-        sum_columns<T, N>(a, k, sums);
-      } else if (k.n0 == 0 && (N > 1 || a.staged > 0)) {
-        sum_rows<T, N>(a, k, stages + warp * kStage<A>, sums);
-      } else {
-        square_styles(a, k);
-        if (k.active && k.n0 > 0)
-          sum_again(a, k, sums);
-        else if (k.active && kRows && N == 1)
-          sum_long_rows(a, k, sums);
+    for (int i0 = 0; i0 < I; i0 += a.chunk) {
+      const int channels = min(a.chunk, I - i0);
+      ChannelStyles<A> styles;
+      const auto load = [&](int c) {
+        styles.load(a.styles, static_cast<int64_t>(n) * I + i0 + c, I, c < channels ? samples : 0);
+      };
+      load(column);
+      if (n0 == 0) {
+        if (i0 > 0) __syncthreads();  // the chunk before has been read
+        if constexpr (kStaged)
+          stage_rows<T, N>(a, a.w + (row + i0) * K, channels * K / N, stage);
+        else
+          stage_columns(a, a.w + row * K + i0 * a.i_step, channels, stage);
+        __syncthreads();
+      }
+#pragma unroll 1
+      for (int c = column; c < channels; c += columns) {
+        A q = A(0);
+        if (n0 > 0) {
+          q = a.q[row + i0 + c];
+        } else if constexpr (kStaged) {
+#pragma unroll 3
+          for (int e = 0; e < K; e++) q += stage[c * K + e];
+        } else {
+          for (int g = 0; g < groups; g++) q += stage[g * kSteps * columns + c];
+        }
+        if (n == 0) a.q[row + i0 + c] = q;
+#pragma unroll
+        for (int s = 0; s < kSamples; s++) {
+          const A style = styles.at(a.styles, s);
+          sums[s] += style * style * q;
+        }
+        load(c + columns);
       }
     }
     A four[4], two[2], one[1];
@@ -385,12 +262,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) demod_coefs_fwd_kernel(F
     one[0] = warp_sum(one[0], 4);
     if (lane % 4 == 0) of_warps[warp][lane / 4] = one[0];
     __syncthreads();
-    // The threads in the order of d, for whole sectors.
-    const int n = threadIdx.x >> a.log_outs, out = threadIdx.x & ((1 << a.log_outs) - 1);
-    if (n < k.samples && o0 + out < a.shape.O) {
+    const int m = threadIdx.x;  // of the samples of all groups
+    if (m < groups * kSamples && n0 + m < a.shape.N) {
       A total = A(0);
-      for (int p = 0; p < 1 << a.log_parts; p++) total += of_warps[(out << a.log_parts) + p][n];
-      a.d[(k.n0 + n) * a.shape.O + o0 + out] = rsqrt_(total + a.eps);
+      const A* from = of_warps[m / kSamples << (a.log_columns - 5)] + m % kSamples;
+      for (int w = 0; w < columns / 32; w++) total += from[w * kSamples];
+      a.d[(n0 + m) * a.shape.O + blockIdx.x] = rsqrt_(total + a.eps);
     }
   }
 }
@@ -401,6 +278,7 @@ constexpr int kHeld = 32;         // samples that a tile of dW has in shared mem
 constexpr int kMostOuts = 16;     // output channels of a tile of dW
 constexpr int kChunk = kThreads;  // output channels whose g a tile of ds has at a time
 constexpr int kAhead = 4;         // packs of q that a thread has under way
+constexpr int kTile = 16;         // packs of q side by side in a tile of ds
 
 template <typename T>
 struct Backward {
@@ -571,29 +449,31 @@ __device__ __forceinline__ void weight_columns(const Backward<T>& a, const Tile<
   }
 }
 
-// A tile of ds: 32 packs of input channels, kSamples samples; the warps share the output channels.
+// A tile of ds: kTile packs of input channels side by side, kSamples samples; the others of a warp
+// and the warps share the output channels.
 template <typename T, int N>
 __device__ __forceinline__ void style_tile(const Backward<T>& a, Acc<T>* shared) {
   using A = Acc<T>;
   const unsigned batch = blockIdx.x / a.style_tiles;
   const int n0 = static_cast<int>(batch) * kSamples, I = a.shape.I;
-  constexpr int kColumns = N * 32;
+  constexpr int kColumns = N * kTile, kLines = kThreads / kTile;
   const int i0 = static_cast<int>(blockIdx.x - batch * a.style_tiles) * kColumns;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const bool inside = i0 + lane * N < I;
-  A sums[kSamples][N] = {};
+  const int column = lane % kTile, line = threadIdx.x / kTile;
+  const bool inside = i0 + column * N < I;
+  A sums[kSamples * N] = {};
   const unsigned outs = static_cast<unsigned>(a.shape.O);  // under 2**31
   for (unsigned o0 = 0; o0 < outs; o0 += kChunk) {
     const int chunk = min(kChunk, static_cast<int>(outs - o0));
     Pack<A, N> x[kAhead] = {};
     const auto load = [&](int o) {
-      int64_t at = static_cast<int64_t>(o0 + o) * I + i0 + lane * N;
+      int64_t at = static_cast<int64_t>(o0 + o) * I + i0 + column * N;
       forget(at);
 #pragma unroll
-      for (int t = 0; t < kAhead; t++, at += static_cast<int64_t>(kWarps) * I)
-        if (inside && o + t * kWarps < chunk) x[t] = load_pack<A, N>(a.q + at);
+      for (int t = 0; t < kAhead; t++, at += static_cast<int64_t>(kLines) * I)
+        if (inside && o + t * kLines < chunk) x[t] = load_pack<A, N>(a.q + at);
     };
-    load(warp);
+    load(line);
     __syncthreads();
     const int mine = threadIdx.x;
     if (mine < chunk) {
@@ -610,37 +490,43 @@ __device__ __forceinline__ void style_tile(const Backward<T>& a, Acc<T>* shared)
       }
     }
     __syncthreads();
-    for (int o = warp; o < chunk; o += kAhead * kWarps) {
+    for (int o = line; o < chunk; o += kAhead * kLines) {
 #pragma unroll
       for (int t = 0; t < kAhead; t++)
-        if (o + t * kWarps < chunk) {
+        if (o + t * kLines < chunk) {
           constexpr int kSize = kPart<kSamples, A>;
 #pragma unroll
           for (int part = 0; part < kSamples; part += kSize) {
-            const A* from = shared + (o + t * kWarps) * kSamples + part;
+            const A* from = shared + (o + t * kLines) * kSamples + part;
             const Pack<A, kSize> g = load_pack<A, kSize>(from);
 #pragma unroll
             for (int j = 0; j < kSize; j++)
 #pragma unroll
-              for (int e = 0; e < N; e++) sums[part + j][e] += g.v[j] * x[t].v[e];
+              for (int e = 0; e < N; e++) sums[(part + j) * N + e] += g.v[j] * x[t].v[e];
           }
         }
-      load(o + kAhead * kWarps);
+      load(o + kAhead * kLines);
     }
   }
+  // Of the two lines of a warp, each keeps the sums of half of the samples.
+  constexpr int kHalf = kSamples / 2;
+  A own[kHalf * N];
+  halve(sums, own, lane >= kTile, kTile);
   __syncthreads();
 #pragma unroll
-  for (int j = 0; j < kSamples; j++) {
+  for (int j = 0; j < kHalf; j++) {
     Pack<A, N> out;
 #pragma unroll
-    for (int e = 0; e < N; e++) out.v[e] = sums[j][e];
-    store_pack<A, N>(shared + (warp * kSamples + j) * kColumns + lane * N, out);
+    for (int e = 0; e < N; e++) out.v[e] = own[j * N + e];
+    store_pack<A, N>(shared + (warp * kSamples + lane / kTile * kHalf + j) * kColumns + column * N,
+                     out);
   }
   __syncthreads();
   for (int e = threadIdx.x; e < kSamples * kColumns; e += kThreads) {
     const int n = n0 + e / kColumns, i = i0 + e % kColumns;
     if (n >= a.shape.N || i >= I) continue;
     A total = A(0);
+#pragma unroll
     for (int w = 0; w < kWarps; w++) total += shared[w * kSamples * kColumns + e];
     const int64_t at = static_cast<int64_t>(n) * I + i;
     store_param<typename Styles<A>::T>(a.ds, a.styles.is_f32, at, a.styles.at(at) * total,
@@ -654,7 +540,7 @@ constexpr int kStylePack = N == 1 ? 1 : 2;  // of q, where the weights have pack
 template <typename T, int N, bool kRows>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) demod_coefs_bwd_kernel(Backward<T> a) {
   constexpr int kChannels = Step<N>::kChannels;
-  constexpr int kOfStyles = kThreads * kSamples * kStylePack<N>;
+  constexpr int kOfStyles = kWarps * kSamples * kTile * kStylePack<N>;
   constexpr int kOfWeights = kHeld * (kMostOuts + kChannels) + kWarps * kChannels;
   constexpr int kOfSums = kOfStyles > kOfWeights ? kOfStyles : kOfWeights;
   constexpr int kMost = kOfSums > kChunk * kSamples ? kOfSums : kChunk * kSamples;
@@ -695,19 +581,6 @@ void by_shape(const Shape& shape, F launch) {
     by_layout(std::integral_constant<int, 1>{});
 }
 
-// Output channels of a block of the forward, as a power of two: at most one a warp. Each block
-// reads the styles, N of them for K weights, so that twice N channels make them a twentieth of what
-// is read. A block with more than 36 KiB of weights must leave half the multiprocessors busy.
-int log_outs_of(const Shape& s, int64_t channel_bytes) {
-  int log = 0;
-  while (1 << log < min(kWarps, 2 * s.N) && 1 << log < s.O) {
-    const int64_t next = int64_t(2) << log;
-    if (next * channel_bytes > 36 * 1024 && 2 * ceil_div(s.O, next) < sm_count()) break;
-    log++;
-  }
-  return log;
-}
-
 }  // namespace
 
 namespace GANKERN_BACKEND {
@@ -726,19 +599,20 @@ int demod_coefs(int dtype, int styles_dtype, const void* w, const void* styles, 
     a.q = static_cast<A*>(q);
     a.shape = shape_of<T>(w, q, N, O, I, K, channels_last);
     a.eps = static_cast<A>(eps);
-    a.style_packs = sizeof(A) == 4 && I % 4 == 0 && aligned16(styles);
-    // A multiple of 8 channels, so that each stage begins with a whole pack.
+    a.log_columns = log2_of(pow2_between(ceil_div(I, kSteps), 32, kThreads));
+    const int columns = 1 << a.log_columns;
+    const int groups = pow2_between(ceil_div(N, kSamples), 1, kThreads / columns);
+    // A multiple of 8 channels, so that each chunk begins with a whole pack.
     const int64_t fitting = kStage<A> / max(K, int64_t(1)) / 8 * 8;
-    a.staged = static_cast<int>(min(fitting, int64_t(64)));
-    if (a.staged == 0) a.shape.packed &= !a.shape.rows;
-    a.log_outs = log_outs_of(a.shape, I * K * int64_t(sizeof(T)));
-    const int step = a.shape.rows && a.staged ? a.staged : a.shape.packed ? 64 : 32;
-    a.log_parts =
-        log2_of(pow2_between(ceil_div(min(I, int64_t(kStyles<A>)), step), 1, kWarps >> a.log_outs));
-    const auto blocks = static_cast<unsigned>(ceil_div(O, int64_t(1) << a.log_outs));
+    a.i_step = a.shape.rows ? K : 1;
+    a.k_step = a.shape.rows ? 1 : I;
+    a.shape.rows = a.shape.rows && fitting > 0;
+    a.chunk = static_cast<int>(min(int64_t(kSteps * columns), a.shape.rows ? fitting : I));
+    a.chunk = max(a.chunk, 1);
     by_shape<T>(a.shape, [&](auto n, auto rows) {
-      GK_LAUNCH((demod_coefs_fwd_kernel<T, decltype(n)::value, decltype(rows)::value>),
-                dim3(blocks), dim3(32 << (a.log_outs + a.log_parts)), 0, stream, a);
+      constexpr bool kStaged = decltype(rows)::value;
+      GK_LAUNCH((demod_coefs_fwd_kernel < T, kStaged ? decltype(n)::value : 1, kStaged >),
+                dim3(static_cast<unsigned>(O)), dim3(max(columns * groups, 128)), 0, stream, a);
     });
     return static_cast<int>(cudaGetLastError());
   });
@@ -762,7 +636,7 @@ int demod_coefs_bwd(int dtype, int styles_dtype, const void* dd, const void* d, 
     // Of ds too: a tile of it goes with the weights' packs.
     a.shape.packed &= I % kStylePack<kPack<T>> == 0 && aligned16(q);
     a.style_tiles = static_cast<unsigned>(
-        ceil_div(I, 32 * (a.shape.packed ? kStylePack<kPack<T>> : kStylePack<1>)));
+        ceil_div(I, kTile * (a.shape.packed ? kStylePack<kPack<T>> : kStylePack<1>)));
     a.style_blocks = ds ? a.style_tiles * static_cast<unsigned>(ceil_div(N, kSamples)) : 0;
     a.weight_tiles = static_cast<unsigned>(ceil_div(I, a.shape.packed ? 64 : 32));
     a.log_outs = log2_of(kWarps);

@@ -20,7 +20,9 @@ namespace gankern {
 namespace {
 
 constexpr int kHold = 4;  // samples whose packs a thread has in registers at a time
-constexpr int kMaxWarps = 4, kMaxFlatWarps = 16;
+// Warps of a block: of one that shares a group with others, of one that has it alone, of flat
+// spans.
+constexpr int kRowWarps = 4, kMaxWarps = 32, kMaxFlatWarps = 16;
 // Warps of a block. Flat spans are 4 KiB of a sample at most, 4 elements a thread.
 template <typename T, bool kFlat>
 constexpr int kMostWarps = kFlat ? 32 / static_cast<int>(sizeof(T)) : kMaxWarps;
@@ -37,7 +39,8 @@ struct Layout {
   int64_t x_row, y_row;        // from one row to the next
   int64_t L, rows, pixels;
   int64_t plane_f, plane_p;  // from one statistic or pixel of it to the next in y
-  int N, M, F;               // samples, groups of samples, statistics
+  int M, F;                  // groups of samples, statistics
+  int most, larger;          // samples of a group: so many, one less from group `larger` on
   int segments;              // of a row
   int chunks;                // blocks of a group
   // A warp advances by step_rows * segments + step_rest segments, a flat block by step_rows * L +
@@ -50,26 +53,40 @@ struct Layout {
 struct Place {
   int group, chunk, m, f, size;
   __device__ explicit Place(const Layout& a) {
-    group = blockIdx.x / a.chunks;
-    chunk = blockIdx.x - group * a.chunks;
-    m = group / a.F;
+    group = blockIdx.x;
+    chunk = blockIdx.y;
+    m = a.F == 1 ? group : group / a.F;
     f = group - m * a.F;
-    size = (a.N - m + a.M - 1) / a.M;
+    size = a.most - (m >= a.larger);
   }
 };
 
-// The sum over a block, in every thread.
+// The sum over a block, in every thread. Between two of them there must be a barrier.
 template <typename A>
 __device__ __forceinline__ A block_sum(A v) {
-  __shared__ A sums[kMaxFlatWarps];
+  __shared__ A sums[kMaxWarps];
+  const int lane = threadIdx.x % 32;
   v = warp_sum(v);
+  if (lane == 0) sums[threadIdx.x / 32] = v;
   __syncthreads();
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = v;
-  __syncthreads();
-  v = A(0);
-  for (int w = 0; w < static_cast<int>(blockDim.x) / 32; w++) v += sums[w];
-  return v;
+  return warp_sum(lane < static_cast<int>(blockDim.x) / 32 ? sums[lane] : A(0));
 }
+
+// A warp's segments.
+struct Segment {
+  int64_t row;
+  int segment;
+  __device__ Segment(const Layout& a, int chunk) {
+    const int first = chunk * (blockDim.x / 32) + threadIdx.x / 32;
+    row = a.rows == 1 ? first >= a.segments : first / a.segments;
+    segment = first - static_cast<int>(row) * a.segments;
+  }
+  __device__ void advance(const Layout& a) {
+    row += a.step_rows;
+    segment += a.step_rest;
+    if (segment >= a.segments) segment -= a.segments, row++;
+  }
+};
 
 // A block's span of `count` elements from element u of x's [rows][L] on.
 struct Span {
@@ -239,16 +256,13 @@ __device__ __forceinline__ Acc<T> copy_rows(const T* x, T* y, const Layout& a, c
                                             Format<T> format) {
   using A = Acc<T>;
   constexpr int kSegment = 32 * N;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int lane = threadIdx.x % 32;
   const A inv_size = A(1) / A(at.size);
   const T* x_group = x + at.m * a.x_sample + at.f * a.L + lane * N;
   T* y_group = y + at.m * a.y_sample + at.f * a.L + lane * N;
   A total = A(0);
-  const int first = at.chunk * warps + warp;
-  int64_t row = first / a.segments;
-  int segment = first - static_cast<int>(row) * a.segments;
-  while (row < a.rows) {
-    const int64_t begin = static_cast<int64_t>(segment) * kSegment;
+  for (Segment place(a, at.chunk); place.row < a.rows; place.advance(a)) {
+    const int64_t row = place.row, begin = static_cast<int64_t>(place.segment) * kSegment;
     const int count = static_cast<int>(min(a.L - begin, static_cast<int64_t>(kSegment)));
     const bool inside = lane * N < count;
     const T* from = x_group + row * a.x_row + begin;
@@ -281,12 +295,6 @@ __device__ __forceinline__ Acc<T> copy_rows(const T* x, T* y, const Layout& a, c
       if (inside)
 #pragma unroll
         for (int j = 0; j < N; j++) total += sqrt_(moments.deviation(j, inv_size).var);
-    }
-    row += a.step_rows;
-    segment += a.step_rest;
-    if (segment >= a.segments) {
-      segment -= a.segments;
-      row++;
     }
   }
   return total;
@@ -369,7 +377,7 @@ __global__ void __launch_bounds__(32 * kMostWarps<T, kFlat>, 32 / kMostWarps<T, 
   if (a.chunks > 1) {
     __shared__ bool last;
     if (threadIdx.x == 0) {
-      partials[blockIdx.x] = total;
+      partials[at.group * a.chunks + at.chunk] = total;
       __threadfence();
       last = atomicAdd(tickets + at.group, 1) == a.chunks - 1;
     }
@@ -395,14 +403,18 @@ template <typename T>
 __device__ __forceinline__ Acc<T> slope_of(const T* dy, const Layout& a, const Place& at,
                                            Format<T> format, Acc<T> inv_size) {
   using A = Acc<T>;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   A sum = A(0);
   const T* plane = dy + at.m * a.y_sample + a.F * a.L + at.f * a.plane_f;
-#pragma unroll 1
-  for (int k = warp; k < at.size; k += warps)
-#pragma unroll 4
-    for (int64_t p = lane; p < a.pixels; p += 32)
-      sum += to_acc(plane[k * a.y_step + p * a.plane_p], format);
+  // A thread takes a sample of four, neighbours take others; two numbers are under way at a time.
+  for (int k = threadIdx.x % kHold; k < at.size; k += kHold) {
+    const T* of_sample = plane + k * a.y_step;
+    const int step = blockDim.x / kHold;
+    for (int64_t p = threadIdx.x / kHold; p < a.pixels; p += 2 * step) {
+      const T first = of_sample[p * a.plane_p];
+      const T second = p + step < a.pixels ? of_sample[(p + step) * a.plane_p] : T{};
+      sum += to_acc(first, format) + to_acc(second, format);
+    }
+  }
   return block_sum(sum) * inv_size / (A(a.L) * A(a.rows));
 }
 
@@ -411,20 +423,14 @@ __device__ __forceinline__ void differentiate_rows(const T* dy, const T* x, T* d
                                                    const Place& at, Format<T> format) {
   using A = Acc<T>;
   constexpr int kSegment = 32 * N;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int lane = threadIdx.x % 32;
   const A inv_size = A(1) / A(at.size);
-  const int64_t x_first = at.m * a.x_sample + at.f * a.L + lane * N;
-  const T* dy_group = dy + at.m * a.y_sample + at.f * a.L + lane * N;
   const A slope = slope_of(dy, a, at, format, inv_size);
-  const int first = at.chunk * warps + warp;
-  int64_t row = first / a.segments;
-  int segment = first - static_cast<int>(row) * a.segments;
-  while (row < a.rows) {
-    const int64_t begin = static_cast<int64_t>(segment) * kSegment;
-    const int count = static_cast<int>(min(a.L - begin, static_cast<int64_t>(kSegment)));
-    const bool inside = lane * N < count;
-    int64_t from = x_first + row * a.x_row + begin;
-    const T* dy_from = dy_group + row * a.y_row + begin;
+  for (Segment place(a, at.chunk); place.row < a.rows; place.advance(a)) {
+    const int64_t begin = static_cast<int64_t>(place.segment) * kSegment + lane * N;
+    const bool inside = begin < a.L;
+    int64_t from = at.m * a.x_sample + at.f * a.L + place.row * a.x_row + begin;
+    const T* dy_from = dy + at.m * a.y_sample + at.f * a.L + place.row * a.y_row + begin;
     const auto gradient = [&](int k) {
       return inside ? load_pack<T, N>(dy_from + k * a.y_step) : Pack<T, N>{};
     };
@@ -469,12 +475,6 @@ __device__ __forceinline__ void differentiate_rows(const T* dy, const T* x, T* d
         store_whole<T, N>(dx + from + k * a.x_step, differentiate(grad, v, factors, format));
       }
     }
-    row += a.step_rows;
-    segment += a.step_rest;
-    if (segment >= a.segments) {
-      segment -= a.segments;
-      row++;
-    }
   }
 }
 
@@ -484,10 +484,11 @@ __device__ __forceinline__ void differentiate_flat(const T* dy, const T* x, T* d
                                                    const Place& at, Format<T> format, T* stage) {
   using A = Acc<T>;
   constexpr int kBatch = kSmall ? kHold : 2;
-  const A inv_size = A(1) / A(at.size), slope = slope_of(dy, a, at, format, inv_size);
-  const int mine = threadIdx.x * 4;
+  const A inv_size = A(1) / A(at.size);
+  const A slope = slope_of(dy, a, at, format, inv_size);
+  int mine = threadIdx.x * 4;
+  forget(mine);
   const int64_t x_first = at.m * a.x_sample + at.f * a.L + mine;
-  const T* dy_group = dy + at.m * a.y_sample + at.f * a.L;
   for (Span span(a, at.chunk); span.count > 0; span.advance(a)) {
     const bool inside = mine < span.count;
     const int ended = span.ends(a, mine), size = span.count + span.ends(a, span.count - 1);
@@ -498,7 +499,7 @@ __device__ __forceinline__ void differentiate_flat(const T* dy, const T* x, T* d
       for (int k = 0; k < at.size; k++)
         if (inside) moments.add(load_pack<T, 4>(first + k * a.x_step));
     for (int k0 = 0; k0 < (kSmall ? 1 : at.size); k0 += kBatch) {
-      const T* from = dy_group + span.u + span.row + k0 * a.y_step;
+      const T* from = dy + at.m * a.y_sample + at.f * a.L + span.u + span.row + k0 * a.y_step;
       Pack<T, 4> taken[kBatch];
 #pragma unroll
       for (int k = 0; k < kBatch; k++) {
@@ -578,8 +579,9 @@ Plan make_plan(int dtype, bool aligned, int64_t N, int64_t C, int64_t pixels, in
                bool last, bool backward) {
   Plan plan{};
   Layout& a = plan.layout;
-  a.N = static_cast<int>(N);
   a.M = static_cast<int>(M);
+  a.most = static_cast<int>(ceil_div(N, M));
+  a.larger = static_cast<int>(N % M ? N % M : M);
   a.F = static_cast<int>(F);
   a.pixels = pixels;
   a.rows = last ? pixels : 1;
@@ -599,7 +601,7 @@ Plan make_plan(int dtype, bool aligned, int64_t N, int64_t C, int64_t pixels, in
   plan.flat = !whole && (a.rows == 1 || F == 1);
   if (!whole && !plan.flat) plan.packs = 1;
 
-  const int most = !plan.flat ? kMaxWarps : dtype == kF32 ? kMostWarps<float, true> : kMaxFlatWarps;
+  const int most = !plan.flat ? kRowWarps : dtype == kF32 ? kMostWarps<float, true> : kMaxFlatWarps;
   // Flat spans have a warp for each held sample's edges. Each block of the backward reads the
   // statistic's dy, in channels-last memory a sector a number: large blocks do so less often.
   int least = plan.flat ? kHold : 1;
@@ -611,6 +613,11 @@ Plan make_plan(int dtype, bool aligned, int64_t N, int64_t C, int64_t pixels, in
   while (plan.warps > least && groups * ceil_div(items, plan.warps) < sms) plan.warps /= 2;
   a.chunks = static_cast<int>(
       min(ceil_div(items, plan.warps), max(int64_t(1), 64 * sms / (groups * plan.warps))));
+  // Of few samples one block has a group, where that is as soon done as blocks tell one another.
+  if (!backward && !plan.flat && a.most <= kHold && items <= 2 * kMaxWarps) {
+    a.chunks = 1;
+    plan.warps = pow2_between(items, 1, kMaxWarps);
+  }
   const int64_t step = static_cast<int64_t>(a.chunks) * plan.warps * (plan.flat ? 128 : 1);
   const int64_t row = plan.flat ? a.L : a.segments;
   a.step_rows = static_cast<int>(step / row);
@@ -626,7 +633,7 @@ Plan make_plan(int dtype, bool aligned, int64_t N, int64_t C, int64_t pixels, in
 template <typename T, typename F>
 void by_plan(const Plan& plan, F launch) {
   constexpr int N = sizeof(T) == 8 ? 1 : 4;
-  const bool small = ceil_div(plan.layout.N, plan.layout.M) <= kHold;
+  const bool small = plan.layout.most <= kHold;
   const auto by_size = [&](auto n, auto flat) {
     if (small)
       launch(n, flat, std::true_type{});
@@ -676,8 +683,9 @@ int minibatch_stddev(int dtype, const void* x, void* y, void* workspace, int64_t
     by_plan<T>(plan, [&](auto n, auto flat, auto small) {
       GK_LAUNCH((minibatch_stddev_fwd_kernel<T, decltype(n)::value, decltype(flat)::value,
                                              decltype(small)::value>),
-                dim3(plan.blocks()), dim3(32 * plan.warps), 0, stream, static_cast<const T*>(x),
-                static_cast<T*>(y), plan.layout, format, partials, tickets);
+                dim3(plan.layout.M * plan.layout.F, plan.layout.chunks), dim3(32 * plan.warps), 0,
+                stream, static_cast<const T*>(x), static_cast<T*>(y), plan.layout, format, partials,
+                tickets);
     });
     return static_cast<int>(cudaGetLastError());
   });
@@ -693,8 +701,9 @@ int minibatch_stddev_bwd(int dtype, const void* dy, const void* x, void* dx, int
     by_plan<T>(plan, [&](auto n, auto flat, auto small) {
       GK_LAUNCH((minibatch_stddev_bwd_kernel<T, decltype(n)::value, decltype(flat)::value,
                                              decltype(small)::value>),
-                dim3(plan.blocks()), dim3(32 * plan.warps), 0, stream, static_cast<const T*>(dy),
-                static_cast<const T*>(x), static_cast<T*>(dx), plan.layout, format);
+                dim3(plan.layout.M * plan.layout.F, plan.layout.chunks), dim3(32 * plan.warps), 0,
+                stream, static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx),
+                plan.layout, format);
     });
     return static_cast<int>(cudaGetLastError());
   });

@@ -1,29 +1,27 @@
-// y = map(x, factors(sums of x along one dimension)): the two kernels behind every normalisation.
+// y = map(x, factors(sums of x along one dimension)): the kernels behind every normalisation.
 //
 // The data are dense (outer, length, inner) and the sums run along `length`.
-//   rows     inner == 1: a power-of-two group of threads holds a row, 16 bytes a thread and step.
-//   columns  inner > 1: a thread holds packs of neighbouring columns, `tx` threads stand side by
-//   side
-//            along inner (at least one 32-byte sector), the others share the length.
-// What was read stays in registers between the sums and the map, or if that is not enough in shared
-// memory (kShared), so that each byte is read once. Where one block cannot keep a vector, several
-// share it (norm_group.cuh); what does not fit even so is read again.
-// Sums are taken in a fixed order.
+//   short rows  inner == 1 and at most 32 packs of 16 bytes: neighbouring lanes hold a pack of each
+//               of several rows.
+//   rows        inner == 1: a power-of-two group of threads holds a row.
+//   columns     inner > 1: a thread holds packs of neighbouring columns, `tx` threads stand side by
+//               side along inner (at least one 32-byte sector), the others share the length.
+// What was read stays in registers between the sums and the map, so that each byte is read once;
+// what they do not hold is read again, or kept in shared memory by norm_group.cuh. Sums are taken
+// in a fixed order.
 //
 // An Op says what is computed:
 //   Elem, kIn, kOut, kSums, kFactors; in[kIn], out[kOut], format
-//   kPivot           add() takes x relative to the mean of what is held, for a variance without
-//                    cancellation
+//   kPivot           add() takes x relative to some value of the vector, params.pivot, for a
+//                    variance without cancellation
 //   kHold            packs of 16 bytes that a thread of a row keeps of each input
 //   kColumnHold, kColumnBytes  the same for columns, and the bytes of their packs
-//   kShared          vectors may be so long that shared memory helps, or several blocks
+//   kGroupBytes      0, or vectors may be so long that shared memory helps, or several blocks: the
+//                    bytes of their columns' packs
 //   Params params(i) what add() needs to know of the i-th (outer, inner) vector
 //   add(v, p, s)     adds the kIn values v of one element to the kSums sums
 //   finish(i, s, p, inv_length, f, first)  turns sums into factors; `first` is true in one thread
 //   map(v, f, y)     the kOut outputs of one element
-//   move_pivot(s, n, d)  with kPivot and kShared: makes sums of n elements those about a pivot that
-//   is
-//                    d less
 #pragma once
 
 #include "common.cuh"
@@ -32,6 +30,7 @@ namespace gankern {
 namespace {
 
 constexpr int kMaxThreads = 1024;  // at most 64 registers each: never under half occupancy
+constexpr int kShortThreads = 256;
 
 template <typename T, int N>
 __device__ __forceinline__ void forget_values(Pack<T, N>& x) {
@@ -76,14 +75,21 @@ __device__ __forceinline__ void each_value(const Op& op,
 }
 
 // V: vectors of a pack, 1 or N; element j is of vector j % V.
-// Adds the first input to the sums of which the pivots are made.
+// The pivots of V vectors: the mean of two packs of the first input, at `first` and at `middle`.
 template <typename Op, int N, int V>
-__device__ __forceinline__ void add_first(const Op& op, const Pack<typename Op::Elem, N>& x,
-                                          Acc<typename Op::Elem> (&sums)[V][1]) {
-  Acc<typename Op::Elem> wide[N];
-  widen(x, op.format, wide);
+__device__ __forceinline__ void load_pivot(const Op& op, int64_t first, int64_t middle,
+                                           typename Op::Params (&params)[V]) {
+  using T = typename Op::Elem;
+  Acc<T> a[N], b[N];
+  widen(load_pack<T, N>(op.in[0] + first), op.format, a);
+  widen(load_pack<T, N>(op.in[0] + middle), op.format, b);
 #pragma unroll
-  for (int j = 0; j < N; j++) sums[j % V][0] += wide[j];
+  for (int j = 0; j < V; j++) {
+    Acc<T> sum(0);
+#pragma unroll
+    for (int i = j; i < N; i += V) sum += a[i] + b[i];
+    params[j].pivot = sum * Acc<T>(0.5 * V / N);
+  }
 }
 
 template <typename Op, int N, int V>
@@ -118,40 +124,71 @@ __device__ __forceinline__ void store_outputs(const Op& op, int64_t i,
   for (int a = 0; a < Op::kOut; a++) store_pack<typename Op::Elem, N>(op.out[a] + i, x[a]);
 }
 
-// The k-th pack of input a that this thread keeps in shared memory.
-template <typename T, int N, int kIn>
-__device__ __forceinline__ T* kept_at(T* shared, int k, int a) {
-  return shared +
-         ((k * kIn + a) * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * N;
+// Sums over aligned groups of `width` neighbouring lanes, all R * M side by side.
+template <int R, int M, typename A>
+__device__ __forceinline__ void lanes_sum(A (&s)[R][M], int width) {
+#pragma unroll 1
+  for (int offset = width / 2; offset > 0; offset /= 2)
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+      for (int i = 0; i < M; i++) s[r][i] += __shfl_xor_sync(0xffffffffu, s[r][i], offset);
 }
 
-// Loads what registers do not hold, the k-th pack so; the first `kept` are kept in shared memory.
-template <typename Op, int N>
-__device__ __forceinline__ void load_far(const Op& op, int64_t i, int k, int kept,
-                                         Pack<typename Op::Elem, N> (&x)[Op::kIn]) {
-  load_inputs<Op, N>(op, i, x);
-  if constexpr (Op::kShared) {
-    if (k >= kept) return;
-    GK_DYNAMIC_SHARED(typename Op::Elem, shared);
+// R rows a thread, a row `side` rows after the other.
+template <typename Op, int N, int R>
+__global__ void __launch_bounds__(kShortThreads, kMaxThreads / kShortThreads)
+    short_rows_kernel(Op op, int64_t rows, int packs, int log_group,
+                      Acc<typename Op::Elem> inv_length) {
+  using T = typename Op::Elem;
+  using A = Acc<T>;
+  const int group = 1 << log_group, lane = threadIdx.x & (group - 1);
+  const int side = blockDim.x >> log_group;  // rows of the block, R times
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (R * side) + (threadIdx.x >> log_group);
+  // Threads beyond the last row stay, without data, for the shuffles.
+  const int mine = lane < packs ? static_cast<int>(min(rows - row, int64_t(R) * side)) : 0;
+  const int step = side * packs * N;
+  int64_t base = (row * packs + lane) * N;
+
+  Pack<T, N> x[R][Op::kIn];
 #pragma unroll
-    for (int a = 0; a < Op::kIn; a++)
-      store_pack<typename Op::Elem, N>(kept_at<typename Op::Elem, N, Op::kIn>(shared, k, a), x[a]);
-  }
-}
-template <typename Op, int N>
-__device__ __forceinline__ void load_far_again(const Op& op, int64_t i, int k, int kept,
-                                               Pack<typename Op::Elem, N> (&x)[Op::kIn]) {
-  if constexpr (Op::kShared) {
-    if (k < kept) {
-      GK_DYNAMIC_SHARED(typename Op::Elem, shared);
+  for (int r = 0; r < R; r++)
+    if (r * side < mine) load_inputs<Op, N>(op, base + r * step, x[r]);
+  typename Op::Params params[R];
 #pragma unroll
-      for (int a = 0; a < Op::kIn; a++)
-        x[a] =
-            load_pack<typename Op::Elem, N>(kept_at<typename Op::Elem, N, Op::kIn>(shared, k, a));
-      return;
+  for (int r = 0; r < R; r++) params[r] = op.params(min(row + r * side, rows - 1));
+  if constexpr (Op::kPivot) {
+    A mean[R][1] = {};
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+      A wide[N];
+      widen(x[r][0], op.format, wide);
+      if (r * side < mine)
+#pragma unroll
+        for (int j = 0; j < N; j++) mean[r][0] += wide[j];
     }
+    lanes_sum(mean, group);
+#pragma unroll
+    for (int r = 0; r < R; r++) params[r].pivot = mean[r][0] * inv_length;
   }
-  load_inputs<Op, N>(op, i, x);
+  A sums[R][Op::kSums] = {};
+#pragma unroll
+  for (int r = 0; r < R; r++)
+    if (r * side < mine)
+      each_value<Op, N>(op, x[r], [&](int, const A* v) { Op::add(v, params[r], sums[r]); });
+  lanes_sum(sums, group);
+
+  forget(base);
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+#pragma unroll
+    for (int a = 0; a < Op::kIn; a++) forget_values(x[r][a]);
+    A factors[1][Op::kFactors];
+    if (r * side >= mine) continue;
+    op.finish(row + r * side, sums[r], params[r], inv_length, factors[0], lane == 0);
+    map_pack<Op, N, 1>(op, x[r], factors);
+    store_outputs<Op, N>(op, base + r * step, x[r]);
+  }
 }
 
 // Sums over aligned groups of `group` threads, a power of two; every thread gets them.
@@ -174,7 +211,7 @@ __device__ __forceinline__ void group_sum(A (&s)[kSums], int group) {
 
 template <typename Op, int N, int K>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    rows_kernel(Op op, int64_t rows, int64_t length, int log_group, int kept) {
+    rows_kernel(Op op, int64_t rows, int64_t length, int log_group) {
   using T = typename Op::Elem;
   using A = Acc<T>;
   const int group = 1 << log_group, lane = threadIdx.x & (group - 1);
@@ -192,14 +229,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     if (i < near) load_inputs<Op, N>(op, base + i * N, x[k]);
   }
   typename Op::Params params[1] = {op.params(row < rows ? row : 0)};
-  if constexpr (Op::kPivot) {
-    A mean[1][1] = {};
-#pragma unroll
-    for (int k = 0; k < K; k++)
-      if (lane + (k << log_group) < near) add_first(op, x[k][0], mean);
-    group_sum(mean[0], group);
-    params[0].pivot = mean[0][0] / A(max(near, 1) * N);
-  }
+  if constexpr (Op::kPivot)
+    if (packs > 0) load_pivot<Op, N>(op, base, base + packs / 2 * N, params);
 
   A sums[1][Op::kSums] = {};
 #pragma unroll
@@ -209,7 +240,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   for (int k = 0; lane + ((static_cast<int64_t>(K) + k) << log_group) < packs; k++) {
     const int64_t i = lane + ((static_cast<int64_t>(K) + k) << log_group);
     Pack<T, N> far[Op::kIn];
-    load_far<Op, N>(op, base + i * N, k, kept, far);
+    load_inputs<Op, N>(op, base + i * N, far);
     add_pack(op, far, params, sums);
   }
   group_sum(sums[0], group);
@@ -232,32 +263,25 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   for (int k = 0; lane + ((static_cast<int64_t>(K) + k) << log_group) < packs; k++) {
     const int64_t i = lane + ((static_cast<int64_t>(K) + k) << log_group);
     Pack<T, N> far[Op::kIn];
-    load_far_again<Op, N>(op, base + i * N, k, kept, far);
+    load_inputs<Op, N>(op, base + i * N, far);
     map_pack(op, far, factors);
     store_outputs<Op, N>(op, base + i * N, far);
   }
 }
 
 // Sums over the threads that share a column and, through finish(column of the block, sums, factors,
-// first), what follows from them; every thread gets the factors of its own N columns.
-// shared: [(thread rows) * kSums + kFactors][columns].
+// first), what follows from them; column_factors() then has the factors of a thread's own columns.
+// shared: [(thread rows) * kSums + kFactors][columns], which nobody else uses since a barrier;
+// column tx * N + j is kept at j * width + tx: no bank conflict.
 template <int kSums, int kFactors, int N, typename A, typename F>
-__device__ __forceinline__ void column_sum(A (&s)[N][kSums], A (&f)[N][kFactors], int log_tx,
-                                           A* shared, F finish) {
-  const int width = 1 << log_tx, tx = threadIdx.x & (width - 1);
+__device__ __forceinline__ void column_sum(A (&s)[N][kSums], int log_tx, A* shared, F finish) {
+  const int width = 1 << log_tx, tx = threadIdx.x & (width - 1), columns = width * N;
   for (int offset = width; offset < 32; offset *= 2)
 #pragma unroll
     for (int j = 0; j < N; j++)
 #pragma unroll
       for (int i = 0; i < kSums; i++) s[j][i] += __shfl_xor_sync(0xffffffffu, s[j][i], offset);
   const int log_line = max(log_tx, 5), lines = blockDim.x >> log_line;
-  if (lines == 1) {
-#pragma unroll
-    for (int j = 0; j < N; j++) finish(tx * N + j, s[j], f[j], threadIdx.x < width);
-    return;
-  }
-  const int columns = width * N;  // column tx * N + j is kept at j * width + tx: no bank conflict
-  __syncthreads();                // what was in shared memory before has been read
   if ((threadIdx.x & ((1 << log_line) - 1)) < width) {
     A* line = shared + (threadIdx.x >> log_line) * kSums * columns + tx;
 #pragma unroll
@@ -273,25 +297,30 @@ __device__ __forceinline__ void column_sum(A (&s)[N][kSums], A (&f)[N][kFactors]
     for (int line = 0; line < lines; line++)
 #pragma unroll
       for (int i = 0; i < kSums; i++) total[i] += shared[(line * kSums + i) * columns + e];
-    finish((e & (width - 1)) * N + (e >> log_tx), total, out, true);
+    finish((e & (width - 1)) * N + (e >> log_tx), total, out);
 #pragma unroll
     for (int i = 0; i < kFactors; i++) factors[i * columns + e] = out[i];
   }
   __syncthreads();
+}
+
+template <int kSums, int kFactors, int N, typename A>
+__device__ __forceinline__ void column_factors(A (&f)[N][kFactors], int log_tx, const A* shared) {
+  const int width = 1 << log_tx, columns = width * N;
+  const A* factors = shared + (blockDim.x >> max(log_tx, 5)) * kSums * columns;
 #pragma unroll
   for (int i = 0; i < kFactors; i++)
 #pragma unroll
-    for (int j = 0; j < N; j++) f[j][i] = factors[i * columns + j * width + tx];
+    for (int j = 0; j < N; j++)
+      f[j][i] = factors[i * columns + j * width + (threadIdx.x & (width - 1))];
 }
 
 template <typename Op, int N, int K>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    columns_kernel(Op op, int64_t outer, int64_t length, int64_t inner, int log_tx, int kept) {
+    columns_kernel(Op op, int64_t outer, int64_t length, int64_t inner, int log_tx) {
   using T = typename Op::Elem;
   using A = Acc<T>;
-  GK_DYNAMIC_SHARED(A, all_shared);
-  A* shared =
-      all_shared + kept * Op::kIn * static_cast<int>(blockDim.x * N * sizeof(T) / sizeof(A));
+  GK_DYNAMIC_SHARED(A, shared);
   const int64_t slice = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
   if (slice >= outer) return;
   const int tx = threadIdx.x & ((1 << log_tx) - 1), columns = N << log_tx;
@@ -310,23 +339,16 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     if (ty + k * ty_count < near) load_inputs<Op, N>(op, base + k * step, x[k]);
 
   const auto vector = [&](int64_t c) { return slice * inner + min(c, inner - 1); };
+  A* scratch = shared + (Op::kPivot ? columns : 0);
   typename Op::Params params[N];
 #pragma unroll
   for (int j = 0; j < N; j++) params[j] = op.params(vector(column + j));
   if constexpr (Op::kPivot) {
-    A mean[N][1] = {}, pivot[N][1];
+    const int64_t first = slice * length * inner + column;
+    if (inside) load_pivot<Op, N>(op, first, first + length / 2 * inner, params);
+    if (ty == 0)
 #pragma unroll
-    for (int k = 0; k < K; k++)
-      if (ty + k * ty_count < near) add_first(op, x[k][0], mean);
-    const A scale = A(1) / A(min(length, static_cast<int64_t>(K) * ty_count));
-    column_sum<1, 1, N>(mean, pivot, log_tx, shared + columns,
-                        [&](int, const A* s, A* f, bool) { f[0] = s[0] * scale; });
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-      params[j].pivot = pivot[j][0];
-      if (ty == 0) shared[(j << log_tx) + tx] = pivot[j][0];
-    }
-    __syncthreads();
+      for (int j = 0; j < N; j++) shared[(j << log_tx) + tx] = params[j].pivot;
   }
 
   A sums[N][Op::kSums] = {};
@@ -336,21 +358,19 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 #pragma unroll 1
   for (int k = K; ty + static_cast<int64_t>(k) * ty_count < stop; k++) {
     Pack<T, N> far[Op::kIn];
-    load_far<Op, N>(op, base + k * step, k - K, kept, far);
+    load_inputs<Op, N>(op, base + k * step, far);
     add_pack(op, far, params, sums);
   }
 
   A factors[N][Op::kFactors];
   const A inv_length = A(1) / A(length);
-  column_sum<Op::kSums, Op::kFactors, N>(sums, factors, log_tx, shared + (Op::kPivot ? columns : 0),
-                                         [&](int c, const A* s, A* f, bool first) {
-                                           const int64_t i = vector(first_column + c);
-                                           typename Op::Params p = op.params(i);
-                                           if constexpr (Op::kPivot)
-                                             p.pivot = shared[(c % N << log_tx) + c / N];
-                                           op.finish(i, s, p, inv_length, f,
-                                                     first && first_column + c < inner);
-                                         });
+  column_sum<Op::kSums, Op::kFactors, N>(sums, log_tx, scratch, [&](int c, const A* s, A* f) {
+    const int64_t i = vector(first_column + c);
+    typename Op::Params p = op.params(i);
+    if constexpr (Op::kPivot) p.pivot = shared[(c % N << log_tx) + c / N];
+    op.finish(i, s, p, inv_length, f, first_column + c < inner);
+  });
+  column_factors<Op::kSums>(factors, log_tx, scratch);
   forget(base);
 #pragma unroll
   for (int k = 0; k < K; k++)
@@ -364,7 +384,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 #pragma unroll 1
   for (int k = K; ty + static_cast<int64_t>(k) * ty_count < stop; k++) {
     Pack<T, N> far[Op::kIn];
-    load_far_again<Op, N>(op, base + k * step, k - K, kept, far);
+    load_inputs<Op, N>(op, base + k * step, far);
     map_pack(op, far, factors);
     store_outputs<Op, N>(op, base + k * step, far);
   }

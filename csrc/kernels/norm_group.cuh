@@ -1,9 +1,10 @@
-// The kernel for vectors that no multiprocessor can hold: a group of blocks holds one, or a few
-// side by side, and each byte is still read once. (norm.cuh has the other kernels and says what an
-// Op is.)
+// The kernel for vectors that registers cannot hold: a block keeps one, or a few side by side, in
+// shared memory, or a part of them, and other blocks of a group the rest; each byte is still read
+// once. (norm.cuh has the other kernels and says what an Op is.)
 //
-// Each block keeps its part in registers and shared memory and publishes the part's sums. When
-// those of all parts are there it adds them up, in the order of the parts, and maps what it keeps.
+// All of a part is under way at once, on its way to shared memory. Each block of a group publishes
+// its part's sums. When those of all parts are there it adds them up, in the order of the parts,
+// and maps what it keeps.
 //
 // No block relies on others running at the same time. A part's sums are taken by the block that
 // claims it first: its own block, if that begins in time. A block that has waited for long claims
@@ -16,14 +17,16 @@
 namespace gankern {
 namespace {
 
-constexpr int kGroupThreads = 512;  // two blocks a multiprocessor: one moves data, the other waits
+// Several blocks a multiprocessor: one moves data while another waits. Of columns, fewer parts.
+template <int V>
+constexpr int kGroupThreads = V == 1 ? 256 : 512;
 // Of a thread that waits: between two looks, and looks before it claims what others might do.
 constexpr int kNanoseconds = 200, kLooks = 128;
 
 // What the blocks of a group share; groups are gridDim.y * gridDim.z, their blocks gridDim.x.
 template <typename A>
 struct Exchange {
-  // [groups, kSums and the pivot, V, parts, threads side by side]: what a warp reads is in a row.
+  // [groups, kSums, V, parts, threads side by side]: what a warp reads is in a row.
   A* sums;
   int* claims;     // [groups, parts], zero before the launch
   int* published;  // [groups], zero before the launch
@@ -40,29 +43,55 @@ __device__ __forceinline__ int next_part(int* claims, int* published, int parts)
   return -1;
 }
 
-// N: elements of a pack, K: packs of each input that a thread keeps in registers. V: vectors of a
-// pack. N: neighbouring columns, `1 << log_tx` threads side by side; 1: all elements are of one
-// row, and inner is N. A part is `steps` packs of each thread.
-template <typename Op, int N, int K, int V>
-__global__ void __launch_bounds__(kGroupThreads, 2)
+// Begins to copy a pack to shared memory, from sm_80 on without registers in between. Copies are in
+// batches: copy_wait<n>() waits for all but the last n.
+template <typename T, int N>
+__device__ __forceinline__ void copy_pack(T* to, const T* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if constexpr (sizeof(T) * N == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(at), "l"(from) : "memory");
+#else
+  store_pack<T, N>(to, load_pack<T, N>(from));
+#endif
+}
+__device__ __forceinline__ void copy_batch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int n>
+__device__ __forceinline__ void copy_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+#endif
+}
+
+// N: elements of a pack. V: vectors of a pack. N: neighbouring columns, `1 << log_tx` threads side
+// by side; 1: all elements are of one row, and inner is N. A part is `steps` packs of each thread,
+// copied in four batches.
+template <typename Op, int N, int V>
+__global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<V>)
     group_kernel(Op op, int64_t length, int64_t inner, int log_tx, int steps,
                  Exchange<Acc<typename Op::Elem>> exchange) {
   using T = typename Op::Elem;
   using A = Acc<T>;
   using Params = typename Op::Params;
-  constexpr int kStats = Op::kSums + Op::kPivot, kEach = N / V;
+  constexpr int kThreads = kGroupThreads<V>, kLogThreads = V == 1 ? 8 : 9;
+  constexpr int kEach = N / V, kBatches = 4;
+  constexpr int kLine = kThreads * N;           // elements of one input and step
   if constexpr (V == 1) inner = N, log_tx = 0;  // as constants
-  __builtin_assume(blockDim.x == kGroupThreads);
+  __builtin_assume(blockDim.x == kThreads);
   __builtin_assume(log_tx >= 0 && log_tx <= 5);
-  GK_DYNAMIC_SHARED(A, all_shared);
-  const int kept = steps - K;
-  A* shared = all_shared +
-              kept * Op::kIn *
-                  (kGroupThreads * N * static_cast<int>(sizeof(T)) / static_cast<int>(sizeof(A)));
+  GK_DYNAMIC_SHARED(T, stage);
   const int vectors = V << log_tx, tx = threadIdx.x & ((1 << log_tx) - 1);
-  const int ty = threadIdx.x >> log_tx, ty_count = kGroupThreads >> log_tx;
-  // In shared memory: the next part, what add() must know of each vector, column_sum()'s own.
-  int* next = reinterpret_cast<int*>(shared);
+  const int ty = threadIdx.x >> log_tx, ty_count = kThreads >> log_tx;
+  // In shared memory: what is kept, the next part, what add() must know of each vector,
+  // column_sum()'s own.
+  T* own_stage = stage + threadIdx.x * N;
+  int* next = reinterpret_cast<int*>(stage + steps * Op::kIn * kLine);
   Params* known = reinterpret_cast<Params*>(next + 4);
   A* scratch = reinterpret_cast<A*>(known + vectors);
 
@@ -70,68 +99,86 @@ __global__ void __launch_bounds__(kGroupThreads, 2)
   const int group = blockIdx.z * gridDim.y + blockIdx.y;
   int* claims = exchange.claims + group * parts;
   const int row = parts << log_tx;
-  A* stats = exchange.sums + static_cast<int64_t>(group) * kStats * V * row;
+  A* stats = exchange.sums + static_cast<int64_t>(group) * Op::kSums * V * row;
   const int64_t slice = blockIdx.z, first_column = static_cast<int64_t>(blockIdx.y) * (N << log_tx);
   const int64_t column = first_column + tx * N, step = ty_count * inner;
   const bool inside = column < inner;
   const auto vector = [&](int c) {
     return V == 1 ? slice : slice * inner + min(first_column + c, inner - 1);
   };
-  const auto rows_of = [&](int part) {
-    const int64_t most = steps * ty_count;
-    return static_cast<int>(min(most, length - part * most));
-  };
-  if (threadIdx.x == 0) *next = atomicExch(claims + own, 1) == 0 ? own : -1;
-  if (threadIdx.x < vectors) known[threadIdx.x] = op.params(vector(threadIdx.x));
-
-  Pack<T, N> x[K][Op::kIn];
+  const int batch = (steps + kBatches - 1) / kBatches;
   int64_t base;
-  int stop;
-#pragma unroll 1
-  for (int part = own;;) {
-    stop = inside ? rows_of(part) : 0;
-    base = (slice * length + static_cast<int64_t>(part) * steps * ty_count + ty) * inner + column;
-#pragma unroll
-    for (int k = 0; k < K; k++)
-      if (ty + k * ty_count < stop) load_inputs<Op, N>(op, base + k * step, x[k]);
-    Params params[V];
-    if constexpr (Op::kPivot) {
-      A mean[V][1] = {}, pivot[V][1];
-#pragma unroll
-      for (int k = 0; k < K; k++)
-        if (ty + k * ty_count < stop) add_first(op, x[k][0], mean);
-      const A scale = A(1) / A(min(rows_of(part), K * ty_count) * kEach);
-      column_sum<1, 1, V>(mean, pivot, log_tx, scratch,
-                          [&](int, const A* s, A* f, bool) { f[0] = s[0] * scale; });
-#pragma unroll
-      for (int j = 0; j < V; j++) {
-        params[j].pivot = pivot[j][0];
-        if (ty == 0) known[tx * V + j].pivot = pivot[j][0];
-      }
-    } else {
-      __syncthreads();  // they are there
-#pragma unroll
-      for (int j = 0; j < V; j++) params[j] = known[tx * V + j];
-    }
+  int mine;  // steps of this thread
 
-    A sums[V][Op::kSums] = {};
-#pragma unroll
-    for (int k = 0; k < K; k++)
-      if (ty + k * ty_count < stop) add_pack(op, x[k], params, sums);
+  A sums[V][Op::kSums];
 #pragma unroll 1
-    for (int k = K; ty + k * ty_count < stop; k++) {
-      Pack<T, N> far[Op::kIn];
-      load_far<Op, N>(op, base + k * step, k - K, kept, far);
-      add_pack(op, far, params, sums);
+  for (int part = own, known_there = 0;;) {
+    const int64_t begin = static_cast<int64_t>(part) * steps * ty_count;
+    const int64_t left = inside ? length - begin - ty + ty_count - 1 : 0;
+    mine = static_cast<int>(min(static_cast<int64_t>(steps), left >> (kLogThreads - log_tx)));
+    base = (slice * length + begin + ty) * inner + column;
+    int64_t at = base;
+    int k = 0;
+#pragma unroll 1
+    for (int end = batch, i = 0; i < kBatches; i++, end += batch) {
+#pragma unroll 2
+      for (; k < min(end, mine); k++, at += step)
+#pragma unroll
+        for (int a = 0; a < Op::kIn; a++)
+          copy_pack<T, N>(own_stage + (k * Op::kIn + a) * kLine, op.in[a] + at);
+      copy_batch();
     }
-    A none[V][1];
-    column_sum<Op::kSums, 1, V>(sums, none, log_tx, scratch, [&](int c, const A* s, A* f, bool) {
+    if (!known_there) {
+      known_there = 1;
+      if (threadIdx.x == 0 && parts > 1) *next = atomicExch(claims + own, 1) == 0 ? own : -1;
+      if constexpr (Op::kPivot) {
+        Params pivots[V];
+        const int64_t first = slice * length * inner + column;
+        if (ty == 0 && inside) load_pivot<Op, N>(op, first, first + length / 2 * inner, pivots);
+#pragma unroll
+        for (int j = 0; j < V; j++)
+          if (ty == 0) known[tx * V + j] = pivots[j];
+      } else {
+        if (threadIdx.x < vectors) known[threadIdx.x] = op.params(vector(threadIdx.x));
+      }
+      __syncthreads();
+    }
+    Params params[V];
+#pragma unroll
+    for (int j = 0; j < V; j++) {
+      params[j] = known[tx * V + j];
+#pragma unroll
+      for (int i = 0; i < Op::kSums; i++) sums[j][i] = A(0);
+    }
+    const auto add_batch = [&](int i) {
+#pragma unroll 2
+      for (int k = i * batch; k < min((i + 1) * batch, mine); k++) {
+        Pack<T, N> x[Op::kIn];
+#pragma unroll
+        for (int a = 0; a < Op::kIn; a++)
+          x[a] = load_pack<T, N>(own_stage + (k * Op::kIn + a) * kLine);
+        add_pack(op, x, params, sums);
+      }
+    };
+#pragma unroll 1
+    for (int i = 0; i < kBatches; i++) {
+      if (i == 0)
+        copy_wait<3>();
+      else if (i == 1)
+        copy_wait<2>();
+      else if (i == 2)
+        copy_wait<1>();
+      else
+        copy_wait<0>();
+      add_batch(i);
+    }
+    if (parts == 1) break;
+    column_sum<Op::kSums, 1, V>(sums, log_tx, scratch, [&](int c, const A* s, A* f) {
       f[0] = A(0);
       if (*next != part) return;  // another block's claim
       A* to = stats + (c % V) * row + (part << log_tx) + c / V;
 #pragma unroll
       for (int i = 0; i < Op::kSums; i++) to[i * V * row] = s[i];
-      if constexpr (Op::kPivot) to[Op::kSums * V * row] = known[c].pivot;
     });
     if (threadIdx.x == 0) {
       if (*next == part) {
@@ -147,61 +194,30 @@ __global__ void __launch_bounds__(kGroupThreads, 2)
     part = claimed < 0 ? own : claimed;  // at the end its own again, to be mapped
   }
 
-  // A thread, or those of several columns, for each part.
-  A sums[V][Op::kSums] = {}, factors[V][Op::kFactors];
-  const A* from = stats + threadIdx.x;
-  if constexpr (Op::kPivot) {
-    A pivot[V][1] = {}, own_pivot[V];
-#pragma unroll
-    for (int j = 0; j < V; j++)
-      if (ty < parts) pivot[j][0] = __ldcg(from + (Op::kSums * V + j) * row);
-#pragma unroll
-    for (int j = 0; j < V; j++) own_pivot[j] = pivot[j][0];
-    A mean[V][1];
-    column_sum<1, 1, V>(pivot, mean, log_tx, scratch,
-                        [&](int, const A* s, A* f, bool) { f[0] = s[0] / A(parts); });
-#pragma unroll
-    for (int j = 0; j < V; j++) {
-      if (ty == 0) known[tx * V + j].pivot = mean[j][0];
-      own_pivot[j] -= mean[j][0];
-    }
-#pragma unroll
-    for (int j = 0; j < V; j++) {
-      if (ty >= parts) continue;
-#pragma unroll
-      for (int i = 0; i < Op::kSums; i++) sums[j][i] = __ldcg(from + (i * V + j) * row);
-      Op::move_pivot(sums[j], A(rows_of(ty) * kEach), own_pivot[j]);
-    }
-  } else {
+  if (parts > 1) {  // a thread, or those of several columns, for each part
+    const A* from = stats + threadIdx.x;
 #pragma unroll
     for (int j = 0; j < V; j++)
 #pragma unroll
       for (int i = 0; i < Op::kSums; i++)
-        if (ty < parts) sums[j][i] = __ldcg(from + (i * V + j) * row);
+        sums[j][i] = ty < parts ? __ldcg(from + (i * V + j) * row) : A(0);
   }
+  A factors[V][Op::kFactors];
   const A inv_length = A(1) / A(length * kEach);
-  column_sum<Op::kSums, Op::kFactors, V>(
-      sums, factors, log_tx, scratch, [&](int c, const A* s, A* f, bool first) {
-        op.finish(vector(c), s, known[c], inv_length, f,
-                  first && own == 0 && (V == 1 || first_column + c < inner));
-      });
+  column_sum<Op::kSums, Op::kFactors, V>(sums, log_tx, scratch, [&](int c, const A* s, A* f) {
+    op.finish(vector(c), s, known[c], inv_length, f,
+              own == 0 && (V == 1 || first_column + c < inner));
+  });
+  column_factors<Op::kSums>(factors, log_tx, scratch);
 
   forget(base);
+#pragma unroll 2
+  for (int k = 0; k < mine; k++, base += step) {
+    Pack<T, N> x[Op::kIn];
 #pragma unroll
-  for (int k = 0; k < K; k++)
-#pragma unroll
-    for (int a = 0; a < Op::kIn; a++) forget_values(x[k][a]);
-#pragma unroll
-  for (int k = 0; k < K; k++) {
-    map_pack(op, x[k], factors);
-    if (ty + k * ty_count < stop) store_outputs<Op, N>(op, base + k * step, x[k]);
-  }
-#pragma unroll 1
-  for (int k = K; ty + k * ty_count < stop; k++) {
-    Pack<T, N> far[Op::kIn];
-    load_far_again<Op, N>(op, base + k * step, k - K, kept, far);
-    map_pack(op, far, factors);
-    store_outputs<Op, N>(op, base + k * step, far);
+    for (int a = 0; a < Op::kIn; a++) x[a] = load_pack<T, N>(own_stage + (k * Op::kIn + a) * kLine);
+    map_pack(op, x, factors);
+    store_outputs<Op, N>(op, base, x);
   }
 }
 

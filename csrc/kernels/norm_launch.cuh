@@ -6,30 +6,26 @@
 namespace gankern {
 namespace {
 
-template <typename Kernel>
-int allow_shared(Kernel kernel, int bytes) {
-  if (bytes <= 48 * 1024) return 0;
-  return static_cast<int>(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-}
-
-// Packs of each input that a thread keeps in shared memory, when `left` of them, `step` apart, do
-// not fit into registers. `used` bytes are taken.
-template <typename Op, int N>
-int keep(int64_t left, int step, int threads, int used) {
-  if (!Op::kShared || left <= 0) return 0;
-  int device = 0, most = 48 * 1024;
-  if (cudaGetDevice(&device) == cudaSuccess)
-    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const int bytes = Op::kIn * threads * N * static_cast<int>(sizeof(typename Op::Elem));
-  return static_cast<int>(
-      min(ceil_div(left, step), static_cast<int64_t>((most - used - 1024) / bytes)));
-}
-
 // Packs a thread: little work goes to as many threads as there are packs, much to fewer.
 inline int packs_each(int64_t packs, int most) {
   const int64_t busy = static_cast<int64_t>(sm_count()) * kMaxThreads;
   return static_cast<int>(max(int64_t(1), min(static_cast<int64_t>(most), packs / busy)));
+}
+
+// Halves the threads of a block, from `threads` to `least`, while there are few blocks.
+inline int fewer_threads(int64_t all, int threads, int least) {
+  while (threads > least && ceil_div(all, threads) < sm_count()) threads /= 2;
+  return threads;
+}
+
+template <typename Op, int N, int R>
+int launch_short_rows(const Op& op, int64_t rows, int packs, void* stream) {
+  const int group = pow2_between(packs, 1, 32);
+  const int threads = fewer_threads(ceil_div(rows, R) * group, kShortThreads, 32);
+  GK_LAUNCH((short_rows_kernel<Op, N, R>), dim3(ceil_div(rows, R * (threads / group))),
+            dim3(threads), 0, stream, op, rows, packs, log2_of(group),
+            Acc<typename Op::Elem>(1) / Acc<typename Op::Elem>(packs * N));
+  return static_cast<int>(cudaGetLastError());
 }
 
 // Chooses kernel, packs and threads, and launches. Pointers that are not 16-byte aligned, and rows
@@ -37,16 +33,19 @@ inline int packs_each(int64_t packs, int most) {
 template <typename Op, int N, int K>
 int launch_rows(const Op& op, int64_t rows, int64_t length, void* stream) {
   const int64_t packs = ceil_div(length, N);
+  if constexpr (N > 1)
+    if (packs <= 32) {
+      constexpr int R = K < 4 ? K : 4;
+      return rows * packs < int64_t(R) * sm_count() * 512
+                 ? launch_short_rows<Op, N, 1>(op, rows, static_cast<int>(packs), stream)
+                 : launch_short_rows<Op, N, R>(op, rows, static_cast<int>(packs), stream);
+    }
   // At least 8 neighbouring threads a row, for whole cache lines.
   int group = pow2_between(ceil_div(packs, packs_each(rows * packs, K)), 1, kMaxThreads);
   group = max(group, pow2_between(packs, 1, 8));
-  int threads = max(group, 256);
-  while (threads > max(group, 32) && ceil_div(rows * group, threads) < sm_count()) threads /= 2;
-  const int kept = keep<Op, N>(packs - static_cast<int64_t>(K) * group, group, threads, 0);
-  const int shared = kept * Op::kIn * threads * N * static_cast<int>(sizeof(typename Op::Elem));
-  if (const int error = allow_shared((rows_kernel<Op, N, K>), shared)) return error;
-  GK_LAUNCH((rows_kernel<Op, N, K>), dim3(ceil_div(rows * group, threads)), dim3(threads), shared,
-            stream, op, rows, length, log2_of(group), kept);
+  const int threads = fewer_threads(rows * group, max(group, 256), max(group, 32));
+  GK_LAUNCH((rows_kernel<Op, N, K>), dim3(ceil_div(rows * group, threads)), dim3(threads), 0,
+            stream, op, rows, length, log2_of(group));
   return static_cast<int>(cudaGetLastError());
 }
 
@@ -68,12 +67,8 @@ int launch_columns(const Op& op, int64_t outer, int64_t length, int64_t inner, v
   const int columns = tx * N, lines = tx * ty / max(tx, 32);
   const int sums = ((Op::kPivot ? columns : 0) + (lines * Op::kSums + Op::kFactors) * columns) *
                    static_cast<int>(sizeof(A));
-  const int kept = keep<Op, N>(length - static_cast<int64_t>(K) * ty, ty, tx * ty, sums);
-  const int shared =
-      sums + kept * Op::kIn * tx * ty * N * static_cast<int>(sizeof(typename Op::Elem));
-  if (const int error = allow_shared((columns_kernel<Op, N, K>), shared)) return error;
   GK_LAUNCH((columns_kernel<Op, N, K>), dim3(ceil_div(packs, tx), slices, ceil_div(outer, slices)),
-            dim3(tx * ty), shared, stream, op, outer, length, inner, log2_of(tx), kept);
+            dim3(tx * ty), sums, stream, op, outer, length, inner, log2_of(tx));
   return static_cast<int>(cudaGetLastError());
 }
 
@@ -83,87 +78,95 @@ constexpr int kRowPack = sizeof(typename Op::Elem) == 8 ? 1 : 16 / sizeof(typena
 template <typename Op>
 constexpr int kColumnPack = kRowPack<Op> == 1 ? 1 : Op::kColumnBytes / sizeof(typename Op::Elem);
 
-// Packs of each input that a thread of a group keeps; two inputs of 16 bits are many values at
-// once.
-template <typename Op>
-constexpr int kGroupHold = sizeof(typename Op::Elem) == 2 && Op::kIn > 1 ? 3 : Op::kColumnHold;
-
-// How groups of blocks share vectors; parts == 0 where one block keeps them, or no group can.
+// How groups of blocks share vectors; parts == 0 where registers keep them, or no group can.
 // V, length and inner as group_kernel takes them.
-template <typename Op, int N, int K, int V>
+template <typename Op, int N, int V>
 class Group {
   using A = Acc<typename Op::Elem>;
-  static constexpr int kStep = Op::kIn * kGroupThreads * N * sizeof(typename Op::Elem);
-  static constexpr int kStats = Op::kSums + Op::kPivot;
+  static constexpr int kThreads = kGroupThreads<V>;
+  static constexpr int kStep = Op::kIn * kThreads * N * sizeof(typename Op::Elem);
 
  public:
-  Group(int64_t outer, int64_t length, int64_t inner)
+  // `held`: packs of each input that a thread of the other kernels keeps.
+  Group(int64_t outer, int64_t length, int64_t inner, int held)
       : length_(length), inner_(inner), outer_(outer) {
-    const int sector = max(1, 32 / static_cast<int>(N * sizeof(typename Op::Elem)));
-    const int tx = pow2_between(ceil_div(inner, N), 1, sector);
+    // 64 bytes side by side, which is what memory moves at once.
+    const int most = max(1, 64 / static_cast<int>(N * sizeof(typename Op::Elem)));
+    const int tx = V == 1 ? 1 : pow2_between(ceil_div(inner, N), 1, most);
     vectors_ = V * tx;
     log_tx_ = log2_of(tx);
     columns_ = ceil_div(inner, tx * N);
-    const int lines = kGroupThreads / 32;
-    scratch_ = 16 + vectors_ * static_cast<int>(sizeof(typename Op::Params) +
-                                                (lines * Op::kSums + Op::kFactors) * sizeof(A));
-    const int64_t alone = ceil_div(length, kMaxThreads / tx);  // steps of a block that is alone
-    if (K + keep<Op, N>(alone - K, 1, kMaxThreads, 2 * scratch_) >= alone) return;
-    const int64_t all = ceil_div(length, kGroupThreads / tx);
-    steps_ = K + static_cast<int>(max(0, (half_shared() - scratch_) / kStep));
-    steps_ = max(K, static_cast<int>(ceil_div(all, ceil_div(all, steps_))));  // parts of one size
-    const int64_t parts = ceil_div(all, steps_);
+    const int64_t sms = sm_count();
+    // Registers do while two blocks of a multiprocessor have enough of them, or one is all there
+    // is.
+    if (length <= int64_t(held) * (outer * columns_ < sms ? kMaxThreads : kMaxThreads / 2) / tx)
+      return;
+    scratch_ =
+        16 + vectors_ * static_cast<int>(sizeof(typename Op::Params) +
+                                         (kThreads / 32 * Op::kSums + Op::kFactors) * sizeof(A));
+    const int64_t all = ceil_div(length, kThreads / tx);
+    const int64_t room = (shared_of_block() - scratch_) / kStep;
+    int64_t parts = ceil_div(all, room);
+    // Parts wait for one another: if they must, then on all multiprocessors.
+    if (parts > 1) parts = max(parts, min(sms / (outer * columns_), all / 4));
+    steps_ = static_cast<int>(ceil_div(all, parts));
+    parts = ceil_div(all, steps_);
     // A thread sums a part; and what waits longer than one round of blocks would better read twice.
-    const bool fits = parts <= min(kGroupThreads / tx, 2 * sm_count());
+    const bool fits = parts <= min(int64_t(kThreads / tx), kMaxThreads / kThreads * sms);
     if (fits && outer <= 65535 && columns_ <= 65535) parts_ = static_cast<int>(parts);
   }
   int parts() const { return parts_; }
   int64_t bytes() const {
+    if (parts_ < 2) return 0;
     return sums() * static_cast<int64_t>(sizeof(A)) + tickets() * static_cast<int64_t>(sizeof(int));
   }
   int launch(const Op& op, void* workspace, void* stream) const {
     A* const partial = static_cast<A*>(workspace);
     int* const claims = reinterpret_cast<int*>(partial + sums());
     const Exchange<A> exchange{partial, claims, claims + outer_ * columns_ * parts_};
-    const int shared = scratch_ + (steps_ - K) * kStep;
-    if (const int error = allow_shared((group_kernel<Op, N, K, V>), shared)) return error;
-    // Room for two blocks, where the driver would leave more of it to the cache.
+    const int shared = scratch_ + steps_ * kStep;
     if (const cudaError_t error = cudaFuncSetAttribute(
-            (group_kernel<Op, N, K, V>), cudaFuncAttributePreferredSharedMemoryCarveout,
+            (group_kernel<Op, N, V>), cudaFuncAttributeMaxDynamicSharedMemorySize, shared))
+      return static_cast<int>(error);
+    // Room for several blocks, where the driver would leave more of it to the cache.
+    if (const cudaError_t error = cudaFuncSetAttribute(
+            (group_kernel<Op, N, V>), cudaFuncAttributePreferredSharedMemoryCarveout,
             cudaSharedmemCarveoutMaxShared))
       return static_cast<int>(error);
-    if (const cudaError_t error =
-            cudaMemsetAsync(claims, 0, tickets() * sizeof(int), static_cast<cudaStream_t>(stream)))
-      return static_cast<int>(error);
-    GK_LAUNCH((group_kernel<Op, N, K, V>), dim3(parts_, columns_, outer_), dim3(kGroupThreads),
-              shared, stream, op, length_, inner_, log_tx_, steps_, exchange);
+    if (parts_ > 1)
+      if (const cudaError_t error = cudaMemsetAsync(claims, 0, tickets() * sizeof(int),
+                                                    static_cast<cudaStream_t>(stream)))
+        return static_cast<int>(error);
+    GK_LAUNCH((group_kernel<Op, N, V>), dim3(parts_, columns_, outer_), dim3(kThreads), shared,
+              stream, op, length_, inner_, log_tx_, steps_, exchange);
     return static_cast<int>(cudaGetLastError());
   }
 
  private:
-  int64_t sums() const { return outer_ * columns_ * parts_ * kStats * vectors_; }
+  int64_t sums() const { return outer_ * columns_ * parts_ * Op::kSums * vectors_; }
   int64_t tickets() const { return outer_ * columns_ * (parts_ + 1); }
-  // Of two blocks of a multiprocessor, less what the system takes.
-  static int half_shared() {
+  // Of each block of a full multiprocessor, less what the system takes.
+  static int shared_of_block() {
     int device = 0, all = 64 * 1024;
     if (cudaGetDevice(&device) == cudaSuccess)
       cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-    return all / 2 - 1024;
+    return all / (kMaxThreads / kThreads) - 1024;
   }
 
   int64_t length_, inner_, outer_, columns_;
-  int parts_ = 0, steps_ = 0, log_tx_, vectors_, scratch_;
+  int parts_ = 0, steps_ = 0, log_tx_, vectors_, scratch_ = 0;
 };
 
 // f(group) where the data have whole packs, else 0.
 template <typename Op, typename F>
 int64_t with_group(int64_t outer, int64_t length, int64_t inner, F f) {
-  constexpr int kRow = kRowPack<Op>, kColumn = kColumnPack<Op>;
-  if constexpr (Op::kShared && kRow > 1) {
+  constexpr int kRow = kRowPack<Op>;
+  if constexpr (Op::kGroupBytes > 0) {
+    constexpr int kColumn = Op::kGroupBytes / sizeof(typename Op::Elem);
     if (inner == 1 && length % kRow == 0)
-      return f(Group<Op, kRow, kGroupHold<Op>, 1>(outer, length / kRow, kRow));
+      return f(Group<Op, kRow, 1>(outer, length / kRow, kRow, Op::kHold));
     if (inner > 1 && inner % kColumn == 0)
-      return f(Group<Op, kColumn, kGroupHold<Op>, kColumn>(outer, length, inner));
+      return f(Group<Op, kColumn, kColumn>(outer, length, inner, Op::kColumnHold));
   }
   return 0;
 }
@@ -172,8 +175,7 @@ int64_t with_group(int64_t outer, int64_t length, int64_t inner, F f) {
 template <typename Op>
 int64_t norm_workspace(int64_t outer, int64_t length, int64_t inner) {
   if (outer * length * inner == 0) return 0;
-  return with_group<Op>(outer, length, inner,
-                        [](auto group) { return group.parts() ? group.bytes() : int64_t(0); });
+  return with_group<Op>(outer, length, inner, [](auto group) { return group.bytes(); });
 }
 
 // workspace: null, or norm_workspace() bytes.
@@ -184,11 +186,18 @@ int launch_norm(const Op& op, int64_t outer, int64_t length, int64_t inner, void
   bool packed = true;
   for (int a = 0; a < Op::kIn; a++) packed = packed && aligned16(op.in[a]);
   for (int a = 0; a < Op::kOut; a++) packed = packed && aligned16(op.out[a]);
+  if constexpr (Op::kGroupBytes > 0) {
+    int error = -1;
+    if (packed)
+      with_group<Op>(outer, length, inner, [&](auto group) {
+        if (group.parts() == 1 || (group.parts() && workspace))
+          error = group.launch(op, workspace, stream);
+        return 0;
+      });
+    if (error >= 0) return error;
+  }
   constexpr int kRow = kRowPack<Op>, kColumn = kColumnPack<Op>;
   if constexpr (kRow > 1) {
-    if (packed && workspace)
-      return static_cast<int>(with_group<Op>(
-          outer, length, inner, [&](auto group) { return group.launch(op, workspace, stream); }));
     if (packed && inner == 1 && length % kRow == 0)
       return launch_rows<Op, kRow, Op::kHold>(op, outer, length, stream);
     if (packed && inner > 1 && inner % kColumn == 0)

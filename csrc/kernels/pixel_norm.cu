@@ -17,7 +17,8 @@ template <typename T, int kInputs, int kOutputs>
 struct PixelNorm {
   using Elem = T;
   static constexpr int kIn = kInputs, kOut = kOutputs;
-  static constexpr bool kPivot = false, kShared = false;
+  static constexpr bool kPivot = false;
+  static constexpr int kGroupBytes = 0;
   struct Params {};
   __device__ Params params(int64_t) const { return {}; }
   Format<T> format;

@@ -3,7 +3,6 @@
 #ifdef GANKERN_SIMT_RACE
 #include "checks.h"
 
-#include <link.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -11,13 +10,8 @@
 
 namespace simt {
 
-struct Range {
-  uintptr_t begin = 0, end = 0;
-  bool has(uintptr_t p) const { return p - begin < end - begin; }
-};
-
-static Range host_stack;     // holds the launch's arguments
-static Range library, data;  // of the running kernel; its writable data are __shared__ arrays
+static Range host_stack;  // holds the launch's arguments
+static Library library;   // of the running kernel
 
 // Arrays of simt.empty(): which bytes have been written.
 struct Fresh {
@@ -94,8 +88,8 @@ static void take(const void* p, size_t size, bool write, bool atomic, const void
   if (running.now->stacks.contains(address)) return;
   const uintptr_t offset = address - reinterpret_cast<uintptr_t>(running.shared);
   const bool dynamic = offset < running.launch->smem;
-  const bool shared = dynamic || data.has(address);
-  if (!shared && (library.has(address) || host_stack.has(address))) return;
+  const bool shared = dynamic || library.writable.has(address);
+  if (!shared && (library.all.has(address) || host_stack.has(address))) return;
   if (shared && !dynamic) running.now->static_shared = true;
   const Access a{address, static_cast<int>(size), write, atomic, shared, pc};
   if (size <= 16 && (size & (size - 1)) == 0 && address % size)
@@ -108,24 +102,6 @@ static void take(const void* p, size_t size, bool write, bool atomic, const void
   if (atomic) order::atomic(address);
   shadow::access(a);
   traffic::log(a);
-}
-
-// The extent of the library that holds the kernel, and of its writable part.
-static int find_library(dl_phdr_info* info, size_t, void* p) {
-  const uintptr_t wanted = reinterpret_cast<uintptr_t>(p);
-  Range all{~uintptr_t(0), 0}, writable{~uintptr_t(0), 0};
-  for (int i = 0; i < info->dlpi_phnum; i++) {
-    const auto& header = info->dlpi_phdr[i];
-    if (header.p_type != PT_LOAD) continue;
-    const uintptr_t begin = info->dlpi_addr + header.p_vaddr, end = begin + header.p_memsz;
-    all = {std::min(all.begin, begin), std::max(all.end, end)};
-    if (header.p_flags & PF_W)
-      writable = {std::min(writable.begin, begin), std::max(writable.end, end)};
-  }
-  if (all.begin > wanted || wanted >= all.end) return 0;
-  library = all;
-  data = writable.end ? writable : Range{};
-  return 1;
 }
 
 namespace checks {
@@ -143,7 +119,7 @@ void launch_begins() {
     stack.end = stack.begin + size;
   }
   host_stack = stack;
-  dl_iterate_phdr(find_library, const_cast<void*>(running.launch->kernel));
+  library = library_of(running.launch->kernel);
   order::launch_begins();
   shadow::launch_begins();
 }

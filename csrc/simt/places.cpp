@@ -1,6 +1,8 @@
 // From addresses to source positions and names, by addr2line (binutils) and the debug information.
 #include <dlfcn.h>
+#include <link.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <memory>
 #include <sstream>
@@ -78,6 +80,28 @@ std::string where(const void* pc) {
   }
   if (text.empty()) text = "an unknown place (no debug information, or no addr2line)";
   return known[pc] = text;
+}
+
+Library library_of(const void* kernel) {
+  std::pair<uintptr_t, Library> search{reinterpret_cast<uintptr_t>(kernel), {}};
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* p) {
+        auto& [wanted, found] = *static_cast<decltype(search)*>(p);
+        Range all{~uintptr_t(0), 0}, writable{~uintptr_t(0), 0};
+        for (int i = 0; i < info->dlpi_phnum; i++) {
+          const auto& header = info->dlpi_phdr[i];
+          if (header.p_type != PT_LOAD) continue;
+          const uintptr_t begin = info->dlpi_addr + header.p_vaddr, end = begin + header.p_memsz;
+          all = {std::min(all.begin, begin), std::max(all.end, end)};
+          if (header.p_flags & PF_W)
+            writable = {std::min(writable.begin, begin), std::max(writable.end, end)};
+        }
+        if (!all.has(wanted)) return 0;
+        found = {all, writable.end ? writable : Range{}};
+        return 1;
+      },
+      &search);
+  return search.second;
 }
 
 std::string function_name(const void* function) {

@@ -375,7 +375,8 @@ class Live {
   std::vector<Block*> blocks_;
 };
 
-static void check_launch(const Launch& launch) {
+// `fixed`: bytes of static shared memory.
+static void check_launch(const Launch& launch, size_t fixed) {
   const dim3 &g = launch.grid, &b = launch.block;
   const uint64_t threads = uint64_t(b.x) * b.y * b.z;
   std::string wrong;
@@ -384,22 +385,48 @@ static void check_launch(const Launch& launch) {
   if (g.x == 0 || g.y == 0 || g.z == 0 || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535)
     wrong = "a grid must have 1 to 2147483647, 65535 and 65535 blocks";
   const auto limit = shared_limits.find(launch.kernel);
-  const size_t most = limit == shared_limits.end() ? kMaxSharedDefault : limit->second;
-  if (launch.smem > most)
+  const bool raised = limit != shared_limits.end();
+  const size_t most = raised ? limit->second : kMaxSharedDefault - fixed;
+  if (launch.smem > most || (raised && most + fixed > kMaxSharedOptIn))
     wrong = "dynamic shared memory is limited to " + std::to_string(most) +
-            " bytes (cudaFuncSetAttribute raises it to " + std::to_string(kMaxSharedOptIn) + ")";
+            " bytes (cudaFuncSetAttribute raises it to " + std::to_string(kMaxSharedOptIn) +
+            "), less " + std::to_string(fixed) + " of static arrays";
   if (!wrong.empty())
     throw Error("invalid launch: " + wrong + "\n  kernel " + function_name(launch.kernel) +
                 ", grid " + show(g) + ", block " + show(b) + ", " + std::to_string(launch.smem) +
                 " bytes of dynamic shared memory");
 }
 
+// What a kernel writes in its library's memory: its static shared arrays. Their size is known only
+// afterwards, and is asked for where it could matter.
+class StaticShared {
+ public:
+  explicit StaticShared(const Launch& launch) {
+    if (launch.smem < kMaxSharedDefault / 2) return;
+    const Range range = library_of(launch.kernel).writable;
+    begin_ = reinterpret_cast<const char*>(range.begin);
+    before_.assign(begin_, range.end - range.begin);
+  }
+  size_t bytes() const {
+    size_t pieces = 0;
+    for (size_t i = 0; i + kPiece <= before_.size(); i += kPiece)
+      pieces += std::memcmp(begin_ + i, before_.data() + i, kPiece) != 0;
+    return pieces * kPiece;
+  }
+
+ private:
+  static constexpr size_t kPiece = 16;
+  const char* begin_ = nullptr;
+  std::string before_;
+};
+
 uint64_t last_blocks = 0;
 
 void launch(const Launch& what) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
-  check_launch(what);
+  check_launch(what, 0);
+  const StaticShared fixed(what);
   running.launch = &what;
   running.count = static_cast<int>(what.block.x * what.block.y * what.block.z);
   running.error.clear();
@@ -426,6 +453,7 @@ void launch(const Launch& what) {
       live.report_deadlock();
     }
   }
+  check_launch(what, fixed.bytes());
 }
 
 void* dynamic_shared() {

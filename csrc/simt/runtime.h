@@ -71,6 +71,16 @@ std::string block_name(uint64_t linear);
 std::string where(const void* pc);
 std::string function_name(const void* function);
 
+struct Range {
+  uintptr_t begin = 0, end = 0;
+  bool has(uintptr_t p) const { return p - begin < end - begin; }
+};
+// The library that holds a kernel, and its writable part: static __shared__ arrays are in there.
+struct Library {
+  Range all, writable;
+};
+Library library_of(const void* kernel);
+
 // clang-format off
 #define SIMT_COUNTERS(X)                                                                         \
   X(launches)                                                                                    \

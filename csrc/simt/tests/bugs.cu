@@ -188,6 +188,15 @@ __global__ void atomic_bounds_kernel(int* count, int i) {
   atomicAdd(count + i, 1);  // @atomic_bounds
 }
 
+__global__ void both_kinds_kernel(float* y) {
+  GK_DYNAMIC_SHARED(float, shared);
+  __shared__ float fixed[32];
+  fixed[threadIdx.x] = y[threadIdx.x];
+  __syncthreads();
+  shared[threadIdx.x] = fixed[31 - threadIdx.x];
+  y[threadIdx.x] = shared[threadIdx.x] + 1;
+}
+
 __global__ void nothing_kernel() {}
 
 }  // namespace
@@ -243,6 +252,7 @@ TOY(local_bounds, 1, 32, 0, (local_bounds_kernel), (float* y, int i), y, i);
 TOY(atomic_bounds, 1, 1, 0, (atomic_bounds_kernel), (int* count, int i), count, i);
 TOY(any_launch, dim3(gx, gy, gz), dim3(bx, by, bz), smem, (nothing_kernel),
     (int gx, int gy, int gz, int bx, int by, int bz, int smem));
+TOY(shared_of_both_kinds, 1, 32, smem, (both_kinds_kernel), (float* y, int smem), y);
 TOY(no_dynamic, 1, 64, 0, (dynamic_bounds_kernel), (float* y, int i), y, i);
 
 int opt_in(int smem, void*) {

@@ -1,4 +1,4 @@
-// Winograd's minimal filtering for 3x3 convolutions on the CPU (Lavin & Gray 2016,
+// Winograd's minimal filtering for 3x3 and 4x4 convolutions on the CPU (Lavin & Gray 2016,
 // arXiv:1509.09308): the transforms of an axis, and the tiles of a batch.
 //
 // A tile of outputs is A (G w ⊙ B x), per axis: `kProducts` products of transformed weights and
@@ -14,7 +14,8 @@ namespace {
 
 // kSame: y[j] = Σ w[k] x[j + k - pad]. kDown: y[j] = Σ w[k] x[2 j + k].
 // kUp: y[j] = Σ w[k] x[i] over 2 i + k = j, the adjoint of kDown.
-enum Mode : int { kSame, kDown, kUp };
+// kDown4: y[j] = Σ w[k] x[2 j + k - 1], four taps; kUp4 its adjoint.
+enum Mode : int { kSame, kDown, kUp, kDown4, kUp4 };
 
 // kIn inputs, kInStep apart from tile to tile, give kOut outputs.
 template <int kMode>
@@ -22,13 +23,14 @@ struct Axis;
 
 template <>
 struct Axis<kSame> {  // F(2, 3)
-  static constexpr int kIn = 4, kInStep = 2, kProducts = 4, kOut = 2;
+  static constexpr int kTaps = 3, kIn = 4, kInStep = 2, kProducts = 4, kOut = 2;
   template <typename V>
   GK_INLINE static void input(const V* d, V* v) {
     v[0] = d[0] - d[2], v[1] = d[1] + d[2], v[2] = d[2] - d[1], v[3] = d[1] - d[3];
   }
-  GK_INLINE static void weight(float w0, float w1, float w2, float* u) {
-    u[0] = w0, u[1] = (w0 + w1 + w2) * 0.5f, u[2] = (w0 - w1 + w2) * 0.5f, u[3] = w2;
+  GK_INLINE static void weight(const float* w, float* u) {
+    u[0] = w[0], u[1] = (w[0] + w[1] + w[2]) * 0.5f, u[2] = (w[0] - w[1] + w[2]) * 0.5f;
+    u[3] = w[2];
   }
   template <typename V>
   GK_INLINE static void output(const V* m, V* y) {
@@ -47,13 +49,13 @@ struct Axis<kSame> {  // F(2, 3)
 
 template <>
 struct Axis<kDown> {  // the even taps are F(2, 2), the odd tap is plain
-  static constexpr int kIn = 5, kInStep = 4, kProducts = 5, kOut = 2;
+  static constexpr int kTaps = 3, kIn = 5, kInStep = 4, kProducts = 5, kOut = 2;
   template <typename V>
   GK_INLINE static void input(const V* d, V* v) {
     v[0] = d[0] - d[2], v[1] = d[2], v[2] = d[4] - d[2], v[3] = d[1], v[4] = d[3];
   }
-  GK_INLINE static void weight(float w0, float w1, float w2, float* u) {
-    u[0] = w0, u[1] = w0 + w2, u[2] = w2, u[3] = w1, u[4] = w1;
+  GK_INLINE static void weight(const float* w, float* u) {
+    u[0] = w[0], u[1] = w[0] + w[2], u[2] = w[2], u[3] = w[1], u[4] = w[1];
   }
   template <typename V>
   GK_INLINE static void output(const V* m, V* y) {
@@ -71,17 +73,60 @@ struct Axis<kDown> {  // the even taps are F(2, 2), the odd tap is plain
 
 template <>
 struct Axis<kUp> {  // likewise; a tile starts one input before its first
-  static constexpr int kIn = 3, kInStep = 2, kProducts = 5, kOut = 4;
+  static constexpr int kTaps = 3, kIn = 3, kInStep = 2, kProducts = 5, kOut = 4;
   template <typename V>
   GK_INLINE static void input(const V* d, V* v) {
     v[0] = d[0] - d[1], v[1] = d[1], v[2] = d[2] - d[1], v[3] = d[1], v[4] = d[2];
   }
-  GK_INLINE static void weight(float w0, float w1, float w2, float* u) {
-    u[0] = w2, u[1] = w0 + w2, u[2] = w0, u[3] = w1, u[4] = w1;
+  GK_INLINE static void weight(const float* w, float* u) {
+    u[0] = w[2], u[1] = w[0] + w[2], u[2] = w[0], u[3] = w[1], u[4] = w[1];
   }
   template <typename V>
   GK_INLINE static void output(const V* m, V* y) {
     y[0] = m[0] + m[1], y[1] = m[3], y[2] = m[1] + m[2], y[3] = m[4];
+  }
+};
+
+template <>
+struct Axis<kDown4> {  // even and odd taps are F(2, 2) each
+  static constexpr int kTaps = 4, kIn = 6, kInStep = 4, kProducts = 6, kOut = 2;
+  template <typename V>
+  GK_INLINE static void input(const V* d, V* v) {
+    v[0] = d[0] - d[2], v[1] = d[2], v[2] = d[4] - d[2];
+    v[3] = d[1] - d[3], v[4] = d[3], v[5] = d[5] - d[3];
+  }
+  GK_INLINE static void weight(const float* w, float* u) {
+    u[0] = w[0], u[1] = w[0] + w[2], u[2] = w[2], u[3] = w[1], u[4] = w[1] + w[3], u[5] = w[3];
+  }
+  template <typename V>
+  GK_INLINE static void output(const V* m, V* y) {
+    const V middle = m[1] + m[4];
+    y[0] = m[0] + m[3] + middle, y[1] = m[2] + m[5] + middle;
+  }
+  template <typename V>
+  GK_INLINE static void output_grad(const V* g, V* m) {
+    m[0] = m[3] = g[0], m[1] = m[4] = g[0] + g[1], m[2] = m[5] = g[1];
+  }
+  template <typename V>
+  GK_INLINE static void weight_grad(const V* u, V* w) {
+    w[0] = u[0] + u[1], w[1] = u[3] + u[4], w[2] = u[1] + u[2], w[3] = u[4] + u[5];
+  }
+};
+
+template <>
+struct Axis<kUp4> {  // likewise for odd and even outputs; a tile starts one input before its first
+  static constexpr int kTaps = 4, kIn = 4, kInStep = 2, kProducts = 6, kOut = 4;
+  template <typename V>
+  GK_INLINE static void input(const V* d, V* v) {
+    v[0] = d[0] - d[1], v[1] = d[1], v[2] = d[2] - d[1];
+    v[3] = d[1] - d[2], v[4] = d[2], v[5] = d[3] - d[2];
+  }
+  GK_INLINE static void weight(const float* w, float* u) {
+    u[0] = w[3], u[1] = w[1] + w[3], u[2] = w[1], u[3] = w[2], u[4] = w[0] + w[2], u[5] = w[0];
+  }
+  template <typename V>
+  GK_INLINE static void output(const V* m, V* y) {
+    y[0] = m[0] + m[1], y[1] = m[3] + m[4], y[2] = m[1] + m[2], y[3] = m[4] + m[5];
   }
 };
 

@@ -21,7 +21,7 @@ COMPOSED = {
     "modulated_conv2d": "upfirdn2d",
     "synthesis_layer": "synthesis_epilogue",
 }
-CPU_ONLY = {"conv3x3"}  # on a GPU, the reference: cuDNN has algorithms of its own
+CPU_ONLY = {"convolution"}  # on a GPU, the reference: cuDNN has algorithms of its own
 # Ops with a Triton kernel alone, which runs where impl names it, and what they are without.
 OPT_IN = {"modulated_gemm": "synthesis_layer"}
 NOT_BUILT = "reinstall gankern, or in a clone: python setup.py build_ext --inplace"

@@ -13,7 +13,7 @@ from gankern.ops import _impl
 from gankern.ops.adain import adain
 from gankern.ops.bias_act import ACTS, bias_act
 from gankern.ops.conv2d_resample import conv_dtype
-from gankern.ops.conv3x3 import weight_gradients
+from gankern.ops.convolution import weight_gradients
 from gankern.ops.minibatch_stddev import minibatch_stddev
 from gankern.ops.pixel_norm import pixel_norm
 from gankern.ops.synthesis_layer import conv2d_layer

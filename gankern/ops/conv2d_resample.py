@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gankern.ops.conv3x3 import Form, convolution, has_own_kernels, no_weight_gradients
+from gankern.ops.convolution import Form, convolution, has_own_kernels, no_weight_gradients
 from gankern.ops.upfirdn2d import upfirdn2d
 
 __all__ = ["conv2d_resample", "no_weight_gradients"]

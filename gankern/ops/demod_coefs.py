@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gankern.ops import _impl
-from gankern.ops.conv3x3 import gate, weight_gradients
+from gankern.ops.convolution import gate, weight_gradients
 
 if _impl.triton is not None:
     import triton

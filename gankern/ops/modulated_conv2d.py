@@ -18,7 +18,7 @@ from gankern.ops.conv2d_resample import (
     resampled_conv,
     to_conv_dtype,
 )
-from gankern.ops.conv3x3 import (
+from gankern.ops.convolution import (
     Form,
     _forward,
     _gradients,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gankern.ops import _impl
 from gankern.ops.bias_act import ACTS, bias_act
-from gankern.ops.conv3x3 import Form, convolution, weight_gradient, weight_gradients
+from gankern.ops.convolution import Form, convolution, weight_gradient, weight_gradients
 from gankern.ops.modulated_conv2d import check_modulated, modulation
 from gankern.ops.synthesis_epilogue import _bwd as epilogue_bwd
 from gankern.ops.synthesis_epilogue import _check as check_epilogue

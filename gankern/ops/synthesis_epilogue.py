@@ -12,7 +12,7 @@ from gankern.ops import _impl
 from gankern.ops.bias_act import ACTS, bias_act, bias_act_reference
 from gankern.ops.bias_act import _bwd as bias_act_bwd
 from gankern.ops.conv2d_resample import parse_padding
-from gankern.ops.conv3x3 import weight_gradients
+from gankern.ops.convolution import weight_gradients
 from gankern.ops.upfirdn2d import upfirdn2d
 
 if _impl.triton is not None:

@@ -15,7 +15,7 @@ from gankern.ops.conv2d_resample import (
     to_conv_dtype,
     transposed_conv,
 )
-from gankern.ops.conv3x3 import convolution
+from gankern.ops.convolution import convolution
 from gankern.ops.modulated_conv2d import check_modulated, modulation, scaled_convolution
 from gankern.ops.synthesis_epilogue import synthesis_epilogue
 

@@ -1,4 +1,4 @@
-// 3x3 convolutions as matrix products over channels: what both memory formats share.
+// Convolutions as matrix products over channels: what both memory formats share.
 #pragma once
 
 #include "winograd.h"
@@ -22,15 +22,16 @@ struct Weights {
 template <int kMode, int kWidth>
 void transform_weights(float* u, const Weights& w, int64_t O, int64_t I) {
   using A = Axis<kMode>;
-  constexpr int kP = A::kProducts;
+  constexpr int kP = A::kProducts, kT = A::kTaps, kAll = kT * kT;
   const int64_t panels = (O + kWidth - 1) / kWidth, place = panels * I * kWidth;
   parallel(panels, 4, [&](int64_t begin, int64_t end) {
-    float taps[9][kWidth] = {}, rows[kP][3][kWidth], all[kP][kWidth];
-    // Axis::weight of three rows, lane by lane: a loop that becomes vectors.
-    const auto turn = [&](const float* w0, const float* w1, const float* w2, float* u, int step) {
+    float taps[kAll][kWidth] = {}, rows[kP][kT][kWidth], all[kP][kWidth];
+    // Axis::weight of kT rows, lane by lane: a loop that becomes vectors.
+    const auto turn = [&](const float* w, int w_step, float* u, int step) {
       for (int o = 0; o < kWidth; o++) {
-        float found[kP];
-        A::weight(w0[o], w1[o], w2[o], found);
+        float in[kT], found[kP];
+        for (int k = 0; k < kT; k++) in[k] = w[k * w_step + o];
+        A::weight(in, found);
         for (int p = 0; p < kP; p++) u[p * step + o] = found[p];
       }
     };
@@ -40,10 +41,10 @@ void transform_weights(float* u, const Weights& w, int64_t O, int64_t I) {
         const int64_t left = O - panel * kWidth, width = left < kWidth ? left : kWidth;
         memset(taps, 0, sizeof taps);
         for (int64_t o = 0; o < width; o++, from += w.out_stride)
-          for (int k = 0; k < 9; k++) taps[k][o] = from[w.flip ? 8 - k : k];
-        for (int x = 0; x < 3; x++) turn(taps[x], taps[3 + x], taps[6 + x], rows[0][x], 3 * kWidth);
+          for (int k = 0; k < kAll; k++) taps[k][o] = from[w.flip ? kAll - 1 - k : k];
+        for (int x = 0; x < kT; x++) turn(taps[x], kT * kWidth, rows[0][x], kT * kWidth);
         for (int p = 0; p < kP; p++) {
-          turn(rows[p][0], rows[p][1], rows[p][2], all[0], kWidth);
+          turn(rows[p][0], kWidth, all[0], kWidth);
           float* to = u + (p * kP * panels * I + panel * I + i) * kWidth;
           for (int q = 0; q < kP; q++) memcpy(to + q * place, all[q], sizeof all[q]);
         }
@@ -94,24 +95,24 @@ void accumulate(float* du, const Side<kPlaces>& m, const Side<kPlaces>& v, int64
   });
 }
 
-// dw[o][i][3][3] from du[place][o][i].
+// dw[o][i][kTaps][kTaps] from du[place][o][i].
 template <int kMode>
 void restore_weights(float* dw, const float* du, int64_t O, int64_t I, int64_t rows, int64_t row) {
   using A = Axis<kMode>;
-  constexpr int kP = A::kProducts;
+  constexpr int kP = A::kProducts, kT = A::kTaps, kAll = kT * kT;
   parallel(O, 16, [&](int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; o++)
       for (int64_t i = 0; i < I; i += kLanes) {
-        vf half[3][kP], w[3][3];
+        vf half[kT][kP], w[kT][kT];
         for (int q = 0; q < kP; q++) {
-          vf column[kP], three[3];
+          vf column[kP], taps[kT];
           for (int p = 0; p < kP; p++) column[p] = load(du + ((p * kP + q) * rows + o) * row + i);
-          A::weight_grad(column, three);
-          for (int r = 0; r < 3; r++) half[r][q] = three[r];
+          A::weight_grad(column, taps);
+          for (int r = 0; r < kT; r++) half[r][q] = taps[r];
         }
-        for (int r = 0; r < 3; r++) A::weight_grad(half[r], w[r]);
+        for (int r = 0; r < kT; r++) A::weight_grad(half[r], w[r]);
         for (int64_t j = 0; j < kLanes && i + j < I; j++)
-          for (int k = 0; k < 9; k++) dw[(o * I + i + j) * 9 + k] = w[k / 3][k % 3][j];
+          for (int k = 0; k < kAll; k++) dw[(o * I + i + j) * kAll + k] = w[k / kT][k % kT][j];
       }
   });
 }

@@ -1,5 +1,6 @@
-// conv3x3 in channels-last memory: vectors run along the channels, and nothing is rearranged.
-#include "conv3x3.h"
+// Convolutions in channels-last memory, of 4x4 taps too (stride 2, padding 1: 36 products for 64):
+// vectors run along the channels, and nothing is rearranged.
+#include "convolution.h"
 
 namespace gankern::cpu::GANKERN_ISA {
 namespace {
@@ -194,15 +195,19 @@ void weight_gradient(const float* dy, const float* x, float* dw, const Images& o
 
 }  // namespace
 
-int conv3x3_last(int, const void* x, const void* factors, const void* w, void* y, int64_t N,
+int convolution_last(int, const void* x, const void* factors, const void* w, void* y, int64_t N,
                  int64_t I, int64_t H, int64_t W, int64_t O, int64_t out_h, int64_t out_w,
-                 int64_t w_out, int64_t w_in, int stride, bool transposed, int64_t pad_y,
+                 int64_t w_out, int64_t w_in, int taps, int stride, bool transposed, int64_t pad_y,
                  int64_t pad_x) {
   const Images in{N, I, H, W, static_cast<const float*>(factors)}, out{N, O, out_h, out_w};
   const Weights weights{static_cast<const float*>(w), w_out, w_in, transposed && stride == 1};
   const auto* from = static_cast<const float*>(x);
   auto* to = static_cast<float*>(y);
-  if (stride == 1)
+  if (taps == 4 && transposed)
+    forward<kUp4>(from, weights, to, in, out, {1, 1});
+  else if (taps == 4)
+    forward<kDown4>(from, weights, to, in, out, {1, 1});
+  else if (stride == 1)
     forward<kSame>(from, weights, to, in, out, {pad_y, pad_x});
   else if (transposed)
     forward<kUp>(from, weights, to, in, out, {1, 1});
@@ -211,16 +216,18 @@ int conv3x3_last(int, const void* x, const void* factors, const void* w, void* y
   return 0;
 }
 
-int conv3x3_last_weight_gradient(int, const void* dy, const void* dy_factors, const void* x,
+int convolution_last_weight_gradient(int, const void* dy, const void* dy_factors, const void* x,
                                  const void* x_factors, void* dw, int64_t N, int64_t O,
                                  int64_t out_h, int64_t out_w, int64_t I, int64_t H, int64_t W,
-                                 int stride, int64_t pad_y, int64_t pad_x) {
+                                 int taps, int stride, int64_t pad_y, int64_t pad_x) {
   const Images out{N, O, out_h, out_w, static_cast<const float*>(dy_factors)};
   const Images in{N, I, H, W, static_cast<const float*>(x_factors)};
   const auto* grad = static_cast<const float*>(dy);
   const auto* from = static_cast<const float*>(x);
   auto* to = static_cast<float*>(dw);
-  if (stride == 1)
+  if (taps == 4)
+    weight_gradient<kDown4>(grad, from, to, out, in, {1, 1});
+  else if (stride == 1)
     weight_gradient<kSame>(grad, from, to, out, in, {pad_y, pad_x});
   else
     weight_gradient<kDown>(grad, from, to, out, in, {0, 0});

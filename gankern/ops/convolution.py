@@ -2,8 +2,8 @@
 
 A convolution and its two gradients are each other's gradients, so that every order is one of three
 calls; PyTorch's own second order takes slower ones, and loses channels-last. On the CPU 3x3
-convolutions in float32 run in kernels of our own, which need half of the products; all others, and
-all on a GPU, are PyTorch's.
+convolutions in float32, and 4x4 ones of stride 2, run in kernels of our own, which need half of the
+products; all others, and all on a GPU, are PyTorch's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gankern.ops import _impl
 
-OP = "conv3x3"
+OP = "convolution"
 
 MIN_CHANNELS = 16
 
@@ -28,6 +28,9 @@ FEWEST_TILES = {
     torch.contiguous_format: (128, 512, 128),
     torch.channels_last: (128, math.inf, 32),
 }
+# Of 4x4 convolutions of stride 2 with padding 1 and of their weight gradients, in channels-last
+# memory alone, counted at the lower resolution; half as many if the weights are large.
+FEWEST_TILES_4X4 = 64
 
 
 class Form(NamedTuple):
@@ -90,9 +93,15 @@ def _records(x: Tensor, w: Tensor) -> bool:
 def _ours(w: Tensor, small: Tensor, large: Tensor | None, form: Form) -> bool:
     """Whether our kernels are to run; small: the images of the lower resolution; large: the others
     of a weight gradient, None for a convolution of `small`."""
-    if not form.own or form.groups != 1 or form.stride > 2 or w.shape[2:] != (3, 3):
+    if not form.own or form.groups != 1 or min(w.shape[:2]) < MIN_CHANNELS:
         return False
-    if max(form.padding) > (2 if form.stride == 1 else 0) or min(w.shape[:2]) < MIN_CHANNELS:
+    four = w.shape[2:] == (4, 4)
+    if four:
+        fits = form.stride == 2 and tuple(form.padding) == (1, 1)
+    else:
+        fits = w.shape[2:] == (3, 3) and form.stride <= 2
+        fits = fits and max(form.padding) <= (2 if form.stride == 1 else 0)
+    if not fits:
         return False
     given = (small,) if large is None else (small, large)
     formats = list(FEWEST_TILES)  # torch.compile reads no generator here
@@ -100,11 +109,24 @@ def _ours(w: Tensor, small: Tensor, large: Tensor | None, form: Form) -> bool:
         formats = [m for m in formats if t.is_contiguous(memory_format=m)]
         if t.dtype != torch.float32:
             return False
-    if not formats:
+    if not formats or (four and formats[0] != torch.channels_last):
         return False
     n, _, height, width = small.shape
     tiles = n * ((height + 1) // 2) * ((width + 1) // 2)
+    if four:
+        if large is None and not form.transposed:
+            tiles //= 4
+        return tiles >= FEWEST_TILES_4X4 or (2 * tiles >= FEWEST_TILES_4X4 and w.numel() >= 2**21)
     return tiles >= FEWEST_TILES[formats[0]][form.stride - 1 if large is None else 2]
+
+
+def in_best_format(x: Tensor, w: Tensor, form: Form) -> Tensor:
+    """x of a 4x4 convolution in channels-last memory if our kernels take it there, else contiguous,
+    as oneDNN is slow in the former."""
+    if form.own and x.dtype == torch.float32 and x.is_cpu:
+        last = x.contiguous(memory_format=torch.channels_last)
+        return last if _ours(w, last, None, form) else x.contiguous()
+    return x
 
 
 def _forward(x: Tensor, w: Tensor, form: Form, factors: Tensor | None = None) -> Tensor:
@@ -126,7 +148,8 @@ def _gradients(
     if wanted[1] and _ours(w, small, large, form):
         by = (factors, None) if form.transposed else (None, factors)
         gradient = _impl.op("cpu", OP + "_weight_gradient")
-        found[1], left[1] = gradient(small, large, *by, form.stride, *form.padding), False
+        place = (w.shape[2], form.stride, *form.padding)
+        found[1], left[1] = gradient(small, large, *by, *place), False
     if left[1] and factors is not None:
         x = x * factors[:, :, None, None]
     if any(left):
@@ -245,16 +268,16 @@ def _fake(x, w, factors, stride, pad_y, pad_x, transposed, rest_y, rest_x):
     sizes = []
     for dim, pad, rest in ((2, pad_y, rest_y), (3, pad_x, rest_x)):
         if transposed:
-            sizes.append((x.shape[dim] - 1) * stride + 3 - 2 * pad + rest)
+            sizes.append((x.shape[dim] - 1) * stride + w.shape[3] - 2 * pad + rest)
         else:
-            sizes.append((x.shape[dim] + 2 * pad - 3) // stride + 1)
+            sizes.append((x.shape[dim] + 2 * pad - w.shape[3]) // stride + 1)
     shape = (x.shape[0], w.shape[1 if transposed else 0], *sizes)
     layout = _impl.memory_format(x)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
-def _fake_weight_gradient(dy, x, dy_factors, x_factors, stride, pad_y, pad_x):
-    return x.new_empty((dy.shape[1], x.shape[1], 3, 3))
+def _fake_weight_gradient(dy, x, dy_factors, x_factors, taps, stride, pad_y, pad_x):
+    return x.new_empty((dy.shape[1], x.shape[1], taps, taps))
 
 
 _impl.register_fake(OP, _fake)

@@ -19,7 +19,14 @@ from harness import (
 from torch import Tensor
 
 from gankern.ops import _impl, conv2d_resample, setup_filter
-from gankern.ops.conv3x3 import FEWEST_TILES, Form, _ours, convolution, has_own_kernels
+from gankern.ops.convolution import (
+    FEWEST_TILES,
+    Form,
+    _ours,
+    convolution,
+    has_own_kernels,
+    in_best_format,
+)
 from gankern.ops.modulated_conv2d import scaled_convolution
 
 pytestmark = pytest.mark.skipif(
@@ -32,6 +39,7 @@ def any_size(monkeypatch):
     """Our kernels at every size, not only where they are faster."""
     for key in FEWEST_TILES:
         monkeypatch.setitem(FEWEST_TILES, key, (32, 32, 32))
+    monkeypatch.setattr("gankern.ops.convolution.FEWEST_TILES_4X4", 8)
 
 
 # stride, padding, transposed, output padding, groups
@@ -52,9 +60,17 @@ SHAPES = {  # N, I, O, H, W
 }
 
 
-def inputs_of(shape: str, form: Form) -> list[Tensor | None]:
+# With 4x4 taps, in channels-last memory.
+FORMS_4X4 = {
+    "down": Form(2, (1, 1), False, (0, 0), 1, True),
+    "up": Form(2, (1, 1), True, (0, 0), 1, True),
+    "up, one more": Form(2, (1, 1), True, (1, 0), 1, True),
+}
+
+
+def inputs_of(shape: str, form: Form, taps: int = 3) -> list[Tensor | None]:
     n, i, o, h, w = SHAPES[shape]
-    weight = randn(*((i, o) if form.transposed else (o, i)), 3, 3, seed=1) / (3 * i**0.5)
+    weight = randn(*((i, o) if form.transposed else (o, i)), taps, taps, seed=1) / (taps * i**0.5)
     return [randn(n, i, h, w).float(), weight.float()]
 
 
@@ -96,6 +112,39 @@ def test_scaled(form, shape, layout):
         assert torch.equal(scaled(x, factors, w), y)
     if shape == "odd":
         compare(scaled, of_product(form), [x, factors, w], second_grads)
+
+
+@pytest.mark.parametrize("isa", [0, 1, 2], ids=["base", "avx2", "avx512"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", FORMS_4X4.values(), ids=FORMS_4X4)
+def test_four_taps(form, shape, isa):
+    x, w = inputs_of(shape, form, 4)
+    inputs = [lay_out(x, "channels_last"), w]
+    assert _ours(w, inputs[0], None, form)
+    assert not _ours(w, x, None, form)
+    if _impl.set_cpu_isa(isa) != isa:
+        _impl.set_cpu_isa(-1)
+        pytest.skip("this machine lacks the instruction set")
+    try:
+        y, *_ = compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        if shape == "odd":
+            compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs, second_grads)
+    finally:
+        _impl.set_cpu_isa(-1)
+
+
+def test_in_best_format():
+    """Channels-last memory for our kernels, contiguous memory for PyTorch's."""
+    form = FORMS_4X4["down"]
+    x, w = inputs_of("8x8", form, 4)
+    for layout in LAYOUTS:
+        best = in_best_format(lay_out(x, layout), w, form)
+        assert torch.equal(best, x)
+        assert best.is_contiguous(memory_format=torch.channels_last)
+        for other in (w[:8], w[:, :, :3, 1:]):
+            assert in_best_format(lay_out(x, layout), other, form).is_contiguous()
+    assert in_best_format(x, w, form._replace(own=False)) is x
 
 
 def of_product(form: Form):
@@ -199,13 +248,21 @@ def test_opcheck():
     for rest in args:
         for layout in LAYOUTS:
             laid = lay_out(x, layout)
-            torch.library.opcheck(ops.conv3x3.default, (laid, w, None, *rest), test_utils=checks)
+            torch.library.opcheck(
+                ops.convolution.default, (laid, w, None, *rest), test_utils=checks
+            )
     factors = randn(*x.shape[:2]).float()
     rest = (2, 0, 0, True, 1, 0)
-    torch.library.opcheck(ops.conv3x3.default, (x, up, factors, *rest), test_utils=checks)
+    torch.library.opcheck(ops.convolution.default, (x, up, factors, *rest), test_utils=checks)
     dy = randn(3, 24, 9, 13).float()
-    gradient = ops.conv3x3_weight_gradient.default
-    torch.library.opcheck(gradient, (dy, x, None, factors, 1, 1, 1), test_utils=checks)
+    gradient = ops.convolution_weight_gradient.default
+    torch.library.opcheck(gradient, (dy, x, None, factors, 3, 1, 1, 1), test_utils=checks)
+    last = [lay_out(t, "channels_last") for t in (randn(3, 24, 4, 6).float(), x)]
+    torch.library.opcheck(gradient, (*last, None, factors, 4, 2, 1, 1), test_utils=checks)
+    four = randn(24, 17, 4, 4).float()
+    torch.library.opcheck(
+        ops.convolution.default, (last[1], four, None, 2, 1, 1, False, 0, 0), test_utils=checks
+    )
 
 
 def test_compile():
@@ -224,19 +281,23 @@ def test_compile():
     ("args", "text"),
     [
         ((torch.zeros(1, 2, 4), torch.zeros(2, 2, 3, 3), None, 1, 1, 1),
-         "conv3x3: x must have 4 dimensions, got 3"),
+         "convolution: x must have 4 dimensions, got 3"),
         ((torch.zeros(1, 2, 4, 4), torch.zeros(2, 2, 3, 3).double(), None, 1, 1, 1),
-         "conv3x3: w must be float32, got float64"),
+         "convolution: w must be float32, got float64"),
         ((torch.zeros(1, 2, 4, 4), torch.zeros(2, 2, 3, 3), None, 3, 0, 0),
-         "conv3x3: stride must be 1 or 2, got 3"),
+         "convolution: stride must be 1 or 2, got 3"),
         ((torch.zeros(1, 2, 4, 4), torch.zeros(2, 2, 3, 3), None, 2, 1, 0),
-         "conv3x3: padding must be from 0 to 0, got 1 and 0"),
+         "convolution: padding must be from 0 to 0, got 1 and 0"),
         ((torch.zeros(1, 2, 4, 4), torch.zeros(2, 4, 3, 3), None, 1, 1, 1),
-         "conv3x3: w must have 2 channels in and 3x3 taps, got 4 and 3x3"),
+         "convolution: w must have 2 channels in and square taps, got 4 and 3x3"),
         ((torch.zeros(1, 2, 2, 4), torch.zeros(2, 2, 3, 3), None, 1, 0, 1),
-         "conv3x3: padding must leave an output, got 0x4"),
+         "convolution: padding must leave an output, got 0x4"),
+        ((torch.zeros(1, 2, 4, 4), torch.zeros(2, 2, 4, 4), None, 2, 1, 1),
+         "convolution: 4x4 taps take images in channels-last memory"),
+        ((torch.zeros(1, 2, 4, 4), torch.zeros(2, 2, 5, 5), None, 2, 1, 1),
+         "convolution: w must have 3x3 or 4x4 taps, got 5x5"),
     ],
 )  # fmt: skip
 def test_errors(args, text):
     with pytest.raises(RuntimeError, match=re.escape(text)):
-        torch.ops.gankern.conv3x3(*args, False, 0, 0)
+        torch.ops.gankern.convolution(*args, False, 0, 0)

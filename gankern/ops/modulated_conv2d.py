@@ -87,9 +87,9 @@ def modulated_conv2d(
         return y if noise is None else y + noise.to(y.dtype)
     x, weight, styles, d = modulation(x, weight, styles, demodulate, impl)
     pads = filter_padding(resample_filter, up, down, pads)
-    args = (up, down, pads, 1, flip_weight, False, impl)
+    how = (up, down, pads, 1, flip_weight, False, impl)
     convolve = scaled_convolution(styles, impl)
-    y = resampled_conv(x, weight, resample_filter, *args, convolve=convolve)
+    y = resampled_conv(x, weight, resample_filter, *how, convolve=convolve)
     return _scale_add(y, d, noise)
 
 

@@ -127,12 +127,11 @@ def _conv_epilogue(
     d, noise, noise_strength, b, act, alpha, gain, clamp = tail
     pads = filter_padding(f, up, down, pads)
     if up > 1 and down == 1 and w.shape[2:].numel() > 1:
-        how = (groups, flip_weight, impl, False, convolve)
-        x, pads = transposed_conv(x, w, up, pads, *how)
+        x, pads = transposed_conv(x, w, up, pads, groups, flip_weight, impl, convolve=convolve)
         filter_gain = float(up**2)
     else:
-        how = (groups, flip_weight, flip_filter, impl, False, convolve)
-        x = resampled_conv(x, w, f, up, down, pads, *how)
+        how = (groups, flip_weight, flip_filter, impl)
+        x = resampled_conv(x, w, f, up, down, pads, *how, convolve=convolve)
         f, pads, filter_gain = None, [0, 0, 0, 0], 1.0
     return synthesis_epilogue(x, f, d, noise, noise_strength, b, pads, flip_filter, filter_gain,
                               act, alpha, gain, clamp, impl=impl)  # fmt: skip

@@ -225,8 +225,9 @@ __device__ __forceinline__ bool arrives_last(int* ticket, int of) {
   __syncthreads();
   if (threadIdx.x == 0 && threadIdx.y == 0) {
     __threadfence();  // for the whole block, whose writes the barrier has shown to this thread
-    last = atomicAdd(ticket, 1) == of - 1;
-    __threadfence();
+    const bool mine = atomicAdd(ticket, 1) == of - 1;
+    if (mine) __threadfence();
+    last = mine;
   }
   __syncthreads();
   return last;

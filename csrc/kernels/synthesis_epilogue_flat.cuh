@@ -22,7 +22,9 @@ constexpr int kUnit = sizeof(T) == 8       ? 1
                       : kLast && kBackward ? kPiece<T>
                                            : kVec<T>;
 
-// Channels of a block, at most.
+// Pixels whose noise, and channels that a block has, at most.
+template <typename T>
+constexpr int kFlatNoise = sizeof(T) == 8 ? 2048 : 4096;
 template <bool kLast, int N>
 constexpr int kSpan = kLast ? 32 * N : kFlatChannels;
 
@@ -366,7 +368,7 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<T>)
   constexpr int M = N < 4 ? N : 4, kStride = kSpan<kLast, N>,
                 kEach = kLast ? 1 : N;  // pixels of a unit
   __shared__ __align__(16) A params[3 * kStride], scratch[(kLast ? 24 : 3) * kStride];
-  __shared__ __align__(16) A noises[kLast ? 1 : kSharedNoise + 32];
+  __shared__ __align__(16) A noises[kLast ? 1 : kFlatNoise<T> + 32];
   const int first = blockIdx.x * a.tile_w, pixels = min(a.out_w - first, a.tile_w);
   for (int n = blockIdx.z; n < a.N; n += gridDim.z)
     for (int group = blockIdx.y; group < a.groups; group += gridDim.y) {

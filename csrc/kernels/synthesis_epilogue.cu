@@ -166,7 +166,9 @@ Plan plan_workers(int unit, bool last, bool noise, int64_t N, int64_t C, int are
   const int most = last || !noise ? 8 * kRun : shared / (t.lanes * unit);
   while (run > most || (run > 1 && tiles(run) > 1 && blocks(run) < sms)) run /= 2;
   // Long runs, while there are blocks enough, or more tiles than a block adds up at once.
-  while (2 * run <= most && (blocks(2 * run) >= 20 * sms || tiles(run) > 16 * workers())) run *= 2;
+  while (2 * run <= most &&
+         (blocks(2 * run) >= (run < 4 * kRun ? 6 : 20) * sms || tiles(run) > 16 * workers()))
+    run *= 2;
   // Offsets in a tile have 32 bits.
   while (last && run > 1 && C * workers() * run > INT32_MAX) run /= 2;
   t.groups = static_cast<int>(ceil_div(C, t.span));

@@ -95,7 +95,7 @@ struct NoiseQuads {
   Quad quads[2];
 
   __device__ __forceinline__ NoiseQuads(const Args<T>& a, int n, int first)
-      : a(a), n(n), first(first), pixels(a.vec_noise ? min(a.tile_w, a.out_w - first) : 0) {
+      : a(a), n(n), first(first), pixels(a.vec_noise ? a.tile_w : 0) {
     if (kQuad > 1) load(0);
   }
   __device__ __forceinline__ int pixel(int from, int k) const {
@@ -106,7 +106,8 @@ struct NoiseQuads {
 #pragma unroll
     for (int k = 0; k < 2; k++) {
       const int px = pixel(from, k);
-      if (px >= pixels) continue;
+      quads[k] = {};  // beyond the last pixel
+      if (px >= min(pixels, a.out_w - first)) continue;
       if (a.f32 & 2) {
         const auto pack = load_pack<float, kQuad>(static_cast<const float*>(a.noise) + i + px);
 #pragma unroll

@@ -60,9 +60,20 @@ __device__ __forceinline__ Acc<T> process(const Tensors<T>& t, int64_t i, Bias b
   widen(a, t.format, in0);
   widen(b, t.format, in1);
   widen(c, t.format, in2);
-  each<kPwl, kFew<kOp>>(
-      [&](int j, A& v, A ref, A w) { v = element<kOp, kPwl>(v, ref, w, bias(j), p); }, in0, in1,
-      in2);
+  if constexpr (kOp == kBwd && kPwl) {
+    const Pwl pwl(p);
+    if (p.from_x) {
+#pragma unroll
+      for (int j = 0; j < N; j++) in0[j] = pwl.grad(in0[j], in1[j] + bias(j));
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; j++) in0[j] = pwl.grad(in0[j], in1[j] * p.inv_gain, in1[j]);
+    }
+  } else {
+    each<kPwl, kFew<kOp>>(
+        [&](int j, A& v, A ref, A w) { v = element<kOp, kPwl>(v, ref, w, bias(j), p); }, in0, in1,
+        in2);
+  }
   A sum = A(0);
 #pragma unroll
   for (int j = 0; j < N; j++) {

@@ -173,28 +173,6 @@ __device__ __forceinline__ void by_format(Format<T> format, F f) {
   }
 }
 
-// The piecewise linear activations in few instructions. relu(-inf) is 0.
-struct Pwl {
-  float gain, negative, clamp;
-  bool relu, free;
-  template <typename A>
-  __device__ __forceinline__ explicit Pwl(const ActArgs<A>& p)
-      : gain(p.gain), negative(p.gain * p.alpha), clamp(p.clamp), relu(p.act == kRelu) {
-    free = clamp < 0.f;
-    if (free) clamp = INFINITY;
-  }
-  __device__ __forceinline__ float slope(float v) const { return v > 0.f ? gain : negative; }
-  __device__ __forceinline__ float value(float v) const {
-    float y = v * slope(v);
-    if (relu & (v <= 0.f)) y = 0.f;
-    return fabsf(y) > clamp ? copysignf(clamp, y) : y;
-  }
-  __device__ __forceinline__ float grad(float dy, float v) const {
-    const float k = slope(v);
-    return free | (fabsf(v * k) < clamp) ? dy * k : 0.f;
-  }
-};
-
 // Without a filter, NCHW: rows of threads have channels of their own. x is under way while noise
 // and parameters are shared.
 template <typename T, bool kPwl>

@@ -141,16 +141,7 @@ __device__ __forceinline__ void read_piece(A (&out)[M], const A* row, int pitch,
   for (int e = 0; e < M; e++) out[e] = v.v[e];
 }
 
-// A pack as the words that were loaded: the compiler would keep each element of 16 bits in a
-// register of its own.
-template <typename T, int N>
-using Raw = typename RawOf<sizeof(T) * N>::type;
-template <typename T, int N>
-__device__ __forceinline__ Raw<T, N> load_raw(const T* p) {
-  return *reinterpret_cast<const Raw<T, N>*>(p);
-}
-
-// M elements of it.
+// M elements of a pack.
 template <int M, typename T, int N>
 __device__ __forceinline__ Pack<T, M> piece_of(const Raw<T, N>& raw, int at) {
   const auto& pack = reinterpret_cast<const Pack<T, N>&>(raw);

@@ -285,6 +285,8 @@ struct Launcher {
   }
 
   int run(bool back) {
+    if (loops && last && static_cast<int64_t>(min(plan.tile_w, a.out_w)) * a.C > INT32_MAX)
+      return static_cast<int>(cudaErrorInvalidValue);
     if (last) return back ? backward<true>() : forward<true>();
     return back ? backward<false>() : forward<false>();
   }

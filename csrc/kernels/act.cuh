@@ -126,5 +126,31 @@ __device__ __forceinline__ A clamped(A v, A clamp) {
   return v < -clamp ? -clamp : v;
 }
 
+// The piecewise linear activations in few instructions. relu(-inf) is 0.
+struct Pwl {
+  float gain, negative, clamp;  // negative: the slope below 0
+  bool relu, free;              // free: of a clamp
+  template <typename A>
+  __device__ __forceinline__ explicit Pwl(const ActArgs<A>& p)
+      : gain(p.gain),
+        negative(p.gain * p.alpha),
+        clamp(p.clamp < A(0) ? A(INFINITY) : p.clamp),
+        relu(p.act == kRelu),
+        free(p.clamp < A(0)) {}
+  __device__ __forceinline__ float slope(float v) const { return v > 0.f ? gain : negative; }
+  __device__ __forceinline__ float value(float v) const {
+    float y = v * slope(v);
+    if (relu & (v <= 0.f)) y = 0.f;
+    return fabsf(y) > clamp ? copysignf(clamp, y) : y;
+  }
+  // The gradient in v, from v or from what has its sign, and y.
+  __device__ __forceinline__ float grad(float dy, float v, float y) const {
+    return free | (fabsf(y) < clamp) ? dy * slope(v) : 0.f;
+  }
+  __device__ __forceinline__ float grad(float dy, float v) const {
+    return grad(dy, v, v * slope(v));
+  }
+};
+
 }  // namespace
 }  // namespace gankern

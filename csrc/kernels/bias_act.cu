@@ -46,23 +46,47 @@ struct Tensors {
 template <int kOp>
 constexpr int kFew = kOp == kFwd ? 2 : 1;
 
-// N elements from i on, of which bias(j) is the bias; returns their sum, and adds each to its own
-// of `sums`, unless null.
+// N elements of each input, from i on.
+template <typename T, int N>
+struct Loaded {
+  Raw<T, N> in0, in1, in2;
+};
+template <int kOp, typename T, int N>
+__device__ __forceinline__ Loaded<T, N> load(const Tensors<T>& t, int64_t i) {
+  Loaded<T, N> v;
+  v.in0 = v.in1 = v.in2 = load_raw<T, N>(t.in0 + i);
+  if (kOp != kFwd) v.in1 = load_raw<T, N>(t.in1 + i);
+  if (kOp == kBwd2) v.in2 = load_raw<T, N>(t.in2 + i);
+  return v;
+}
+
+// Their outputs; bias(j) is the bias. Returns the sum, and adds each to its own of `sums`, unless
+// null.
 template <int kOp, bool kPwl, typename T, int N, typename Bias>
-__device__ __forceinline__ Acc<T> process(const Tensors<T>& t, int64_t i, Bias bias,
-                                          const ActArgs<Acc<T>>& p, Acc<T>* sums) {
+__device__ __forceinline__ Acc<T> process(const Loaded<T, N>& v, const Tensors<T>& t, int64_t i,
+                                          Bias bias, const ActArgs<Acc<T>>& p, Acc<T>* sums) {
   using A = Acc<T>;
-  const Pack<T, N> a = load_pack<T, N>(t.in0 + i);
-  Pack<T, N> b = a, c = a;
-  if (kOp != kFwd) b = load_pack<T, N>(t.in1 + i);
-  if (kOp == kBwd2) c = load_pack<T, N>(t.in2 + i);
+  const auto a = reinterpret_cast<const Pack<T, N>&>(v.in0);
+  const auto b = reinterpret_cast<const Pack<T, N>&>(v.in1);
+  const auto c = reinterpret_cast<const Pack<T, N>&>(v.in2);
   A in0[N], in1[N], in2[N];
   widen(a, t.format, in0);
   widen(b, t.format, in1);
   widen(c, t.format, in2);
-  each<kPwl, kFew<kOp>>(
-      [&](int j, A& v, A ref, A w) { v = element<kOp, kPwl>(v, ref, w, bias(j), p); }, in0, in1,
-      in2);
+  if constexpr (kOp == kBwd && kPwl) {
+    const Pwl pwl(p);
+    if (p.from_x) {
+#pragma unroll
+      for (int j = 0; j < N; j++) in0[j] = pwl.grad(in0[j], in1[j] + bias(j));
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; j++) in0[j] = pwl.grad(in0[j], in1[j] * p.inv_gain, in1[j]);
+    }
+  } else {
+    each<kPwl, kFew<kOp>>(
+        [&](int j, A& v, A ref, A w) { v = element<kOp, kPwl>(v, ref, w, bias(j), p); }, in0, in1,
+        in2);
+  }
   A sum = A(0);
 #pragma unroll
   for (int j = 0; j < N; j++) {
@@ -72,6 +96,12 @@ __device__ __forceinline__ Acc<T> process(const Tensors<T>& t, int64_t i, Bias b
   forget(i);  // else the compiler splits the store
   store_pack<T, N>(t.out + i, narrow<T, N>(in0, t.format));
   return sum;
+}
+
+template <int kOp, bool kPwl, typename T, int N, typename Bias>
+__device__ __forceinline__ Acc<T> process(const Tensors<T>& t, int64_t i, Bias bias,
+                                          const ActArgs<Acc<T>>& p, Acc<T>* sums) {
+  return process<kOp, kPwl>(load<kOp, T, N>(t, i), t, i, bias, p, sums);
 }
 
 // How the bias gradient is finished: a block writes its partial sums, the last block to arrive adds
@@ -223,7 +253,7 @@ __device__ __forceinline__ A shared_sum(const A* shared, int column) {
 // Rows: memory is rows of `columns` elements (columns = fold * C, a multiple of N); a thread owns N
 // columns, whose channels are (column + j) % C; the last row may be partial.
 template <int kOp, bool kPwl, typename T, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     bias_act_rows_kernel(Tensors<T> t, const void* b, bool b_f32, int64_t numel, int64_t C,
                          int64_t columns, ActArgs<Acc<T>> p, Reduce<Acc<T>> r) {
   using A = Acc<T>;
@@ -252,6 +282,12 @@ __global__ void __launch_bounds__(kThreads)
         return shared_bias(j);
     };
     int64_t i = (static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y) * columns + column;
+    if constexpr (kOp == kBwd && kPwl)
+      for (; i + step + N <= numel; i += 2 * step) {  // two under way at once
+        const auto one = load<kOp, T, N>(t, i), two = load<kOp, T, N>(t, i + step);
+        process<kOp, kPwl>(one, t, i, bias, p, sums);
+        process<kOp, kPwl>(two, t, i + step, bias, p, sums);
+      }
     for (; i + N <= numel; i += step) process<kOp, kPwl, T, N>(t, i, bias, p, sums);
     if (N > 1)
 #pragma unroll 1

@@ -114,8 +114,17 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, N>& value) {
   *reinterpret_cast<Raw*>(p) = *reinterpret_cast<const Raw*>(&value);
 }
 
-// The same to global memory, in one instruction where the compiler would take the pack apart, as it
-// does where elements are also used one by one.
+// A pack as the words that were loaded: the compiler would keep each element of 16 bits in a
+// register of its own.
+template <typename T, int N>
+using Raw = typename RawOf<sizeof(T) * N>::type;
+template <typename T, int N>
+__device__ __forceinline__ Raw<T, N> load_raw(const T* p) {
+  return *reinterpret_cast<const Raw<T, N>*>(p);
+}
+
+// store_pack() to global memory, in one instruction where the compiler would take the pack apart,
+// as it does where elements are also used one by one.
 template <typename T, int N>
 __device__ __forceinline__ void store_whole(T* p, const Pack<T, N>& value) {
 #ifdef __CUDA_ARCH__
@@ -225,8 +234,9 @@ __device__ __forceinline__ bool arrives_last(int* ticket, int of) {
   __syncthreads();
   if (threadIdx.x == 0 && threadIdx.y == 0) {
     __threadfence();  // for the whole block, whose writes the barrier has shown to this thread
-    last = atomicAdd(ticket, 1) == of - 1;
-    __threadfence();
+    const bool mine = atomicAdd(ticket, 1) == of - 1;
+    if (mine) __threadfence();
+    last = mine;
   }
   __syncthreads();
   return last;

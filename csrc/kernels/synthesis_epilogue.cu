@@ -202,9 +202,13 @@ Plan plan_workers(int unit, bool last, bool noise, int64_t N, int64_t C, int are
       break;
   }
   int run = kRun;
-  const int most = last || !noise ? 8 * kRun : kSharedNoise / (t.lanes * unit);
+  const int shared = unit == 1 ? kFlatNoise<double> : kFlatNoise<float>;
+  const int most = last || !noise ? 8 * kRun : shared / (t.lanes * unit);
   while (run > most || (run > 1 && tiles(run) > 1 && blocks(run) < sms)) run /= 2;
-  while (2 * run <= most && blocks(2 * run) >= 12 * sms) run *= 2;
+  // Long runs, while there are blocks enough, or more tiles than a block adds up at once.
+  while (2 * run <= most &&
+         (blocks(2 * run) >= (run < 4 * kRun ? 6 : 20) * sms || tiles(run) > 16 * workers()))
+    run *= 2;
   // Offsets in a tile have 32 bits.
   while (last && run > 1 && C * workers() * run > INT32_MAX) run /= 2;
   t.groups = static_cast<int>(ceil_div(C, t.span));
@@ -327,6 +331,8 @@ struct Launcher {
   }
 
   int run(bool back) {
+    if (loops && last && static_cast<int64_t>(min(plan.tile_w, a.out_w)) * a.C > INT32_MAX)
+      return static_cast<int>(cudaErrorInvalidValue);
     if (last) return back ? backward<true>() : forward<true>();
     return back ? backward<false>() : forward<false>();
   }

@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kTaps = 4, kHalo = kTaps - 1;
 constexpr int kMaxThreads = 512;
-// Pixels whose noise, and channels whose parameters, a block of the flat kernels shares, at most.
-constexpr int kSharedNoise = 2048, kFlatChannels = 64;
+// Channels whose parameters a block of the flat kernels shares, at most.
+constexpr int kFlatChannels = 64;
 
 // float64 is for checks: fewer threads, with registers enough.
 template <typename T>

@@ -22,7 +22,9 @@ constexpr int kUnit = sizeof(T) == 8       ? 1
                       : kLast && kBackward ? kPiece<T>
                                            : kVec<T>;
 
-// Channels of a block, at most.
+// Pixels whose noise, and channels that a block has, at most.
+template <typename T>
+constexpr int kFlatNoise = sizeof(T) == 8 ? 2048 : 4096;
 template <bool kLast, int N>
 constexpr int kSpan = kLast ? 32 * N : kFlatChannels;
 
@@ -93,7 +95,7 @@ struct NoiseQuads {
   Quad quads[2];
 
   __device__ __forceinline__ NoiseQuads(const Args<T>& a, int n, int first)
-      : a(a), n(n), first(first), pixels(a.vec_noise ? min(a.tile_w, a.out_w - first) : 0) {
+      : a(a), n(n), first(first), pixels(a.vec_noise ? a.tile_w : 0) {
     if (kQuad > 1) load(0);
   }
   __device__ __forceinline__ int pixel(int from, int k) const {
@@ -104,7 +106,8 @@ struct NoiseQuads {
 #pragma unroll
     for (int k = 0; k < 2; k++) {
       const int px = pixel(from, k);
-      if (px >= pixels) continue;
+      quads[k] = {};  // beyond the last pixel
+      if (px >= min(pixels, a.out_w - first)) continue;
       if (a.f32 & 2) {
         const auto pack = load_pack<float, kQuad>(static_cast<const float*>(a.noise) + i + px);
 #pragma unroll
@@ -138,16 +141,7 @@ __device__ __forceinline__ void read_piece(A (&out)[M], const A* row, int pitch,
   for (int e = 0; e < M; e++) out[e] = v.v[e];
 }
 
-// A pack as the words that were loaded: the compiler would keep each element of 16 bits in a
-// register of its own.
-template <typename T, int N>
-using Raw = typename RawOf<sizeof(T) * N>::type;
-template <typename T, int N>
-__device__ __forceinline__ Raw<T, N> load_raw(const T* p) {
-  return *reinterpret_cast<const Raw<T, N>*>(p);
-}
-
-// M elements of it.
+// M elements of a pack.
 template <int M, typename T, int N>
 __device__ __forceinline__ Pack<T, M> piece_of(const Raw<T, N>& raw, int at) {
   const auto& pack = reinterpret_cast<const Pack<T, N>&>(raw);
@@ -169,28 +163,6 @@ __device__ __forceinline__ void by_format(Format<T> format, F f) {
     f(format);
   }
 }
-
-// The piecewise linear activations in few instructions. relu(-inf) is 0.
-struct Pwl {
-  float gain, negative, clamp;
-  bool relu, free;
-  template <typename A>
-  __device__ __forceinline__ explicit Pwl(const ActArgs<A>& p)
-      : gain(p.gain), negative(p.gain * p.alpha), clamp(p.clamp), relu(p.act == kRelu) {
-    free = clamp < 0.f;
-    if (free) clamp = INFINITY;
-  }
-  __device__ __forceinline__ float slope(float v) const { return v > 0.f ? gain : negative; }
-  __device__ __forceinline__ float value(float v) const {
-    float y = v * slope(v);
-    if (relu & (v <= 0.f)) y = 0.f;
-    return fabsf(y) > clamp ? copysignf(clamp, y) : y;
-  }
-  __device__ __forceinline__ float grad(float dy, float v) const {
-    const float k = slope(v);
-    return free | (fabsf(v * k) < clamp) ? dy * k : 0.f;
-  }
-};
 
 // Without a filter, NCHW: rows of threads have channels of their own. x is under way while noise
 // and parameters are shared.
@@ -366,7 +338,7 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<T>)
   constexpr int M = N < 4 ? N : 4, kStride = kSpan<kLast, N>,
                 kEach = kLast ? 1 : N;  // pixels of a unit
   __shared__ __align__(16) A params[3 * kStride], scratch[(kLast ? 24 : 3) * kStride];
-  __shared__ __align__(16) A noises[kLast ? 1 : kSharedNoise + 32];
+  __shared__ __align__(16) A noises[kLast ? 1 : kFlatNoise<T> + 32];
   const int first = blockIdx.x * a.tile_w, pixels = min(a.out_w - first, a.tile_w);
   for (int n = blockIdx.z; n < a.N; n += gridDim.z)
     for (int group = blockIdx.y; group < a.groups; group += gridDim.y) {

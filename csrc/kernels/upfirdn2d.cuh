@@ -26,7 +26,9 @@ struct Args {
   int columns;                         // samples of a row of the tile that are needed
   int pitch;                           // elements of such a row in shared memory
   int in_rows;                         // rows of it
-  int rows;                            // outputs of a thread along y
+  int phase;                           // planes: floats of a phase of the tile
+  int vectors;                         // planes: read for a row of the tile
+  int rows;                            // pixels: outputs of a thread along y
   int threads_y, magic_x, magic_row;   // planes: rows of threads; see quotient()
   int dtype;
   bool separable, flip;
@@ -71,7 +73,8 @@ __device__ __forceinline__ S filter_tap(const Args& p, int k) {
 }
 
 // The filter as an outer product x y, if it is one up to rounding. Lane i of 16 has tap i. Row and
-// column go through the smallest tap, of which the others are multiples in the usual filters: exact.
+// column go through the smallest tap, of which the others are multiples in the usual filters:
+// exact.
 struct OuterProduct {
   float x, y;  // of this lane's tap
   bool exists;

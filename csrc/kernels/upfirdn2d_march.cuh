@@ -34,7 +34,8 @@ struct March {
 template <typename T, int kUp, int kDown, int kBefore>
 __global__ void __launch_bounds__(kMostMarchThreads, 8) upfirdn2d_march_kernel(Args p) {
   using M = March<T, kUp, kDown, kBefore>;
-  constexpr int kIn = M::kIn, kOut = M::kOut, kPer = M::kPer, kWords = M::kPrev + M::kOwn + M::kNext;
+  constexpr int kIn = M::kIn, kOut = M::kOut, kPer = M::kPer,
+                kWords = M::kPrev + M::kOwn + M::kNext;
   constexpr int kEdge = M::kEdge, kPadded = kWords <= 4 ? 4 : 8;
   constexpr unsigned kAll = 0xffffffffu;
   const Format<T> format(p.dtype);
@@ -51,7 +52,8 @@ __global__ void __launch_bounds__(kMostMarchThreads, 8) upfirdn2d_march_kernel(A
   const int strip = static_cast<int>(blockIdx.x) * (blockDim.x >> p.log2_x) +
                     static_cast<int>(threadIdx.x >> p.log2_x);
   const int y0 = strip * p.tile_h - (kUp - 1), iy0 = first_sample<kUp, kDown>(p.h, y0);
-  const int skipped = y0 < 0 ? 1 : 0, height = t * kOut < p.w.out ? max(p.h.out - y0 - skipped, 0) : 0;
+  const int skipped = y0 < 0 ? 1 : 0,
+            height = t * kOut < p.w.out ? max(p.h.out - y0 - skipped, 0) : 0;
   const float tap = filter_tap<float>(p, lane >> 2 & 3, lane & 3);
   const float gain = static_cast<float>(p.gain);
 
@@ -111,8 +113,8 @@ __global__ void __launch_bounds__(kMostMarchThreads, 8) upfirdn2d_march_kernel(A
           float passed[kOut];
           along_x(window, passed);
           waiting.take(
-              k, row + k,
-              [&](float (&sums)[kOut], int ky) { filter(ky, window, passed, sums); }, store);
+              k, row + k, [&](float (&sums)[kOut], int ky) { filter(ky, window, passed, sums); },
+              store);
         }
       }
     };

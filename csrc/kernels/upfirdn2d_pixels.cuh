@@ -45,7 +45,8 @@ __device__ __forceinline__ void load_pixels(const Args& p, T* tile, const T* x, 
 }
 
 template <typename T, int kUp, int kDown, int kTaps>
-__global__ void __launch_bounds__(pixel_threads(kTaps), kTaps ? 4 : 2) upfirdn2d_pixels_kernel(Args p) {
+__global__ void __launch_bounds__(pixel_threads(kTaps), kTaps ? 4 : 2)
+    upfirdn2d_pixels_kernel(Args p) {
   constexpr int N = 16 / sizeof(T), kStep = 2 * N;  // elements of a granule, and of a sample
   constexpr int kOwn = kTaps ? 4 : N, kLog2 = kTaps && N == 8 ? 2 : 1;  // a thread's; threads
   constexpr unsigned kAll = 0xffffffffu;
@@ -126,8 +127,8 @@ __global__ void __launch_bounds__(pixel_threads(kTaps), kTaps ? 4 : 2) upfirdn2d
           row += row_step;
           along_x(samples, passed);
           waiting.take(
-              k, i, [&](float(&sums)[4], int ky) { filter(ky, samples, passed, sums); },
-              [&](int j, const float(&sums)[4]) {
+              k, i, [&](float (&sums)[4], int ky) { filter(ky, samples, passed, sums); },
+              [&](int j, const float (&sums)[4]) {
                 if (static_cast<unsigned>(j - skipped) < static_cast<unsigned>(most - skipped))
                   store_whole<T, 4>(out, narrow<T, 4>(sums, format));
                 out += row_of_y;
@@ -142,11 +143,12 @@ __global__ void __launch_bounds__(pixel_threads(kTaps), kTaps ? 4 : 2) upfirdn2d
       if (product.exists) {
         float fx[kMeet], fy[4];
 #pragma unroll
-        for (int m = 0; m < kMeet; m++) fx[m] = __shfl_sync(kAll, product.x, tap_x + m * kUp) * gain;
+        for (int m = 0; m < kMeet; m++)
+          fx[m] = __shfl_sync(kAll, product.x, tap_x + m * kUp) * gain;
 #pragma unroll
         for (int k = 0; k < 4; k++) fy[k] = __shfl_sync(kAll, product.y, 4 * k);
         march(
-            [&](const float(&samples)[kMeet][4], float(&passed)[4]) {
+            [&](const float (&samples)[kMeet][4], float (&passed)[4]) {
 #pragma unroll
               for (int j = 0; j < 4; j++) {
                 passed[j] = 0.f;
@@ -154,14 +156,14 @@ __global__ void __launch_bounds__(pixel_threads(kTaps), kTaps ? 4 : 2) upfirdn2d
                 for (int m = 0; m < kMeet; m++) passed[j] += fx[m] * samples[m][j];
               }
             },
-            [&](int ky, const float(&)[kMeet][4], const float(&passed)[4], float(&sums)[4]) {
+            [&](int ky, const float (&)[kMeet][4], const float (&passed)[4], float (&sums)[4]) {
 #pragma unroll
               for (int j = 0; j < 4; j++) sums[j] += fy[ky] * passed[j];
             });
       } else {
         const float scaled = tap * gain;
-        march([](const float(&)[kMeet][4], float(&)[4]) {},
-              [&](int ky, const float(&samples)[kMeet][4], const float(&)[4], float(&sums)[4]) {
+        march([](const float (&)[kMeet][4], float (&)[4]) {},
+              [&](int ky, const float (&samples)[kMeet][4], const float (&)[4], float (&sums)[4]) {
 #pragma unroll
                 for (int m = 0; m < kMeet; m++) {
                   const float w = __shfl_sync(kAll, scaled, 4 * ky + tap_x + m * kUp);
@@ -193,8 +195,8 @@ int launch_pixels(Args p, void* stream) {
     p.columns = samples_for(p.w, x) + (p.w.up > 1);
     const int phase = static_cast<int>(ceil_div(p.columns, kDown));
     p.pitch = kDown * (kDown == 2 ? phase / 4 * 4 + 2 + (phase % 4 > 2 ? 4 : 0) : phase) * 2;
-    p.in_rows = kTaps ? Waiting<kUp, kDown, 4>::rows(p.tile_h)
-                      : samples_for(p.h, p.tile_h) + (p.h.up > 1);
+    p.in_rows =
+        kTaps ? Waiting<kUp, kDown, 4>::rows(p.tile_h) : samples_for(p.h, p.tile_h) + (p.h.up > 1);
     const int64_t f = kTaps ? 0 : (static_cast<int64_t>(p.h.taps) * p.w.taps + 3) / 4 * 4;
     shared = 4 * f + static_cast<int64_t>(p.in_rows) * p.pitch * 16;
     tiles_h = ceil_div(p.h.out + (kTaps ? kUp - 1 : 0), p.tile_h);

@@ -158,5 +158,18 @@ inline dim3 grid3_of(const Args& p) {
               static_cast<unsigned>(ceil_div(p.h.out, p.tile_h)));
 }
 
+// Launches in NCHW: of as many images at a time as a grid can have along y.
+template <typename F>
+int by_images(Args p, F launch) {
+  const int64_t size = p.dtype == kF32 ? 4 : 2;
+  for (int64_t left = p.images; left > 0; left -= p.images) {
+    p.images = min(left, int64_t(65535));
+    launch(p);
+    p.x = static_cast<const char*>(p.x) + p.images * p.h.in * p.w.in * size;
+    p.y = static_cast<char*>(p.y) + p.images * p.h.out * p.w.out * size;
+  }
+  return static_cast<int>(cudaGetLastError());
+}
+
 }  // namespace
 }  // namespace gankern

@@ -57,106 +57,105 @@ __global__ void __launch_bounds__(kMostMarchThreads, 8) upfirdn2d_march_kernel(A
   const float tap = filter_tap<float>(p, lane >> 2 & 3, lane & 3);
   const float gain = static_cast<float>(p.gain);
 
-  for (int image = blockIdx.y; image < p.images; image += gridDim.y) {
-    const T* x = static_cast<const T*>(p.x) + static_cast<int64_t>(image) * p.h.in * p.w.in +
-                 (static_cast<int64_t>(iy0) * p.w.in + column);
-    int iy = iy0;
-    const auto next_row = [&] {
-      typename M::Row row{};
-      const bool row_inside = static_cast<unsigned>(iy) < static_cast<unsigned>(p.h.in);
-      if (row_inside && inside) row.own = load_pack<T, kIn>(x);
-      if (row_inside && before) row.edge = load_pack<T, kEdge * kPer>(x - kEdge * kPer);
-      if (row_inside && behind) row.edge = load_pack<T, kEdge * kPer>(x + kIn);
-      x += p.w.in;
-      iy++;
-      return row;
-    };
-    typename M::Row ahead[kAhead];
+  const int64_t image = blockIdx.y;
+  const T* x = static_cast<const T*>(p.x) + image * p.h.in * p.w.in +
+               (static_cast<int64_t>(iy0) * p.w.in + column);
+  int iy = iy0;
+  const auto next_row = [&] {
+    typename M::Row row{};
+    const bool row_inside = static_cast<unsigned>(iy) < static_cast<unsigned>(p.h.in);
+    if (row_inside && inside) row.own = load_pack<T, kIn>(x);
+    if (row_inside && before) row.edge = load_pack<T, kEdge * kPer>(x - kEdge * kPer);
+    if (row_inside && behind) row.edge = load_pack<T, kEdge * kPer>(x + kIn);
+    x += p.w.in;
+    iy++;
+    return row;
+  };
+  typename M::Row ahead[kAhead];
 #pragma unroll
-    for (int k = 0; k < kAhead; k++) ahead[k] = next_row();
+  for (int k = 0; k < kAhead; k++) ahead[k] = next_row();
 
-    // filter(ky, window, along_x's result, sums) adds what row ky of the filter makes of a row.
-    const auto march = [&](auto along_x, auto filter) {
-      T* y = static_cast<T*>(p.y) + static_cast<int64_t>(image) * p.h.out * p.w.out +
-             static_cast<int64_t>(y0) * p.w.out + t * kOut;
-      const auto store = [&](int row, const float (&out)[kOut]) {
-        if (kUp == 2 ? static_cast<unsigned>(row - skipped) < static_cast<unsigned>(height)
-                     : row < height)
-          store_whole<T, kOut>(y, narrow<T, kOut>(out, format));
-        y += p.w.out;
-      };
-      Waiting<kUp, kDown, kOut> waiting;
-      for (int row = 0; row < p.in_rows; row += kAhead) {
+  // filter(ky, window, along_x's result, sums) adds what row ky of the filter makes of a row.
+  const auto march = [&](auto along_x, auto filter) {
+    T* y = static_cast<T*>(p.y) + image * p.h.out * p.w.out + static_cast<int64_t>(y0) * p.w.out +
+           t * kOut;
+    const auto store = [&](int row, const float (&out)[kOut]) {
+      if (kUp == 2 ? static_cast<unsigned>(row - skipped) < static_cast<unsigned>(height)
+                   : row < height)
+        store_whole<T, kOut>(y, narrow<T, kOut>(out, format));
+      y += p.w.out;
+    };
+    Waiting<kUp, kDown, kOut> waiting;
+    for (int row = 0; row < p.in_rows; row += kAhead) {
 #pragma unroll
-        for (int k = 0; k < kAhead; k++) {
-          Pack<unsigned, kPadded> words{};
-          const unsigned* own = reinterpret_cast<const unsigned*>(&ahead[k].own);
-          const unsigned* edge = reinterpret_cast<const unsigned*>(&ahead[k].edge);
+      for (int k = 0; k < kAhead; k++) {
+        Pack<unsigned, kPadded> words{};
+        const unsigned* own = reinterpret_cast<const unsigned*>(&ahead[k].own);
+        const unsigned* edge = reinterpret_cast<const unsigned*>(&ahead[k].edge);
 #pragma unroll
-          for (int i = 0; i < kWords; i++) {
-            const int j = i - M::kPrev, n = j - M::kOwn;
-            if (j < 0) {
-              words.v[i] = __shfl_up_sync(kAll, own[M::kOwn + j], 1);
-              if (first) words.v[i] = edge[kEdge + j];
-            } else if (n < 0) {
-              words.v[i] = own[j];
-            } else {
-              words.v[i] = __shfl_down_sync(kAll, own[n], 1);
-              if (last) words.v[i] = edge[n];
-            }
+        for (int i = 0; i < kWords; i++) {
+          const int j = i - M::kPrev, n = j - M::kOwn;
+          if (j < 0) {
+            words.v[i] = __shfl_up_sync(kAll, own[M::kOwn + j], 1);
+            if (first) words.v[i] = edge[kEdge + j];
+          } else if (n < 0) {
+            words.v[i] = own[j];
+          } else {
+            words.v[i] = __shfl_down_sync(kAll, own[n], 1);
+            if (last) words.v[i] = edge[n];
           }
-          if (row + kAhead < p.in_rows) ahead[k] = next_row();
-          float samples[kPadded * kPer];
-          widen(*reinterpret_cast<Pack<T, kPadded * kPer>*>(&words), format, samples);
-          const float* window = samples + M::kPrev * kPer - kBefore;
-
-          float passed[kOut];
-          along_x(window, passed);
-          waiting.take(
-              k, row + k, [&](float (&sums)[kOut], int ky) { filter(ky, window, passed, sums); },
-              store);
         }
-      }
-    };
+        if (row + kAhead < p.in_rows) ahead[k] = next_row();
+        float samples[kPadded * kPer];
+        widen(*reinterpret_cast<Pack<T, kPadded * kPer>*>(&words), format, samples);
+        const float* window = samples + M::kPrev * kPer - kBefore;
 
-    const OuterProduct product(tap);
-    if (product.exists) {
-      float fx[4], fy[4];
-#pragma unroll
-      for (int k = 0; k < 4; k++) {
-        fx[k] = __shfl_sync(kAll, product.x, k) * gain;
-        fy[k] = __shfl_sync(kAll, product.y, 4 * k);
+        float passed[kOut];
+        along_x(window, passed);
+        waiting.take(
+            k, row + k, [&](float (&sums)[kOut], int ky) { filter(ky, window, passed, sums); },
+            store);
       }
-      march(
-          [&](const float* window, float* passed) {
+    }
+  };
+
+  const OuterProduct product(tap);
+  if (product.exists) {
+    float fx[4], fy[4];
 #pragma unroll
-            for (int j = 0; j < kOut; j++) {
-              float sum = 0.f;
+    for (int k = 0; k < 4; k++) {
+      fx[k] = __shfl_sync(kAll, product.x, k) * gain;
+      fy[k] = __shfl_sync(kAll, product.y, 4 * k);
+    }
+    march(
+        [&](const float* window, float* passed) {
+#pragma unroll
+          for (int j = 0; j < kOut; j++) {
+            float sum = 0.f;
+#pragma unroll
+            for (int kx = j % kUp; kx < 4; kx += kUp)
+              sum += fx[kx] * window[(j * kDown + kx) / kUp];
+            passed[j] = sum;
+          }
+        },
+        [&](int ky, const float*, const float* passed, float (&sums)[kOut]) {
+#pragma unroll
+          for (int j = 0; j < kOut; j++) sums[j] += fy[ky] * passed[j];
+        });
+  } else {
+    // Taps stay in their lanes, for want of registers.
+    const float scaled = tap * gain;
+    march([](const float*, float*) {},
+          [scaled](int ky, const float* window, const float*, float (&sums)[kOut]) {
+            float f[4];
+#pragma unroll
+            for (int kx = 0; kx < 4; kx++) f[kx] = __shfl_sync(kAll, scaled, 4 * ky + kx);
+#pragma unroll
+            for (int j = 0; j < kOut; j++)
 #pragma unroll
               for (int kx = j % kUp; kx < 4; kx += kUp)
-                sum += fx[kx] * window[(j * kDown + kx) / kUp];
-              passed[j] = sum;
-            }
-          },
-          [&](int ky, const float*, const float* passed, float (&sums)[kOut]) {
-#pragma unroll
-            for (int j = 0; j < kOut; j++) sums[j] += fy[ky] * passed[j];
+                sums[j] += f[kx] * window[(j * kDown + kx) / kUp];
           });
-    } else {
-      // Taps stay in their lanes, for want of registers.
-      const float scaled = tap * gain;
-      march([](const float*, float*) {},
-            [scaled](int ky, const float* window, const float*, float (&sums)[kOut]) {
-              float f[4];
-#pragma unroll
-              for (int kx = 0; kx < 4; kx++) f[kx] = __shfl_sync(kAll, scaled, 4 * ky + kx);
-#pragma unroll
-              for (int j = 0; j < kOut; j++)
-#pragma unroll
-                for (int kx = j % kUp; kx < 4; kx += kUp)
-                  sums[j] += f[kx] * window[(j * kDown + kx) / kUp];
-            });
-    }
   }
 }
 
@@ -179,12 +178,14 @@ int launch_march(Args p, void* stream) {
   }
   while (threads > max(x, 32) && blocks() < wanted) threads /= 2;
   const int64_t z = ceil_div(lanes, x);
-  if (z > 65535 || p.images > INT32_MAX - 65535) return -1;
-  const dim3 grid(static_cast<unsigned>(
-                      ceil_div(p.h.out + kUp - 1, static_cast<int64_t>(p.tile_h) * (threads / x))),
-                  static_cast<unsigned>(min(p.images, int64_t(65535))), static_cast<unsigned>(z));
-  GK_LAUNCH((upfirdn2d_march_kernel<T, kUp, kDown, kBefore>), grid, dim3(threads), 0, stream, p);
-  return static_cast<int>(cudaGetLastError());
+  if (z > 65535) return -1;
+  const auto strips = static_cast<unsigned>(
+      ceil_div(p.h.out + kUp - 1, static_cast<int64_t>(p.tile_h) * (threads / x)));
+  return by_images(p, [&](const Args& q) {
+    GK_LAUNCH((upfirdn2d_march_kernel<T, kUp, kDown, kBefore>),
+              dim3(strips, static_cast<unsigned>(q.images), static_cast<unsigned>(z)),
+              dim3(threads), 0, stream, q);
+  });
 }
 
 // 4 taps along both axes: the launch's error, or -1 where rows are not whole vectors.

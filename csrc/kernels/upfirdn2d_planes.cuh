@@ -406,18 +406,12 @@ int launch_planes(Args p, void* stream) {
   if (tiles_h > 65535) return -1;
   p.threads_y = y;
   p.magic_x = magic_of(x), p.magic_row = magic_of(p.vectors);
-  // As many images a launch as a grid can have along y.
-  const int64_t size = p.dtype == kF32 ? 4 : 2;
-  for (int64_t left = p.images; left > 0; left -= 65535) {
-    p.images = min(left, int64_t(65535));
-    const dim3 grid(static_cast<unsigned>(p.tiles_w), static_cast<unsigned>(p.images),
-                    static_cast<unsigned>(tiles_h));
-    GK_LAUNCH((upfirdn2d_planes_kernel<kUp, kDown, kTaps, kSeparable>), grid, dim3(x * y), shared,
-              stream, p);
-    p.x = static_cast<const char*>(p.x) + p.images * p.h.in * p.w.in * size;
-    p.y = static_cast<char*>(p.y) + p.images * p.h.out * p.w.out * size;
-  }
-  return static_cast<int>(cudaGetLastError());
+  return by_images(p, [&](const Args& q) {
+    GK_LAUNCH((upfirdn2d_planes_kernel<kUp, kDown, kTaps, kSeparable>),
+              dim3(static_cast<unsigned>(q.tiles_w), static_cast<unsigned>(q.images),
+                   static_cast<unsigned>(tiles_h)),
+              dim3(x * y), shared, stream, q);
+  });
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ struct Args {
   int pitch;                           // elements of such a row in shared memory
   int in_rows;                         // rows of it
   int phase;                           // planes: floats of a phase of the tile
-  int vectors;                         // planes: read for a row of the tile
+  int vectors;                         // read for a row of the tile
   int rows;                            // pixels: outputs of a thread along y
   int threads_y, magic_x, magic_row;   // planes: rows of threads; see quotient()
   int dtype;
@@ -158,12 +158,13 @@ inline dim3 grid3_of(const Args& p) {
               static_cast<unsigned>(ceil_div(p.h.out, p.tile_h)));
 }
 
-// Launches in NCHW: of as many images at a time as a grid can have along y.
+// Launches of as many images at a time as a grid can have along y, with the chunks of their
+// channels.
 template <typename F>
 int by_images(Args p, F launch) {
-  const int64_t size = p.dtype == kF32 ? 4 : 2;
+  const int64_t size = (p.dtype == kF32 ? 4 : 2) * static_cast<int64_t>(p.channels);
   for (int64_t left = p.images; left > 0; left -= p.images) {
-    p.images = min(left, int64_t(65535));
+    p.images = min(left, int64_t(65535 / p.chunks));
     launch(p);
     p.x = static_cast<const char*>(p.x) + p.images * p.h.in * p.w.in * size;
     p.y = static_cast<char*>(p.y) + p.images * p.h.out * p.w.out * size;

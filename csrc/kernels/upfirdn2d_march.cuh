@@ -26,15 +26,20 @@ struct March {
   static constexpr int kEdge = kPrev > kNext ? kPrev : kNext;
   static_assert(kEdge <= 2 && kPrev > 0 && kNext > 0, "read by one instruction");
   struct Row {
-    Pack<T, kIn> own;
-    Pack<T, kEdge * kPer> edge;  // of the first lane before its own, of the last one behind it
+    Pack<unsigned, kOwn> own;
+    Pack<unsigned, kEdge> edge;  // of the first lane before its own, of the last one behind it
   };
 };
+
+template <int kWords, typename T>
+__device__ __forceinline__ Pack<unsigned, kWords> load_words(const T* p) {
+  return load_pack<unsigned, kWords>(reinterpret_cast<const unsigned*>(p));
+}
 
 template <typename T, int kUp, int kDown, int kBefore>
 __global__ void __launch_bounds__(kMostMarchThreads, 8) upfirdn2d_march_kernel(Args p) {
   using M = March<T, kUp, kDown, kBefore>;
-  constexpr int kIn = M::kIn, kOut = M::kOut, kPer = M::kPer,
+  constexpr int kIn = M::kIn, kOwn = M::kOwn, kOut = M::kOut, kPer = M::kPer,
                 kWords = M::kPrev + M::kOwn + M::kNext;
   constexpr int kEdge = M::kEdge, kPadded = kWords <= 4 ? 4 : 8;
   constexpr unsigned kAll = 0xffffffffu;
@@ -44,10 +49,17 @@ __global__ void __launch_bounds__(kMostMarchThreads, 8) upfirdn2d_march_kernel(A
   const bool first = at == 0, last = at == width - 1;
   const int t = (static_cast<int>(blockIdx.z) << p.log2_x) + (threadIdx.x & ((1 << p.log2_x) - 1));
   const int column = t * kIn + first_sample<kUp, kDown>(p.w, 0) + kBefore;
+  // Rows of which a lane reads its vector, and that which is before or behind the warp's: all of
+  // the image, or none.
   const bool needed = t * kOut <= p.w.out;
-  const bool inside = needed && column >= 0 && column < p.w.in;
-  const bool before = needed && first && column > 0 && column <= p.w.in;
-  const bool behind = needed && last && column >= -kIn && column + kIn < p.w.in;
+  const auto rows_if = [&](bool inside) {
+    unsigned rows = needed && inside ? p.h.in : 0;
+    forget(rows);
+    return rows;
+  };
+  const unsigned rows = rows_if(column >= 0 && column < p.w.in);
+  const unsigned rows_before = rows_if(first && column > 0 && column <= p.w.in);
+  const unsigned rows_behind = rows_if(last && column >= -kIn && column + kIn < p.w.in);
   // Output rows [y0, y0 + height); with up 2 they begin with an odd one.
   const int strip = static_cast<int>(blockIdx.x) * (blockDim.x >> p.log2_x) +
                     static_cast<int>(threadIdx.x >> p.log2_x);
@@ -63,10 +75,10 @@ __global__ void __launch_bounds__(kMostMarchThreads, 8) upfirdn2d_march_kernel(A
   int iy = iy0;
   const auto next_row = [&] {
     typename M::Row row{};
-    const bool row_inside = static_cast<unsigned>(iy) < static_cast<unsigned>(p.h.in);
-    if (row_inside && inside) row.own = load_pack<T, kIn>(x);
-    if (row_inside && before) row.edge = load_pack<T, kEdge * kPer>(x - kEdge * kPer);
-    if (row_inside && behind) row.edge = load_pack<T, kEdge * kPer>(x + kIn);
+    const unsigned at = iy;
+    if (at < rows) row.own = load_words<kOwn>(x);
+    if (at < rows_before) row.edge = load_words<kEdge>(x - kEdge * kPer);
+    if (at < rows_behind) row.edge = load_words<kEdge>(x + kIn);
     x += p.w.in;
     iy++;
     return row;
@@ -90,8 +102,8 @@ __global__ void __launch_bounds__(kMostMarchThreads, 8) upfirdn2d_march_kernel(A
 #pragma unroll
       for (int k = 0; k < kAhead; k++) {
         Pack<unsigned, kPadded> words{};
-        const unsigned* own = reinterpret_cast<const unsigned*>(&ahead[k].own);
-        const unsigned* edge = reinterpret_cast<const unsigned*>(&ahead[k].edge);
+        const unsigned* own = ahead[k].own.v;
+        const unsigned* edge = ahead[k].edge.v;
 #pragma unroll
         for (int i = 0; i < kWords; i++) {
           const int j = i - M::kPrev, n = j - M::kOwn;

@@ -43,7 +43,6 @@ __global__ void __launch_bounds__(kMostMarchThreads, 8) upfirdn2d_march_kernel(A
                 kWords = M::kPrev + M::kOwn + M::kNext;
   constexpr int kEdge = M::kEdge, kPadded = kWords <= 4 ? 4 : 8;
   constexpr unsigned kAll = 0xffffffffu;
-  const Format<T> format(p.dtype);
   // Lanes of a row in this warp; of a block's threads, 1 << log2_x are in a row.
   const int lane = threadIdx.x & 31, width = min(32, 1 << p.log2_x), at = lane & (width - 1);
   const bool first = at == 0, last = at == width - 1;
@@ -88,7 +87,7 @@ __global__ void __launch_bounds__(kMostMarchThreads, 8) upfirdn2d_march_kernel(A
   for (int k = 0; k < kAhead; k++) ahead[k] = next_row();
 
   // filter(ky, window, along_x's result, sums) adds what row ky of the filter makes of a row.
-  const auto march = [&](auto along_x, auto filter) {
+  const auto march = [&](Format<T> format, auto along_x, auto filter) {
     T* y = static_cast<T*>(p.y) + image * p.h.out * p.w.out + static_cast<int64_t>(y0) * p.w.out +
            t * kOut;
     const auto store = [&](int row, const float (&out)[kOut]) {
@@ -139,35 +138,39 @@ __global__ void __launch_bounds__(kMostMarchThreads, 8) upfirdn2d_march_kernel(A
       fx[k] = __shfl_sync(kAll, product.x, k) * gain;
       fy[k] = __shfl_sync(kAll, product.y, 4 * k);
     }
-    march(
-        [&](const float* window, float* passed) {
+    with_format<T>(p.dtype, [&](Format<T> format) {
+      march(
+          format,
+          [&](const float* window, float* passed) {
 #pragma unroll
-          for (int j = 0; j < kOut; j++) {
-            float sum = 0.f;
+            for (int j = 0; j < kOut; j++) {
+              float sum = 0.f;
 #pragma unroll
-            for (int kx = j % kUp; kx < 4; kx += kUp)
-              sum += fx[kx] * window[(j * kDown + kx) / kUp];
-            passed[j] = sum;
-          }
-        },
-        [&](int ky, const float*, const float* passed, float (&sums)[kOut]) {
+              for (int kx = j % kUp; kx < 4; kx += kUp)
+                sum += fx[kx] * window[(j * kDown + kx) / kUp];
+              passed[j] = sum;
+            }
+          },
+          [&](int ky, const float*, const float* passed, float (&sums)[kOut]) {
 #pragma unroll
-          for (int j = 0; j < kOut; j++) sums[j] += fy[ky] * passed[j];
-        });
+            for (int j = 0; j < kOut; j++) sums[j] += fy[ky] * passed[j];
+          });
+    });
   } else {
     // Taps stay in their lanes, for want of registers.
     const float scaled = tap * gain;
-    march([](const float*, float*) {},
-          [scaled](int ky, const float* window, const float*, float (&sums)[kOut]) {
-            float f[4];
+    march(
+        Format<T>(p.dtype), [](const float*, float*) {},
+        [scaled](int ky, const float* window, const float*, float (&sums)[kOut]) {
+          float f[4];
 #pragma unroll
-            for (int kx = 0; kx < 4; kx++) f[kx] = __shfl_sync(kAll, scaled, 4 * ky + kx);
+          for (int kx = 0; kx < 4; kx++) f[kx] = __shfl_sync(kAll, scaled, 4 * ky + kx);
 #pragma unroll
-            for (int j = 0; j < kOut; j++)
+          for (int j = 0; j < kOut; j++)
 #pragma unroll
-              for (int kx = j % kUp; kx < 4; kx += kUp)
-                sums[j] += f[kx] * window[(j * kDown + kx) / kUp];
-          });
+            for (int kx = j % kUp; kx < 4; kx += kUp)
+              sums[j] += f[kx] * window[(j * kDown + kx) / kUp];
+        });
   }
 }
 

@@ -132,7 +132,8 @@ __global__ void __launch_bounds__(pixel_threads(kTaps), kTaps ? 4 : 2)
     column += ty * (p.rows * kDown / kUp) * row_step;
     y += y0 * row_of_y;
     // Adds the samples times a row of the filter.
-    const auto filter_x = [&](const Samples& samples, const float (&w)[kMeet], Sums& sums) {
+    const auto filter_x = [&](Format<T> format, const Samples& samples, const float (&w)[kMeet],
+                              Sums& sums) {
 #pragma unroll
       for (int m = 0; m < kSamples; m++) {
         float values[4];
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(pixel_threads(kTaps), kTaps ? 4 : 2)
             for (int j = 0; j < 4; j++) sums[4 * i + j] += w[m - i * kDown] * values[j];
       }
     };
-    const auto march = [&](auto along_x, auto filter) {
+    const auto march = [&](Format<T> format, auto along_x, auto filter) {
       const T* row = column;
       T* out = y;
       Waiting<kUp, kDown, 4 * kColumns> waiting;
@@ -183,21 +184,26 @@ __global__ void __launch_bounds__(pixel_threads(kTaps), kTaps ? 4 : 2)
       for (int m = 0; m < kMeet; m++) fx[m] = __shfl_sync(kAll, product.x, tap_x + m * kUp) * gain;
 #pragma unroll
       for (int k = 0; k < 4; k++) fy[k] = __shfl_sync(kAll, product.y, 4 * k);
-      march([&](const Samples& samples, Sums& passed) { filter_x(samples, fx, passed); },
+      with_format<T>(p.dtype, [&](Format<T> format) {
+        march(
+            format,
+            [&](const Samples& samples, Sums& passed) { filter_x(format, samples, fx, passed); },
             [&](int ky, const Samples&, const Sums& passed, Sums& sums) {
 #pragma unroll
               for (int j = 0; j < 4 * kColumns; j++) sums[j] += fy[ky] * passed[j];
             });
+      });
     } else {
       const float scaled = tap * gain;
-      march([](const Samples&, Sums&) {},
-            [&](int ky, const Samples& samples, const Sums&, Sums& sums) {
-              float w[kMeet];
+      march(
+          format, [](const Samples&, Sums&) {},
+          [&](int ky, const Samples& samples, const Sums&, Sums& sums) {
+            float w[kMeet];
 #pragma unroll
-              for (int m = 0; m < kMeet; m++)
-                w[m] = __shfl_sync(kAll, scaled, 4 * ky + tap_x + m * kUp);
-              filter_x(samples, w, sums);
-            });
+            for (int m = 0; m < kMeet; m++)
+              w[m] = __shfl_sync(kAll, scaled, 4 * ky + tap_x + m * kUp);
+            filter_x(format, samples, w, sums);
+          });
     }
   }
 }

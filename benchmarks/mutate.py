@@ -130,14 +130,14 @@ MUTATIONS = [
     ),
     Mutation(
         "upfirdn2d", "barrier: the tile is read while it is written", "upfirdn2d_planes.cuh",
-        "Half16>(p, tile, image, ix0, iy0);\n    __syncthreads();",
+        "Half16>(p, tile, image, ix0, iy0);\n  __syncthreads();",
         "Half16>(p, tile, image, ix0, iy0);",
         "race",
     ),
     Mutation(
-        "upfirdn2d", "gain: left out of a full filter", "upfirdn2d_planes.cuh",
-        "tap(qx, i % kTaps)) * gain;",
-        "tap(qx, i % kTaps));",
+        "upfirdn2d", "gain: left out of an outer product", "upfirdn2d_planes.cuh",
+        "product[i] = found.x * gain;",
+        "product[i] = found.x;",
     ),
     Mutation(
         "demod_coefs", "index: a chunk's last output channel is left out", "demod_coefs.cu",

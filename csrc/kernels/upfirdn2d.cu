@@ -1,11 +1,14 @@
-// upfirdn2d: one kernel reads a tile of the input into shared memory and filters it there.
+// upfirdn2d: one kernel reads a tile of the input into shared memory and filters it there, or, in
+// march, into registers.
 //
 // Polyphase: output o starts at sample first + (o / up) * down and meets every up-th tap, so no
-// inserted zero is loaded or multiplied. The kernels, from the most special:
-//   planes: NCHW, factors 1, 2, 4 and 2 to 12 taps compiled in. A thread makes 4 columns; input
-//     rows are kept split into their `down` phases, so that its window is a few aligned 16-byte
-//     reads. Separable filters of 8 and 12 taps take two passes through shared memory.
-//   pixels: channels-last, 16 bytes of channels a thread, the usual 2-D filters compiled in.
+// inserted zero is loaded or multiplied. Filters of 4 taps that are outer products are applied
+// along x, then along y. The kernels, from the most special:
+//   march: NCHW, 4 taps, factors 1 and 2, rows of whole vectors. A thread walks down the image.
+//   planes: NCHW, factors 1, 2, 4 and 2 to 12 taps compiled in. A thread makes 4 columns; columns
+//     are kept split into phases, so that a warp reads and writes them without bank conflicts.
+//     Separable filters of 8 and 12 taps take two passes through shared memory.
+//   pixels: channels-last, 32 bytes of channels a block, the usual 2-D filters compiled in.
 //   strips: channels-last, separable filters of more than 6 taps, in two passes.
 //   any: every other filter, factor, layout and dtype.
 #include "upfirdn2d_march.cuh"

@@ -26,7 +26,9 @@ struct Args {
   int columns;                         // samples of a row of the tile that are needed
   int pitch;                           // elements of such a row in shared memory
   int in_rows;                         // rows of it
-  int rows;                            // outputs of a thread along y
+  int phase;                           // planes: floats of a phase of the tile
+  int vectors;                         // read for a row of the tile
+  int rows;                            // pixels: outputs of a thread along y
   int threads_y, magic_x, magic_row;   // planes: rows of threads; see quotient()
   int dtype;
   bool separable, flip;
@@ -71,7 +73,8 @@ __device__ __forceinline__ S filter_tap(const Args& p, int k) {
 }
 
 // The filter as an outer product x y, if it is one up to rounding. Lane i of 16 has tap i. Row and
-// column go through the smallest tap, of which the others are multiples in the usual filters: exact.
+// column go through the smallest tap, of which the others are multiples in the usual filters:
+// exact.
 struct OuterProduct {
   float x, y;  // of this lane's tap
   bool exists;
@@ -88,6 +91,15 @@ struct OuterProduct {
     exists = __all_sync(all, fabsf(tap - x * y) <= 1e-6f * fabsf(tap) && fabsf(y) <= 65536.f);
   }
 };
+
+// Calls f(format) with a format that the compiler knows, for loops to be compiled once for each.
+template <typename T, typename F>
+__device__ __forceinline__ void with_format(int dtype, F f) {
+  if (std::is_same<T, Half16>::value && dtype == kBF16)
+    f(Format<T>(kBF16));
+  else
+    f(Format<T>(kF16));
+}
 
 // The outputs of 4 taps along y that wait for more rows of the input. Row by row, each makes some
 // outputs whole; the first rows only begin some. With up 2 the first output is an odd one.
@@ -153,6 +165,20 @@ inline dim3 grid3_of(const Args& p) {
   return dim3(static_cast<unsigned>(p.tiles_w),
               static_cast<unsigned>(min(p.images * p.chunks, int64_t(65535))),
               static_cast<unsigned>(ceil_div(p.h.out, p.tile_h)));
+}
+
+// Launches of as many images at a time as a grid can have along y, with the chunks of their
+// channels.
+template <typename F>
+int by_images(Args p, F launch) {
+  const int64_t size = (p.dtype == kF32 ? 4 : 2) * static_cast<int64_t>(p.channels);
+  for (int64_t left = p.images; left > 0; left -= p.images) {
+    p.images = min(left, int64_t(65535 / p.chunks));
+    launch(p);
+    p.x = static_cast<const char*>(p.x) + p.images * p.h.in * p.w.in * size;
+    p.y = static_cast<char*>(p.y) + p.images * p.h.out * p.w.out * size;
+  }
+  return static_cast<int>(cudaGetLastError());
 }
 
 }  // namespace

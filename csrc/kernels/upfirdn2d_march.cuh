@@ -26,106 +26,121 @@ struct March {
   static constexpr int kEdge = kPrev > kNext ? kPrev : kNext;
   static_assert(kEdge <= 2 && kPrev > 0 && kNext > 0, "read by one instruction");
   struct Row {
-    Pack<T, kIn> own;
-    Pack<T, kEdge * kPer> edge;  // of the first lane before its own, of the last one behind it
+    Pack<unsigned, kOwn> own;
+    Pack<unsigned, kEdge> edge;  // of the first lane before its own, of the last one behind it
   };
 };
+
+template <int kWords, typename T>
+__device__ __forceinline__ Pack<unsigned, kWords> load_words(const T* p) {
+  return load_pack<unsigned, kWords>(reinterpret_cast<const unsigned*>(p));
+}
 
 template <typename T, int kUp, int kDown, int kBefore>
 __global__ void __launch_bounds__(kMostMarchThreads, 8) upfirdn2d_march_kernel(Args p) {
   using M = March<T, kUp, kDown, kBefore>;
-  constexpr int kIn = M::kIn, kOut = M::kOut, kPer = M::kPer, kWords = M::kPrev + M::kOwn + M::kNext;
+  constexpr int kIn = M::kIn, kOwn = M::kOwn, kOut = M::kOut, kPer = M::kPer,
+                kWords = M::kPrev + M::kOwn + M::kNext;
   constexpr int kEdge = M::kEdge, kPadded = kWords <= 4 ? 4 : 8;
   constexpr unsigned kAll = 0xffffffffu;
-  const Format<T> format(p.dtype);
   // Lanes of a row in this warp; of a block's threads, 1 << log2_x are in a row.
   const int lane = threadIdx.x & 31, width = min(32, 1 << p.log2_x), at = lane & (width - 1);
   const bool first = at == 0, last = at == width - 1;
   const int t = (static_cast<int>(blockIdx.z) << p.log2_x) + (threadIdx.x & ((1 << p.log2_x) - 1));
   const int column = t * kIn + first_sample<kUp, kDown>(p.w, 0) + kBefore;
+  // Rows of which a lane reads its vector, and that which is before or behind the warp's: all of
+  // the image, or none.
   const bool needed = t * kOut <= p.w.out;
-  const bool inside = needed && column >= 0 && column < p.w.in;
-  const bool before = needed && first && column > 0 && column <= p.w.in;
-  const bool behind = needed && last && column >= -kIn && column + kIn < p.w.in;
+  const auto rows_if = [&](bool inside) {
+    unsigned rows = needed && inside ? p.h.in : 0;
+    forget(rows);
+    return rows;
+  };
+  const unsigned rows = rows_if(column >= 0 && column < p.w.in);
+  const unsigned rows_before = rows_if(first && column > 0 && column <= p.w.in);
+  const unsigned rows_behind = rows_if(last && column >= -kIn && column + kIn < p.w.in);
   // Output rows [y0, y0 + height); with up 2 they begin with an odd one.
   const int strip = static_cast<int>(blockIdx.x) * (blockDim.x >> p.log2_x) +
                     static_cast<int>(threadIdx.x >> p.log2_x);
   const int y0 = strip * p.tile_h - (kUp - 1), iy0 = first_sample<kUp, kDown>(p.h, y0);
-  const int skipped = y0 < 0 ? 1 : 0, height = t * kOut < p.w.out ? max(p.h.out - y0 - skipped, 0) : 0;
+  const int skipped = y0 < 0 ? 1 : 0,
+            height = t * kOut < p.w.out ? max(p.h.out - y0 - skipped, 0) : 0;
   const float tap = filter_tap<float>(p, lane >> 2 & 3, lane & 3);
   const float gain = static_cast<float>(p.gain);
 
-  for (int image = blockIdx.y; image < p.images; image += gridDim.y) {
-    const T* x = static_cast<const T*>(p.x) + static_cast<int64_t>(image) * p.h.in * p.w.in +
-                 (static_cast<int64_t>(iy0) * p.w.in + column);
-    int iy = iy0;
-    const auto next_row = [&] {
-      typename M::Row row{};
-      const bool row_inside = static_cast<unsigned>(iy) < static_cast<unsigned>(p.h.in);
-      if (row_inside && inside) row.own = load_pack<T, kIn>(x);
-      if (row_inside && before) row.edge = load_pack<T, kEdge * kPer>(x - kEdge * kPer);
-      if (row_inside && behind) row.edge = load_pack<T, kEdge * kPer>(x + kIn);
-      x += p.w.in;
-      iy++;
-      return row;
-    };
-    typename M::Row ahead[kAhead];
+  const int64_t image = blockIdx.y;
+  const T* x = static_cast<const T*>(p.x) + image * p.h.in * p.w.in +
+               (static_cast<int64_t>(iy0) * p.w.in + column);
+  int iy = iy0;
+  const auto next_row = [&] {
+    typename M::Row row{};
+    const unsigned at = iy;
+    if (at < rows) row.own = load_words<kOwn>(x);
+    if (at < rows_before) row.edge = load_words<kEdge>(x - kEdge * kPer);
+    if (at < rows_behind) row.edge = load_words<kEdge>(x + kIn);
+    x += p.w.in;
+    iy++;
+    return row;
+  };
+  typename M::Row ahead[kAhead];
 #pragma unroll
-    for (int k = 0; k < kAhead; k++) ahead[k] = next_row();
+  for (int k = 0; k < kAhead; k++) ahead[k] = next_row();
 
-    // filter(ky, window, along_x's result, sums) adds what row ky of the filter makes of a row.
-    const auto march = [&](auto along_x, auto filter) {
-      T* y = static_cast<T*>(p.y) + static_cast<int64_t>(image) * p.h.out * p.w.out +
-             static_cast<int64_t>(y0) * p.w.out + t * kOut;
-      const auto store = [&](int row, const float (&out)[kOut]) {
-        if (kUp == 2 ? static_cast<unsigned>(row - skipped) < static_cast<unsigned>(height)
-                     : row < height)
-          store_whole<T, kOut>(y, narrow<T, kOut>(out, format));
-        y += p.w.out;
-      };
-      Waiting<kUp, kDown, kOut> waiting;
-      for (int row = 0; row < p.in_rows; row += kAhead) {
+  // filter(ky, window, along_x's result, sums) adds what row ky of the filter makes of a row.
+  const auto march = [&](Format<T> format, auto along_x, auto filter) {
+    T* y = static_cast<T*>(p.y) + image * p.h.out * p.w.out + static_cast<int64_t>(y0) * p.w.out +
+           t * kOut;
+    const auto store = [&](int row, const float (&out)[kOut]) {
+      if (kUp == 2 ? static_cast<unsigned>(row - skipped) < static_cast<unsigned>(height)
+                   : row < height)
+        store_whole<T, kOut>(y, narrow<T, kOut>(out, format));
+      y += p.w.out;
+    };
+    Waiting<kUp, kDown, kOut> waiting;
+    for (int row = 0; row < p.in_rows; row += kAhead) {
 #pragma unroll
-        for (int k = 0; k < kAhead; k++) {
-          Pack<unsigned, kPadded> words{};
-          const unsigned* own = reinterpret_cast<const unsigned*>(&ahead[k].own);
-          const unsigned* edge = reinterpret_cast<const unsigned*>(&ahead[k].edge);
+      for (int k = 0; k < kAhead; k++) {
+        Pack<unsigned, kPadded> words{};
+        const unsigned* own = ahead[k].own.v;
+        const unsigned* edge = ahead[k].edge.v;
 #pragma unroll
-          for (int i = 0; i < kWords; i++) {
-            const int j = i - M::kPrev, n = j - M::kOwn;
-            if (j < 0) {
-              words.v[i] = __shfl_up_sync(kAll, own[M::kOwn + j], 1);
-              if (first) words.v[i] = edge[kEdge + j];
-            } else if (n < 0) {
-              words.v[i] = own[j];
-            } else {
-              words.v[i] = __shfl_down_sync(kAll, own[n], 1);
-              if (last) words.v[i] = edge[n];
-            }
+        for (int i = 0; i < kWords; i++) {
+          const int j = i - M::kPrev, n = j - M::kOwn;
+          if (j < 0) {
+            words.v[i] = __shfl_up_sync(kAll, own[M::kOwn + j], 1);
+            if (first) words.v[i] = edge[kEdge + j];
+          } else if (n < 0) {
+            words.v[i] = own[j];
+          } else {
+            words.v[i] = __shfl_down_sync(kAll, own[n], 1);
+            if (last) words.v[i] = edge[n];
           }
-          if (row + kAhead < p.in_rows) ahead[k] = next_row();
-          float samples[kPadded * kPer];
-          widen(*reinterpret_cast<Pack<T, kPadded * kPer>*>(&words), format, samples);
-          const float* window = samples + M::kPrev * kPer - kBefore;
-
-          float passed[kOut];
-          along_x(window, passed);
-          waiting.take(
-              k, row + k,
-              [&](float (&sums)[kOut], int ky) { filter(ky, window, passed, sums); }, store);
         }
-      }
-    };
+        if (row + kAhead < p.in_rows) ahead[k] = next_row();
+        float samples[kPadded * kPer];
+        widen(*reinterpret_cast<Pack<T, kPadded * kPer>*>(&words), format, samples);
+        const float* window = samples + M::kPrev * kPer - kBefore;
 
-    const OuterProduct product(tap);
-    if (product.exists) {
-      float fx[4], fy[4];
-#pragma unroll
-      for (int k = 0; k < 4; k++) {
-        fx[k] = __shfl_sync(kAll, product.x, k) * gain;
-        fy[k] = __shfl_sync(kAll, product.y, 4 * k);
+        float passed[kOut];
+        along_x(window, passed);
+        waiting.take(
+            k, row + k, [&](float (&sums)[kOut], int ky) { filter(ky, window, passed, sums); },
+            store);
       }
+    }
+  };
+
+  const OuterProduct product(tap);
+  if (product.exists) {
+    float fx[4], fy[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      fx[k] = __shfl_sync(kAll, product.x, k) * gain;
+      fy[k] = __shfl_sync(kAll, product.y, 4 * k);
+    }
+    with_format<T>(p.dtype, [&](Format<T> format) {
       march(
+          format,
           [&](const float* window, float* passed) {
 #pragma unroll
             for (int j = 0; j < kOut; j++) {
@@ -140,21 +155,22 @@ __global__ void __launch_bounds__(kMostMarchThreads, 8) upfirdn2d_march_kernel(A
 #pragma unroll
             for (int j = 0; j < kOut; j++) sums[j] += fy[ky] * passed[j];
           });
-    } else {
-      // Taps stay in their lanes, for want of registers.
-      const float scaled = tap * gain;
-      march([](const float*, float*) {},
-            [scaled](int ky, const float* window, const float*, float (&sums)[kOut]) {
-              float f[4];
+    });
+  } else {
+    // Taps stay in their lanes, for want of registers.
+    const float scaled = tap * gain;
+    march(
+        Format<T>(p.dtype), [](const float*, float*) {},
+        [scaled](int ky, const float* window, const float*, float (&sums)[kOut]) {
+          float f[4];
 #pragma unroll
-              for (int kx = 0; kx < 4; kx++) f[kx] = __shfl_sync(kAll, scaled, 4 * ky + kx);
+          for (int kx = 0; kx < 4; kx++) f[kx] = __shfl_sync(kAll, scaled, 4 * ky + kx);
 #pragma unroll
-              for (int j = 0; j < kOut; j++)
+          for (int j = 0; j < kOut; j++)
 #pragma unroll
-                for (int kx = j % kUp; kx < 4; kx += kUp)
-                  sums[j] += f[kx] * window[(j * kDown + kx) / kUp];
-            });
-    }
+            for (int kx = j % kUp; kx < 4; kx += kUp)
+              sums[j] += f[kx] * window[(j * kDown + kx) / kUp];
+        });
   }
 }
 
@@ -177,12 +193,14 @@ int launch_march(Args p, void* stream) {
   }
   while (threads > max(x, 32) && blocks() < wanted) threads /= 2;
   const int64_t z = ceil_div(lanes, x);
-  if (z > 65535 || p.images > INT32_MAX - 65535) return -1;
-  const dim3 grid(static_cast<unsigned>(
-                      ceil_div(p.h.out + kUp - 1, static_cast<int64_t>(p.tile_h) * (threads / x))),
-                  static_cast<unsigned>(min(p.images, int64_t(65535))), static_cast<unsigned>(z));
-  GK_LAUNCH((upfirdn2d_march_kernel<T, kUp, kDown, kBefore>), grid, dim3(threads), 0, stream, p);
-  return static_cast<int>(cudaGetLastError());
+  if (z > 65535) return -1;
+  const auto strips = static_cast<unsigned>(
+      ceil_div(p.h.out + kUp - 1, static_cast<int64_t>(p.tile_h) * (threads / x)));
+  return by_images(p, [&](const Args& q) {
+    GK_LAUNCH((upfirdn2d_march_kernel<T, kUp, kDown, kBefore>),
+              dim3(strips, static_cast<unsigned>(q.images), static_cast<unsigned>(z)),
+              dim3(threads), 0, stream, q);
+  });
 }
 
 // 4 taps along both axes: the launch's error, or -1 where rows are not whole vectors.

@@ -8,105 +8,128 @@ namespace {
 
 constexpr int kPlaneThreads = 512, kWidestRow = 72;  // threads
 
+// A thread makes 4 columns of the output. Columns of the tile are kept split into kVec phases, the
+// columns that a thread's window advances by over kDown: column c at [c % kVec][row][c / kVec], so
+// that a warp's accesses fall into different banks wherever its vectors begin.
 template <int kUp, int kDown, int kTaps, bool kSeparable>
 struct Planes {
   static constexpr int kMeet = kTaps / kUp;  // taps that meet an output
+  static constexpr int kVec = 4 / kUp;
+  // Whether filters that are outer products are applied along x and then along y.
+  static constexpr bool kProduct = kTaps == 4 && kUp == 1 && kDown < 4;
   // Output rows of a thread: one where the tile is large, for more threads to share it.
-  static constexpr int kRows = kUp == 4 ? 4 : kDown == 4 || (kDown == 2 && kSeparable) ? 1 : 2;
-  static constexpr int kFilter = (kSeparable ? 2 * kTaps : kTaps * kTaps + 3) / 4 * 4;
-  // Samples of one phase in the window of 4 outputs, and the floats of a shared-memory read.
-  static constexpr int kWindow = kUp == 1 ? 3 + (kTaps + kDown - 1) / kDown : 4 / kUp + kMeet;
-  static constexpr int kRead = 4 / kUp;
-  static constexpr int kPadded = (kWindow + kRead - 1) / kRead * kRead;
+  static constexpr int kRows = kUp == 4                                   ? 4
+                               : kDown == 4 || (kDown == 2 && kSeparable) ? 1
+                               : kProduct                                 ? 8 / kDown
+                                                                          : 2;
+  static constexpr int kProductAt = kTaps * kTaps;  // among the taps: x, y, whether it exists
+  static constexpr int kFilter =
+      (kSeparable ? 2 * kTaps : kTaps * kTaps + (kProduct ? 9 : 0) + 3) / 4 * 4;
+  // The window of 4 outputs, and positions of a phase that its reads take.
+  static constexpr int kWindow = kUp == 1 ? 3 * kDown + kTaps : kVec + kMeet;
+  static constexpr int kReads = (kWindow + kVec * kDown - 1) / (kVec * kDown) * kDown;
   static constexpr int in_rows(int rows) {
     return kUp == 1 ? (rows - 1) * kDown + kTaps : rows / kUp + kMeet;
   }
-  // Floats of one phase in a row of the tile for `columns` outputs (a multiple of 4).
-  static constexpr int phase_size(int columns) {
-    return ((columns - 4) / kUp + kPadded + 3) / 4 * 4;
-  }
 };
 
-// Copies the rows and columns that the tile needs; what lies outside of the image becomes zero.
-// Global vectors are aligned whatever the row's own alignment, and so overlap the tile's edges, by
-// whole sectors. Rows are kept split into `down` phases, each phase of all rows together, so that a
-// warp that wraps to the next row continues there in the next banks. The elements of a vector are
-// stored in an order that differs between lanes: no bank conflicts.
-template <int kDown, typename T>
+// Stores floats to shared memory, at addresses in bytes that are kept as numbers: given a pointer,
+// the compiler finds the base again for each store that depends on a condition.
+#ifdef __CUDA_ARCH__
+using SharedAddress = unsigned;
+__device__ __forceinline__ SharedAddress shared_address(float* p) {
+  unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(p));
+  forget(address);
+  return address;
+}
+__device__ __forceinline__ void store_shared(SharedAddress to, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");
+}
+#else
+using SharedAddress = char*;
+__device__ __forceinline__ SharedAddress shared_address(float* p) {
+  return reinterpret_cast<char*>(p);
+}
+__device__ __forceinline__ void store_shared(SharedAddress to, float v) {
+  *reinterpret_cast<float*>(to) = v;
+}
+#endif
+
+// Where the tile reaches beyond the image, it is made zero: load_tile() writes what lies inside.
+__device__ __forceinline__ void clear_tile(const Args& p, float* tile, int floats, int ix0,
+                                           int iy0) {
+  if (ix0 >= 0 && ix0 <= p.w.in - p.columns && iy0 >= 0 && iy0 <= p.h.in - p.in_rows) return;
+  for (int i = threadIdx.x; i < floats / 4; i += blockDim.x)
+    reinterpret_cast<float4*>(tile)[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+  __syncthreads();
+}
+
+// Copies the rows and columns that the tile needs. Global vectors are aligned whatever the row's
+// own alignment, and a row's first one begins a sector. A thread reads one vector of every
+// `step`-th row.
+template <int kVec, typename T>
 __device__ __forceinline__ void load_tile(const Args& p, float* tile, int64_t image, int ix0,
                                           int iy0) {
-  constexpr int N = 16 / sizeof(T), kBatch = N == 8 ? 2 : kDown == 2 ? 3 : 4, kSector = 2 * N;
-  // Offsets in a plane fit into 32 bits; `before` and `behind` are the tensor's ends seen from it.
-  const int64_t plane = image * p.h.in * p.w.in, left = (p.images - image) * p.h.in * p.w.in;
-  const T* x = static_cast<const T*>(p.x) + plane;
-  const int before = plane < kSector ? -static_cast<int>(plane) : -kSector;
-  const int behind = static_cast<int>(min(left, int64_t(INT32_MAX) - kSector));
-  const int misaligned =
-      static_cast<int>(reinterpret_cast<uintptr_t>(x) / sizeof(T)) & (kSector - 1);
-  const int pitch = p.pitch / kDown, phase = p.in_rows * pitch, lane = threadIdx.x % 32;
-  const int lo = max(0, -ix0), hi = max(lo, min(p.columns, p.w.in - ix0));
-
-  const int per_row = p.pitch / N;  // an even number
-  const int step_r = quotient(blockDim.x, p.magic_row), step_v = blockDim.x - step_r * per_row;
-  int r = quotient(threadIdx.x, p.magic_row), v = threadIdx.x - r * per_row;
-  const int turn = kDown * (lane / max(1, 32 * kDown / N)) % N;
-  const auto advance = [&](int& row, int& vec) {
-    row += step_r;
-    vec += step_v;
-    if (vec >= per_row) {
-      vec -= per_row;
-      row++;
-    }
-  };
-  const auto start_of = [&](int iy) {  // of the tile's row; unsigned, for rows far outside
-    return static_cast<int>(static_cast<unsigned>(iy) * static_cast<unsigned>(p.w.in) +
-                            static_cast<unsigned>(ix0));
-  };
-  const auto column = [&](int start, int vec) {
-    return vec * N - ((start + misaligned) & (kSector - 1));
-  };
-  while (r < p.in_rows) {
-    Pack<T, N> packs[kBatch];
-    int r2 = r, v2 = v;
+  constexpr int kBatch = 4, kSector = 32 / sizeof(T), kShift = kVec / 2;  // log2 of kVec
+  const Format<T> format(p.dtype);
+  const SharedAddress base = shared_address(tile);
+  const int phase = 4 * p.phase, wrap = 4 - (kVec - 1) * phase;  // bytes
+  const int lo = max(0, -ix0), hi = min(p.columns, p.w.in - ix0);
+  const unsigned inside = max(hi - lo, 0);
+  const int last = min(p.in_rows, p.h.in - iy0);
+  const int step = max(quotient(blockDim.x, p.magic_row), 1);
+  const int row0 = quotient(threadIdx.x, p.magic_row), first = row0 + max(0, -iy0);
+  if (row0 >= step) return;
+  // Whole sectors are read, unless the tensor may end within.
+  const int64_t plane = static_cast<int64_t>(p.h.in) * p.w.in;
+  const T* x = static_cast<const T*>(p.x) + image * plane;
+  const int64_t ahead = image * plane + static_cast<int64_t>(max(iy0, 0)) * p.w.in;
+  const bool whole =
+      ahead >= kSector &&
+      (p.images * plane - ahead) - static_cast<int64_t>(last - max(-iy0, 0)) * p.w.in >= kSector;
+  const int64_t stride = static_cast<int64_t>(step) * p.w.in;
+  for (int v = threadIdx.x - row0 * p.vectors; v < p.vectors; v += blockDim.x) {
+    const int in_sector = v * kVec % kSector;
+    const int least = lo - kSector + in_sector, most = hi + in_sector;
+    const T* row = x + (static_cast<int64_t>(iy0 + first) * p.w.in + ix0);
+    for (int r = first; r < last; r += step * kBatch) {
+      Pack<T, kVec> packs[kBatch] = {};
+      int columns[kBatch];
 #pragma unroll
-    for (int b = 0; b < kBatch; b++) {
-      const int iy = iy0 + r;
-      const int start = start_of(iy), c = column(start, v), sector = c - (v & 1) * N;
-      packs[b] = Pack<T, N>{};
-      if (r < p.in_rows && iy >= 0 && iy < p.h.in && sector + kSector > lo && sector < hi) {
-        if (start + c >= before && start + c + N <= behind) {
-          packs[b] = load_pack<T, N>(x + (start + c));
-        } else {
+      for (int b = 0; b < kBatch; b++) {
+        const int c =
+            v * kVec - static_cast<int>(reinterpret_cast<uintptr_t>(row) / sizeof(T) % kSector);
+        const bool needed = r + b * step < last && c > least && c < most;
+        columns[b] = needed ? c : -kVec;
+        if (needed) {
+          if (whole) {
+            packs[b] = load_pack<T, kVec>(row + c);
+          } else {
+            const T* begin = static_cast<const T*>(p.x);
+            const T* end = begin + p.images * plane;
+            if (row + c >= begin && row + c + kVec <= end) {
+              packs[b] = load_pack<T, kVec>(row + c);
+            } else {
 #pragma unroll
-          for (int e = 0; e < N; e++)
-            if (start + c + e >= before && start + c + e < behind) packs[b].v[e] = x[start + c + e];
+              for (int e = 0; e < kVec; e++)
+                if (row + c + e >= begin && row + c + e < end) packs[b].v[e] = row[c + e];
+            }
+          }
         }
+        row += stride;
       }
-      advance(r, v);
-    }
-#pragma unroll
-    for (int b = 0; b < kBatch; b++) {
-      const int iy = iy0 + r2;
-      const int c = column(start_of(iy), v2);
-      float values[N];
-      widen(packs[b], Format<T>(p.dtype), values);
-#pragma unroll
-      for (int bit = kDown; bit < N; bit *= 2) {
-        float turned[N];
-#pragma unroll
-        for (int e = 0; e < N; e++) turned[e] = turn & bit ? values[(e + bit) % N] : values[e];
-#pragma unroll
-        for (int e = 0; e < N; e++) values[e] = turned[e];
-      }
-      // Rows outside of the image were not loaded, and are zero.
-      unrolled<N>([&](auto which) {
-        constexpr int e = decltype(which)::value;
-        const int at = c + ((e + turn) & (N - 1));
-        if (r2 < p.in_rows && at >= 0)
-          tile[r2 * pitch + at % kDown * phase + at / kDown] =
-              at >= lo && at < hi ? values[e] : 0.f;
+      unrolled<kBatch>([&](auto batch) {
+        constexpr int kAt = decltype(batch)::value;
+        float values[kVec];
+        widen(packs[kAt], format, values);
+        const int c = columns[kAt], turn = c & (kVec - 1);
+        SharedAddress to = base + ((r + kAt * step) * p.pitch + (c >> kShift)) * 4 + turn * phase;
+        unrolled<kVec>([&](auto which) {
+          constexpr int e = decltype(which)::value;
+          if (static_cast<unsigned>(c + e - lo) < inside) store_shared(to, values[e]);
+          to += turn == kVec - 1 - e ? wrap : phase;
+        });
       });
-      advance(r2, v2);
     }
   }
 }
@@ -124,16 +147,22 @@ __device__ __forceinline__ void read(float* out, const float* in) {
   }
 }
 
-// Adds to the 4 outputs that start at column 4 * tx what they take from a row of the tile;
-// w: [up][meet] taps of each phase. late(j): output j of a phase group starts one sample later.
-template <typename P, int kUp, int kDown, int kTaps>
+// The samples that a thread's 4 outputs meet in a row of the tile. add(): what these outputs take
+// from them; w: [up][meet] taps of each phase. Output j starts one sample later if j % up > qx.
+template <typename P, int kUp, int kDown>
 struct RowWindow {
-  float v[kDown][P::kPadded];
+  float v[P::kReads * P::kVec];
   __device__ __forceinline__ RowWindow(const float* row, int phase) {
 #pragma unroll
-    for (int d = 0; d < kDown; d++)
+    for (int i = 0; i < P::kReads; i += kDown)
 #pragma unroll
-      for (int i = 0; i < P::kPadded; i += P::kRead) read<P::kRead>(v[d] + i, row + d * phase + i);
+      for (int f = 0; f < P::kVec; f++) {
+        if (i * P::kVec + f >= P::kWindow) continue;
+        float some[kDown];
+        read<kDown>(some, row + f * phase + i);
+#pragma unroll
+        for (int d = 0; d < kDown; d++) v[(i + d) * P::kVec + f] = some[d];
+      }
   }
   __device__ __forceinline__ void add(float* acc, const float* w, int qx) const {
 #pragma unroll
@@ -141,11 +170,10 @@ struct RowWindow {
 #pragma unroll
       for (int m = 0; m < P::kMeet; m++) {
         if constexpr (kUp == 1) {
-          acc[j] += w[m] * v[m % kDown][j + m / kDown];
+          acc[j] += w[m] * v[j * kDown + m];
         } else {
           const int at = j / kUp + m;
-          const float sample = j % kUp > qx ? v[0][at + 1] : v[0][at];
-          acc[j] += w[j % kUp * P::kMeet + m] * sample;
+          acc[j] += w[j % kUp * P::kMeet + m] * (j % kUp > qx ? v[at + 1] : v[at]);
         }
       }
   }
@@ -205,8 +233,7 @@ __global__ void __launch_bounds__(kPlaneThreads, 2) upfirdn2d_planes_kernel(Args
   constexpr int kRows = P::kRows, kMeet = P::kMeet;
   GK_DYNAMIC_SHARED(float, f);
   float* tile = f + P::kFilter;
-  const int pitch = p.pitch / kDown, phase = p.in_rows * pitch;
-  const int ty = quotient(threadIdx.x, p.magic_x), tx = threadIdx.x - ty * (p.tile_w / 4);
+  const int pitch = p.pitch, phase = p.phase;
   const int ox0 = static_cast<int>(blockIdx.x) * p.tile_w;
   const int oy0 = static_cast<int>(blockIdx.z) * p.tile_h;
   const int ix0 = first_sample<kUp, kDown>(p.w, ox0), iy0 = first_sample<kUp, kDown>(p.h, oy0);
@@ -222,81 +249,116 @@ __global__ void __launch_bounds__(kPlaneThreads, 2) upfirdn2d_planes_kernel(Args
       f[i] = filter_tap<float>(p, tap(qy, i / kTaps), tap(qx, i % kTaps)) * gain;
     }
   }
+  if constexpr (P::kProduct) {
+    float* product = f + P::kProductAt;
+    if (blockDim.x < 32) {
+      if (threadIdx.x == 0) product[8] = 0.f;
+    } else if (threadIdx.x < 32) {
+      const int i = threadIdx.x & 15;
+      const OuterProduct found(filter_tap<float>(p, i >> 2, i & 3));
+      if (threadIdx.x < 4) product[i] = found.x * gain;
+      if (threadIdx.x < 16 && i % 4 == 0) product[4 + i / 4] = found.y;
+      if (threadIdx.x == 0) product[8] = found.exists ? 1.f : 0.f;
+    }
+  }
 
-  for (int64_t image = blockIdx.y; image < p.images; image += gridDim.y) {
-    __syncthreads();
-    if (p.dtype == kF32)
-      load_tile<kDown, float>(p, tile, image, ix0, iy0);
-    else
-      load_tile<kDown, Half16>(p, tile, image, ix0, iy0);
-    __syncthreads();
+  const int image = blockIdx.y;
+  clear_tile(p, tile, P::kVec * phase, ix0, iy0);
+  if (p.dtype == kF32)
+    load_tile<P::kVec, float>(p, tile, image, ix0, iy0);
+  else
+    load_tile<P::kVec, Half16>(p, tile, image, ix0, iy0);
+  __syncthreads();
 
-    float acc[kRows][4] = {};
-    if constexpr (kSeparable) {
-      float* mid = tile + p.in_rows * p.pitch;
-      for (int r = ty; r < p.in_rows; r += p.threads_y) {
-        const RowWindow<P, kUp, kDown, kTaps> window(tile + r * pitch + P::kRead * tx, phase);
-        float sum[4] = {};
-        window.add(sum, f, qx);
-        *reinterpret_cast<float4*>(mid + r * p.tile_w + 4 * tx) =
-            make_float4(sum[0], sum[1], sum[2], sum[3]);
-      }
-      __syncthreads();
-      const float* column = mid + 4 * tx;
-      const auto add = [&](int jr, int row, float w) {
+  const int ty = quotient(threadIdx.x, p.magic_x), tx = threadIdx.x - ty * (p.tile_w / 4);
+  float acc[kRows][4] = {};
+  if constexpr (kSeparable) {
+    float* mid = tile + P::kVec * phase;
+    for (int r = ty; r < p.in_rows; r += p.threads_y) {
+      const RowWindow<P, kUp, kDown> window(tile + r * pitch + kDown * tx, phase);
+      float sum[4] = {};
+      window.add(sum, f, qx);
+      *reinterpret_cast<float4*>(mid + r * p.tile_w + 4 * tx) =
+          make_float4(sum[0], sum[1], sum[2], sum[3]);
+    }
+    __syncthreads();
+    const float* column = mid + 4 * tx;
+    const auto add = [&](int jr, int row, float w) {
+      float v[4];
+      read<4>(v, column + row * p.tile_w);
+#pragma unroll
+      for (int j = 0; j < 4; j++) acc[jr][j] += w * v[j];
+    };
+    if constexpr (kUp == 1) {
+#pragma unroll
+      for (int r = 0; r < (kRows - 1) * kDown + kTaps; r++) {
         float v[4];
-        read<4>(v, column + row * p.tile_w);
+        read<4>(v, column + (ty * kRows * kDown + r) * p.tile_w);
 #pragma unroll
-        for (int j = 0; j < 4; j++) acc[jr][j] += w * v[j];
-      };
-      if constexpr (kUp == 1) {
+        for (int jr = 0; jr < kRows; jr++) {
+          const int ky = r - jr * kDown;
+          if (ky < 0 || ky >= kTaps) continue;
 #pragma unroll
-        for (int r = 0; r < (kRows - 1) * kDown + kTaps; r++) {
-          float v[4];
-          read<4>(v, column + (ty * kRows * kDown + r) * p.tile_w);
+          for (int j = 0; j < 4; j++) acc[jr][j] += f[kTaps + ky] * v[j];
+        }
+      }
+    } else {
+#pragma unroll
+      for (int jr = 0; jr < kRows; jr++)
+#pragma unroll
+        for (int m = 0; m < kMeet; m++)
+          add(jr, ty * (kRows / kUp) + jr / kUp + (jr % kUp > qy ? 1 : 0) + m,
+              f[kTaps + jr % kUp * kMeet + m]);
+    }
+  } else if constexpr (kUp == 1) {
+    const float* row = tile + ty * kRows * kDown * pitch + kDown * tx;
+    bool product = false;
+    if constexpr (P::kProduct) {
+      product = f[P::kProductAt + 8] != 0.f;
+      if (product) {
+        float fx[4], fy[4];
+        read<4>(fx, f + P::kProductAt);
+        read<4>(fy, f + P::kProductAt + 4);
+#pragma unroll
+        for (int r = 0; r < (kRows - 1) * kDown + kTaps; r++, row += pitch) {
+          const RowWindow<P, kUp, kDown> window(row, phase);
+          float passed[4] = {};
+          window.add(passed, fx, qx);
 #pragma unroll
           for (int jr = 0; jr < kRows; jr++) {
             const int ky = r - jr * kDown;
             if (ky < 0 || ky >= kTaps) continue;
 #pragma unroll
-            for (int j = 0; j < 4; j++) acc[jr][j] += f[kTaps + ky] * v[j];
+            for (int j = 0; j < 4; j++) acc[jr][j] += fy[ky] * passed[j];
           }
         }
-      } else {
-#pragma unroll
-        for (int jr = 0; jr < kRows; jr++)
-#pragma unroll
-          for (int m = 0; m < kMeet; m++)
-            add(jr, ty * (kRows / kUp) + jr / kUp + (jr % kUp > qy ? 1 : 0) + m,
-                f[kTaps + jr % kUp * kMeet + m]);
       }
-    } else if constexpr (kUp == 1) {
-      const float* row = tile + ty * kRows * kDown * pitch + 4 * tx;
+    }
 #pragma unroll
-      for (int r = 0; r < (kRows - 1) * kDown + kTaps; r++, row += pitch) {
-        const RowWindow<P, kUp, kDown, kTaps> window(row, phase);
-#pragma unroll
-        for (int jr = 0; jr < kRows; jr++)
-          if (r - jr * kDown >= 0 && r - jr * kDown < kTaps)
-            window.add(acc[jr], f + (r - jr * kDown) * kTaps, qx);
-      }
-    } else {
-      const float* row = tile + ty * (kRows / kUp) * pitch + P::kRead * tx;
+    for (int r = 0; r < (kRows - 1) * kDown + kTaps; r++, row += pitch) {
+      if (product) break;
+      const RowWindow<P, kUp, kDown> window(row, phase);
 #pragma unroll
       for (int jr = 0; jr < kRows; jr++)
-#pragma unroll
-        for (int m = 0; m < kMeet; m++) {
-          const int at = jr / kUp + (jr % kUp > qy ? 1 : 0) + m;
-          const RowWindow<P, kUp, kDown, kTaps> window(row + at * pitch, phase);
-          window.add(acc[jr], f + (jr % kUp * kMeet + m) * kTaps, qx);
-        }
+        if (r - jr * kDown >= 0 && r - jr * kDown < kTaps)
+          window.add(acc[jr], f + (r - jr * kDown) * kTaps, qx);
     }
-
-    if (p.dtype == kF32)
-      store_rows<float>(p, acc, kRows, tile, image, ox0, oy0, tx, ty);
-    else
-      store_rows<Half16>(p, acc, kRows, tile, image, ox0, oy0, tx, ty);
+  } else {
+    const float* row = tile + ty * (kRows / kUp) * pitch + tx;
+#pragma unroll
+    for (int jr = 0; jr < kRows; jr++)
+#pragma unroll
+      for (int m = 0; m < kMeet; m++) {
+        const int at = jr / kUp + (jr % kUp > qy ? 1 : 0) + m;
+        const RowWindow<P, kUp, kDown> window(row + at * pitch, phase);
+        window.add(acc[jr], f + (jr % kUp * kMeet + m) * kTaps, qx);
+      }
   }
+
+  if (p.dtype == kF32)
+    store_rows<float>(p, acc, kRows, tile, image, ox0, oy0, tx, ty);
+  else
+    store_rows<Half16>(p, acc, kRows, tile, image, ox0, oy0, tx, ty);
 }
 
 template <int kUp, int kDown, int kTaps, bool kSeparable>
@@ -304,12 +366,14 @@ int launch_planes(Args p, void* stream) {
   using P = Planes<kUp, kDown, kTaps, kSeparable>;
   // Threads along x: a multiple of 8, whose 16-byte accesses go together. Rows of unaligned length
   // are made whole where they are short, since their ends share sectors.
-  const int vector = p.dtype == kF32 ? 4 : 8, groups = static_cast<int>(ceil_div(p.w.out, 4));
+  const int groups = static_cast<int>(ceil_div(p.w.out, 4)), sector = p.dtype == kF32 ? 8 : 16;
   const int widest = kDown == 4 || (kDown == 2 && kSeparable) ? 16 : 32;
   int x = groups < 8 ? pow2_between(groups, 1, 8) : min((groups + 7) / 8 * 8, widest);
   if (kDown == 1 && !kSeparable && p.w.out % 4 && groups > widest && groups <= kWidestRow)
     x = (groups + 7) / 8 * 8;
-  const int threads = kDown == 1 && !kSeparable ? kPlaneThreads : kDown == 4 ? 128 : 256;
+  const int threads = kDown == 1 && !kSeparable && !P::kProduct ? kPlaneThreads
+                      : kDown == 4                              ? 128
+                                                                : 256;
   int y = max(1, min(threads / x, static_cast<int>(ceil_div(p.h.out, P::kRows))));
   const int64_t wanted = sm_count();
   int shared = 0;
@@ -317,13 +381,17 @@ int launch_planes(Args p, void* stream) {
     p.tile_w = 4 * x;
     p.tile_h = y * P::kRows;
     p.tiles_w = static_cast<int>(ceil_div(p.w.out, p.tile_w));
-    p.columns = kUp == 1 ? (p.tile_w - 1) * kDown + kTaps : p.tile_w / kUp + P::kMeet;
-    // Whole sectors, one more than the columns fill.
-    const int unit = max(2 * vector, 4 * kDown);
-    const int least = max(kDown * P::phase_size(p.tile_w), p.columns) + 2 * vector - 1;
-    p.pitch = static_cast<int>(ceil_div(least, unit)) * unit;
+    p.pitch = kDown * (x - 1) + P::kReads;
+    p.columns = P::kVec * p.pitch;
+    p.vectors = static_cast<int>(ceil_div(p.columns + sector - 1, sector)) * (sector / P::kVec);
+    // A warp that goes on to the next rows of threads continues in the next banks.
+    const int rows = kSeparable ? 1 : P::kRows * kDown / kUp;
+    for (int i = 0; i < 32 && x % 8 == 0 && x % (32 / kDown) && (rows * p.pitch - kDown * x) % 32;
+         i++)
+      p.pitch += kDown;
     p.in_rows = P::in_rows(p.tile_h);
-    int floats = p.in_rows * (p.pitch + (kSeparable ? p.tile_w : 0));
+    p.phase = (p.in_rows * p.pitch + 31) / 32 * 32;
+    int floats = P::kVec * p.phase + (kSeparable ? p.in_rows * p.tile_w : 0);
     if (p.w.out % 4) floats = max(floats, p.tile_h * p.tile_w);
     shared = 4 * (P::kFilter + floats);
     const int64_t blocks = ceil_div(p.h.out, p.tile_h) * p.tiles_w * p.images;
@@ -334,12 +402,16 @@ int launch_planes(Args p, void* stream) {
     else
       y /= 2;
   }
-  if (!has_grid3(p)) return -1;
+  const int64_t tiles_h = ceil_div(p.h.out, p.tile_h);
+  if (tiles_h > 65535) return -1;
   p.threads_y = y;
-  p.magic_x = magic_of(x), p.magic_row = magic_of(p.pitch / vector);
-  GK_LAUNCH((upfirdn2d_planes_kernel<kUp, kDown, kTaps, kSeparable>), grid3_of(p), dim3(x * y),
-            shared, stream, p);
-  return static_cast<int>(cudaGetLastError());
+  p.magic_x = magic_of(x), p.magic_row = magic_of(p.vectors);
+  return by_images(p, [&](const Args& q) {
+    GK_LAUNCH((upfirdn2d_planes_kernel<kUp, kDown, kTaps, kSeparable>),
+              dim3(static_cast<unsigned>(q.tiles_w), static_cast<unsigned>(q.images),
+                   static_cast<unsigned>(tiles_h)),
+              dim3(x * y), shared, stream, q);
+  });
 }
 
 }  // namespace

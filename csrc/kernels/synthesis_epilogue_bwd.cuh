@@ -138,37 +138,6 @@ __device__ __forceinline__ void grad(A (&dy)[N], A (&v)[N], const ActArgs<A>& p)
       dy, v);
 }
 
-// The tile of dx that a block makes. It lies in shared memory, since registers are short, and is
-// read anew for each phase.
-struct Tile {
-  int n, row0, col0, index;
-  template <typename T>
-  __device__ __forceinline__ void set(const Args<T>& a) {
-    n = static_cast<int>(blockIdx.x) / a.tiles;
-    index = static_cast<int>(blockIdx.x) - n * a.tiles;
-    const int y = index / a.tiles_x;
-    row0 = y * a.tile_h, col0 = (index - y * a.tiles_x) * a.tile_w;
-  }
-};
-
-struct TileAt {
-  int n, row0, col0;
-  __device__ __forceinline__ TileAt(const volatile Tile& t) : n(t.n), row0(t.row0), col0(t.col0) {}
-  template <typename T>
-  __device__ __forceinline__ Rows<const T> x_rows(const Args<T>& a, int c) const {
-    return {a.x + offset<false>(a.C, n, c, a.H, a.W, row0 - kHalo, col0 - kHalo), a.W};
-  }
-  template <typename T>
-  __device__ __forceinline__ Rows<const T> dy_rows(const Args<T>& a, int c) const {
-    const int row = row0 + a.y0 - kHalo, col = col0 + a.x0 - kHalo;
-    return {a.dy + offset<false>(a.C, n, c, a.out_h, a.out_w, row, col), a.out_w};
-  }
-  template <typename T>
-  __device__ __forceinline__ Rows<T> dx_rows(const Args<T>& a, int c) const {
-    return {a.out + offset<false>(a.C, n, c, a.H, a.W, row0, col0), a.W};
-  }
-};
-
 // With a filter, NCHW: a block makes a tile of dx from tiles of x and dy in shared memory. Row j of
 // its dv needs rows j to j + 3 of x, and row j of dx rows j to j + 3 of du = dv * d, which takes the
 // place of dy. A thread has kRun neighbouring columns of kRows rows. One kernel for all activations,

@@ -24,6 +24,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   A* const xs = shared;
   A* const dus = xs + a.ring * a.pitch;
   A* const stored = dus + a.ring * a.pitch;
+  A* const noises = stored + 3 * K * blockDim.x;
   if (threadIdx.x == 0) tile.set(a);
   if (threadIdx.x < 32) share_taps(&taps, &adjoint, a);
   const int c0 = static_cast<int>(blockIdx.y) * kStep;
@@ -31,34 +32,17 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   for (int i = threadIdx.x; i < a.ring * a.pitch; i += blockDim.x) dus[i] = A(0);
   __syncthreads();
   share_params<T, kStep>(params, a, tile.n, c0, threadIdx.x);
-  // Where a thread is: its first row of a step, its first column, its channels.
-  struct At {
-    int row, lx, ch;
-    __device__ __forceinline__ At(const Args<T>& a) {
-      const unsigned t = thread_again();
-      const int group = static_cast<int>(t * static_cast<unsigned>(a.lap_magic) >> 20);
-      const int rest = static_cast<int>(t) - group * a.lap;
-      row = group * kRows, lx = rest / kLanes * 2, ch = rest % kLanes * K;
-    }
-    __device__ __forceinline__ int word() const { return lx / 2 * kStep + ch; }
-  };
   int start = 0;  // where row j0 lies in the rings
   const auto slot = [&](int i) {
     i += start;
     return (i < 0 ? i + a.ring : i < a.ring ? i : i - a.ring) * a.pitch;
   };
-  // Of rows from `row` of the step on; even columns lie in the first half of a row.
+  // Of rows from `row` of the step on.
   const auto filtered = [&](auto& out, const Taps<A>& by, const A* ring, int row) {
-    const At at(a);
+    const Pair<T> at(a, kRows);
     int line = slot(row + at.row);
-    ring += at.word();
     filter_rows<K>(out, by, [&](int, A(&v)[N + kHalo * K]) {
-#pragma unroll
-      for (int k = 0; k < kTaps + 1; k++) {
-        const auto pixel = load_pack<A, K>(ring + line + k % 2 * (a.pitch / 2) + k / 2 * kStep);
-#pragma unroll
-        for (int e = 0; e < K; e++) v[k * K + e] = pixel.v[e];
-      }
+      at.read(v, ring + line, a.pitch);
       line += a.pitch;
       if (line == a.ring * a.pitch) line = 0;
     });
@@ -66,31 +50,13 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   for (int j0 = 0;; j0 += a.step, start = start + a.step - (start + a.step < a.ring ? 0 : a.ring)) {
     {
       const TileAt t(tile);
-      const int first = j0 == 0 ? 0 : kHalo, cols = 2 * a.across + kHalo;
-      const int bottom = min(a.H, t.row0 + a.tile_h + kHalo);
-      const int right = min(a.W, t.col0 + a.tile_w + kHalo);
-      const T* sample = a.x + offset<true>(a.C, t.n, c0, a.H, a.W, 0, 0);
-      const int count = (a.ring - first) * cols * 2;
-#pragma unroll 2
-      for (int i = thread_again(); i < count; i += blockDim.x) {
-        const int r = static_cast<int>(static_cast<unsigned>(i / 2) * static_cast<unsigned>(a.magic) >> 20);
-        const int pixel = i / 2 - r * cols, half = i % 2 * kVec<T>;
-        const int row = t.row0 - kHalo + j0 + first + r, col = t.col0 - kHalo + pixel;
-        Pack<T, kVec<T>> raw{};
-        if (row >= 0 && row < bottom && col >= 0 && col < right && c0 + half < a.C)
-          raw = load_packed<T>(sample + (static_cast<int64_t>(row) * a.W + col) * a.C + half,
-                               a.vec_x, a.C - c0 - half);
-        A values[kVec<T>];
-        widen(raw, a.format, values);
-        A* to = xs + slot(first + r) + pixel % 2 * (a.pitch / 2) + pixel / 2 * kStep;
-#pragma unroll
-        for (int k = 0; k < kVec<T>; k += K) {
-          Pack<A, K> piece;
-#pragma unroll
-          for (int e = 0; e < K; e++) piece.v[e] = values[k + e];
-          store_pack<A, K>(to + half + k, piece);
-        }
-      }
+      const int first = j0 == 0 ? 0 : kHalo;
+      stage_pixels(xs, a, t.n, c0, t.row0 - kHalo + j0 + first, t.col0 - kHalo, a.ring - first,
+                   min(a.H, t.row0 + a.tile_h + kHalo), min(a.W, t.col0 + a.tile_w + kHalo),
+                   [&](int r) { return slot(first + r); });
+      if (a.noise)
+        stage_noise(noises, a, t.n, t.row0 + a.y0 - kHalo + j0, t.col0 + a.x0 - kHalo, a.step,
+                    2 * a.across);
     }
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < a.step / kRows * a.lap) {
@@ -98,7 +64,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
         A u[kRows][N];
         filtered(u, taps, xs, 0);
         // To where du will be, since registers are short.
-        const At at(a);
+        const Pair<T> at(a, kRows);
 #pragma unroll
         for (int r = 0; r < kRows; r++)
 #pragma unroll
@@ -106,12 +72,12 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
             Pack<A, K> piece;
 #pragma unroll
             for (int e = 0; e < K; e++) piece.v[e] = u[r][k * K + e];
-            store_pack<A, K>(dus + slot(at.row + r) + k * (a.pitch / 2) + at.word(), piece);
+            store_pack<A, K>(dus + slot(at.row + r) + at.word(k, a.pitch), piece);
           }
       }
       {
         const TileAt t(tile);
-        const At at(a);
+        const Pair<T> at(a, kRows);
         const int height = min(a.tile_h, a.H - t.row0), j = j0 + at.row;
         const int own_rows = t.row0 + a.tile_h < a.H ? a.tile_h : height + kHalo;
         const int own_cols = t.col0 + a.tile_w < a.W ? a.tile_w : a.tile_w + kHalo;
@@ -119,23 +85,19 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
         const int row0 = t.row0 + a.y0 - kHalo + j, col0 = t.col0 + a.x0 - kHalo + at.lx;
         const int count = a.C - c0 - at.ch;
         const T* dy = a.dy + offset<true>(a.C, t.n, c0 + at.ch, a.out_h, a.out_w, row0, col0);
-        int64_t noise = offset<false>(1, a.one_noise ? 0 : t.n, 0, a.out_h, a.out_w, row0, col0);
         Sums<T, true, K> sums;
         sums.load(stored);
 #pragma unroll 1
         for (int i = 0; i < 2 * rows; i++) {
           const int r = i / 2, k = i % 2;
-          A* to = dus + slot(at.row + r) + k * (a.pitch / 2) + at.word();
+          A* to = dus + slot(at.row + r) + at.word(k, a.pitch);
           const bool inside = row0 + r >= 0 && row0 + r < a.out_h && col0 + k >= 0 &&
                               col0 + k < a.out_w && at.lx + k < a.tile_w + kHalo && count > 0;
           Pack<T, K> raw{};
-          A z = 0, v[K], dv[K];
-          if (inside) {
-            raw = load_packed<T, K>(dy, a.vec_x, count);
-            if (a.noise) z = load_param<T>(a.noise, a.f32 & 2, noise, a.format);
-          }
+          A v[K], dv[K];
+          if (inside) raw = load_packed<T, K>(dy, a.vec_x, count);
+          const A z = a.noise ? noises[(at.row + r) * 2 * a.across + at.lx + k] : A(0);
           dy += k ? static_cast<int64_t>(a.out_w - 1) * a.C : a.C;
-          noise += k ? a.out_w - 1 : 1;
           widen(raw, a.format, dv);
           const auto u = load_pack<A, K>(to);
           {
@@ -166,7 +128,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       A dx[kRows][N];
       filtered(dx, adjoint, dus, -kHalo);
       const TileAt t(tile);
-      const At at(a);
+      const Pair<T> at(a, kRows);
       const int h = j0 - kHalo + at.row, count = a.C - c0 - at.ch;
       const int bottom = min(a.tile_h, a.H - t.row0), right = min(a.tile_w, a.W - t.col0);
       T* out = a.out + offset<true>(a.C, t.n, c0 + at.ch, a.H, a.W, t.row0 + h, t.col0 + at.lx);

@@ -234,5 +234,94 @@ __device__ __forceinline__ void store_row(T* to, const A* s, int shift, int widt
   }
 }
 
+// Channels-last. Pixels of float32, a sector of channels each, of rows `pitch` words apart: even
+// columns in the first half of a row, odd ones in the second, so that threads with two columns meet
+// all banks. What such a thread has: rows from `row` on, column lx and the next, channels from ch on.
+template <typename T>
+struct Pair {
+  using A = Acc<T>;
+  static constexpr int K = kPiece<T>, kStep = kChannels<T, true>, kLanes = kStep / K;
+  int row, lx, ch;
+  __device__ __forceinline__ Pair(const Args<T>& a, int rows) {
+    const unsigned t = thread_again();
+    const unsigned group = t * static_cast<unsigned>(a.lap_magic) >> 20;
+    const unsigned rest = t - group * static_cast<unsigned>(a.lap);
+    row = static_cast<int>(group) * rows, lx = static_cast<int>(rest / kLanes * 2);
+    ch = static_cast<int>(rest % kLanes * K);
+  }
+  // Of a row, the k-th column from lx on.
+  __device__ __forceinline__ int word(int k, int pitch) const {
+    return lx * (kStep / 2) + ch + k / 2 * kStep + (k % 2 ? pitch >> 1 : 0);
+  }
+  __device__ __forceinline__ void read(A (&v)[(2 + kHalo) * K], const A* line, int pitch) const {
+#pragma unroll
+    for (int k = 0; k < 2 + kHalo; k++) {
+      const auto pixel = load_pack<A, K>(line + word(k, pitch));
+#pragma unroll
+      for (int e = 0; e < K; e++) v[k * K + e] = pixel.v[e];
+    }
+  }
+};
+
+// `rows` rows of x from (row0, col0) on, row r to s + slot(r); zeros beyond `bottom` and `right`.
+template <typename T, typename Slot>
+__device__ __forceinline__ void stage_pixels(Acc<T>* s, const Args<T>& a, int n, int c0, int row0,
+                                             int col0, int rows, int bottom, int right, Slot slot) {
+  using A = Acc<T>;
+  constexpr int V = kVec<T>, K = kPiece<T>, kStep = kChannels<T, true>;
+  const int cols = 2 * a.across + kHalo;
+  const T* sample = a.x + offset<true>(a.C, n, c0, a.H, a.W, 0, 0);
+#pragma unroll 2
+  for (int i = thread_again(); i < rows * cols * 2; i += blockDim.x) {
+    const int r = static_cast<int>(static_cast<unsigned>(i >> 1) * static_cast<unsigned>(a.magic) >> 20);
+    const int pixel = (i >> 1) - r * cols, half = (i & 1) * V, row = row0 + r, col = col0 + pixel;
+    Pack<T, V> raw{};
+    if (row >= 0 && row < bottom && col >= 0 && col < right && c0 + half < a.C)
+      raw = load_packed<T>(sample + (static_cast<int64_t>(row) * a.W + col) * a.C + half, a.vec_x,
+                           a.C - c0 - half);
+    A values[V];
+    widen(raw, a.format, values);
+    A* to = s + slot(r) + (pixel & 1 ? a.pitch >> 1 : 0) + (pixel >> 1) * kStep + half;
+#pragma unroll
+    for (int k = 0; k < V; k += K) {
+      Pack<A, K> piece;
+#pragma unroll
+      for (int e = 0; e < K; e++) piece.v[e] = values[k + e];
+      store_pack<A, K>(to + k, piece);
+    }
+  }
+}
+
+// The tile of y or dx that a block makes. It lies in shared memory, since registers are short, and is
+// read anew for each phase.
+struct Tile {
+  int n, row0, col0, index;
+  template <typename T>
+  __device__ __forceinline__ void set(const Args<T>& a) {
+    n = static_cast<int>(blockIdx.x) / a.tiles;
+    index = static_cast<int>(blockIdx.x) - n * a.tiles;
+    const int y = index / a.tiles_x;
+    row0 = y * a.tile_h, col0 = (index - y * a.tiles_x) * a.tile_w;
+  }
+};
+
+struct TileAt {
+  int n, row0, col0;
+  __device__ __forceinline__ TileAt(const volatile Tile& t) : n(t.n), row0(t.row0), col0(t.col0) {}
+  template <typename T>
+  __device__ __forceinline__ Rows<const T> x_rows(const Args<T>& a, int c) const {
+    return {a.x + offset<false>(a.C, n, c, a.H, a.W, row0 - kHalo, col0 - kHalo), a.W};
+  }
+  template <typename T>
+  __device__ __forceinline__ Rows<const T> dy_rows(const Args<T>& a, int c) const {
+    const int row = row0 + a.y0 - kHalo, col = col0 + a.x0 - kHalo;
+    return {a.dy + offset<false>(a.C, n, c, a.out_h, a.out_w, row, col), a.out_w};
+  }
+  template <typename T>
+  __device__ __forceinline__ Rows<T> dx_rows(const Args<T>& a, int c) const {
+    return {a.out + offset<false>(a.C, n, c, a.H, a.W, row0, col0), a.W};
+  }
+};
+
 }  // namespace
 }  // namespace gankern

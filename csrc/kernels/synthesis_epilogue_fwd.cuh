@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   if (threadIdx.x == 0) tile.set(a);
   if (threadIdx.x < 32) share_taps<T>(&taps, nullptr, a);
   A* const xs = shared;
-  A* const noises = xs + (a.tile_h + kHalo) * a.pitch;
-  A* const outs = noises + (a.noise ? a.tile_h * a.across * kRun : 0);
+  A* const outs = xs + (a.tile_h + kHalo) * a.pitch;
+  A* const noises = outs + (blockDim.x >> a.lanes_log2) * a.pitch;
   __syncthreads();
   if (a.noise) {
     const TileAt t(tile);

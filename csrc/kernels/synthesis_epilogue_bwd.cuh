@@ -133,7 +133,7 @@ __device__ __forceinline__ void grad(A (&dy)[N], A (&v)[N], const ActArgs<A>& p)
           const A act = act_value<kPwl>(from, p);
           y = act * p.gain, dv = to * p.gain * act_slope<kPwl>(act, from, p);
         }
-        to = p.clamp >= A(0) && !(y > -p.clamp && y < p.clamp) ? A(0) : dv;
+        to = p.clamp >= A(0) && !(abs_(y) < p.clamp) ? A(0) : dv;
       },
       dy, v);
 }
@@ -168,11 +168,17 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       const TileAt t(tile);
       share_params<T, 1>(params, a, t.n, c, threadIdx.x);
       const int height = min(a.tile_h, a.H - t.row0);
-      stage_rows(xs, a.pitch, t.x_rows(a, c), a.x, a.x_end, height + 2 * kHalo, kHalo - t.row0,
-                 kHalo - t.row0 + a.H, kHalo - t.col0, kHalo - t.col0 + a.W, a.magic, a.format);
+      const Stage<A, T> x{xs, a.pitch, t.x_rows(a, c), height + 2 * kHalo, kHalo - t.row0,
+                          kHalo - t.row0 + a.H, max(0, kHalo - t.col0),
+                          min(a.tile_w + 2 * kHalo, kHalo - t.col0 + a.W), a.magic, a.format};
       const int orow0 = t.row0 + a.y0 - kHalo, ocol0 = t.col0 + a.x0 - kHalo;
-      stage_rows(dus, a.pitch, t.dy_rows(a, c), a.dy, a.dy_end, height + kHalo, -orow0,
-                 a.out_h - orow0, -ocol0, a.out_w - ocol0, a.magic, a.format);
+      const Stage<A, T> dy{dus, a.pitch, t.dy_rows(a, c), height + kHalo, -orow0, a.out_h - orow0,
+                           max(0, -ocol0), min(a.tile_w + kHalo, a.out_w - ocol0), a.magic,
+                           a.format};
+      x.load(a.x, a.x_end);
+      dy.load(a.dy, a.dy_end);
+      x.finish();
+      dy.finish();
     }
     __syncthreads();
     Sums<T, false, 1> sums;

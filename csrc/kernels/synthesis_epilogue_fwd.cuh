@@ -40,8 +40,11 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     const Rows<const T> x_rows(
         a.x + offset<false>(a.C, t.n, c, a.H, a.W, t.row0 - a.y0, t.col0 - a.x0), a.W);
     share_params<T, 1>(params, a, t.n, c, threadIdx.x);
-    stage_rows(xs, a.pitch, x_rows, a.x, a.x_end, height + kHalo, a.y0 - t.row0,
-               a.y0 - t.row0 + a.H, a.x0 - t.col0, a.x0 - t.col0 + a.W, a.magic, a.format);
+    const Stage<A, T> x{xs, a.pitch, x_rows, height + kHalo, a.y0 - t.row0, a.y0 - t.row0 + a.H,
+                        max(0, a.x0 - t.col0), min(a.tile_w + kHalo, a.x0 - t.col0 + a.W), a.magic,
+                        a.format};
+    x.load(a.x, a.x_end);
+    x.finish();
     __syncthreads();
     const Run run(a, kRows);
     if (run.first_of_warp >= height) continue;

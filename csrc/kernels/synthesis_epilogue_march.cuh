@@ -136,65 +136,120 @@ struct Rows {
   }
 };
 
-// Rows [0, rows) of an image to shared memory, of which there are rows [row_lo, row_hi) and columns
-// [lo, hi), and zeros else. Sectors are read as a whole or not at all: inner ones as they are, those
-// at the ends of a row by other threads, element by element where the tensor [begin, end) ends.
+// Begins to copy a pack to shared memory, or zeros, past the registers where the GPU can;
+// copies_done() waits for all of the thread's.
+template <typename Src, int L>
+__device__ __forceinline__ void begin_copy(void* to, const Src* from, bool there) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  constexpr int kBytes = sizeof(Src) * L;
+  const unsigned s = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(s), "l"(from),
+                 "r"(there ? 16 : 0)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(s), "l"(from),
+                 "r"(there ? kBytes : 0), "n"(kBytes)
+                 : "memory");
+#else
+  *static_cast<Pack<Src, L>*>(to) = there ? load_pack<Src, L>(from) : Pack<Src, L>{};
+#endif
+}
+
+__device__ __forceinline__ void copies_done() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Rows [0, rows) of an image in shared memory, of which there are rows [row_lo, row_hi) and columns
+// [lo, hi), and zeros else.
 template <typename A, typename Src>
-__device__ __forceinline__ void stage_rows(A* s, int pitch, const Rows<const Src>& from,
-                                           const Src* begin, const Src* end, int rows, int row_lo,
-                                           int row_hi, int lo, int hi, int half_magic,
-                                           Format<Src> format) {
-  constexpr int L = 16 / static_cast<int>(sizeof(A)), S = Rows<const Src>::kSector, K = S / L;
-  const int sectors = pitch / S, half = sectors * K / 2;
-  const int t = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  const auto put = [&](A* to, const Pack<Src, L>& raw, int from_e, int to_e) {
+struct Stage {
+  static constexpr int L = 16 / static_cast<int>(sizeof(A)), S = Rows<const Src>::kSector;
+  static constexpr int K = S / L;  // pieces, of 16 bytes of shared memory, of a sector
+  A* s;
+  int pitch;
+  Rows<const Src> from;
+  int rows, row_lo, row_hi, lo, hi, half_magic;
+  Format<Src> format;
+
+  // f(to, raw, at, row): each piece of whole sectors, where it goes, and where it waits to be
+  // widened: in the same place, in that half of it where neighbours meet other banks.
+  template <typename F>
+  __device__ __forceinline__ void whole(F f) const {
+    const int half = pitch / (2 * L), span = hi - lo - S;
+    if (span < 0) return;
+    // Each thread has the same two pieces of every few rows.
+    const unsigned magic = static_cast<unsigned>(half_magic), t = thread_again();
+    const int apart = static_cast<int>(blockDim.x * magic >> 20);
+    const int first = static_cast<int>(t * magic >> 20), p = static_cast<int>(t) - first * half;
+    const int skew[2] = {(p & 8) / 4, (p + half & 8) / 4};
+    const int inner[2] = {p / K * S - lo, (p + half) / K * S - lo};
+    const int64_t step = static_cast<int64_t>(apart) * from.width;
+    const Src* row = from.start + (static_cast<int64_t>(first) * from.width + p * L);
+    A* to = s + first * pitch + p * L;
+    for (int r = first < apart ? first : rows; r < rows; r += apart) {
+      const int shift = from.shift(r);
+      const Src* at = row - shift;
+#pragma unroll
+      for (int k = 0; k < 2; k++)
+        if (static_cast<unsigned>(inner[k] - shift) <= static_cast<unsigned>(span)) {
+          A* piece = to + k * half * L;
+          f(piece, sizeof(A) == sizeof(Src) ? piece : piece + skew[k], at + k * half * L, r);
+        }
+      row += step, to += apart * pitch;
+    }
+  }
+
+  // Sectors are read as a whole or not at all: inner ones as they are, those at the ends of a row
+  // by other threads, element by element where the tensor [begin, end) ends.
+  __device__ __forceinline__ void load(const Src* begin, const Src* end) const {
+    whole([&](A*, A* raw, const Src* at, int r) {
+      begin_copy<Src, L>(raw, at, r >= row_lo && r < row_hi);
+    });
+    const int sectors = pitch / S, ends = sectors - max(0, (hi - lo + 1) / S - 1);
+    for (int i = thread_again(); i < rows * K * 4; i += blockDim.x) {
+      const int r = i / (4 * K), shift = from.shift(r);
+      const int first = (lo + shift + S - 1) / S, behind = max(first, (hi + shift) / S);
+      for (int e = i / K % 4; e < ends; e += 4) {
+        const int sector = e < first ? e : behind + (e - first);
+        if (sector >= sectors) break;
+        const int j = sector * S + i % K * L - shift, js = sector * S - shift;
+        const Src* at = from.start + (static_cast<int64_t>(r) * from.width + j);
+        Pack<Src, L> raw = {};
+        if (r >= row_lo && r < row_hi && js < hi && js + S > lo) {
+          if (at >= begin && at + L <= end)
+            raw = load_pack<Src, L>(at);
+          else
+#pragma unroll
+            for (int k = 0; k < L; k++)
+              if (j + k >= lo && j + k < hi) raw.v[k] = at[k];
+        }
+        put(s + r * pitch + (j + shift), raw, lo - j, hi - j);
+      }
+    }
+  }
+
+  // Of what load() began; the rest needs a barrier.
+  __device__ __forceinline__ void finish() const {
+    copies_done();
+    if (sizeof(A) != sizeof(Src))
+      whole([&](A* to, A* raw, const Src*, int) {
+        put(to, *reinterpret_cast<const Pack<Src, L>*>(raw), 0, L);
+      });
+  }
+
+  __device__ __forceinline__ void put(A* to, const Pack<Src, L>& raw, int first, int behind) const {
     Acc<Src> values[L];
     widen(raw, format, values);
     Pack<A, L> out;
 #pragma unroll
-    for (int e = 0; e < L; e++) out.v[e] = e >= from_e && e < to_e ? static_cast<A>(values[e]) : A(0);
+    for (int e = 0; e < L; e++)
+      out.v[e] = e >= first && e < behind ? static_cast<A>(values[e]) : A(0);
     store_pack<A, L>(to, out);
-  };
-  for (int i = t; i < rows * half; i += threads) {
-    const int r = static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(half_magic) >> 20);
-    const int p = i - r * half, shift = from.shift(r);
-    const int first = (lo + shift + S - 1) / S, behind = (hi + shift) / S;
-    const bool there = r >= row_lo && r < row_hi;
-    const Src* at = from.start + (static_cast<int64_t>(r) * from.width - shift);
-    Pack<Src, L> raw[2] = {};
-    bool whole[2];
-#pragma unroll
-    for (int k = 0; k < 2; k++) {
-      const int q = p + k * half;
-      whole[k] = q / K >= first && q / K < behind;
-      if (whole[k] && there) raw[k] = load_pack<Src, L>(at + q * L);
-    }
-#pragma unroll
-    for (int k = 0; k < 2; k++)
-      if (whole[k]) put(s + r * pitch + (p + k * half) * L, raw[k], 0, L);
   }
-  const int ends = sectors - max(0, (hi - lo - (S - 1)) / S);
-  for (int e = 0; e < ends; e++)
-    for (int i = t - e * rows * K; i < rows * K; i += threads) {
-      if (i < 0) continue;
-      const int r = i / K, shift = from.shift(r);
-      const int first = (lo + shift + S - 1) / S, behind = max(first, (hi + shift) / S);
-      const int sector = e < first ? e : behind + (e - first);
-      if (sector >= sectors) continue;
-      const int j = sector * S + i % K * L - shift, js = sector * S - shift;
-      const Src* at = from.start + (static_cast<int64_t>(r) * from.width + j);
-      Pack<Src, L> raw = {};
-      if (r >= row_lo && r < row_hi && js < hi && js + S > lo) {
-        if (at >= begin && at + L <= end)
-          raw = load_pack<Src, L>(at);
-        else
-#pragma unroll
-          for (int k = 0; k < L; k++)
-            if (j + k >= lo && j + k < hi) raw.v[k] = at[k];
-      }
-      put(s + r * pitch + (j + shift), raw, lo - j, hi - j);
-    }
-}
+};
 
 // N neighbours of a row, element by element.
 template <int N, typename A>

@@ -47,17 +47,23 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       if (line == a.ring * a.pitch) line = 0;
     });
   };
-  for (int j0 = 0;; j0 += a.step, start = start + a.step - (start + a.step < a.ring ? 0 : a.ring)) {
-    {
-      const TileAt t(tile);
-      const int first = j0 == 0 ? 0 : kHalo;
-      stage_pixels(xs, a, t.n, c0, t.row0 - kHalo + j0 + first, t.col0 - kHalo, a.ring - first,
-                   min(a.H, t.row0 + a.tile_h + kHalo), min(a.W, t.col0 + a.tile_w + kHalo),
-                   [&](int r) { return slot(first + r); });
-      if (a.noise)
-        stage_noise(noises, a, t.n, t.row0 + a.y0 - kHalo + j0, t.col0 + a.x0 - kHalo, a.step,
-                    2 * a.across);
-    }
+  // Rows `row` and on of x, to where row j0 is and on, and of the noise.
+  const auto stage_x = [&](int row, int rows) {
+    const TileAt t(tile);
+    return stage_pixels(xs, a, t.n, c0, t.row0 - kHalo + row, t.col0 - kHalo, rows,
+                        min(a.H, t.row0 + a.tile_h + kHalo), min(a.W, t.col0 + a.tile_w + kHalo),
+                        slot);
+  };
+  const auto finish_stage = [&](int row, int rows, int j) {
+    stage_x(row, rows).finish(a);
+    const TileAt t(tile);
+    if (a.noise)
+      stage_noise(noises, a, t.n, t.row0 + a.y0 - kHalo + j, t.col0 + a.x0 - kHalo, a.step,
+                  2 * a.across);
+  };
+  stage_x(0, a.ring).load(a);
+  finish_stage(0, a.ring, 0);
+  for (int j0 = 0;;) {
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < a.step / kRows * a.lap) {
       {
@@ -87,17 +93,23 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
         const T* dy = a.dy + offset<true>(a.C, t.n, c0 + at.ch, a.out_h, a.out_w, row0, col0);
         Sums<T, true, K> sums;
         sums.load(stored);
+        // Element i: row i / 2, column i % 2. The next one is under way.
+        const auto fetch = [&](int i) {
+          const int row = row0 + (i >> 1), col = col0 + (i & 1);
+          const bool inside = i < 2 * rows && row >= 0 && row < a.out_h && col >= 0 &&
+                              col < a.out_w && at.lx + (i & 1) < a.tile_w + kHalo;
+          return load_packed<T, K>(dy, a.vec_x, inside ? count : 0);
+        };
+        auto next = fetch(0);
 #pragma unroll 1
         for (int i = 0; i < 2 * rows; i++) {
-          const int r = i / 2, k = i % 2;
+          const int r = i >> 1, k = i & 1;
           A* to = dus + slot(at.row + r) + at.word(k, a.pitch);
-          const bool inside = row0 + r >= 0 && row0 + r < a.out_h && col0 + k >= 0 &&
-                              col0 + k < a.out_w && at.lx + k < a.tile_w + kHalo && count > 0;
-          Pack<T, K> raw{};
+          const auto raw = next;
           A v[K], dv[K];
-          if (inside) raw = load_packed<T, K>(dy, a.vec_x, count);
           const A z = a.noise ? noises[(at.row + r) * 2 * a.across + at.lx + k] : A(0);
           dy += k ? static_cast<int64_t>(a.out_w - 1) * a.C : a.C;
+          next = fetch(i + 1);
           widen(raw, a.format, dv);
           const auto u = load_pack<A, K>(to);
           {
@@ -124,6 +136,9 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       }
     }
     __syncthreads();
+    // The next rows of x come while those of dx are made.
+    const bool more = j0 + a.step < min(a.tile_h, a.H - TileAt(tile).row0) + kHalo;
+    if (more) stage_x(j0 + a.ring, a.step).load(a);
     if (static_cast<int>(threadIdx.x) < a.step / kRows * a.lap) {
       A dx[kRows][N];
       filtered(dx, adjoint, dus, -kHalo);
@@ -145,7 +160,9 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
         out += static_cast<int64_t>(a.W) * a.C;
       }
     }
-    if (j0 + a.step >= min(a.tile_h, a.H - TileAt(tile).row0) + kHalo) break;
+    if (!more) break;
+    finish_stage(j0 + a.ring, a.step, j0 + a.step);
+    j0 += a.step, start += a.step - (start + a.step < a.ring ? 0 : a.ring);
   }
   Sums<T, true, K> sums;
   sums.load(stored);

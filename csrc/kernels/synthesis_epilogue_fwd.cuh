@@ -105,9 +105,13 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   share_params<T, kStep>(params, a, tile.n, c0, threadIdx.x);
   {
     const TileAt t(tile);
+    const auto x = stage_pixels(shared, a, t.n, c0, t.row0 - a.y0, t.col0 - a.x0,
+                                a.tile_h + kHalo, a.H,
+                                min(a.W, t.col0 - a.x0 + a.tile_w + kHalo),
+                                [&](int r) { return r * a.pitch; });
+    x.load(a);
     if (a.noise) stage_noise(noises, a, t.n, t.row0, t.col0, a.tile_h, 2 * a.across);
-    stage_pixels(shared, a, t.n, c0, t.row0 - a.y0, t.col0 - a.x0, a.tile_h + kHalo, a.H,
-                 min(a.W, t.col0 - a.x0 + a.tile_w + kHalo), [&](int r) { return r * a.pitch; });
+    x.finish(a);
   }
   __syncthreads();
   A u[kRows][2 * K];
@@ -132,21 +136,25 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     if (r >= rows) break;
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-      A y[K], factor[3][K];
+      A y[K];
       int ch = at.ch;
       forget(ch);  // else registers hold the parameters
-      const auto d = load_pack<A, K>(params + ch), b = load_pack<A, K>(params + kStep + ch),
-                 s = load_pack<A, K>(params + 2 * kStep + ch);
-#pragma unroll
-      for (int e = 0; e < K; e++) {
-        y[e] = u[r][k * K + e];
-        factor[0][e] = d.v[e], factor[1][e] = s.v[e], factor[2][e] = b.v[e];
-      }
       const A z = a.noise ? noises[z_at + k] : A(0);
+      {
+        const auto b = load_pack<A, K>(params + kStep + ch),
+                   s = load_pack<A, K>(params + 2 * kStep + ch);
+#pragma unroll
+        for (int e = 0; e < K; e++) y[e] = z * s.v[e] + b.v[e];
+      }
+      const auto d = load_pack<A, K>(params + ch);
+#pragma unroll
+      for (int e = 0; e < K; e++) y[e] = u[r][k * K + e] * d.v[e] + y[e];
       const auto finish = [&](auto pwl) {
         each<decltype(pwl)::value, 1>(
-            [&](int, A& v, A d, A s, A b) { v = value<decltype(pwl)::value>(v, d, z, s, b, p); },
-            y, factor[0], factor[1], factor[2]);
+            [&](int, A& v) {
+              v = clamped(act_value<decltype(pwl)::value>(v, p) * p.gain, p.clamp);
+            },
+            y);
       };
       if (kRows > 1 || (kFast<T> && p.act <= kLrelu))
         finish(std::true_type{});

@@ -320,23 +320,48 @@ struct Pair {
 
 // `rows` rows of x from (row0, col0) on, row r to s + slot(r); zeros beyond `bottom` and `right`.
 template <typename T, typename Slot>
-__device__ __forceinline__ void stage_pixels(Acc<T>* s, const Args<T>& a, int n, int c0, int row0,
-                                             int col0, int rows, int bottom, int right, Slot slot) {
+struct StagePixels {
   using A = Acc<T>;
-  constexpr int V = kVec<T>, K = kPiece<T>, kStep = kChannels<T, true>;
-  const int cols = 2 * a.across + kHalo;
-  const T* sample = a.x + offset<true>(a.C, n, c0, a.H, a.W, 0, 0);
-#pragma unroll 2
-  for (int i = thread_again(); i < rows * cols * 2; i += blockDim.x) {
-    const int r = static_cast<int>(static_cast<unsigned>(i >> 1) * static_cast<unsigned>(a.magic) >> 20);
-    const int pixel = (i >> 1) - r * cols, half = (i & 1) * V, row = row0 + r, col = col0 + pixel;
-    Pack<T, V> raw{};
-    if (row >= 0 && row < bottom && col >= 0 && col < right && c0 + half < a.C)
-      raw = load_packed<T>(sample + (static_cast<int64_t>(row) * a.W + col) * a.C + half, a.vec_x,
-                           a.C - c0 - half);
+  static constexpr int V = kVec<T>, K = kPiece<T>, kStep = kChannels<T, true>;
+  A* s;
+  const T* sample;  // its first channel that counts
+  int channels, row0, col0, rows, bottom, right;
+  Slot slot;
+
+  // f(to, row, column, half): 16 bytes of global memory.
+  template <typename F>
+  __device__ __forceinline__ void each_piece(const Args<T>& a, F f) const {
+    const int cols = 2 * a.across + kHalo, t = static_cast<int>(thread_again());
+    for (int i = t; i < rows * cols * 2; i += static_cast<int>(blockDim.x)) {
+      const unsigned row = static_cast<unsigned>(i >> 1) * static_cast<unsigned>(a.magic) >> 20;
+      const int r = static_cast<int>(row), pixel = (i >> 1) - r * cols, half = (i & 1) * V;
+      f(s + slot(r) + (pixel & 1 ? a.pitch >> 1 : 0) + (pixel >> 1) * kStep + half, row0 + r,
+        col0 + pixel, half);
+    }
+  }
+
+  // Copies what comes in whole packs, to be widened in place, and reads the rest.
+  __device__ __forceinline__ void load(const Args<T>& a) const {
+    each_piece(a, [&](A* to, int row, int col, int half) {
+      const bool inside =
+          row >= 0 && row < bottom && col >= 0 && col < right && half < channels;
+      const T* at = sample + (inside ? (static_cast<int64_t>(row) * a.W + col) * a.C + half : 0);
+      if (a.vec_x)
+        begin_copy<T, V>(to, at, inside);
+      else
+        put(to, load_packed<T>(at, false, inside ? channels - half : 0), a.format);
+    });
+  }
+  __device__ __forceinline__ void finish(const Args<T>& a) const {
+    copies_done();
+    if (V > K && a.vec_x)
+      each_piece(a, [&](A* to, int, int, int) {
+        put(to, *reinterpret_cast<const Pack<T, V>*>(to), a.format);
+      });
+  }
+  __device__ __forceinline__ void put(A* to, const Pack<T, V>& raw, Format<T> format) const {
     A values[V];
-    widen(raw, a.format, values);
-    A* to = s + slot(r) + (pixel & 1 ? a.pitch >> 1 : 0) + (pixel >> 1) * kStep + half;
+    widen(raw, format, values);
 #pragma unroll
     for (int k = 0; k < V; k += K) {
       Pack<A, K> piece;
@@ -345,6 +370,14 @@ __device__ __forceinline__ void stage_pixels(Acc<T>* s, const Args<T>& a, int n,
       store_pack<A, K>(to + k, piece);
     }
   }
+};
+
+template <typename T, typename Slot>
+__device__ __forceinline__ StagePixels<T, Slot> stage_pixels(Acc<T>* s, const Args<T>& a, int n,
+                                                             int c0, int row0, int col0, int rows,
+                                                             int bottom, int right, Slot slot) {
+  return {s,    a.x + offset<true>(a.C, n, c0, a.H, a.W, 0, 0), a.C - c0, row0, col0, rows, bottom,
+          right, slot};
 }
 
 // The tile of y or dx that a block makes. It lies in shared memory, since registers are short, and is

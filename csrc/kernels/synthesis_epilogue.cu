@@ -1,20 +1,20 @@
 // synthesis_epilogue: y = clamp(act(filter(x) * d + noise * strength + b) * gain) and its gradient.
 //
-// A block computes a tile of pixels, for several channels one after another, so that the noise is
-// read once for all of them. NCHW: a thread owns 16 bytes of neighbouring pixels; channels-last: 16
-// bytes of channels of one pixel, and two threads a 32-byte sector. The filter has 4x4 taps (fewer
-// are padded with zeros) and reads its input from shared memory. NCHW: in float32, pixel j of a row
-// in plane j % V, so that neighbouring threads read neighbouring words whatever the alignment of
-// the row. Channels-last: in granules of 16 bytes, as they came. Global memory is read in whole
-// sectors, 16 bytes a thread. The filtered backward walks down a strip, and keeps in shared memory
-// the rows that the next ones need: the halo above and below is paid once a strip.
+// With a filter, of 4x4 taps (fewer are padded with zeros), a block brings a tile of its input to
+// shared memory, in whole sectors, and a thread makes a small patch of the result: a sample is read
+// once for several rows, and filtered by rows and columns where the taps are of rank one. NCHW: a
+// patch has 9 columns; rows keep their alignment, and a warp stores its rows together.
+// Channels-last: two columns and 16 bytes of float32 of channels. The backward filters twice, and
+// between them keeps dL/d(filter(x)) in shared memory; channels-last it walks down a strip, so that
+// the halo above and below is paid once a strip. NCHW: a block has several channels one after
+// another, so that the noise is read once for all of them.
 #include "synthesis_epilogue_bwd_last.cuh"
 #include "synthesis_epilogue_flat.cuh"
 
 namespace gankern {
 namespace {
 
-// A tile of lanes x rows of threads; each thread has kRows rows.
+// A tile of lanes x rows of threads; each thread has per_thread rows.
 struct Plan {
   int lanes, rows, per_thread, tile_w, tile_h, tiles_x, tiles_y, threads, groups;
   // With a filter: threads, or pairs of columns, of a row, words of a row in shared memory, rows of
@@ -69,7 +69,10 @@ Plan plan_pixels(int V, bool backward, bool pwl, bool noise, int64_t planes, int
   const int banks = 128 / word, plane = (t.across + 2) * sector, apart = V == 8 ? 4 : banks / 2;
   t.pitch = 2 * (plane + ((apart - plane) % banks + banks) % banks);
   const int noise_row = noise ? 2 * t.across : 0;
-  const int rows_of = pwl && V > 2 ? (backward ? kManyLast : kManyRows<float>) : 1;
+  const int many = backward ? kBackwardLast<float>
+                   : V == 8 ? kForwardLast<Half16>
+                            : kForwardLast<float>;
+  const int rows_of = pwl && V > 2 ? many : 1;
   if (!backward) {
     const int groups = max(1, min(most_threads / t.lanes, 24 / rows_of));
     cut_rows(t, planes, height, groups * rows_of, 1);
@@ -208,7 +211,7 @@ struct Launcher {
 
   template <bool kLast>
   int forward() {
-    constexpr int kRows = kManyRows<T>;
+    constexpr int kRows = kLast ? kForwardLast<T> : kManyRows<T>;
     if (!filtered)
       return launch(pwl() ? synthesis_epilogue_fwd_kernel<T, kLast, kFast<T>>
                           : synthesis_epilogue_fwd_kernel<T, kLast, false>,
@@ -225,13 +228,13 @@ struct Launcher {
 
   template <bool kLast>
   int backward() {
-    constexpr int kRows = kManyRows<T>, kPixelRows = kFast<T> ? kManyLast : 1;
+    constexpr int kRows = kLast ? kBackwardLast<T> : kManyRows<T>;
     if (!filtered)
       return launch(pwl() ? synthesis_epilogue_bwd_kernel<T, kLast, kFast<T>>
                           : synthesis_epilogue_bwd_kernel<T, kLast, false>,
                     0);
     if constexpr (kLast)
-      return launch(plan.per_thread > 1 ? synthesis_epilogue_bwd_pixels_kernel<T, kPixelRows>
+      return launch(plan.per_thread > 1 ? synthesis_epilogue_bwd_pixels_kernel<T, kRows>
                                         : synthesis_epilogue_bwd_pixels_kernel<T, 1>,
                     plan.shared);
     else

@@ -139,9 +139,9 @@ __device__ __forceinline__ void grad(A (&dy)[N], A (&v)[N], const ActArgs<A>& p)
 }
 
 // With a filter, NCHW: a block makes a tile of dx from tiles of x and dy in shared memory. Row j of
-// its dv needs rows j to j + 3 of x, and row j of dx rows j to j + 3 of du = dv * d, which takes the
-// place of dy. A thread has kRun neighbouring columns of kRows rows. One kernel for all activations,
-// but more rows than one for the piecewise linear alone.
+// its dv needs rows j to j + 3 of x, and row j of dx rows j to j + 3 of du = dv * d, which takes
+// the place of dy. A thread has kRun neighbouring columns of kRows rows. One kernel for all
+// activations, but more rows than one for the piecewise linear alone.
 template <typename T, int kRows>
 __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     synthesis_epilogue_bwd_planes_kernel(Args<T> a, ActArgs<Acc<T>> p) {
@@ -168,13 +168,21 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       const TileAt t(tile);
       share_params<T, 1>(params, a, t.n, c, threadIdx.x);
       const int height = min(a.tile_h, a.H - t.row0);
-      const Stage<A, T> x{xs, a.pitch, t.x_rows(a, c), height + 2 * kHalo, kHalo - t.row0,
-                          kHalo - t.row0 + a.H, max(0, kHalo - t.col0),
-                          min(a.tile_w + 2 * kHalo, kHalo - t.col0 + a.W), a.magic, a.format};
+      const Stage<A, T> x{xs,
+                          a.pitch,
+                          t.x_rows(a, c),
+                          height + 2 * kHalo,
+                          kHalo - t.row0,
+                          kHalo - t.row0 + a.H,
+                          max(0, kHalo - t.col0),
+                          min(a.tile_w + 2 * kHalo, kHalo - t.col0 + a.W),
+                          a.magic,
+                          a.format};
       const int orow0 = t.row0 + a.y0 - kHalo, ocol0 = t.col0 + a.x0 - kHalo;
-      const Stage<A, T> dy{dus, a.pitch, t.dy_rows(a, c), height + kHalo, -orow0, a.out_h - orow0,
-                           max(0, -ocol0), min(a.tile_w + kHalo, a.out_w - ocol0), a.magic,
-                           a.format};
+      const Stage<A, T> dy{
+          dus,     a.pitch,         t.dy_rows(a, c), height + kHalo,
+          -orow0,  a.out_h - orow0, max(0, -ocol0),  min(a.tile_w + kHalo, a.out_w - ocol0),
+          a.magic, a.format};
       x.load(a.x, a.x_end);
       dy.load(a.dy, a.dy_end);
       x.finish();
@@ -198,9 +206,9 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
         const auto dy_rows = t.dy_rows(a, c);
         // Of a tile's dv, the halo at its end belongs to the next one.
         const bool last = t.col0 + a.tile_w >= a.W;
-        const int own_rows = run.lx * kRun >= a.tile_w && !last   ? 0
-                             : t.row0 + a.tile_h < a.H ? a.tile_h
-                                                       : height + kHalo;
+        const int own_rows = run.lx * kRun >= a.tile_w && !last ? 0
+                             : t.row0 + a.tile_h < a.H          ? a.tile_h
+                                                                : height + kHalo;
 #pragma unroll
         for (int r = 0; r < kRows; r++) {
           const int row = run.first + r;

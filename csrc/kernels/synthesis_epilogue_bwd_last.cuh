@@ -7,10 +7,10 @@ namespace gankern {
 namespace {
 
 // A block walks down a strip of dx, with a sector of channels, `step` rows at a time. Row j of the
-// strip's dv needs rows j to j + 3 of x, and row j - 3 of dx rows j - 3 to j of du = dv * d. Both lie
-// in rings of step + 3 rows, so that the halo along y is that of the whole strip. A thread has 16
-// bytes of float32 of channels, at two columns, of kRows rows; one kernel for all activations, but
-// more rows than one for the piecewise linear alone.
+// strip's dv needs rows j to j + 3 of x, and row j - 3 of dx rows j - 3 to j of du = dv * d. Both
+// lie in rings of step + 3 rows, so that the halo along y is that of the whole strip. A thread has
+// 16 bytes of float32 of channels, at two columns, of kRows rows; one kernel for all activations,
+// but more rows than one for the piecewise linear alone.
 template <typename T, int kRows>
 __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     synthesis_epilogue_bwd_pixels_kernel(Args<T> a, ActArgs<Acc<T>> p) {
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   const auto filtered = [&](auto& out, const Taps<A>& by, const A* ring, int row) {
     const Pair<T> at(a, kRows);
     int line = slot(row + at.row);
-    filter_rows<K>(out, by, [&](int, A(&v)[N + kHalo * K]) {
+    filter_rows<K>(out, by, [&](int, A(&v)[N + kHalo* K]) {
       at.read(v, ring + line, a.pitch);
       line += a.pitch;
       if (line == a.ring * a.pitch) line = 0;

@@ -40,8 +40,15 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     const Rows<const T> x_rows(
         a.x + offset<false>(a.C, t.n, c, a.H, a.W, t.row0 - a.y0, t.col0 - a.x0), a.W);
     share_params<T, 1>(params, a, t.n, c, threadIdx.x);
-    const Stage<A, T> x{xs, a.pitch, x_rows, height + kHalo, a.y0 - t.row0, a.y0 - t.row0 + a.H,
-                        max(0, a.x0 - t.col0), min(a.tile_w + kHalo, a.x0 - t.col0 + a.W), a.magic,
+    const Stage<A, T> x{xs,
+                        a.pitch,
+                        x_rows,
+                        height + kHalo,
+                        a.y0 - t.row0,
+                        a.y0 - t.row0 + a.H,
+                        max(0, a.x0 - t.col0),
+                        min(a.tile_w + kHalo, a.x0 - t.col0 + a.W),
+                        a.magic,
                         a.format};
     x.load(a.x, a.x_end);
     x.finish();
@@ -105,9 +112,8 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   share_params<T, kStep>(params, a, tile.n, c0, threadIdx.x);
   {
     const TileAt t(tile);
-    const auto x = stage_pixels(shared, a, t.n, c0, t.row0 - a.y0, t.col0 - a.x0,
-                                a.tile_h + kHalo, a.H,
-                                min(a.W, t.col0 - a.x0 + a.tile_w + kHalo),
+    const auto x = stage_pixels(shared, a, t.n, c0, t.row0 - a.y0, t.col0 - a.x0, a.tile_h + kHalo,
+                                a.H, min(a.W, t.col0 - a.x0 + a.tile_w + kHalo),
                                 [&](int r) { return r * a.pitch; });
     x.load(a);
     if (a.noise) stage_noise(noises, a, t.n, t.row0, t.col0, a.tile_h, 2 * a.across);
@@ -119,7 +125,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     const Pair<T> at(a, kRows);
     if (at.row >= a.tile_h) return;
     int line = at.row * a.pitch;
-    filter_rows<K>(u, taps, [&](int, A(&v)[(2 + kHalo) * K]) {
+    filter_rows<K>(u, taps, [&](int, A(&v)[(2 + kHalo)* K]) {
       at.read(v, shared + line, a.pitch);
       line += a.pitch;
     });
@@ -128,8 +134,8 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   const Pair<T> at(a, kRows);
   const int rows = min(a.tile_h, a.out_h - t.row0) - at.row, count = a.C - c0 - at.ch;
   const int width = count <= 0 ? 0 : min(a.tile_w, a.out_w - t.col0) - at.lx;
-  T* out = a.out + offset<true>(a.C, t.n, c0 + at.ch, a.out_h, a.out_w, t.row0 + at.row,
-                                t.col0 + at.lx);
+  T* out =
+      a.out + offset<true>(a.C, t.n, c0 + at.ch, a.out_h, a.out_w, t.row0 + at.row, t.col0 + at.lx);
   int z_at = at.row * 2 * a.across + at.lx;
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
@@ -160,8 +166,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
         finish(std::true_type{});
       else
         finish(std::false_type{});
-      if (k < width)
-        store_packed<T, K>(out + k * a.C, narrow<T, K>(y, a.format), a.vec_out, count);
+      if (k < width) store_packed<T, K>(out + k * a.C, narrow<T, K>(y, a.format), a.vec_out, count);
     }
     out += static_cast<int64_t>(a.out_w) * a.C;
     z_at += 2 * a.across;

@@ -11,10 +11,16 @@ namespace {
 constexpr int kRun = 9;
 constexpr int kPart = 3;  // of them at once: more would not fit into registers
 
-// Rows that a thread makes at once of a large tile, with a piecewise linear activation.
+// Rows that a thread makes at once of a large tile, with a piecewise linear activation, as far as
+// there are registers: NCHW, and channels-last.
 template <typename T>
 constexpr int kManyRows = sizeof(T) == 8 ? 1 : 3;
-constexpr int kManyLast = 2;
+template <typename T>
+constexpr int kForwardLast = sizeof(T) == 8   ? 1
+                             : sizeof(T) == 4 ? 3
+                                              : 2;
+template <typename T>
+constexpr int kBackwardLast = sizeof(T) == 8 ? 1 : 2;
 
 // What a thread has of a tile: kRun columns from `at` on, and rows from `first` on.
 struct Run {
@@ -62,8 +68,7 @@ __device__ __forceinline__ void share_taps(Taps<Acc<T>>* taps, Taps<Acc<T>>* adj
   const A in_row = __shfl_sync(0xffffffffu, tap, where / kTaps * kTaps + kx);
   const A in_col = __shfl_sync(0xffffffffu, tap, ky * kTaps + where % kTaps) / least;
   const A few = sizeof(A) == 8 ? A(1e-15) : A(5e-7);
-  const bool separable =
-      __all_sync(0xffffffffu, size(in_row * in_col - tap) <= few * size(tap));
+  const bool separable = __all_sync(0xffffffffu, size(in_row * in_col - tap) <= few * size(tap));
   if (lane >= kTaps * kTaps) return;
   for (Taps<A>* to : {taps, adjoint}) {
     if (!to) continue;
@@ -262,7 +267,8 @@ __device__ __forceinline__ void read_run(A (&v)[N], const A* s) {
 template <typename T>
 __device__ __forceinline__ void stage_noise(Acc<T>* s, const Args<T>& a, int n, int row0, int col0,
                                             int rows, int cols) {
-  for (int r = static_cast<int>(threadIdx.x) / 32; r < rows; r += static_cast<int>(blockDim.x) / 32) {
+  for (int r = static_cast<int>(threadIdx.x) / 32; r < rows;
+       r += static_cast<int>(blockDim.x) / 32) {
     const int row = row0 + r;
     const int64_t i = offset<false>(1, a.one_noise ? 0 : n, 0, a.out_h, a.out_w, row, col0);
     // From the begin of a sector of float32 on.
@@ -291,7 +297,8 @@ __device__ __forceinline__ void store_row(T* to, const A* s, int shift, int widt
 
 // Channels-last. Pixels of float32, a sector of channels each, of rows `pitch` words apart: even
 // columns in the first half of a row, odd ones in the second, so that threads with two columns meet
-// all banks. What such a thread has: rows from `row` on, column lx and the next, channels from ch on.
+// all banks. What such a thread has: rows from `row` on, column lx and the next, channels from ch
+// on.
 template <typename T>
 struct Pair {
   using A = Acc<T>;
@@ -343,8 +350,7 @@ struct StagePixels {
   // Copies what comes in whole packs, to be widened in place, and reads the rest.
   __device__ __forceinline__ void load(const Args<T>& a) const {
     each_piece(a, [&](A* to, int row, int col, int half) {
-      const bool inside =
-          row >= 0 && row < bottom && col >= 0 && col < right && half < channels;
+      const bool inside = row >= 0 && row < bottom && col >= 0 && col < right && half < channels;
       const T* at = sample + (inside ? (static_cast<int64_t>(row) * a.W + col) * a.C + half : 0);
       if (a.vec_x)
         begin_copy<T, V>(to, at, inside);
@@ -376,12 +382,15 @@ template <typename T, typename Slot>
 __device__ __forceinline__ StagePixels<T, Slot> stage_pixels(Acc<T>* s, const Args<T>& a, int n,
                                                              int c0, int row0, int col0, int rows,
                                                              int bottom, int right, Slot slot) {
-  return {s,    a.x + offset<true>(a.C, n, c0, a.H, a.W, 0, 0), a.C - c0, row0, col0, rows, bottom,
-          right, slot};
+  return {s,        a.x + offset<true>(a.C, n, c0, a.H, a.W, 0, 0),
+          a.C - c0, row0,
+          col0,     rows,
+          bottom,   right,
+          slot};
 }
 
-// The tile of y or dx that a block makes. It lies in shared memory, since registers are short, and is
-// read anew for each phase.
+// The tile of y or dx that a block makes. It lies in shared memory, since registers are short, and
+// is read anew for each phase.
 struct Tile {
   int n, row0, col0, index;
   template <typename T>

@@ -214,10 +214,12 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
           const int row = run.first + r;
           if (row >= height + kHalo) break;
           A* du = dus + row * a.pitch + dy_rows.shift(row) + run.at;
+          int z_at = row * a.across * kRun + run.at;
+          forget(z_at);  // else it is computed again for each part
 #pragma unroll
           for (int part = 0; part < kRun; part += kPart) {
             A v[kPart], dv[kPart], z[kPart] = {};
-            if (a.noise) read_run(z, noises + row * a.across * kRun + run.at + part);
+            if (a.noise) read_run(z, noises + z_at + part);
             read_run(dv, du + part);
 #pragma unroll
             for (int e = 0; e < kPart; e++)

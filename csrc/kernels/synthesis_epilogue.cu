@@ -115,8 +115,9 @@ Plan plan_planes(int V, bool backward, bool pwl, bool noise, int64_t planes, int
   t.across = static_cast<int>(ceil_div(t.tile_w + halo, kRun));
   t.lanes = pow2_between(t.across, 1, 32);
   t.pitch = static_cast<int>(ceil_div(t.across * kRun + kHalo + sector - 1, sector)) * sector;
+  // At least four warps, which bring small tiles to shared memory.
   const auto threads = [&](int rows, int per_thread) {
-    return threads_of(static_cast<int>(ceil_div(rows + halo, per_thread)) * t.lanes);
+    return max(128, threads_of(static_cast<int>(ceil_div(rows + halo, per_thread)) * t.lanes));
   };
   // Rows of x, of dy or, forward, what warps store, and of the noise.
   const auto shared = [&](int rows, int per_thread) {

@@ -151,16 +151,10 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   __shared__ A scratch[kThreads<T> / 32 * 3], params[3];
   __shared__ Tile tile;
   if (threadIdx.x == 0) tile.set(a);
-  if (threadIdx.x < 32) share_taps(&taps, &adjoint, a);
   A* const xs = shared;
   A* const dus = xs + (a.tile_h + 2 * kHalo) * a.pitch;
   A* const noises = dus + (a.tile_h + kHalo) * a.pitch;
   __syncthreads();
-  if (a.noise) {
-    const TileAt t(tile);
-    stage_noise(noises, a, t.n, t.row0 + a.y0 - kHalo, t.col0 + a.x0 - kHalo, a.tile_h + kHalo,
-                a.across * kRun);
-  }
   const int c_first = static_cast<int>(blockIdx.y) * a.groups;
   for (int c = c_first; c < min(a.C, c_first + a.groups); c++) {
     if (c != c_first) __syncthreads();
@@ -185,6 +179,10 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
           a.magic, a.format};
       x.load(a.x, a.x_end);
       dy.load(a.dy, a.dy_end);
+      if (c == c_first) {
+        if (a.noise) stage_noise(noises, a, t.n, orow0, ocol0, a.tile_h + kHalo, a.across * kRun);
+        if (threadIdx.x < 32) share_taps(&taps, &adjoint, a);
+      }
       x.finish();
       dy.finish();
     }

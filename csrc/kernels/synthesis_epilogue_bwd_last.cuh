@@ -26,7 +26,6 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   A* const stored = dus + a.ring * a.pitch;
   A* const noises = stored + 3 * K * blockDim.x;
   if (threadIdx.x == 0) tile.set(a);
-  if (threadIdx.x < 32) share_taps(&taps, &adjoint, a);
   const int c0 = static_cast<int>(blockIdx.y) * kStep;
   Sums<T, true, K>().store(stored);
   for (int i = threadIdx.x; i < a.ring * a.pitch; i += blockDim.x) dus[i] = A(0);
@@ -62,6 +61,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
                   2 * a.across);
   };
   stage_x(0, a.ring).load(a);
+  if (threadIdx.x < 32) share_taps(&taps, &adjoint, a);
   finish_stage(0, a.ring, 0);
   for (int j0 = 0;;) {
     __syncthreads();

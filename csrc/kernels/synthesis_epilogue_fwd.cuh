@@ -23,15 +23,10 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   __shared__ A params[3];
   __shared__ Tile tile;
   if (threadIdx.x == 0) tile.set(a);
-  if (threadIdx.x < 32) share_taps<T>(&taps, nullptr, a);
   A* const xs = shared;
   A* const outs = xs + (a.tile_h + kHalo) * a.pitch;
   A* const noises = outs + (blockDim.x >> a.lanes_log2) * a.pitch;
   __syncthreads();
-  if (a.noise) {
-    const TileAt t(tile);
-    stage_noise(noises, a, t.n, t.row0, t.col0, a.tile_h, a.across * kRun);
-  }
   const int c_first = static_cast<int>(blockIdx.y) * a.groups;
   for (int c = c_first; c < min(a.C, c_first + a.groups); c++) {
     if (c != c_first) __syncthreads();
@@ -51,6 +46,10 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
                         a.magic,
                         a.format};
     x.load(a.x, a.x_end);
+    if (c == c_first) {
+      if (a.noise) stage_noise(noises, a, t.n, t.row0, t.col0, a.tile_h, a.across * kRun);
+      if (threadIdx.x < 32) share_taps<T>(&taps, nullptr, a);
+    }
     x.finish();
     __syncthreads();
     const Run run(a, kRows);
@@ -105,7 +104,6 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   __shared__ __align__(16) A params[3 * kStep];
   __shared__ Tile tile;
   if (threadIdx.x == 0) tile.set(a);
-  if (threadIdx.x < 32) share_taps<T>(&taps, nullptr, a);
   __syncthreads();
   A* const noises = shared + (a.tile_h + kHalo) * a.pitch;
   const int c0 = static_cast<int>(blockIdx.y) * kStep;
@@ -116,6 +114,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
                                 a.H, min(a.W, t.col0 - a.x0 + a.tile_w + kHalo),
                                 [&](int r) { return r * a.pitch; });
     x.load(a);
+    if (threadIdx.x < 32) share_taps<T>(&taps, nullptr, a);
     if (a.noise) stage_noise(noises, a, t.n, t.row0, t.col0, a.tile_h, 2 * a.across);
     x.finish(a);
   }

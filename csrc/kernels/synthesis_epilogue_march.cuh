@@ -187,13 +187,15 @@ struct Stage {
     if (span < 0) return;
     // Each thread has the same two pieces of every few rows.
     const unsigned magic = static_cast<unsigned>(half_magic), t = thread_again();
-    const int apart = static_cast<int>(blockDim.x * magic >> 20);
+    int apart = static_cast<int>(blockDim.x * magic >> 20);
     const int first = static_cast<int>(t * magic >> 20), p = static_cast<int>(t) - first * half;
     const int skew[2] = {(p & 8) / 4, (p + half & 8) / 4};
     const int inner[2] = {p / K * S - lo, (p + half) / K * S - lo};
-    const int64_t step = static_cast<int64_t>(apart) * from.width;
+    int64_t step = static_cast<int64_t>(apart) * from.width;
     const Src* row = from.start + (static_cast<int64_t>(first) * from.width + p * L);
     A* to = s + first * pitch + p * L;
+    int to_step = apart * pitch;
+    forget(apart), forget(step), forget(to_step);  // else they are computed again for each row
     for (int r = first < apart ? first : rows; r < rows; r += apart) {
       const int shift = from.shift(r);
       const Src* at = row - shift;
@@ -203,7 +205,7 @@ struct Stage {
           A* piece = to + k * half * L;
           f(piece, sizeof(A) == sizeof(Src) ? piece : piece + skew[k], at + k * half * L, r);
         }
-      row += step, to += apart * pitch;
+      row += step, to += to_step;
     }
   }
 

@@ -87,50 +87,56 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
         const int height = min(a.tile_h, a.H - t.row0), j = j0 + at.row;
         const int own_rows = t.row0 + a.tile_h < a.H ? a.tile_h : height + kHalo;
         const int own_cols = t.col0 + a.tile_w < a.W ? a.tile_w : a.tile_w + kHalo;
-        const int rows = min(kRows, height + kHalo - j);
         const int row0 = t.row0 + a.y0 - kHalo + j, col0 = t.col0 + a.x0 - kHalo + at.lx;
         const int count = a.C - c0 - at.ch;
         const T* dy = a.dy + offset<true>(a.C, t.n, c0 + at.ch, a.out_h, a.out_w, row0, col0);
+        const int dy_lo = -row0, dy_hi = min(height + kHalo - j, a.out_h - row0);
+        const bool y_inside[2] = {col0 >= 0 && col0 < min(a.out_w, t.col0 + a.x0 + a.tile_w),
+                                  col0 >= -1 && col0 + 1 < min(a.out_w, t.col0 + a.x0 + a.tile_w)};
+        int line = slot(at.row) + at.word(0, a.pitch), z_at = at.row * 2 * a.across + at.lx;
         Sums<T, true, K> sums;
         sums.load(stored);
-        // Element i: row i / 2, column i % 2. The next one is under way.
-        const auto fetch = [&](int i) {
-          const int row = row0 + (i >> 1), col = col0 + (i & 1);
-          const bool inside = i < 2 * rows && row >= 0 && row < a.out_h && col >= 0 &&
-                              col < a.out_w && at.lx + (i & 1) < a.tile_w + kHalo;
-          return load_packed<T, K>(dy, a.vec_x, inside ? count : 0);
-        };
-        auto next = fetch(0);
 #pragma unroll 1
-        for (int i = 0; i < 2 * rows; i++) {
-          const int r = i >> 1, k = i & 1;
-          A* to = dus + slot(at.row + r) + at.word(k, a.pitch);
-          const auto raw = next;
-          A v[K], dv[K];
-          const A z = a.noise ? noises[(at.row + r) * 2 * a.across + at.lx + k] : A(0);
-          dy += k ? static_cast<int64_t>(a.out_w - 1) * a.C : a.C;
-          next = fetch(i + 1);
-          widen(raw, a.format, dv);
-          const auto u = load_pack<A, K>(to);
-          {
-            const auto d = load_pack<A, K>(params + at.ch);
-            const auto b = load_pack<A, K>(params + kStep + at.ch);
-            const auto s = load_pack<A, K>(params + 2 * kStep + at.ch);
+        for (int r = 0; r < kRows; r++) {
+          Pack<T, K> raw[2];
 #pragma unroll
-            for (int e = 0; e < K; e++) v[e] = u.v[e] * d.v[e] + (z * s.v[e] + b.v[e]);
+          for (int k = 0; k < 2; k++) {
+            const bool inside = r >= dy_lo && r < dy_hi && y_inside[k];
+            raw[k] = load_packed<T, K>(dy + k * a.C, a.vec_x, inside ? count : 0);
           }
-          if (kRows > 1 || (kFast<T> && p.act <= kLrelu))
-            grad<true>(dv, v, p);
-          else
-            grad<false>(dv, v, p);
-          if (j + r < own_rows && at.lx + k < own_cols)
+          dy += static_cast<int64_t>(a.out_w) * a.C;
 #pragma unroll
-            for (int e = 0; e < K; e++) sums.add(e, dv[e], u.v[e], z);
-          const auto d = load_pack<A, K>(params + at.ch);
-          Pack<A, K> du;
+          for (int k = 0; k < 2; k++) {
+            A* to = dus + line + (k ? a.pitch >> 1 : 0);
+            A v[K], dv[K];
+            const A z = a.noise ? noises[z_at + k] : A(0);
+            widen(raw[k], a.format, dv);
+            const auto u = load_pack<A, K>(to);
+            int ch = at.ch;
+            forget(ch);  // else registers hold the parameters
+            {
+              const auto b = load_pack<A, K>(params + kStep + ch);
+              const auto s = load_pack<A, K>(params + 2 * kStep + ch);
 #pragma unroll
-          for (int e = 0; e < K; e++) du.v[e] = dv[e] * d.v[e];
-          store_pack<A, K>(to, du);
+              for (int e = 0; e < K; e++) v[e] = z * s.v[e] + b.v[e];
+            }
+            const auto d = load_pack<A, K>(params + ch);
+#pragma unroll
+            for (int e = 0; e < K; e++) v[e] = u.v[e] * d.v[e] + v[e];
+            if (kRows > 1 || (kFast<T> && p.act <= kLrelu))
+              grad<true>(dv, v, p);
+            else
+              grad<false>(dv, v, p);
+            if (j + r < own_rows && at.lx + k < own_cols)
+#pragma unroll
+              for (int e = 0; e < K; e++) sums.add(e, dv[e], u.v[e], z);
+            Pack<A, K> du;
+#pragma unroll
+            for (int e = 0; e < K; e++) du.v[e] = dv[e] * d.v[e];
+            store_pack<A, K>(to, du);
+          }
+          line += a.pitch, z_at += 2 * a.across;
+          if (line >= a.ring * a.pitch) line -= a.ring * a.pitch;
         }
         sums.store(stored);
       }

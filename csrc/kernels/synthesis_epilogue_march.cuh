@@ -157,7 +157,8 @@ __device__ __forceinline__ void begin_copy(void* to, const Src* from, bool there
                  "r"(there ? kBytes : 0), "n"(kBytes)
                  : "memory");
 #else
-  *static_cast<Pack<Src, L>*>(to) = there ? load_pack<Src, L>(from) : Pack<Src, L>{};
+  const auto pack = there ? load_pack<Src, L>(from) : Pack<Src, L>{};
+  store_pack<Src, L>(static_cast<Src*>(to), pack);
 #endif
 }
 
@@ -243,7 +244,7 @@ struct Stage {
     copies_done();
     if (sizeof(A) != sizeof(Src))
       whole([&](A* to, A* raw, const Src*, int) {
-        put(to, *reinterpret_cast<const Pack<Src, L>*>(raw), 0, L);
+        put(to, load_pack<Src, L>(reinterpret_cast<const Src*>(raw)), 0, L);
       });
   }
 
@@ -364,7 +365,7 @@ struct StagePixels {
     copies_done();
     if (V > K && a.vec_x)
       each_piece(a, [&](A* to, int, int, int) {
-        put(to, *reinterpret_cast<const Pack<T, V>*>(to), a.format);
+        put(to, load_pack<T, V>(reinterpret_cast<const T*>(to)), a.format);
       });
   }
   __device__ __forceinline__ void put(A* to, const Pack<T, V>& raw, Format<T> format) const {

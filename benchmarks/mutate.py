@@ -157,8 +157,8 @@ MUTATIONS = [
     ),
     Mutation(
         "synthesis_epilogue", "index: the noise of the next row", "synthesis_epilogue_fwd.cuh",
-        "load_noise<T, kLast>(noise, a, n, row + r, col",
-        "load_noise<T, kLast>(noise, a, n, row + r + 1, col",
+        "stage_noise(noises, a, t.n, t.row0, t.col0, a.tile_h, a.across * kRun)",
+        "stage_noise(noises, a, t.n, t.row0 + 1, t.col0, a.tile_h, a.across * kRun)",
     ),
     Mutation(
         "synthesis_epilogue", "barrier: partial sums are read at once",
@@ -169,8 +169,8 @@ MUTATIONS = [
     ),
     Mutation(
         "synthesis_epilogue", "gain: left out of the gradient", "synthesis_epilogue_bwd.cuh",
-        "const A dv = to * p.gain * act_slope",
-        "const A dv = to * act_slope",
+        "from > A(0) ? p.gain : p.gain * p.alpha",
+        "from > A(0) ? A(1) : p.alpha",
     ),
 ]  # fmt: skip
 

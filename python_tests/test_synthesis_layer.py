@@ -106,7 +106,7 @@ def test_optional_operands(impl, device, present):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(1, 40, 23, 41), (2, 18, 40, 37)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 40, 23, 41), (2, 18, 40, 37), (1, 2, 9, 601)], ids=str)
 @pytest.mark.parametrize("f", [F4, None], ids=["filter", "flat"])
 def test_large_tiles(impl, device, f, shape, layout, dtype):
     """On a GPU of few multiprocessors: several channels a block share the noise."""

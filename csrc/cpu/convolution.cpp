@@ -232,9 +232,10 @@ void weight_gradient(const float* dy, const float* x, float* dw, const Images& o
 
 }  // namespace
 
-int convolution(int, const void* x, const void* factors, const void* w, void* y, int64_t N, int64_t I,
-            int64_t H, int64_t W, int64_t O, int64_t out_h, int64_t out_w, int64_t w_out,
-            int64_t w_in, int, int stride, bool transposed, int64_t pad_y, int64_t pad_x) {
+int convolution(int, const void* x, const void* factors, const void* w, void* y, int64_t N,
+                int64_t I, int64_t H, int64_t W, int64_t O, int64_t out_h, int64_t out_w,
+                int64_t w_out, int64_t w_in, int, int stride, bool transposed, int64_t pad_y,
+                int64_t pad_x) {
   const Images in{N, I, H, W, static_cast<const float*>(factors)}, out{N, O, out_h, out_w};
   const Weights weights{static_cast<const float*>(w), w_out, w_in, transposed && stride == 1};
   const auto* from = static_cast<const float*>(x);
@@ -249,9 +250,9 @@ int convolution(int, const void* x, const void* factors, const void* w, void* y,
 }
 
 int convolution_weight_gradient(int, const void* dy, const void* dy_factors, const void* x,
-                            const void* x_factors, void* dw, int64_t N, int64_t O, int64_t out_h,
-                            int64_t out_w, int64_t I, int64_t H, int64_t W, int, int stride,
-                            int64_t pad_y, int64_t pad_x) {
+                                const void* x_factors, void* dw, int64_t N, int64_t O,
+                                int64_t out_h, int64_t out_w, int64_t I, int64_t H, int64_t W, int,
+                                int stride, int64_t pad_y, int64_t pad_x) {
   const Images out{N, O, out_h, out_w, static_cast<const float*>(dy_factors)};
   const Images in{N, I, H, W, static_cast<const float*>(x_factors)};
   const auto* grad = static_cast<const float*>(dy);

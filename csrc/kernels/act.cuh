@@ -24,6 +24,8 @@ __device__ __forceinline__ float expm1_(float v) { return expm1f(v); }
 __device__ __forceinline__ double expm1_(double v) { return expm1(v); }
 __device__ __forceinline__ float log1p_(float v) { return log1pf(v); }
 __device__ __forceinline__ double log1p_(double v) { return log1p(v); }
+__device__ __forceinline__ float abs_(float v) { return fabsf(v); }
+__device__ __forceinline__ double abs_(double v) { return fabs(v); }
 __device__ __forceinline__ float tanh_(float v) { return tanhf(v); }
 __device__ __forceinline__ double tanh_(double v) { return tanh(v); }
 

@@ -1,45 +1,30 @@
 // synthesis_epilogue: y = clamp(act(filter(x) * d + noise * strength + b) * gain) and its gradient.
 //
-// A block computes a tile of pixels, for several channels one after another, so that the noise is
-// read once for all of them. NCHW: a thread owns 16 bytes of neighbouring pixels; channels-last: 16
-// bytes of channels of one pixel, and two threads a 32-byte sector. The filter has 4x4 taps (fewer
-// are padded with zeros) and reads its input from shared memory. NCHW: in float32, pixel j of a row
-// in plane j % V, so that neighbouring threads read neighbouring words whatever the alignment of
-// the row. Channels-last: in granules of 16 bytes, as they came. Global memory is read in whole
-// sectors, 16 bytes a thread. The filtered backward walks down a strip, and keeps in shared memory
-// the rows that the next ones need: the halo above and below is paid once a strip.
+// With a filter, of 4x4 taps (fewer are padded with zeros), a block brings a tile of its input to
+// shared memory, in whole sectors, and a thread makes a small patch of the result: a sample is read
+// once for several rows, and filtered by rows and columns where the taps are of rank one. NCHW: a
+// patch has 9 columns; rows keep their alignment, and a warp stores its rows together.
+// Channels-last: two columns and 16 bytes of float32 of channels. The backward filters twice, and
+// between them keeps dL/d(filter(x)) in shared memory; channels-last it walks down a strip, so that
+// the halo above and below is paid once a strip. NCHW: a block has several channels one after
+// another, so that the noise is read once for all of them.
 #include "synthesis_epilogue_bwd_last.cuh"
 #include "synthesis_epilogue_flat.cuh"
 
 namespace gankern {
 namespace {
 
-// A tile of lanes x rows of threads; each thread has kRows rows.
+// A tile of lanes x rows of threads; each thread has per_thread rows.
 struct Plan {
   int lanes, rows, per_thread, tile_w, tile_h, tiles_x, tiles_y, threads, groups;
-  int pieces, step;  // strips: of a row, and rows of dv that a block makes at once
+  // With a filter: threads, or pairs of columns, of a row, words of a row in shared memory, rows of
+  // dv that a block makes at once, and bytes.
+  int across, pitch, step, shared;
   int span;  // without a filter: channels of a block; groups is the number of such spans there
-  int across, pitch, shared;
   int64_t tiles() const { return static_cast<int64_t>(tiles_x) * tiles_y; }
 };
 
 constexpr int vec_of(int dtype) { return dtype == kF64 ? 2 : dtype == kF32 ? 4 : 8; }
-
-Plan tiled(int V, bool last, int width, int height, int max_lanes, int per_thread, int threads) {
-  Plan t{};
-  const int across = last ? 1 : V;
-  t.per_thread = per_thread;
-  t.lanes = pow2_between(ceil_div(width, across), 1, max_lanes);
-  const int row_threads = t.lanes * (last ? 2 : 1);
-  const int least = max(1, 32 / row_threads);  // whole warps
-  t.rows = pow2_between(ceil_div(height, per_thread), least, max(least, threads / row_threads));
-  t.tile_w = t.lanes * across;
-  t.tile_h = t.rows * per_thread;
-  t.threads = row_threads * t.rows;
-  t.tiles_x = static_cast<int>(ceil_div(width, t.tile_w));
-  t.tiles_y = static_cast<int>(ceil_div(height, t.tile_h));
-  return t;
-}
 
 // Channels that a block has one after another, so that it reads the noise once for all.
 int shared_groups(const Plan& t, bool noise, int64_t planes, int channels) {
@@ -60,49 +45,57 @@ int shared_limit() {
   return most;
 }
 
-// The largest tile (least halo) of which there are enough to fill the machine; then several
-// channels a block, which read the noise once.
-Plan plan_filter(int V, bool last, bool pwl, bool noise, int64_t planes, int channels, int width,
-                 int height) {
-  const int sms = sm_count(), most = !pwl || 16 / V > 4 ? 1 : 16 / V;
-  Plan t{};
-  const auto enough = [&](const Plan& plan) { return plan.tiles() * planes >= 3 * sms / 4; };
-  for (const int per_thread : {most, 1})
-    for (int threads = V == 2 ? 256 : kMaxThreads; threads >= 64; threads /= 2) {
-      if (t.threads && enough(t)) break;
-      t = tiled(V, last, width, height, last ? 32 : 256 / V, per_thread, threads);
-    }
-  t.groups = shared_groups(t, noise, planes, channels);
-  return t;
+// The height of tiles: rows of a multiple of `unit`, as high as `longest` and as there are enough.
+void cut_rows(Plan& t, int64_t planes, int height, int longest, int unit) {
+  for (int strips = static_cast<int>(ceil_div(height, longest));; strips *= 2) {
+    t.tile_h = static_cast<int>(ceil_div(ceil_div(height, strips), unit)) * unit;
+    t.tiles_y = static_cast<int>(ceil_div(height, t.tile_h));
+    if (t.tiles() * planes >= 3 * sm_count() / 4 || t.tile_h <= 4) break;
+  }
 }
 
-// Channels-last, the backward with a filter: strips about as wide as the halo allows, and the
-// longest of which there are enough.
-Plan plan_strips(int V, bool pwl, int64_t planes, int width, int height) {
-  const int sms = sm_count(), limit = shared_limit();
+// Channels-last with a filter. Forward: tiles. Backward: strips about as wide as the halo allows,
+// and the longest of which there are enough.
+Plan plan_pixels(int V, bool backward, bool pwl, bool noise, int64_t planes, int width,
+                 int height) {
+  const int limit = shared_limit(), most_threads = V == 2 ? 256 : backward ? 352 : kMaxThreads;
   const int word = V == 2 ? 8 : 4, lanes = V == 8 ? 4 : 2, sector = 2 * V;
+  const int halo = backward ? kHalo : 0, widest = backward ? (V == 8 ? 40 : 56) : 16 * 8 / lanes;
   Plan t{};
-  t.tiles_x = static_cast<int>(ceil_div(width, V == 8 ? 40 : 56));
+  t.tiles_x = static_cast<int>(ceil_div(width, widest));
   t.tile_w = static_cast<int>(ceil_div(width, t.tiles_x));
-  for (int strips = static_cast<int>(ceil_div(height, 65));; strips *= 2) {
-    t.tile_h = static_cast<int>(ceil_div(height, strips));
-    t.tiles_y = static_cast<int>(ceil_div(height, t.tile_h));
-    if (t.tiles() * planes >= 3 * sms / 4 || t.tile_h <= 4) break;
-  }
   // Pairs of columns for whole groups of 8 lanes, which meet all banks.
-  t.across = static_cast<int>(ceil_div(t.tile_w + kHalo, 16 / lanes)) * (8 / lanes);
+  t.across = static_cast<int>(ceil_div(t.tile_w + halo, 16 / lanes)) * (8 / lanes);
   t.lanes = t.across * lanes;
   const int banks = 128 / word, plane = (t.across + 2) * sector, apart = V == 8 ? 4 : banks / 2;
   t.pitch = 2 * (plane + ((apart - plane) % banks + banks) % banks);
+  const int noise_row = noise ? 2 * t.across : 0;
+  const int many = backward ? kBackwardLast<float>
+                   : V == 8 ? kForwardLast<Half16>
+                            : kForwardLast<float>;
+  const int rows_of = pwl && V > 2 ? many : 1;
+  if (!backward) {
+    const int groups = max(1, min(most_threads / t.lanes, 24 / rows_of));
+    cut_rows(t, planes, height, groups * rows_of, 1);
+    t.per_thread = t.tile_h * t.lanes > 256 ? rows_of : 1;
+    t.tile_h = static_cast<int>(ceil_div(t.tile_h, t.per_thread)) * t.per_thread;
+    t.tiles_y = static_cast<int>(ceil_div(height, t.tile_h));
+    t.threads = threads_of(t.tile_h / t.per_thread * t.lanes);
+    t.shared = word * ((t.tile_h + kHalo) * t.pitch + t.tile_h * noise_row);
+    t.groups = 1;
+    return t;
+  }
+  cut_rows(t, planes, height, 65, 1);
   const int rows = t.tile_h + kHalo;
-  t.per_thread = pwl && V > 2 && rows * t.lanes > 256 ? kManyLast : 1;
+  t.per_thread = rows * t.lanes > 256 ? rows_of : 1;
   const int groups = static_cast<int>(ceil_div(rows, t.per_thread));
   const int most = limit < 128 * 1024 ? limit / 2 : limit / 3;
   const auto shared = [&](int n) {
     const int ring = n * t.per_thread + kHalo;
-    return word * (2 * ring * t.pitch + 3 * (V == 2 ? 2 : 4) * threads_of(n * t.lanes));
+    return word * (2 * ring * t.pitch + 3 * (V == 2 ? 2 : 4) * threads_of(n * t.lanes) +
+                   n * t.per_thread * noise_row);
   };
-  int n = max(1, min(groups, (V == 2 ? 256 : 352) / t.lanes));
+  int n = max(1, min(groups, most_threads / t.lanes));
   while (n > 1 && shared(n) > most) n--;
   n = static_cast<int>(ceil_div(groups, ceil_div(groups, n)));
   t.step = n * t.per_thread, t.threads = threads_of(n * t.lanes), t.shared = shared(n);
@@ -111,10 +104,10 @@ Plan plan_strips(int V, bool pwl, int64_t planes, int width, int height) {
 }
 
 // NCHW with a filter: whole rows as far as the lanes of a warp reach, and as many as shared memory
-// holds, which is that of half a multiprocessor, but fewer where there would be too few tiles.
-Plan plan_planes(int V, bool backward, bool pwl, bool noise, int64_t planes, int channels, int width,
-                 int height) {
-  const int sms = sm_count(), limit = shared_limit(), sector = 2 * V;
+// holds, but fewer where there would be too few tiles.
+Plan plan_planes(int V, bool backward, bool pwl, bool noise, int64_t planes, int channels,
+                 int width, int height) {
+  const int limit = shared_limit(), sector = 2 * V, rows_of = pwl && V > 2 ? kManyRows<float> : 1;
   const int word = V == 2 ? 8 : 4, halo = backward ? kHalo : 0;
   Plan t{};
   t.tiles_x = width <= 32 * kRun - halo ? 1 : static_cast<int>(ceil_div(width, 31 * kRun));
@@ -123,21 +116,24 @@ Plan plan_planes(int V, bool backward, bool pwl, bool noise, int64_t planes, int
   t.across = static_cast<int>(ceil_div(t.tile_w + halo, kRun));
   t.lanes = pow2_between(t.across, 1, 32);
   t.pitch = static_cast<int>(ceil_div(t.across * kRun + kHalo + sector - 1, sector)) * sector;
-  const int noise_row = noise ? t.across * kRun : 0;
-  const int most = ((limit < 128 * 1024 ? limit : limit / 2) - 3 * 1024) / word;
-  // Of x, dy and the noise.
-  int longest = (most - 3 * kHalo * t.pitch - kHalo * noise_row) / (2 * t.pitch + noise_row);
-  // And of threads.
-  longest = min(longest, (V == 2 ? 256 : kMaxThreads) / t.lanes * (V > 2 && pwl ? kManyRows<float> : 1) - halo);
-  for (int strips = static_cast<int>(ceil_div(height, longest));; strips *= 2) {
-    t.tile_h = static_cast<int>(ceil_div(height, strips));
-    t.tiles_y = static_cast<int>(ceil_div(height, t.tile_h));
-    if (t.tiles() * planes >= 3 * sms / 4 || t.tile_h <= 4) break;
-  }
-  const int rows = t.tile_h + halo;
-  t.per_thread = pwl && V > 2 && rows * t.lanes > 256 ? kManyRows<float> : 1;
-  t.threads = static_cast<int>(ceil_div(ceil_div(rows, t.per_thread) * t.lanes, 32)) * 32;
-  t.shared = word * ((2 * t.tile_h + 3 * kHalo) * t.pitch + (t.tile_h + kHalo) * noise_row);
+  // At least four warps, which bring small tiles to shared memory.
+  const auto threads = [&](int rows, int per_thread) {
+    return max(128, threads_of(static_cast<int>(ceil_div(rows + halo, per_thread)) * t.lanes));
+  };
+  // Rows of x, of dy or, forward, what warps store, and of the noise.
+  const auto shared = [&](int rows, int per_thread) {
+    const int others = backward ? rows + halo : threads(rows, per_thread) / t.lanes;
+    return word * ((rows + kHalo + halo + others) * t.pitch +
+                   (noise ? (rows + halo) * t.across * kRun : 0));
+  };
+  const int most = limit < 128 * 1024 ? limit - 3 * 1024 : backward ? limit / 2 - 3 * 1024 : limit;
+  int longest = backward ? 64 : 18;
+  while (longest > 1 && (shared(longest, rows_of) > most ||
+                         threads(longest, rows_of) > (V == 2 ? 256 : kMaxThreads)))
+    longest--;
+  cut_rows(t, planes, height, longest, 1);
+  t.per_thread = (t.tile_h + halo) * t.lanes > 256 ? rows_of : 1;
+  t.threads = threads(t.tile_h, t.per_thread), t.shared = shared(t.tile_h, t.per_thread);
   t.groups = shared_groups(t, noise, planes, channels);
   return t;
 }
@@ -224,34 +220,14 @@ Plan make_plan(int dtype, bool last, bool backward, bool filtered, bool pwl, boo
   const int width = static_cast<int>(W), height = static_cast<int>(H);
   if (!filtered && (last || backward)) return plan_workers(unit, last, noise, N, C, width * height);
   if (!filtered) return plan_flat(V, noise, N * channels, channels, width * height);
-  if (backward && !last)
-    return plan_planes(V, true, pwl, noise, N * channels, channels, width, height);
-  if (backward) return plan_strips(V, pwl, N * channels, width, height);
-  return plan_filter(V, last, pwl, noise, N * channels, channels, width, height);
+  if (last) return plan_pixels(V, backward, pwl, noise, N * channels, width, height);
+  return plan_planes(V, backward, pwl, noise, N * channels, channels, width, height);
 }
 
 // Elements of a worker's unit, where rows of them are aligned.
 int unit_of(int dtype, bool last, bool backward) {
   return dtype == kF64 ? 1 : last && backward ? 4 : vec_of(dtype);
 }
-
-// Channels-last: granules of 16 bytes of a row of n pixels, of which `threads` follow each other in
-// the banks, also from row to row.
-int pitch_last(int n, int threads) { return 2 * n + ((threads - 2 * n) % 8 + 8) % 8; }
-
-// NCHW: words of a plane of a row, at any alignment. 4 more than a multiple of 8: rows that are 8
-// apart, or fewer, lie in different banks.
-int pitch_planes(int cols, int V) {
-  const int n = (cols + 2 * V - 1 + V - 1) / V;
-  return (n + 3) / 8 * 8 + 4;
-}
-
-// A multiple of all banks, so that rows of different alignment, which use other planes, still
-// follow each other in the banks.
-int plane_words(int rows, int pitch) { return (rows * pitch + 31) / 32 * 32; }
-
-// Channels-last: likewise, with the next plane in the other half of the banks.
-int plane_last(int granules, int piece) { return (granules * piece + 15) / 32 * 32 + 16; }
 
 int magic_of(int n) { return ((1 << 20) + n - 1) / n; }
 
@@ -260,7 +236,7 @@ struct Launcher {
   Args<T> a;
   ActArgs<Acc<T>> p;
   Plan plan;
-  bool last, filtered, strips, packed, loops;  // loops: over the channels
+  bool last, filtered, packed, loops;  // loops: over the channels
   void* stream;
 
   // Sums that the backward's blocks leave for each other, and its tickets.
@@ -269,10 +245,10 @@ struct Launcher {
 
   dim3 grid() const {
     const int step = filtered ? (last ? 2 * kVec<T> : 1) * plan.groups : plan.span;
-    const unsigned tiles = static_cast<unsigned>(plan.tiles() * (strips ? a.N : 1));
+    const unsigned tiles = static_cast<unsigned>(plan.tiles() * (filtered ? a.N : 1));
     const int64_t groups = ceil_div(a.C, step);
     return dim3(tiles, static_cast<unsigned>(loops ? min(groups, int64_t(65535)) : groups),
-                strips ? 1 : static_cast<unsigned>(min(a.N, 65535)));
+                filtered ? 1 : static_cast<unsigned>(min(a.N, 65535)));
   }
 
   template <typename Kernel>
@@ -290,47 +266,48 @@ struct Launcher {
 
   template <bool kLast>
   int forward() {
-    constexpr int V = kVec<T>, kMost = 16 / V > 4 ? 1 : 16 / V;
     if constexpr (kLast) {
-      constexpr int N = kUnit<T, true, false>;
+      constexpr int N = kUnit<T, true, false>, kRows = kForwardLast<T>;
       if (!filtered)
-        return launch(!packed ? synthesis_epilogue_fwd_pixels_kernel<T, false, 1>
-                      : pwl() ? synthesis_epilogue_fwd_pixels_kernel<T, kFast<T>, N>
-                              : synthesis_epilogue_fwd_pixels_kernel<T, false, N>,
+        return launch(!packed ? synthesis_epilogue_flat_pixels_kernel<T, false, 1>
+                      : pwl() ? synthesis_epilogue_flat_pixels_kernel<T, kFast<T>, N>
+                              : synthesis_epilogue_flat_pixels_kernel<T, false, N>,
                       0);
-    } else if (!filtered) {
-      return launch(pwl() ? synthesis_epilogue_fwd_planes_kernel<T, kFast<T>>
-                          : synthesis_epilogue_fwd_planes_kernel<T, false>,
-                    0);
+      return launch(plan.per_thread > 1 ? synthesis_epilogue_fwd_pixels_kernel<T, kRows>
+                                        : synthesis_epilogue_fwd_pixels_kernel<T, 1>,
+                    plan.shared);
+    } else {
+      if (!filtered)
+        return launch(pwl() ? synthesis_epilogue_flat_planes_kernel<T, kFast<T>>
+                            : synthesis_epilogue_flat_planes_kernel<T, false>,
+                      0);
+      return launch(plan.per_thread > 1 ? synthesis_epilogue_fwd_planes_kernel<T, kManyRows<T>>
+                                        : synthesis_epilogue_fwd_planes_kernel<T, 1>,
+                    plan.shared);
     }
-    const int words = (kLast ? V / kPiece<T> : V) * a.plane +
-                      (a.noise ? plan.per_thread * (kLast ? 1 : V) * plan.threads : 0);
-    return launch(plan.per_thread > 1 ? synthesis_epilogue_fwd_filter_kernel<T, kLast, kMost>
-                                      : synthesis_epilogue_fwd_filter_kernel<T, kLast, 1>,
-                  words * static_cast<int>(sizeof(Acc<T>)));
   }
 
   template <bool kLast>
   int backward() {
     constexpr int N = kUnit<T, kLast, true>;
+    constexpr int kRows = kLast ? kBackwardLast<T> : kManyRows<T>;
     if (!filtered)
       return launch(!packed ? synthesis_epilogue_bwd_kernel<T, kLast, false, 1>
                     : pwl() ? synthesis_epilogue_bwd_kernel<T, kLast, kFast<T>, N>
                             : synthesis_epilogue_bwd_kernel<T, kLast, false, N>,
                     0);
-    if constexpr (!kLast) {
-      return launch(plan.per_thread > 1 ? synthesis_epilogue_bwd_planes_kernel<T, kManyRows<T>>
+    if constexpr (kLast)
+      return launch(plan.per_thread > 1 ? synthesis_epilogue_bwd_pixels_kernel<T, kRows>
+                                        : synthesis_epilogue_bwd_pixels_kernel<T, 1>,
+                    plan.shared);
+    else
+      return launch(plan.per_thread > 1 ? synthesis_epilogue_bwd_planes_kernel<T, kRows>
                                         : synthesis_epilogue_bwd_planes_kernel<T, 1>,
                     plan.shared);
-    } else {
-      return launch(plan.per_thread > 1
-                        ? synthesis_epilogue_bwd_pixels_kernel<T, kFast<T> ? kManyLast : 1>
-                        : synthesis_epilogue_bwd_pixels_kernel<T, 1>,
-                    plan.shared);
-    }
   }
 
   int run(bool back) {
+    if (filtered && plan.tiles() * a.N > INT32_MAX) return static_cast<int>(cudaErrorInvalidValue);
     if (loops && last && static_cast<int64_t>(min(plan.tile_w, a.out_w)) * a.C > INT32_MAX)
       return static_cast<int>(cudaErrorInvalidValue);
     if (last) return back ? backward<true>() : forward<true>();
@@ -349,7 +326,7 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
   using A = Acc<T>;
   constexpr int V = kVec<T>;
   Launcher<T> l{};
-  l.last = last, l.filtered = f != nullptr, l.strips = backward && f != nullptr, l.stream = stream;
+  l.last = last, l.filtered = f != nullptr, l.stream = stream;
   const double slope = act == kLinear ? 1.0 : act == kRelu ? 0.0 : alpha;
   l.p = ActArgs<A>{act, A(slope), A(gain), A(0), A(clamp), true};
   const int unit = unit_of(dtype, last, backward);
@@ -371,25 +348,12 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
   a.tiles = static_cast<int>(t.tiles()), a.tiles_x = t.tiles_x;
   a.tile_h = t.tile_h, a.tile_w = t.tile_w, a.groups = t.groups;
   while ((1 << a.lanes_log2) < t.lanes) a.lanes_log2++;
-  const int cols = t.tile_w + kHalo;
-  if (l.strips && !last) {
-    a.across = t.across, a.pitch = t.pitch, a.rows = t.per_thread;
+  a.across = t.across, a.pitch = t.pitch;
+  if (l.filtered && last) {
+    a.step = t.step, a.ring = t.step + kHalo;
+    a.lap = t.lanes, a.lap_magic = magic_of(a.lap), a.magic = magic_of(2 * a.across + kHalo);
+  } else if (l.filtered) {
     a.magic = magic_of(t.pitch / (sizeof(A) == 8 ? 4 : 8));
-  } else if (l.strips) {
-    a.step = t.step, a.ring = t.step + kHalo, a.lap = t.lanes;
-    a.lap_magic = magic_of(a.lap), a.across = t.across, a.pitch = t.pitch;
-    a.magic = magic_of(2 * a.across + kHalo);
-  } else if (last) {
-    a.pitch = pitch_last(cols, 2 * t.lanes), a.magic = magic_of(cols);
-    a.plane = plane_last((t.tile_h + kHalo) * a.pitch, kPiece<T>);
-  } else {
-    // A thread for each piece: warps wrap from row to row without conflicts.
-    a.pitch = pitch_planes(cols, V), a.magic = magic_of(a.pitch);
-    a.plane = plane_words(t.tile_h + kHalo, a.pitch);
-    // The pitch sends rows that are 8 / per_thread thread rows apart over all banks.
-    const int row_bits = 3 - log2_of(t.per_thread), warp_bits = 5 - a.lanes_log2;
-    if (l.filtered && warp_bits > 0 && row_bits > warp_bits && t.rows % (1 << row_bits) == 0)
-      a.row_bits = row_bits, a.warp_bits = warp_bits;
   }
   a.f32 = f32;
   a.format = Format<T>(dtype);
@@ -467,7 +431,6 @@ int synthesis_epilogue_bwd(int dtype, int f32, const void* dy, const void* x, co
     a.ds = static_cast<Acc<T>*>(ds);
     a.partials = static_cast<Acc<T>*>(workspace);
     a.tickets = reinterpret_cast<int*>(a.partials + l.partials());
-    if (l.strips && l.plan.tiles() * N > INT32_MAX) return static_cast<int>(cudaErrorInvalidValue);
     const cudaError_t e =
         cudaMemsetAsync(a.tickets, 0, l.tickets() * sizeof(int), static_cast<cudaStream_t>(stream));
     if (e != cudaSuccess) return static_cast<int>(e);

@@ -51,22 +51,17 @@ struct Args {
   int N, C, H, W, out_h, out_w;
   int taps_y, taps_x, x0, y0;
   int tiles, tiles_x, tile_h, tile_w, groups, lanes_log2;
-  int pitch, magic, pitch2;    // a row of x, and of dy, in shared memory: words, or granules (last)
-  int plane, plane2;           // words from one plane of these rows to the next
-  int across, lap, lap_magic;  // backward: pieces, or pixels, of a row of dv, and threads for them
-  int step, ring;              // rows that a block makes at once, and rows of shared memory
-  int rows;                    // of dx that a thread makes
-  int noise_pieces, noise_plane;
-  int row_bits, warp_bits;  // see place()
+  // With a filter: words of a row in shared memory; threads, or pairs of columns, of a row;
+  // channels-last: threads of a row, rows that a block makes at once, rows of shared memory.
+  int pitch, across, magic, lap, lap_magic, step, ring;
   int f32;
   Acc<T> filter_gain;
   bool separable, flip, one_noise, one_strength, vec_x, vec_out, vec_noise;
   Format<T> format{kF32};
 };
 
-// Where a thread stands: column and row of its pixels in the tile, half of a channels-last sector.
-// NCHW: of 2^row_bits rows, a warp has 2^warp_bits that lie far apart, so that they meet different
-// banks.
+// Without a filter: where a thread stands: column and row of its pixels in the tile, half of a
+// channels-last sector.
 struct Place {
   int lx, gy, half;
 };
@@ -75,10 +70,7 @@ __device__ __forceinline__ Place place(const Args<T>& a) {
   const int t = static_cast<int>(threadIdx.x) >> (kLast ? 1 : 0);
   const int lx = t & ((1 << a.lanes_log2) - 1), gy = t >> a.lanes_log2;
   if (kLast) return {lx, gy, static_cast<int>(threadIdx.x) & 1};
-  if (a.row_bits == 0) return {lx, gy, 0};
-  const int all = (1 << a.row_bits) - 1, some = (1 << a.warp_bits) - 1;
-  const int apart = (gy & some) << (a.row_bits - a.warp_bits);
-  return {lx, (gy & ~all) | apart | (gy & all) >> a.warp_bits, 0};
+  return {lx, gy, 0};
 }
 
 // threadIdx.x, read again where it is asked for.
@@ -90,182 +82,6 @@ __device__ __forceinline__ unsigned thread_again() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
   return t;
 #endif
-}
-
-// The taps in the order of a correlation, times the gain, padded with zeros to 4x4; then reversed,
-// for the adjoint.
-template <typename T>
-__device__ __forceinline__ void load_taps(Acc<T>* taps, const Args<T>& a, int t) {
-  const int ky = t / kTaps, kx = t % kTaps;
-  if (t < 0 || t >= kTaps * kTaps) return;
-  Acc<T> tap = 0;
-  if (ky < a.taps_y && kx < a.taps_x) {
-    const int fy = a.flip ? ky : a.taps_y - 1 - ky, fx = a.flip ? kx : a.taps_x - 1 - kx;
-    tap = a.separable ? Acc<T>(a.f[fy]) * a.f[fx] : Acc<T>(a.f[fy * a.taps_x + fx]);
-  }
-  taps[t] = taps[2 * kTaps * kTaps - 1 - t] = tap * a.filter_gain;
-}
-
-// 16 bytes of a row of a plane; j: the column, of those that a block wants, of their first element.
-template <typename Src>
-struct RowPiece {
-  Pack<Src, 16 / sizeof(Src)> v;
-  int j;
-};
-
-// Piece `piece` of row r from column col0 on, of which columns [lo, hi) are wanted: zeros outside
-// of the image. Pieces cover a row whatever its alignment: they begin at sectors, and a sector is
-// read as a whole or not at all. [begin, end): the tensor.
-template <typename Src>
-__device__ __forceinline__ RowPiece<Src> fetch_piece(const Src* plane, const Src* begin,
-                                                     const Src* end, int H, int W, int r, int col0,
-                                                     int lo, int hi, int piece) {
-  constexpr int L = 16 / static_cast<int>(sizeof(Src));
-  const Src* start = plane + (static_cast<int64_t>(r) * W + col0);
-  const int shift =
-      static_cast<int>(reinterpret_cast<uintptr_t>(start) / sizeof(Src)) & (2 * L - 1);
-  const int j = piece * L - shift, sector = j - (piece & 1) * L;
-  RowPiece<Src> out;
-  uint4 raw = make_uint4(0, 0, 0, 0);
-  const bool inside = r >= 0 && r < H && sector < hi && sector + 2 * L > lo;
-  const bool whole = start + j >= begin && start + j + L <= end;
-  if (inside && whole) raw = *reinterpret_cast<const uint4*>(start + j);
-  *reinterpret_cast<uint4*>(&out.v) = raw;
-  if (inside && !whole)
-    unrolled<L>([&](auto which) {
-      constexpr int e = decltype(which)::value;
-      if (j + e >= lo && j + e < hi) out.v.v[e] = start[j + e];
-    });
-  out.j = j;
-  return out;
-}
-
-// The piece, in float32, in a row of shared memory: element k of the row lies in plane k % V.
-template <typename A, int V, typename Src>
-__device__ __forceinline__ void put_piece(A* row, const RowPiece<Src>& piece, int lo, int hi,
-                                          int pitch, int plane_words, Format<Src> format) {
-  constexpr int L = 16 / static_cast<int>(sizeof(Src));
-  Acc<Src> values[L];
-  widen(piece.v, format, values);
-  unrolled<L>([&](auto which) {
-    constexpr int e = decltype(which)::value;
-    const int k = piece.j + e;
-    if (k < 0 || (L > V && k >= pitch * V)) return;
-    const A value = k >= lo && k < hi ? static_cast<A>(values[e]) : A(0);
-    row[(k & (V - 1)) * plane_words + k / V] = value;
-  });
-}
-
-// Rows [row0, row0 + rows) of a plane, and columns from col0 on, into shared memory: `cols` of them
-// and zeros, also outside of the plane. `pieces`, an even number, cover a row; magic = 2^20 /
-// pieces, rounded up: i * magic >> 20 = i / pieces.
-template <typename A, typename Src, int V>
-__device__ __forceinline__ void load_tile_planes(A* s, const Src* plane, const Src* begin,
-                                                 const Src* end, int H, int W, int row0, int col0,
-                                                 int rows, int cols, int pieces, int magic,
-                                                 int pitch, int plane_words, Format<Src> format) {
-  const int lo = max(0, -col0), hi = min(cols, W - col0);
-#pragma unroll 2
-  for (int i = threadIdx.x; i < rows * pieces; i += blockDim.x) {
-    const int row = static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(magic) >> 20);
-    const auto piece =
-        fetch_piece<Src>(plane, begin, end, H, W, row0 + row, col0, lo, hi, i - row * pieces);
-    put_piece<A, V>(s + row * pitch, piece, lo, hi, pitch, plane_words, format);
-  }
-}
-
-// V channels from c on of a pixel of channels-last memory; zeros outside of the image.
-template <typename T>
-__device__ __forceinline__ Pack<T, kVec<T>> fetch_pixel(const T* sample, int C, int c, bool vec,
-                                                        int H, int W, int r, int col) {
-  constexpr int V = kVec<T>;
-  if (r < 0 || r >= H || col < 0 || col >= W || c >= C) return {};
-  const T* p = sample + (static_cast<int64_t>(r) * W + col) * C + c;
-  if (vec) return load_pack<T, V>(p);
-  Pack<T, V> v{};
-  for (int e = 0; e < V && c + e < C; e++) v.v[e] = p[e];
-  return v;
-}
-
-// Them in shared memory, in float32: 16 bytes in each of V / kPiece planes.
-template <typename T>
-__device__ __forceinline__ void put_pixel(Acc<T>* s, const Pack<T, kVec<T>>& v, int plane_words,
-                                          Format<T> format) {
-  Acc<T> values[kVec<T>];
-  widen(v, format, values);
-#pragma unroll
-  for (int k = 0; k < kVec<T> / kPiece<T>; k++) {
-    Piece<T> piece;
-#pragma unroll
-    for (int e = 0; e < kPiece<T>; e++) piece.v[e] = values[k * kPiece<T> + e];
-    *reinterpret_cast<Piece<T>*>(s + k * plane_words) = piece;
-  }
-}
-
-// Rows and columns like those of load_tile_planes, of 2 * V channels from c on.
-template <typename T>
-__device__ __forceinline__ void load_tile_last(Acc<T>* s, const T* sample, int C, int c, bool vec,
-                                               int H, int W, int row0, int col0, int rows, int cols,
-                                               int magic, int pitch, int plane_words,
-                                               Format<T> format) {
-  const int half = threadIdx.x & 1;
-#pragma unroll 2
-  for (int i = threadIdx.x / 2; i < rows * cols; i += blockDim.x / 2) {
-    const int row = static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(magic) >> 20);
-    const int j = i - row * cols;
-    const auto v = fetch_pixel<T>(sample, C, c + half * kVec<T>, vec, H, W, row0 + row, col0 + j);
-    put_pixel<T>(s + (row * pitch + 2 * j + half) * kPiece<T>, v, plane_words, format);
-  }
-}
-
-// Elements [first, first + N) of a thread's, whose first lies at s in plane 0 of its row.
-template <typename T, int N, typename A>
-__device__ __forceinline__ void read_planes(A* v, const A* s, int first, int plane_words) {
-  constexpr int V = kVec<T>;
-#pragma unroll
-  for (int i = 0; i < N; i++) v[i] = s[(first + i) % V * plane_words + (first + i) / V];
-}
-
-// N channels of a pixel.
-template <typename T, int N, typename A>
-__device__ __forceinline__ void read_pixel(A* v, const A* s, int plane_words) {
-#pragma unroll
-  for (int k = 0; k < N / kPiece<T>; k++) {
-    const auto piece = *reinterpret_cast<const Piece<T>*>(s + k * plane_words);
-#pragma unroll
-    for (int e = 0; e < kPiece<T>; e++) v[k * kPiece<T> + e] = piece.v[e];
-  }
-}
-
-// out[row][e] = the filter in kRows rows, at N pixels of a row or N channels of a pixel (kLast).
-// read(v, q, kx) fetches row q of the input: N + 3 pixels of it, or the channels of pixel kx.
-template <bool kLast, int kRows, int N, typename A, typename Read>
-__device__ __forceinline__ void filter(A (&out)[kRows][N], const A* taps, Read read) {
-  constexpr int kWide = kLast ? N : N + kHalo;
-#pragma unroll
-  for (int row = 0; row < kRows; row++)
-#pragma unroll
-    for (int e = 0; e < N; e++) out[row][e] = A(0);
-#pragma unroll
-  for (int q = 0; q < kRows + kHalo; q++) {
-    A v[kWide];
-    if (!kLast) read(v, q, 0);
-    Pack<A, kTaps> tap[kRows];
-#pragma unroll
-    for (int row = 0; row < kRows; row++)
-      if (q >= row && q - row < kTaps)
-        tap[row] = *reinterpret_cast<const Pack<A, kTaps>*>(taps + (q - row) * kTaps);
-#pragma unroll
-    for (int kx = 0; kx < kTaps; kx++) {
-      if (kLast) read(v, q, kx);
-#pragma unroll
-      for (int row = 0; row < kRows; row++) {
-        if (q < row || q - row >= kTaps) continue;
-#pragma unroll
-        for (int e = 0; e < N; e++) out[row][e] += tap[row].v[kx] * v[kLast ? e : e + kx];
-      }
-    }
-  }
 }
 
 // d, b and strength of a block's channels lie in shared memory, so that global memory gives them

@@ -54,18 +54,6 @@ struct Sums {
   }
 };
 
-// The partial sums of a channel of which a warp has all the block's pixels.
-template <typename T, typename S>
-__device__ __forceinline__ void write_warp_partials(const S& sums, const Args<T>& a, int n, int c) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int k = 0; k < 3; k++) {
-    const Acc<T> sum = warp_sum(sums.of[k][0]);
-    if (lane == k)
-      a.partials[((static_cast<int64_t>(k) * a.N + n) * a.C + c) * a.tiles + blockIdx.x] = sum;
-  }
-}
-
 // Adds up the warps: the block's partial sums of channels c0 and on.
 template <typename T, bool kLast>
 __device__ __forceinline__ void write_partials(const Acc<T>* scratch, const Args<T>& a, int n,
@@ -133,46 +121,15 @@ __device__ __forceinline__ void grad(A (&dy)[N], A (&v)[N], const ActArgs<A>& p)
           const A act = act_value<kPwl>(from, p);
           y = act * p.gain, dv = to * p.gain * act_slope<kPwl>(act, from, p);
         }
-        to = p.clamp >= A(0) && !(y > -p.clamp && y < p.clamp) ? A(0) : dv;
+        to = p.clamp >= A(0) && !(abs_(y) < p.clamp) ? A(0) : dv;
       },
       dy, v);
 }
 
-// The tile of dx that a block makes. It lies in shared memory, since registers are short, and is
-// read anew for each phase.
-struct Tile {
-  int n, row0, col0, index;
-  template <typename T>
-  __device__ __forceinline__ void set(const Args<T>& a) {
-    n = static_cast<int>(blockIdx.x) / a.tiles;
-    index = static_cast<int>(blockIdx.x) - n * a.tiles;
-    const int y = index / a.tiles_x;
-    row0 = y * a.tile_h, col0 = (index - y * a.tiles_x) * a.tile_w;
-  }
-};
-
-struct TileAt {
-  int n, row0, col0;
-  __device__ __forceinline__ TileAt(const volatile Tile& t) : n(t.n), row0(t.row0), col0(t.col0) {}
-  template <typename T>
-  __device__ __forceinline__ Rows<const T> x_rows(const Args<T>& a, int c) const {
-    return {a.x + offset<false>(a.C, n, c, a.H, a.W, row0 - kHalo, col0 - kHalo), a.W};
-  }
-  template <typename T>
-  __device__ __forceinline__ Rows<const T> dy_rows(const Args<T>& a, int c) const {
-    const int row = row0 + a.y0 - kHalo, col = col0 + a.x0 - kHalo;
-    return {a.dy + offset<false>(a.C, n, c, a.out_h, a.out_w, row, col), a.out_w};
-  }
-  template <typename T>
-  __device__ __forceinline__ Rows<T> dx_rows(const Args<T>& a, int c) const {
-    return {a.out + offset<false>(a.C, n, c, a.H, a.W, row0, col0), a.W};
-  }
-};
-
 // With a filter, NCHW: a block makes a tile of dx from tiles of x and dy in shared memory. Row j of
-// its dv needs rows j to j + 3 of x, and row j of dx rows j to j + 3 of du = dv * d, which takes the
-// place of dy. A thread has kRun neighbouring columns of kRows rows. One kernel for all activations,
-// but more rows than one for the piecewise linear alone.
+// its dv needs rows j to j + 3 of x, and row j of dx rows j to j + 3 of du = dv * d, which takes
+// the place of dy. A thread has kRun neighbouring columns of kRows rows. One kernel for all
+// activations, but more rows than one for the piecewise linear alone.
 template <typename T, int kRows>
 __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     synthesis_epilogue_bwd_planes_kernel(Args<T> a, ActArgs<Acc<T>> p) {
@@ -182,16 +139,10 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   __shared__ A scratch[kThreads<T> / 32 * 3], params[3];
   __shared__ Tile tile;
   if (threadIdx.x == 0) tile.set(a);
-  if (threadIdx.x < 32) share_taps(&taps, &adjoint, a);
   A* const xs = shared;
   A* const dus = xs + (a.tile_h + 2 * kHalo) * a.pitch;
   A* const noises = dus + (a.tile_h + kHalo) * a.pitch;
   __syncthreads();
-  if (a.noise) {
-    const TileAt t(tile);
-    stage_noise(noises, a, t.n, t.row0 + a.y0 - kHalo, t.col0 + a.x0 - kHalo, a.tile_h + kHalo,
-                a.across * kRun);
-  }
   const int c_first = static_cast<int>(blockIdx.y) * a.groups;
   for (int c = c_first; c < min(a.C, c_first + a.groups); c++) {
     if (c != c_first) __syncthreads();
@@ -199,11 +150,27 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       const TileAt t(tile);
       share_params<T, 1>(params, a, t.n, c, threadIdx.x);
       const int height = min(a.tile_h, a.H - t.row0);
-      stage_rows(xs, a.pitch, t.x_rows(a, c), a.x, a.x_end, height + 2 * kHalo, kHalo - t.row0,
-                 kHalo - t.row0 + a.H, kHalo - t.col0, kHalo - t.col0 + a.W, a.magic, a.format);
+      const Stage<A, T> x{xs,
+                          a.pitch,
+                          t.x_rows(a, c),
+                          height + 2 * kHalo,
+                          kHalo - t.row0,
+                          kHalo - t.row0 + a.H,
+                          max(0, kHalo - t.col0),
+                          min(a.tile_w + 2 * kHalo, kHalo - t.col0 + a.W),
+                          a.magic,
+                          a.format};
       const int orow0 = t.row0 + a.y0 - kHalo, ocol0 = t.col0 + a.x0 - kHalo;
-      stage_rows(dus, a.pitch, t.dy_rows(a, c), a.dy, a.dy_end, height + kHalo, -orow0,
-                 a.out_h - orow0, -ocol0, a.out_w - ocol0, a.magic, a.format);
+      const Stage<A, T> dy{
+          dus,     a.pitch,         t.dy_rows(a, c), height + kHalo,
+          -orow0,  a.out_h - orow0, max(0, -ocol0),  min(a.tile_w + kHalo, a.out_w - ocol0),
+          a.magic, a.format};
+      x.load(a.x, a.x_end);
+      dy.load(a.dy, a.dy_end);
+      if (c == c_first) {
+        if (a.noise) stage_noise(noises, a, t.n, orow0, ocol0, a.tile_h + kHalo, a.across * kRun);
+        if (threadIdx.x < 32) share_taps(&taps, &adjoint, a);
+      }
     }
     __syncthreads();
     Sums<T, false, 1> sums;
@@ -223,18 +190,20 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
         const auto dy_rows = t.dy_rows(a, c);
         // Of a tile's dv, the halo at its end belongs to the next one.
         const bool last = t.col0 + a.tile_w >= a.W;
-        const int own_rows = run.lx * kRun >= a.tile_w && !last   ? 0
-                             : t.row0 + a.tile_h < a.H ? a.tile_h
-                                                       : height + kHalo;
+        const int own_rows = run.lx * kRun >= a.tile_w && !last ? 0
+                             : t.row0 + a.tile_h < a.H          ? a.tile_h
+                                                                : height + kHalo;
 #pragma unroll
         for (int r = 0; r < kRows; r++) {
           const int row = run.first + r;
           if (row >= height + kHalo) break;
           A* du = dus + row * a.pitch + dy_rows.shift(row) + run.at;
+          int z_at = row * a.across * kRun + run.at;
+          forget(z_at);  // else it is computed again for each part
 #pragma unroll
           for (int part = 0; part < kRun; part += kPart) {
             A v[kPart], dv[kPart], z[kPart] = {};
-            if (a.noise) read_run(z, noises + row * a.across * kRun + run.at + part);
+            if (a.noise) read_run(z, noises + z_at + part);
             read_run(dv, du + part);
 #pragma unroll
             for (int e = 0; e < kPart; e++)

@@ -7,10 +7,10 @@ namespace gankern {
 namespace {
 
 // A block walks down a strip of dx, with a sector of channels, `step` rows at a time. Row j of the
-// strip's dv needs rows j to j + 3 of x, and row j - 3 of dx rows j - 3 to j of du = dv * d. Both lie
-// in rings of step + 3 rows, so that the halo along y is that of the whole strip. A thread has 16
-// bytes of float32 of channels, at two columns, of kRows rows; one kernel for all activations, but
-// more rows than one for the piecewise linear alone.
+// strip's dv needs rows j to j + 3 of x, and row j - 3 of dx rows j - 3 to j of du = dv * d. Both
+// lie in rings of step + 3 rows, so that the halo along y is that of the whole strip. A thread has
+// 16 bytes of float32 of channels, at two columns, of kRows rows; one kernel for all activations,
+// but more rows than one for the piecewise linear alone.
 template <typename T, int kRows>
 __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     synthesis_epilogue_bwd_pixels_kernel(Args<T> a, ActArgs<Acc<T>> p) {
@@ -24,81 +24,52 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   A* const xs = shared;
   A* const dus = xs + a.ring * a.pitch;
   A* const stored = dus + a.ring * a.pitch;
+  A* const noises = stored + 3 * K * blockDim.x;
   if (threadIdx.x == 0) tile.set(a);
-  if (threadIdx.x < 32) share_taps(&taps, &adjoint, a);
   const int c0 = static_cast<int>(blockIdx.y) * kStep;
   Sums<T, true, K>().store(stored);
   for (int i = threadIdx.x; i < a.ring * a.pitch; i += blockDim.x) dus[i] = A(0);
   __syncthreads();
   share_params<T, kStep>(params, a, tile.n, c0, threadIdx.x);
-  // Where a thread is: its first row of a step, its first column, its channels.
-  struct At {
-    int row, lx, ch;
-    __device__ __forceinline__ At(const Args<T>& a) {
-      const unsigned t = thread_again();
-      const int group = static_cast<int>(t * static_cast<unsigned>(a.lap_magic) >> 20);
-      const int rest = static_cast<int>(t) - group * a.lap;
-      row = group * kRows, lx = rest / kLanes * 2, ch = rest % kLanes * K;
-    }
-    __device__ __forceinline__ int word() const { return lx / 2 * kStep + ch; }
-  };
   int start = 0;  // where row j0 lies in the rings
   const auto slot = [&](int i) {
     i += start;
     return (i < 0 ? i + a.ring : i < a.ring ? i : i - a.ring) * a.pitch;
   };
-  // Of rows from `row` of the step on; even columns lie in the first half of a row.
+  // Of rows from `row` of the step on.
   const auto filtered = [&](auto& out, const Taps<A>& by, const A* ring, int row) {
-    const At at(a);
+    const Pair<T> at(a, kRows);
     int line = slot(row + at.row);
-    ring += at.word();
-    filter_rows<K>(out, by, [&](int, A(&v)[N + kHalo * K]) {
-#pragma unroll
-      for (int k = 0; k < kTaps + 1; k++) {
-        const auto pixel = load_pack<A, K>(ring + line + k % 2 * (a.pitch / 2) + k / 2 * kStep);
-#pragma unroll
-        for (int e = 0; e < K; e++) v[k * K + e] = pixel.v[e];
-      }
+    filter_rows<K>(out, by, [&](int, A(&v)[N + kHalo* K]) {
+      at.read(v, ring + line, a.pitch);
       line += a.pitch;
       if (line == a.ring * a.pitch) line = 0;
     });
   };
-  for (int j0 = 0;; j0 += a.step, start = start + a.step - (start + a.step < a.ring ? 0 : a.ring)) {
-    {
-      const TileAt t(tile);
-      const int first = j0 == 0 ? 0 : kHalo, cols = 2 * a.across + kHalo;
-      const int bottom = min(a.H, t.row0 + a.tile_h + kHalo);
-      const int right = min(a.W, t.col0 + a.tile_w + kHalo);
-      const T* sample = a.x + offset<true>(a.C, t.n, c0, a.H, a.W, 0, 0);
-      const int count = (a.ring - first) * cols * 2;
-#pragma unroll 2
-      for (int i = thread_again(); i < count; i += blockDim.x) {
-        const int r = static_cast<int>(static_cast<unsigned>(i / 2) * static_cast<unsigned>(a.magic) >> 20);
-        const int pixel = i / 2 - r * cols, half = i % 2 * kVec<T>;
-        const int row = t.row0 - kHalo + j0 + first + r, col = t.col0 - kHalo + pixel;
-        Pack<T, kVec<T>> raw{};
-        if (row >= 0 && row < bottom && col >= 0 && col < right && c0 + half < a.C)
-          raw = load_packed<T>(sample + (static_cast<int64_t>(row) * a.W + col) * a.C + half,
-                               a.vec_x, a.C - c0 - half);
-        A values[kVec<T>];
-        widen(raw, a.format, values);
-        A* to = xs + slot(first + r) + pixel % 2 * (a.pitch / 2) + pixel / 2 * kStep;
-#pragma unroll
-        for (int k = 0; k < kVec<T>; k += K) {
-          Pack<A, K> piece;
-#pragma unroll
-          for (int e = 0; e < K; e++) piece.v[e] = values[k + e];
-          store_pack<A, K>(to + half + k, piece);
-        }
-      }
-    }
+  // Rows `row` and on of x, to where row j0 is and on, and of the noise.
+  const auto stage_x = [&](int row, int rows) {
+    const TileAt t(tile);
+    return stage_pixels(xs, a, t.n, c0, t.row0 - kHalo + row, t.col0 - kHalo, rows,
+                        min(a.H, t.row0 + a.tile_h + kHalo), min(a.W, t.col0 + a.tile_w + kHalo),
+                        slot);
+  };
+  const auto stage_z = [&](int j) {
+    const TileAt t(tile);
+    if (a.noise)
+      stage_noise(noises, a, t.n, t.row0 + a.y0 - kHalo + j, t.col0 + a.x0 - kHalo, a.step,
+                  2 * a.across);
+  };
+  stage_x(0, a.ring).load(a);
+  if (threadIdx.x < 32) share_taps(&taps, &adjoint, a);
+  stage_z(0);
+  for (int j0 = 0;;) {
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < a.step / kRows * a.lap) {
       {
         A u[kRows][N];
         filtered(u, taps, xs, 0);
         // To where du will be, since registers are short.
-        const At at(a);
+        const Pair<T> at(a, kRows);
 #pragma unroll
         for (int r = 0; r < kRows; r++)
 #pragma unroll
@@ -106,67 +77,78 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
             Pack<A, K> piece;
 #pragma unroll
             for (int e = 0; e < K; e++) piece.v[e] = u[r][k * K + e];
-            store_pack<A, K>(dus + slot(at.row + r) + k * (a.pitch / 2) + at.word(), piece);
+            store_pack<A, K>(dus + slot(at.row + r) + at.word(k, a.pitch), piece);
           }
       }
       {
         const TileAt t(tile);
-        const At at(a);
+        const Pair<T> at(a, kRows);
         const int height = min(a.tile_h, a.H - t.row0), j = j0 + at.row;
         const int own_rows = t.row0 + a.tile_h < a.H ? a.tile_h : height + kHalo;
         const int own_cols = t.col0 + a.tile_w < a.W ? a.tile_w : a.tile_w + kHalo;
-        const int rows = min(kRows, height + kHalo - j);
         const int row0 = t.row0 + a.y0 - kHalo + j, col0 = t.col0 + a.x0 - kHalo + at.lx;
         const int count = a.C - c0 - at.ch;
         const T* dy = a.dy + offset<true>(a.C, t.n, c0 + at.ch, a.out_h, a.out_w, row0, col0);
-        int64_t noise = offset<false>(1, a.one_noise ? 0 : t.n, 0, a.out_h, a.out_w, row0, col0);
+        const int dy_lo = -row0, dy_hi = min(height + kHalo - j, a.out_h - row0);
+        const bool y_inside[2] = {col0 >= 0 && col0 < min(a.out_w, t.col0 + a.x0 + a.tile_w),
+                                  col0 >= -1 && col0 + 1 < min(a.out_w, t.col0 + a.x0 + a.tile_w)};
+        int line = slot(at.row) + at.word(0, a.pitch), z_at = at.row * 2 * a.across + at.lx;
         Sums<T, true, K> sums;
         sums.load(stored);
 #pragma unroll 1
-        for (int i = 0; i < 2 * rows; i++) {
-          const int r = i / 2, k = i % 2;
-          A* to = dus + slot(at.row + r) + k * (a.pitch / 2) + at.word();
-          const bool inside = row0 + r >= 0 && row0 + r < a.out_h && col0 + k >= 0 &&
-                              col0 + k < a.out_w && at.lx + k < a.tile_w + kHalo && count > 0;
-          Pack<T, K> raw{};
-          A z = 0, v[K], dv[K];
-          if (inside) {
-            raw = load_packed<T, K>(dy, a.vec_x, count);
-            if (a.noise) z = load_param<T>(a.noise, a.f32 & 2, noise, a.format);
+        for (int r = 0; r < kRows; r++) {
+          Pack<T, K> raw[2];
+#pragma unroll
+          for (int k = 0; k < 2; k++) {
+            const bool inside = r >= dy_lo && r < dy_hi && y_inside[k];
+            raw[k] = load_packed<T, K>(dy + k * a.C, a.vec_x, inside ? count : 0);
           }
-          dy += k ? static_cast<int64_t>(a.out_w - 1) * a.C : a.C;
-          noise += k ? a.out_w - 1 : 1;
-          widen(raw, a.format, dv);
-          const auto u = load_pack<A, K>(to);
-          {
-            const auto d = load_pack<A, K>(params + at.ch);
-            const auto b = load_pack<A, K>(params + kStep + at.ch);
-            const auto s = load_pack<A, K>(params + 2 * kStep + at.ch);
+          dy += static_cast<int64_t>(a.out_w) * a.C;
 #pragma unroll
-            for (int e = 0; e < K; e++) v[e] = u.v[e] * d.v[e] + (z * s.v[e] + b.v[e]);
+          for (int k = 0; k < 2; k++) {
+            A* to = dus + line + (k ? a.pitch >> 1 : 0);
+            A v[K], dv[K];
+            const A z = a.noise ? noises[z_at + k] : A(0);
+            widen(raw[k], a.format, dv);
+            const auto u = load_pack<A, K>(to);
+            int ch = at.ch;
+            forget(ch);  // else registers hold the parameters
+            {
+              const auto b = load_pack<A, K>(params + kStep + ch);
+              const auto s = load_pack<A, K>(params + 2 * kStep + ch);
+#pragma unroll
+              for (int e = 0; e < K; e++) v[e] = z * s.v[e] + b.v[e];
+            }
+            const auto d = load_pack<A, K>(params + ch);
+#pragma unroll
+            for (int e = 0; e < K; e++) v[e] = u.v[e] * d.v[e] + v[e];
+            if (kRows > 1 || (kFast<T> && p.act <= kLrelu))
+              grad<true>(dv, v, p);
+            else
+              grad<false>(dv, v, p);
+            if (j + r < own_rows && at.lx + k < own_cols)
+#pragma unroll
+              for (int e = 0; e < K; e++) sums.add(e, dv[e], u.v[e], z);
+            Pack<A, K> du;
+#pragma unroll
+            for (int e = 0; e < K; e++) du.v[e] = dv[e] * d.v[e];
+            store_pack<A, K>(to, du);
           }
-          if (kRows > 1 || (kFast<T> && p.act <= kLrelu))
-            grad<true>(dv, v, p);
-          else
-            grad<false>(dv, v, p);
-          if (j + r < own_rows && at.lx + k < own_cols)
-#pragma unroll
-            for (int e = 0; e < K; e++) sums.add(e, dv[e], u.v[e], z);
-          const auto d = load_pack<A, K>(params + at.ch);
-          Pack<A, K> du;
-#pragma unroll
-          for (int e = 0; e < K; e++) du.v[e] = dv[e] * d.v[e];
-          store_pack<A, K>(to, du);
+          line += a.pitch, z_at += 2 * a.across;
+          if (line >= a.ring * a.pitch) line -= a.ring * a.pitch;
         }
         sums.store(stored);
       }
     }
     __syncthreads();
+    // The next rows of x come while those of dx are made.
+    const bool more = j0 + a.step < min(a.tile_h, a.H - TileAt(tile).row0) + kHalo;
+    if (more) stage_x(j0 + a.ring, a.step).load(a);
     if (static_cast<int>(threadIdx.x) < a.step / kRows * a.lap) {
       A dx[kRows][N];
       filtered(dx, adjoint, dus, -kHalo);
       const TileAt t(tile);
-      const At at(a);
+      const Pair<T> at(a, kRows);
       const int h = j0 - kHalo + at.row, count = a.C - c0 - at.ch;
       const int bottom = min(a.tile_h, a.H - t.row0), right = min(a.tile_w, a.W - t.col0);
       T* out = a.out + offset<true>(a.C, t.n, c0 + at.ch, a.H, a.W, t.row0 + h, t.col0 + at.lx);
@@ -183,7 +165,9 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
         out += static_cast<int64_t>(a.W) * a.C;
       }
     }
-    if (j0 + a.step >= min(a.tile_h, a.H - TileAt(tile).row0) + kHalo) break;
+    if (!more) break;
+    stage_z(j0 + a.step);
+    j0 += a.step, start += a.step - (start + a.step < a.ring ? 0 : a.ring);
   }
   Sums<T, true, K> sums;
   sums.load(stored);

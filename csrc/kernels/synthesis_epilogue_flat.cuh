@@ -168,7 +168,7 @@ __device__ __forceinline__ void by_format(Format<T> format, F f) {
 // and parameters are shared.
 template <typename T, bool kPwl>
 __global__ void __launch_bounds__(kThreads<T>, kBlocks)
-    synthesis_epilogue_fwd_planes_kernel(Args<T> a, ActArgs<Acc<T>> p) {
+    synthesis_epilogue_flat_planes_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
   constexpr int V = kVec<T>;
   __shared__ A params[3 * kFlatChannels];
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
 // Without a filter, channels-last.
 template <typename T, bool kPwl, int N>
 __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<T>)
-    synthesis_epilogue_fwd_pixels_kernel(Args<T> a, ActArgs<Acc<T>> p) {
+    synthesis_epilogue_flat_pixels_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
   constexpr int P = kPwl ? 2 : 1, kStride = kSpan<true, N>;
   __shared__ __align__(16) A params[3 * kStride];

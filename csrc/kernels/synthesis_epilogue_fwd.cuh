@@ -1,7 +1,7 @@
-// The forward kernel of synthesis_epilogue with a filter.
+// The forward kernels of synthesis_epilogue with a filter.
 #pragma once
 
-#include "synthesis_epilogue.cuh"
+#include "synthesis_epilogue_march.cuh"
 
 namespace gankern {
 namespace {
@@ -11,80 +11,162 @@ __device__ __forceinline__ A value(A u, A d, A noise, A s, A b, const ActArgs<A>
   return clamped(act_value<kPwl>(u * d + (noise * s + b), p) * p.gain, p.clamp);
 }
 
-// One kernel for all activations, but more rows than one for the piecewise linear alone.
-template <typename T, bool kLast, int kRows>
+// NCHW: a block makes a tile of y from a tile of x in shared memory; a thread has kRun neighbouring
+// columns of kRows rows. One kernel for all activations, but more rows than one for the piecewise
+// linear alone.
+template <typename T, int kRows>
 __global__ void __launch_bounds__(kThreads<T>, kBlocks)
-    synthesis_epilogue_fwd_filter_kernel(Args<T> a, ActArgs<Acc<T>> p) {
+    synthesis_epilogue_fwd_planes_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
-  constexpr int V = kVec<T>, kStep = kChannels<T, kLast>, kNoise = kLast ? 1 : V;
-  GK_DYNAMIC_SHARED(A, tile);
-  __shared__ __align__(16) A taps[2 * kTaps * kTaps];
-  __shared__ A params[3 * kStep];
-  const int tile_y = blockIdx.x / a.tiles_x, tile_x = blockIdx.x - tile_y * a.tiles_x;
-  const int row0 = tile_y * a.tile_h, col0 = tile_x * a.tile_w;
-  const Place at = place<kLast>(a);
-  const int col = col0 + (kLast ? at.lx : at.lx * V), row = row0 + at.gy * kRows;
-  // A thread's noise waits in shared memory, where no other thread looks at it.
-  A* noises = tile + (kLast ? V / kPiece<T> : V) * a.plane + threadIdx.x;
-  const int first = kLast ? (at.gy * kRows * a.pitch + 2 * at.lx + at.half) * kPiece<T>
-                          : at.gy * kRows * a.pitch + at.lx;
-  load_taps(taps, a, threadIdx.x);
-  for (int n = blockIdx.z; n < a.N; n += gridDim.z) {
-    if (a.noise)
+  GK_DYNAMIC_SHARED(A, shared);
+  __shared__ Taps<A> taps;
+  __shared__ A params[3];
+  __shared__ Tile tile;
+  if (threadIdx.x == 0) tile.set(a);
+  A* const xs = shared;
+  A* const outs = xs + (a.tile_h + kHalo) * a.pitch;
+  A* const noises = outs + (blockDim.x >> a.lanes_log2) * a.pitch;
+  __syncthreads();
+  const int c_first = static_cast<int>(blockIdx.y) * a.groups;
+  for (int c = c_first; c < min(a.C, c_first + a.groups); c++) {
+    if (c != c_first) __syncthreads();
+    const TileAt t(tile);
+    const int height = min(a.tile_h, a.out_h - t.row0);
+    const Rows<const T> x_rows(
+        a.x + offset<false>(a.C, t.n, c, a.H, a.W, t.row0 - a.y0, t.col0 - a.x0), a.W);
+    share_params<T, 1>(params, a, t.n, c, threadIdx.x);
+    const Stage<A, T> x{xs,
+                        a.pitch,
+                        x_rows,
+                        height + kHalo,
+                        a.y0 - t.row0,
+                        a.y0 - t.row0 + a.H,
+                        max(0, a.x0 - t.col0),
+                        min(a.tile_w + kHalo, a.x0 - t.col0 + a.W),
+                        a.magic,
+                        a.format};
+    x.load(a.x, a.x_end);
+    if (c == c_first) {
+      if (a.noise) stage_noise(noises, a, t.n, t.row0, t.col0, a.tile_h, a.across * kRun);
+      if (threadIdx.x < 32) share_taps<T>(&taps, nullptr, a);
+    }
+    __syncthreads();
+    const Run run(a, kRows);
+    if (run.first_of_warp >= height) continue;
+    A u[kRows][kRun];
+    filter_rows<1>(u, taps, [&](int q, A(&v)[kRun + kHalo]) {
+      const int row = min(run.first + q, height + kHalo - 1);
+      read_run(v, xs + row * a.pitch + x_rows.shift(row) + run.at);
+    });
+    // Warps store rows together.
+    const Rows<T> y_rows(a.out + offset<false>(a.C, t.n, c, a.out_h, a.out_w, t.row0, t.col0),
+                         a.out_w);
+    A* out = outs + run.chunk * a.pitch;
 #pragma unroll
-      for (int r = 0; r < kRows; r++) {
-        A noise[kNoise] = {};
-        if (row + r < a.out_h) load_noise<T, kLast>(noise, a, n, row + r, col, a.out_w - col);
-#pragma unroll
-        for (int e = 0; e < kNoise; e++) noises[(r * kNoise + e) * blockDim.x] = noise[e];
-      }
-    for (int g = 0; g < a.groups; g++) {
-      const int c0 = (static_cast<int>(blockIdx.y) * a.groups + g) * kStep;
-      if (c0 >= a.C) break;
-      const int c = c0 + (kLast ? at.half * V : 0);
-      __syncthreads();
-      share_params<T, kStep>(params, a, n, c0, threadIdx.x);
-      if (kLast) {
-        load_tile_last<T>(tile, a.x + offset<true>(a.C, n, 0, a.H, a.W, 0, 0), a.C, c0, a.vec_x,
-                          a.H, a.W, row0 - a.y0, col0 - a.x0, a.tile_h + kHalo, a.tile_w + kHalo,
-                          a.magic, a.pitch, a.plane, a.format);
-      } else {
-        load_tile_planes<A, T, V>(tile, a.x + offset<false>(a.C, n, c0, a.H, a.W, 0, 0), a.x,
-                                  a.x_end, a.H, a.W, row0 - a.y0, col0 - a.x0, a.tile_h + kHalo,
-                                  a.tile_w + kHalo, a.pitch, a.magic, a.pitch, a.plane, a.format);
-      }
-      __syncthreads();
-      const int count = col >= a.out_w ? 0 : kLast ? min(a.C - c, V) : a.out_w - col;
-      if (count <= 0) continue;
-      A u[kRows][V];
-      filter<kLast>(u, taps, [&](A* v, int q, int kx) {
-        if constexpr (kLast)
-          read_pixel<T, V>(v, tile + first + (q * a.pitch + 2 * kx) * kPiece<T>, a.plane);
-        else
-          read_planes<T, V + kHalo>(v, tile + first + q * a.pitch, 0, a.plane);
-      });
-      const Params<T, kLast, kStep> k(params + at.half * V);
-      T* out = a.out + offset<kLast>(a.C, n, c, a.out_h, a.out_w, row, col);
-#pragma unroll
-      for (int r = 0; r < kRows; r++) {
-        if (row + r >= a.out_h) break;
+    for (int r = 0; r < kRows; r++) {
+      const int row = run.first + r, shift = y_rows.shift(row);
+      const bool there = row < height;
+      if (there && run.lx < a.across) {
+        A z[kRun] = {};
+        if (a.noise) read_run(z, noises + row * a.across * kRun + run.at);
         const auto finish = [&](auto pwl) {
-          constexpr bool kPwl = decltype(pwl)::value;
-          each<kPwl, 1>(
-              [&](int e, A& v) {
-                const A z = a.noise ? noises[(r * kNoise + (kLast ? 0 : e)) * blockDim.x] : A(0);
-                v = value<kPwl>(v, k.d(e), z, k.s(e), k.b(e), p);
+          each<decltype(pwl)::value, 1>(
+              [&](int, A& v, A noise) {
+                v = value<decltype(pwl)::value>(v, params[0], noise, params[2], params[1], p);
               },
-              u[r]);
+              u[r], z);
         };
         if (kRows > 1 || (kFast<T> && p.act <= kLrelu))
           finish(std::true_type{});
         else
           finish(std::false_type{});
-        store_some<T>(out, u[r], a.vec_out, count, a.format);
-        out += static_cast<int64_t>(a.out_w) * (kLast ? a.C : 1);
+#pragma unroll
+        for (int e = 0; e < kRun; e++) out[shift + run.at + e] = u[r][e];
       }
+      __syncwarp();
+      if (there)
+        store_row(y_rows.start + static_cast<int64_t>(row) * a.out_w, out, shift,
+                  min(a.tile_w, a.out_w - t.col0), run.lx, 1 << a.lanes_log2, a.format);
+      __syncwarp();
     }
+  }
+}
+
+// Channels-last: a thread has 16 bytes of float32 of channels, at two columns, of kRows rows.
+template <typename T, int kRows>
+__global__ void __launch_bounds__(kThreads<T>, kBlocks)
+    synthesis_epilogue_fwd_pixels_kernel(Args<T> a, ActArgs<Acc<T>> p) {
+  using A = Acc<T>;
+  constexpr int K = kPiece<T>, kStep = kChannels<T, true>;
+  GK_DYNAMIC_SHARED(A, shared);
+  __shared__ Taps<A> taps;
+  __shared__ __align__(16) A params[3 * kStep];
+  __shared__ Tile tile;
+  if (threadIdx.x == 0) tile.set(a);
+  __syncthreads();
+  A* const noises = shared + (a.tile_h + kHalo) * a.pitch;
+  const int c0 = static_cast<int>(blockIdx.y) * kStep;
+  share_params<T, kStep>(params, a, tile.n, c0, threadIdx.x);
+  {
+    const TileAt t(tile);
+    const auto x = stage_pixels(shared, a, t.n, c0, t.row0 - a.y0, t.col0 - a.x0, a.tile_h + kHalo,
+                                a.H, min(a.W, t.col0 - a.x0 + a.tile_w + kHalo),
+                                [&](int r) { return r * a.pitch; });
+    x.load(a);
+    if (threadIdx.x < 32) share_taps<T>(&taps, nullptr, a);
+    if (a.noise) stage_noise(noises, a, t.n, t.row0, t.col0, a.tile_h, 2 * a.across);
+  }
+  __syncthreads();
+  A u[kRows][2 * K];
+  {
+    const Pair<T> at(a, kRows);
+    if (at.row >= a.tile_h) return;
+    int line = at.row * a.pitch;
+    filter_rows<K>(u, taps, [&](int, A(&v)[(2 + kHalo)* K]) {
+      at.read(v, shared + line, a.pitch);
+      line += a.pitch;
+    });
+  }
+  const TileAt t(tile);
+  const Pair<T> at(a, kRows);
+  const int rows = min(a.tile_h, a.out_h - t.row0) - at.row, count = a.C - c0 - at.ch;
+  const int width = count <= 0 ? 0 : min(a.tile_w, a.out_w - t.col0) - at.lx;
+  T* out =
+      a.out + offset<true>(a.C, t.n, c0 + at.ch, a.out_h, a.out_w, t.row0 + at.row, t.col0 + at.lx);
+  int z_at = at.row * 2 * a.across + at.lx;
+#pragma unroll
+  for (int r = 0; r < kRows; r++) {
+    if (r >= rows) break;
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      A y[K];
+      int ch = at.ch;
+      forget(ch);  // else registers hold the parameters
+      const A z = a.noise ? noises[z_at + k] : A(0);
+      {
+        const auto b = load_pack<A, K>(params + kStep + ch),
+                   s = load_pack<A, K>(params + 2 * kStep + ch);
+#pragma unroll
+        for (int e = 0; e < K; e++) y[e] = z * s.v[e] + b.v[e];
+      }
+      const auto d = load_pack<A, K>(params + ch);
+#pragma unroll
+      for (int e = 0; e < K; e++) y[e] = u[r][k * K + e] * d.v[e] + y[e];
+      const auto finish = [&](auto pwl) {
+        each<decltype(pwl)::value, 1>(
+            [&](int, A& v) {
+              v = clamped(act_value<decltype(pwl)::value>(v, p) * p.gain, p.clamp);
+            },
+            y);
+      };
+      if (kRows > 1 || (kFast<T> && p.act <= kLrelu))
+        finish(std::true_type{});
+      else
+        finish(std::false_type{});
+      if (k < width) store_packed<T, K>(out + k * a.C, narrow<T, K>(y, a.format), a.vec_out, count);
+    }
+    out += static_cast<int64_t>(a.out_w) * a.C;
+    z_at += 2 * a.across;
   }
 }
 

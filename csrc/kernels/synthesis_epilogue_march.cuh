@@ -11,10 +11,16 @@ namespace {
 constexpr int kRun = 9;
 constexpr int kPart = 3;  // of them at once: more would not fit into registers
 
-// Rows that a thread makes at once of a large tile, with a piecewise linear activation.
+// Rows that a thread makes at once of a large tile, with a piecewise linear activation, as far as
+// there are registers: NCHW, and channels-last.
 template <typename T>
 constexpr int kManyRows = sizeof(T) == 8 ? 1 : 3;
-constexpr int kManyLast = 2;
+template <typename T>
+constexpr int kForwardLast = sizeof(T) == 8   ? 1
+                             : sizeof(T) == 4 ? 3
+                                              : 2;
+template <typename T>
+constexpr int kBackwardLast = sizeof(T) == 8 ? 1 : 2;
 
 // What a thread has of a tile: kRun columns from `at` on, and rows from `first` on.
 struct Run {
@@ -62,8 +68,7 @@ __device__ __forceinline__ void share_taps(Taps<Acc<T>>* taps, Taps<Acc<T>>* adj
   const A in_row = __shfl_sync(0xffffffffu, tap, where / kTaps * kTaps + kx);
   const A in_col = __shfl_sync(0xffffffffu, tap, ky * kTaps + where % kTaps) / least;
   const A few = sizeof(A) == 8 ? A(1e-15) : A(5e-7);
-  const bool separable =
-      __all_sync(0xffffffffu, size(in_row * in_col - tap) <= few * size(tap));
+  const bool separable = __all_sync(0xffffffffu, size(in_row * in_col - tap) <= few * size(tap));
   if (lane >= kTaps * kTaps) return;
   for (Taps<A>* to : {taps, adjoint}) {
     if (!to) continue;
@@ -136,65 +141,97 @@ struct Rows {
   }
 };
 
-// Rows [0, rows) of an image to shared memory, of which there are rows [row_lo, row_hi) and columns
-// [lo, hi), and zeros else. Sectors are read as a whole or not at all: inner ones as they are, those
-// at the ends of a row by other threads, element by element where the tensor [begin, end) ends.
+// Rows [0, rows) of an image in shared memory, of which there are rows [row_lo, row_hi) and columns
+// [lo, hi), and zeros else.
 template <typename A, typename Src>
-__device__ __forceinline__ void stage_rows(A* s, int pitch, const Rows<const Src>& from,
-                                           const Src* begin, const Src* end, int rows, int row_lo,
-                                           int row_hi, int lo, int hi, int half_magic,
-                                           Format<Src> format) {
-  constexpr int L = 16 / static_cast<int>(sizeof(A)), S = Rows<const Src>::kSector, K = S / L;
-  const int sectors = pitch / S, half = sectors * K / 2;
-  const int t = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  const auto put = [&](A* to, const Pack<Src, L>& raw, int from_e, int to_e) {
+struct Stage {
+  static constexpr int L = 16 / static_cast<int>(sizeof(A)), S = Rows<const Src>::kSector;
+  static constexpr int K = S / L;  // pieces, of 16 bytes of shared memory, of a sector
+  A* s;
+  int pitch;
+  Rows<const Src> from;
+  int rows, row_lo, row_hi, lo, hi, half_magic;
+  Format<Src> format;
+
+  // Pieces of whole sectors; each thread has the same two of every few rows, kBatch rows under way.
+  __device__ __forceinline__ void load_whole() const {
+    constexpr int kBatch = sizeof(Src) == 4 ? 4 : 1;  // registers are short
+    const int half = pitch / (2 * L), span = hi - lo - S;
+    if (span < 0) return;
+    const unsigned magic = static_cast<unsigned>(half_magic), t = thread_again();
+    int apart = static_cast<int>(blockDim.x * magic >> 20);
+    const int first = static_cast<int>(t * magic >> 20), p = static_cast<int>(t) - first * half;
+    const int inner[2] = {p / K * S - lo, (p + half) / K * S - lo};
+    int64_t step = static_cast<int64_t>(apart) * from.width;
+    const Src* row = from.start + (static_cast<int64_t>(first) * from.width + p * L);
+    A* to = s + first * pitch + p * L;
+    int to_step = apart * pitch;
+    forget(apart), forget(step), forget(to_step);  // else they are computed again for each row
+    const auto whole = [&](int r, int k) {
+      return r < rows &&
+             static_cast<unsigned>(inner[k] - from.shift(r)) <= static_cast<unsigned>(span);
+    };
+    for (int r = first < apart ? first : rows; r < rows; r += kBatch * apart) {
+      Pack<Src, L> raw[kBatch][2];
+#pragma unroll
+      for (int b = 0; b < kBatch; b++) {
+        const int here = r + b * apart;
+        const Src* at = row - from.shift(here);
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          raw[b][k] = Pack<Src, L>{};
+          if (whole(here, k) && here >= row_lo && here < row_hi)
+            raw[b][k] = load_pack<Src, L>(at + k * half * L);
+        }
+        row += step;
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; b++) {
+#pragma unroll
+        for (int k = 0; k < 2; k++)
+          if (whole(r + b * apart, k)) put(to + k * half * L, raw[b][k], 0, L);
+        to += to_step;
+      }
+    }
+  }
+
+  // Sectors are read as a whole or not at all: inner ones as they are, those at the ends of a row
+  // by other threads, element by element where the tensor [begin, end) ends.
+  __device__ __forceinline__ void load(const Src* begin, const Src* end) const {
+    load_whole();
+    const int sectors = pitch / S, ends = sectors - max(0, (hi - lo + 1) / S - 1);
+    for (int i = thread_again(); i < rows * K * 4; i += blockDim.x) {
+      const int r = i / (4 * K), shift = from.shift(r);
+      const int first = (lo + shift + S - 1) / S, behind = max(first, (hi + shift) / S);
+      for (int e = i / K % 4; e < ends; e += 4) {
+        const int sector = e < first ? e : behind + (e - first);
+        if (sector >= sectors) break;
+        const int j = sector * S + i % K * L - shift, js = sector * S - shift;
+        const Src* at = from.start + (static_cast<int64_t>(r) * from.width + j);
+        Pack<Src, L> raw = {};
+        if (r >= row_lo && r < row_hi && js < hi && js + S > lo) {
+          if (at >= begin && at + L <= end)
+            raw = load_pack<Src, L>(at);
+          else
+#pragma unroll
+            for (int k = 0; k < L; k++)
+              if (j + k >= lo && j + k < hi) raw.v[k] = at[k];
+        }
+        put(s + r * pitch + (j + shift), raw, lo - j, hi - j);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void put(A* to, const Pack<Src, L>& raw, int first, int behind) const {
     Acc<Src> values[L];
     widen(raw, format, values);
     Pack<A, L> out;
 #pragma unroll
-    for (int e = 0; e < L; e++) out.v[e] = e >= from_e && e < to_e ? static_cast<A>(values[e]) : A(0);
+    for (int e = 0; e < L; e++)
+      out.v[e] = e >= first && e < behind ? static_cast<A>(values[e]) : A(0);
     store_pack<A, L>(to, out);
-  };
-  for (int i = t; i < rows * half; i += threads) {
-    const int r = static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(half_magic) >> 20);
-    const int p = i - r * half, shift = from.shift(r);
-    const int first = (lo + shift + S - 1) / S, behind = (hi + shift) / S;
-    const bool there = r >= row_lo && r < row_hi;
-    const Src* at = from.start + (static_cast<int64_t>(r) * from.width - shift);
-    Pack<Src, L> raw[2] = {};
-    bool whole[2];
-#pragma unroll
-    for (int k = 0; k < 2; k++) {
-      const int q = p + k * half;
-      whole[k] = q / K >= first && q / K < behind;
-      if (whole[k] && there) raw[k] = load_pack<Src, L>(at + q * L);
-    }
-#pragma unroll
-    for (int k = 0; k < 2; k++)
-      if (whole[k]) put(s + r * pitch + (p + k * half) * L, raw[k], 0, L);
   }
-  const int ends = sectors - max(0, (hi - lo - (S - 1)) / S);
-  for (int e = 0; e < ends; e++)
-    for (int i = t - e * rows * K; i < rows * K; i += threads) {
-      if (i < 0) continue;
-      const int r = i / K, shift = from.shift(r);
-      const int first = (lo + shift + S - 1) / S, behind = max(first, (hi + shift) / S);
-      const int sector = e < first ? e : behind + (e - first);
-      if (sector >= sectors) continue;
-      const int j = sector * S + i % K * L - shift, js = sector * S - shift;
-      const Src* at = from.start + (static_cast<int64_t>(r) * from.width + j);
-      Pack<Src, L> raw = {};
-      if (r >= row_lo && r < row_hi && js < hi && js + S > lo) {
-        if (at >= begin && at + L <= end)
-          raw = load_pack<Src, L>(at);
-        else
-#pragma unroll
-          for (int k = 0; k < L; k++)
-            if (j + k >= lo && j + k < hi) raw.v[k] = at[k];
-      }
-      put(s + r * pitch + (j + shift), raw, lo - j, hi - j);
-    }
-}
+};
 
 // N neighbours of a row, element by element.
 template <int N, typename A>
@@ -207,7 +244,8 @@ __device__ __forceinline__ void read_run(A (&v)[N], const A* s) {
 template <typename T>
 __device__ __forceinline__ void stage_noise(Acc<T>* s, const Args<T>& a, int n, int row0, int col0,
                                             int rows, int cols) {
-  for (int r = static_cast<int>(threadIdx.x) / 32; r < rows; r += static_cast<int>(blockDim.x) / 32) {
+  for (int r = static_cast<int>(threadIdx.x) / 32; r < rows;
+       r += static_cast<int>(blockDim.x) / 32) {
     const int row = row0 + r;
     const int64_t i = offset<false>(1, a.one_noise ? 0 : n, 0, a.out_h, a.out_w, row, col0);
     // From the begin of a sector of float32 on.
@@ -233,6 +271,129 @@ __device__ __forceinline__ void store_row(T* to, const A* s, int shift, int widt
     if (j < (e < L ? left : width)) to[j] = from_acc<T>(s[shift + j], format);
   }
 }
+
+// Channels-last. Pixels of float32, a sector of channels each, of rows `pitch` words apart: even
+// columns in the first half of a row, odd ones in the second, so that threads with two columns meet
+// all banks. What such a thread has: rows from `row` on, column lx and the next, channels from ch
+// on.
+template <typename T>
+struct Pair {
+  using A = Acc<T>;
+  static constexpr int K = kPiece<T>, kStep = kChannels<T, true>, kLanes = kStep / K;
+  int row, lx, ch;
+  __device__ __forceinline__ Pair(const Args<T>& a, int rows) {
+    const unsigned t = thread_again();
+    const unsigned group = t * static_cast<unsigned>(a.lap_magic) >> 20;
+    const unsigned rest = t - group * static_cast<unsigned>(a.lap);
+    row = static_cast<int>(group) * rows, lx = static_cast<int>(rest / kLanes * 2);
+    ch = static_cast<int>(rest % kLanes * K);
+  }
+  // Of a row, the k-th column from lx on.
+  __device__ __forceinline__ int word(int k, int pitch) const {
+    return lx * (kStep / 2) + ch + k / 2 * kStep + (k % 2 ? pitch >> 1 : 0);
+  }
+  __device__ __forceinline__ void read(A (&v)[(2 + kHalo) * K], const A* line, int pitch) const {
+#pragma unroll
+    for (int k = 0; k < 2 + kHalo; k++) {
+      const auto pixel = load_pack<A, K>(line + word(k, pitch));
+#pragma unroll
+      for (int e = 0; e < K; e++) v[k * K + e] = pixel.v[e];
+    }
+  }
+};
+
+// `rows` rows of x from (row0, col0) on, row r to s + slot(r); zeros beyond `bottom` and `right`.
+template <typename T, typename Slot>
+struct StagePixels {
+  using A = Acc<T>;
+  static constexpr int V = kVec<T>, K = kPiece<T>, kStep = kChannels<T, true>;
+  A* s;
+  const T* sample;  // its first channel that counts
+  int channels, row0, col0, rows, bottom, right;
+  Slot slot;
+
+  // 16 bytes of global memory a thread, kBatch times under way.
+  __device__ __forceinline__ void load(const Args<T>& a) const {
+    constexpr int kBatch = sizeof(T) == 4 ? 4 : 2;
+    const int cols = 2 * a.across + kHalo, all = rows * cols * 2;
+    const int threads = static_cast<int>(blockDim.x);
+    for (int i = static_cast<int>(thread_again()); i < all; i += kBatch * threads) {
+      Pack<T, V> raw[kBatch];
+      A* to[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; b++) {
+        const int piece = i + b * threads;
+        const unsigned down =
+            static_cast<unsigned>(piece >> 1) * static_cast<unsigned>(a.magic) >> 20;
+        const int r = static_cast<int>(down), pixel = (piece >> 1) - r * cols,
+                  half = (piece & 1) * V;
+        const int row = row0 + r, col = col0 + pixel;
+        const bool inside =
+            piece < all && row >= 0 && row < bottom && col >= 0 && col < right && half < channels;
+        raw[b] = load_packed<T>(
+            sample + (inside ? (static_cast<int64_t>(row) * a.W + col) * a.C + half : 0), a.vec_x,
+            inside ? channels - half : 0);
+        to[b] = s + slot(r) + (pixel & 1 ? a.pitch >> 1 : 0) + (pixel >> 1) * kStep + half;
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; b++)
+        if (i + b * threads < all) put(to[b], raw[b], a.format);
+    }
+  }
+  __device__ __forceinline__ void put(A* to, const Pack<T, V>& raw, Format<T> format) const {
+    A values[V];
+    widen(raw, format, values);
+#pragma unroll
+    for (int k = 0; k < V; k += K) {
+      Pack<A, K> piece;
+#pragma unroll
+      for (int e = 0; e < K; e++) piece.v[e] = values[k + e];
+      store_pack<A, K>(to + k, piece);
+    }
+  }
+};
+
+template <typename T, typename Slot>
+__device__ __forceinline__ StagePixels<T, Slot> stage_pixels(Acc<T>* s, const Args<T>& a, int n,
+                                                             int c0, int row0, int col0, int rows,
+                                                             int bottom, int right, Slot slot) {
+  return {s,        a.x + offset<true>(a.C, n, c0, a.H, a.W, 0, 0),
+          a.C - c0, row0,
+          col0,     rows,
+          bottom,   right,
+          slot};
+}
+
+// The tile of y or dx that a block makes. It lies in shared memory, since registers are short, and
+// is read anew for each phase.
+struct Tile {
+  int n, row0, col0, index;
+  template <typename T>
+  __device__ __forceinline__ void set(const Args<T>& a) {
+    n = static_cast<int>(blockIdx.x) / a.tiles;
+    index = static_cast<int>(blockIdx.x) - n * a.tiles;
+    const int y = index / a.tiles_x;
+    row0 = y * a.tile_h, col0 = (index - y * a.tiles_x) * a.tile_w;
+  }
+};
+
+struct TileAt {
+  int n, row0, col0;
+  __device__ __forceinline__ TileAt(const volatile Tile& t) : n(t.n), row0(t.row0), col0(t.col0) {}
+  template <typename T>
+  __device__ __forceinline__ Rows<const T> x_rows(const Args<T>& a, int c) const {
+    return {a.x + offset<false>(a.C, n, c, a.H, a.W, row0 - kHalo, col0 - kHalo), a.W};
+  }
+  template <typename T>
+  __device__ __forceinline__ Rows<const T> dy_rows(const Args<T>& a, int c) const {
+    const int row = row0 + a.y0 - kHalo, col = col0 + a.x0 - kHalo;
+    return {a.dy + offset<false>(a.C, n, c, a.out_h, a.out_w, row, col), a.out_w};
+  }
+  template <typename T>
+  __device__ __forceinline__ Rows<T> dx_rows(const Args<T>& a, int c) const {
+    return {a.out + offset<false>(a.C, n, c, a.H, a.W, row0, col0), a.W};
+  }
+};
 
 }  // namespace
 }  // namespace gankern

@@ -2,10 +2,10 @@
 // gankern/ops/convolution.py. The CPU alone has kernels.
 #include "common.h"
 
-GANKERN_KERNEL(int, convolution, int dtype, const void* x, const void* factors, const void* w, void* y,
-               int64_t N, int64_t I, int64_t H, int64_t W, int64_t O, int64_t out_h, int64_t out_w,
-               int64_t w_out, int64_t w_in, int taps, int stride, bool transposed, int64_t pad_y,
-               int64_t pad_x)
+GANKERN_KERNEL(int, convolution, int dtype, const void* x, const void* factors, const void* w,
+               void* y, int64_t N, int64_t I, int64_t H, int64_t W, int64_t O, int64_t out_h,
+               int64_t out_w, int64_t w_out, int64_t w_in, int taps, int stride, bool transposed,
+               int64_t pad_y, int64_t pad_x)
 GANKERN_KERNEL(int, convolution_weight_gradient, int dtype, const void* dy, const void* dy_factors,
                const void* x, const void* x_factors, void* dw, int64_t N, int64_t O, int64_t out_h,
                int64_t out_w, int64_t I, int64_t H, int64_t W, int taps, int stride, int64_t pad_y,
@@ -14,10 +14,10 @@ GANKERN_KERNEL(int, convolution_last, int dtype, const void* x, const void* fact
                void* y, int64_t N, int64_t I, int64_t H, int64_t W, int64_t O, int64_t out_h,
                int64_t out_w, int64_t w_out, int64_t w_in, int taps, int stride, bool transposed,
                int64_t pad_y, int64_t pad_x)
-GANKERN_KERNEL(int, convolution_last_weight_gradient, int dtype, const void* dy, const void* dy_factors,
-               const void* x, const void* x_factors, void* dw, int64_t N, int64_t O, int64_t out_h,
-               int64_t out_w, int64_t I, int64_t H, int64_t W, int taps, int stride, int64_t pad_y,
-               int64_t pad_x)
+GANKERN_KERNEL(int, convolution_last_weight_gradient, int dtype, const void* dy,
+               const void* dy_factors, const void* x, const void* x_factors, void* dw, int64_t N,
+               int64_t O, int64_t out_h, int64_t out_w, int64_t I, int64_t H, int64_t W, int taps,
+               int stride, int64_t pad_y, int64_t pad_x)
 
 namespace gankern {
 namespace {

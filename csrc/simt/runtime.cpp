@@ -397,13 +397,13 @@ static void check_launch(const Launch& launch, size_t fixed) {
                 " bytes of dynamic shared memory");
 }
 
-// What a kernel writes in its library's memory: its static shared arrays. Their size is known only
-// afterwards, and is asked for where it could matter.
+// What a kernel writes among its library's zeros: its static shared arrays. Their size is known
+// only afterwards, and is asked for where it could matter.
 class StaticShared {
  public:
   explicit StaticShared(const Launch& launch) {
     if (launch.smem < kMaxSharedDefault / 2) return;
-    const Range range = library_of(launch.kernel).writable;
+    const Range range = library_of(launch.kernel).zeros;
     begin_ = reinterpret_cast<const char*>(range.begin);
     before_.assign(begin_, range.end - range.begin);
   }

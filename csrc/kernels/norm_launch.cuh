@@ -90,7 +90,7 @@ class Group {
   // `held`: packs of each input that a thread of the other kernels keeps.
   Group(int64_t outer, int64_t length, int64_t inner, int held)
       : length_(length), inner_(inner), outer_(outer) {
-    // 64 bytes side by side, which is what memory moves at once; 32 where parts would be too many.
+    // 64 bytes side by side, or 32 where parts would be too many.
     for (int bytes = 64; bytes >= 32 && !parts_; bytes /= 2) {
       const int most = max(1, bytes / static_cast<int>(N * sizeof(typename Op::Elem)));
       plan(V == 1 ? 1 : pow2_between(ceil_div(inner, N), 1, most), held);
@@ -144,6 +144,10 @@ class Group {
     parts = ceil_div(all, steps_);
     // A thread sums a part; and what waits longer than one round of blocks would better read twice.
     const bool fits = parts <= min(int64_t(kThreads / tx), kMaxThreads / kThreads * sms);
+    // Each block reads the sums of all: a twentieth of its bytes at most, or of fewer columns.
+    const int64_t moved = int64_t(steps_) * kStep / Op::kIn * (Op::kIn + Op::kOut);
+    const bool wide = tx * N * static_cast<int>(sizeof(typename Op::Elem)) > 32;
+    if (V > 1 && wide && parts * vectors_ * (Op::kSums * int64_t(sizeof(A))) * 20 > moved) return;
     if (fits && outer_ <= 65535 && columns_ <= 65535) parts_ = static_cast<int>(parts);
   }
   int64_t sums() const { return outer_ * columns_ * parts_ * Op::kSums * vectors_; }

@@ -404,8 +404,9 @@ class StaticShared {
   explicit StaticShared(const Launch& launch) {
     if (launch.smem < kMaxSharedDefault / 2) return;
     const Range range = library_of(launch.kernel).zeros;
-    begin_ = reinterpret_cast<const char*>(range.begin);
-    before_.assign(begin_, range.end - range.begin);
+    const uintptr_t begin = (range.begin + kPiece - 1) / kPiece * kPiece;  // as arrays are aligned
+    begin_ = reinterpret_cast<const char*>(begin);
+    if (begin < range.end) before_.assign(begin_, range.end - begin);
   }
   size_t bytes() const {
     size_t pieces = 0;

@@ -98,7 +98,7 @@ MUTATIONS = [
     ),
     Mutation(
         "adain", "fence: other blocks' sums are read at once", "norm_group.cuh",
-        "        __threadfence();  // the block's sums, which a barrier has made known here\n",
+        "        fence();  // the block's sums, which a barrier has made known here\n",
         "",
         "race",
     ),

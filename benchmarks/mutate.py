@@ -98,19 +98,19 @@ MUTATIONS = [
     ),
     Mutation(
         "adain", "fence: other blocks' sums are read at once", "norm_group.cuh",
-        "        __threadfence();  // the block's sums, which a barrier has made known here\n",
+        "        fence();  // the block's sums, which a barrier has made known here\n",
         "",
         "race",
     ),
     Mutation(
-        "adain", "constant: parts of a plane about different means", "norm_group.cuh",
-        "own_pivot[j] -= mean[j][0];",
-        "own_pivot[j] = A(0);",
+        "adain", "constant: the plane's mean about the pivot alone", "adain.cu",
+        "f[0] = p.pivot + d;",
+        "f[0] = d;",
     ),
     Mutation(
         "minibatch_stddev", "index: the group's last sample is left out", "minibatch_stddev.cu",
-        "size = (a.N - m + a.M - 1) / a.M;",
-        "size = (a.N - m + a.M - 1) / a.M - 1;",
+        "size = a.most - (m >= a.larger);",
+        "size = a.most - (m >= a.larger) - 1;",
     ),
     Mutation(
         "minibatch_stddev", "barrier: warps' sums are read at once", "minibatch_stddev.cu",
@@ -141,13 +141,13 @@ MUTATIONS = [
     ),
     Mutation(
         "demod_coefs", "index: a chunk's last output channel is left out", "demod_coefs.cu",
-        "if (o + t * kWarps < chunk) {",
-        "if (o + t * kWarps < chunk - 1) {",
+        "if (o + t * kLines < chunk) {",
+        "if (o + t * kLines < chunk - 1) {",
     ),
     Mutation(
         "demod_coefs", "barrier: warps' sums are read at once", "demod_coefs.cu",
-        "lane * N, out);\n  }\n  __syncthreads();",
-        "lane * N, out);\n  }",
+        "                     out);\n  }\n  __syncthreads();",
+        "                     out);\n  }",
         "race",
     ),
     Mutation(

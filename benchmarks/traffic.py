@@ -16,7 +16,8 @@ whole batch; small ops have their full size. For each, forward and backward:
   launches    kernels started, and their threads a block and blocks
 
 No GPU is needed. The bars: traffic at most 1.05 (filters with their halos 1.15 at 4 taps, 1.4 at
-12), sectors at least 0.95, banks at most 1.1, one launch.
+12; demod_coefs 1.4 and 1.06, whose blocks all read the styles; adain 1.06, whose blocks read one
+another's sums), sectors at least 0.95, banks at most 1.1, one launch.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ ROWS = [row for row in ops.ROWS if row.name not in REPEATED] + [
 # Channels by memory format: channels-last needs enough of them to fill a warp's sectors.
 SIDE, CHANNELS = 256, {"nchw": 4, "nhwc": 16}
 PLANES, PROCESSORS = 4 * 64, 132  # batch times channels of StyleGAN2-256, on an H100
-GROUPED = {"adain": 32}  # channels-last, so that a group of blocks finds room
+GROUPED = {"adain": {"nchw": 8, "nhwc": 64}}  # so that a group of blocks finds room
 # Rows of full size: batch and channels.
 WHOLE = {"pixel_norm latent": (8, 1), "minibatch_stddev": (8, 1), "demod_coefs": (4, 64)}
 
@@ -114,7 +115,7 @@ def count(case: Case) -> list[Counted] | str:
 
 def passes(row: Row, layout: str, dtype: str) -> Iterator[Counted]:
     simt = simt_build.module()
-    channels = CHANNELS[layout] if layout == "nchw" else GROUPED.get(row.op, CHANNELS[layout])
+    channels = GROUPED.get(row.op, CHANNELS)[layout]
     batch, channels = WHOLE.get(row.name, (1, channels))
     part = 1 if row.name in WHOLE else channels / PLANES
     simt.processors(max(1, round(PROCESSORS * part)))
@@ -145,6 +146,10 @@ def passes(row: Row, layout: str, dtype: str) -> Iterator[Counted]:
 
 
 def bars(key: str) -> Figures:
+    if key.startswith("demod_coefs"):  # each block reads the styles, which a cache has
+        return Figures(1.4 if "forward" in key else 1.06, 0.95, 1.1, 1)
+    if key.startswith("adain"):  # its blocks read one another's sums
+        return Figures(1.06, 0.95, 1.1, 1)
     halo = "upfirdn2d" in key or key.startswith("synthesis_epilogue up")
     return Figures((1.4 if "12 taps" in key else 1.15) if halo else 1.05, 0.95, 1.1, 1)
 

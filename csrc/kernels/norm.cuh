@@ -124,6 +124,24 @@ __device__ __forceinline__ void store_outputs(const Op& op, int64_t i,
   for (int a = 0; a < Op::kOut; a++) store_pack<typename Op::Elem, N>(op.out[a] + i, x[a]);
 }
 
+// f(where, its packs) for what registers do not hold, `first`, first + step, ... below `stop`; of
+// single elements of up to two inputs four are under way at a time.
+template <typename Op, int N, typename Place, typename F>
+__device__ __forceinline__ void each_far(const Op& op, int64_t first, int64_t stop, int step,
+                                         Place place, F f) {
+  constexpr int kBatch = N == 1 && Op::kIn < 3 ? 4 : 1;
+#pragma unroll 1
+  for (int64_t i = first; i < stop; i += kBatch * step) {
+    Pack<typename Op::Elem, N> far[kBatch][Op::kIn];
+#pragma unroll
+    for (int b = 0; b < kBatch; b++)
+      if (i + b * step < stop) load_inputs<Op, N>(op, place(i + b * step), far[b]);
+#pragma unroll
+    for (int b = 0; b < kBatch; b++)
+      if (i + b * step < stop) f(place(i + b * step), far[b]);
+  }
+}
+
 // Sums over aligned groups of `width` neighbouring lanes, all R * M side by side.
 template <int R, int M, typename A>
 __device__ __forceinline__ void lanes_sum(A (&s)[R][M], int width) {
@@ -236,13 +254,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 #pragma unroll
   for (int k = 0; k < K; k++)
     if (lane + (k << log_group) < near) add_pack(op, x[k], params, sums);
-#pragma unroll 1
-  for (int k = 0; lane + ((static_cast<int64_t>(K) + k) << log_group) < packs; k++) {
-    const int64_t i = lane + ((static_cast<int64_t>(K) + k) << log_group);
-    Pack<T, N> far[Op::kIn];
-    load_inputs<Op, N>(op, base + i * N, far);
-    add_pack(op, far, params, sums);
-  }
+  const int64_t first = lane + (static_cast<int64_t>(K) << log_group);
+  each_far<Op, N>(
+      op, first, packs, group, [&](int64_t i) { return base + i * N; },
+      [&](int64_t, auto& far) { add_pack(op, far, params, sums); });
   group_sum(sums[0], group);
 
   if (row >= rows) return;
@@ -259,14 +274,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     map_pack(op, x[k], factors);
     if (i < near) store_outputs<Op, N>(op, base + i * N, x[k]);
   }
-#pragma unroll 1
-  for (int k = 0; lane + ((static_cast<int64_t>(K) + k) << log_group) < packs; k++) {
-    const int64_t i = lane + ((static_cast<int64_t>(K) + k) << log_group);
-    Pack<T, N> far[Op::kIn];
-    load_inputs<Op, N>(op, base + i * N, far);
-    map_pack(op, far, factors);
-    store_outputs<Op, N>(op, base + i * N, far);
-  }
+  each_far<Op, N>(
+      op, first, packs, group, [&](int64_t i) { return base + i * N; },
+      [&](int64_t at, auto& far) {
+        map_pack(op, far, factors);
+        store_outputs<Op, N>(op, at, far);
+      });
 }
 
 // Sums over the threads that share a column and, through finish(column of the block, sums, factors,
@@ -355,12 +368,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 #pragma unroll
   for (int k = 0; k < K; k++)
     if (ty + k * ty_count < near) add_pack(op, x[k], params, sums);
-#pragma unroll 1
-  for (int k = K; ty + static_cast<int64_t>(k) * ty_count < stop; k++) {
-    Pack<T, N> far[Op::kIn];
-    load_inputs<Op, N>(op, base + k * step, far);
-    add_pack(op, far, params, sums);
-  }
+  each_far<Op, N>(
+      op, ty + int64_t(K) * ty_count, stop, ty_count,
+      [&](int64_t i) { return base + (i - ty) * inner; },
+      [&](int64_t, auto& far) { add_pack(op, far, params, sums); });
 
   A factors[N][Op::kFactors];
   const A inv_length = A(1) / A(length);
@@ -381,13 +392,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     map_pack(op, x[k], factors);
     if (ty + k * ty_count < near) store_outputs<Op, N>(op, base + k * step, x[k]);
   }
-#pragma unroll 1
-  for (int k = K; ty + static_cast<int64_t>(k) * ty_count < stop; k++) {
-    Pack<T, N> far[Op::kIn];
-    load_inputs<Op, N>(op, base + k * step, far);
-    map_pack(op, far, factors);
-    store_outputs<Op, N>(op, base + k * step, far);
-  }
+  each_far<Op, N>(
+      op, ty + int64_t(K) * ty_count, stop, ty_count,
+      [&](int64_t i) { return base + (i - ty) * inner; },
+      [&](int64_t at, auto& far) {
+        map_pack(op, far, factors);
+        store_outputs<Op, N>(op, at, far);
+      });
 }
 
 }  // namespace

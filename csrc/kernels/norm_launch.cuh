@@ -90,30 +90,11 @@ class Group {
   // `held`: packs of each input that a thread of the other kernels keeps.
   Group(int64_t outer, int64_t length, int64_t inner, int held)
       : length_(length), inner_(inner), outer_(outer) {
-    // 64 bytes side by side, which is what memory moves at once.
-    const int most = max(1, 64 / static_cast<int>(N * sizeof(typename Op::Elem)));
-    const int tx = V == 1 ? 1 : pow2_between(ceil_div(inner, N), 1, most);
-    vectors_ = V * tx;
-    log_tx_ = log2_of(tx);
-    columns_ = ceil_div(inner, tx * N);
-    const int64_t sms = sm_count();
-    // Registers do while two blocks of a multiprocessor have enough of them, or one is all there
-    // is.
-    if (length <= int64_t(held) * (outer * columns_ < sms ? kMaxThreads : kMaxThreads / 2) / tx)
-      return;
-    scratch_ =
-        16 + vectors_ * static_cast<int>(sizeof(typename Op::Params) +
-                                         (kThreads / 32 * Op::kSums + Op::kFactors) * sizeof(A));
-    const int64_t all = ceil_div(length, kThreads / tx);
-    const int64_t room = (shared_of_block() - scratch_) / kStep;
-    int64_t parts = ceil_div(all, room);
-    // Parts wait for one another: if they must, then on all multiprocessors.
-    if (parts > 1) parts = max(parts, min(sms / (outer * columns_), all / 4));
-    steps_ = static_cast<int>(ceil_div(all, parts));
-    parts = ceil_div(all, steps_);
-    // A thread sums a part; and what waits longer than one round of blocks would better read twice.
-    const bool fits = parts <= min(int64_t(kThreads / tx), kMaxThreads / kThreads * sms);
-    if (fits && outer <= 65535 && columns_ <= 65535) parts_ = static_cast<int>(parts);
+    // 64 bytes side by side, or 32 where parts would be too many.
+    for (int bytes = 64; bytes >= 32 && !parts_; bytes /= 2) {
+      const int most = max(1, bytes / static_cast<int>(N * sizeof(typename Op::Elem)));
+      plan(V == 1 ? 1 : pow2_between(ceil_div(inner, N), 1, most), held);
+    }
   }
   int parts() const { return parts_; }
   int64_t bytes() const {
@@ -143,6 +124,32 @@ class Group {
   }
 
  private:
+  // With `tx` threads side by side.
+  void plan(int tx, int held) {
+    vectors_ = V * tx;
+    log_tx_ = log2_of(tx);
+    columns_ = ceil_div(inner_, tx * N);
+    const int64_t sms = sm_count(), groups = outer_ * columns_;
+    // Registers do while two blocks of a multiprocessor have enough of them, or one is all there
+    // is.
+    if (length_ <= int64_t(held) * (groups < sms ? kMaxThreads : kMaxThreads / 2) / tx) return;
+    scratch_ =
+        16 + vectors_ * static_cast<int>(sizeof(typename Op::Params) +
+                                         (kThreads / 32 * Op::kSums + Op::kFactors) * sizeof(A));
+    const int64_t all = ceil_div(length_, kThreads / tx);
+    int64_t parts = ceil_div(all, int64_t((shared_of_block() - scratch_) / kStep));
+    // Parts wait for one another: if they must, then on all multiprocessors.
+    if (parts > 1) parts = max(parts, min(sms / groups, all / 4));
+    steps_ = static_cast<int>(ceil_div(all, parts));
+    parts = ceil_div(all, steps_);
+    // A thread sums a part; and what waits longer than one round of blocks would better read twice.
+    const bool fits = parts <= min(int64_t(kThreads / tx), kMaxThreads / kThreads * sms);
+    // Each block reads the sums of all: a twentieth of its bytes at most, or of fewer columns.
+    const int64_t moved = int64_t(steps_) * kStep / Op::kIn * (Op::kIn + Op::kOut);
+    const bool wide = tx * N * static_cast<int>(sizeof(typename Op::Elem)) > 32;
+    if (V > 1 && wide && parts * vectors_ * (Op::kSums * int64_t(sizeof(A))) * 20 > moved) return;
+    if (fits && outer_ <= 65535 && columns_ <= 65535) parts_ = static_cast<int>(parts);
+  }
   int64_t sums() const { return outer_ * columns_ * parts_ * Op::kSums * vectors_; }
   int64_t tickets() const { return outer_ * columns_ * (parts_ + 1); }
   // Of each block of a full multiprocessor, less what the system takes.

@@ -87,17 +87,18 @@ Library library_of(const void* kernel) {
   dl_iterate_phdr(
       [](dl_phdr_info* info, size_t, void* p) {
         auto& [wanted, found] = *static_cast<decltype(search)*>(p);
-        Range all{~uintptr_t(0), 0}, writable{~uintptr_t(0), 0};
+        Range all{~uintptr_t(0), 0}, writable{~uintptr_t(0), 0}, zeros;
         for (int i = 0; i < info->dlpi_phnum; i++) {
           const auto& header = info->dlpi_phdr[i];
           if (header.p_type != PT_LOAD) continue;
           const uintptr_t begin = info->dlpi_addr + header.p_vaddr, end = begin + header.p_memsz;
           all = {std::min(all.begin, begin), std::max(all.end, end)};
-          if (header.p_flags & PF_W)
-            writable = {std::min(writable.begin, begin), std::max(writable.end, end)};
+          if (!(header.p_flags & PF_W)) continue;
+          writable = {std::min(writable.begin, begin), std::max(writable.end, end)};
+          if (header.p_memsz > header.p_filesz) zeros = {begin + header.p_filesz, end};
         }
         if (!all.has(wanted)) return 0;
-        found = {all, writable.end ? writable : Range{}};
+        found = {all, writable.end ? writable : Range{}, zeros};
         return 1;
       },
       &search);

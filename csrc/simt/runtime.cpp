@@ -397,15 +397,16 @@ static void check_launch(const Launch& launch, size_t fixed) {
                 " bytes of dynamic shared memory");
 }
 
-// What a kernel writes in its library's memory: its static shared arrays. Their size is known only
-// afterwards, and is asked for where it could matter.
+// What a kernel writes among its library's zeros: its static shared arrays. Their size is known
+// only afterwards, and is asked for where it could matter.
 class StaticShared {
  public:
   explicit StaticShared(const Launch& launch) {
     if (launch.smem < kMaxSharedDefault / 2) return;
-    const Range range = library_of(launch.kernel).writable;
-    begin_ = reinterpret_cast<const char*>(range.begin);
-    before_.assign(begin_, range.end - range.begin);
+    const Range range = library_of(launch.kernel).zeros;
+    const uintptr_t begin = (range.begin + kPiece - 1) / kPiece * kPiece;  // as arrays are aligned
+    begin_ = reinterpret_cast<const char*>(begin);
+    if (begin < range.end) before_.assign(begin_, range.end - begin);
   }
   size_t bytes() const {
     size_t pieces = 0;

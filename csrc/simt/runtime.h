@@ -75,9 +75,10 @@ struct Range {
   uintptr_t begin = 0, end = 0;
   bool has(uintptr_t p) const { return p - begin < end - begin; }
 };
-// The library that holds a kernel, and its writable part: static __shared__ arrays are in there.
+// The library that holds a kernel, its writable part, and the end of that which began as zeros:
+// static __shared__ arrays are in there.
 struct Library {
-  Range all, writable;
+  Range all, writable, zeros;
 };
 Library library_of(const void* kernel);
 

@@ -32,21 +32,10 @@ struct Exchange {
   int* published;  // [groups], zero before the launch
 };
 
-// __threadfence() without a place in the one order of all fences, for which it would wait longer.
-__device__ __forceinline__ void fence() {
-#ifdef __CUDA_ARCH__
-  asm volatile("fence.acq_rel.gpu;" ::: "memory");
-#else
-  __threadfence();
-#endif
-}
-
 // A counter that others add to; a load is no burden to them, as an atomic would be.
 __device__ __forceinline__ int look(int* counter) {
 #ifdef __CUDA_ARCH__
-  int value;
-  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-  return value;
+  return *static_cast<const volatile int*>(counter);
 #else
   return atomicAdd(counter, 0);
 #endif
@@ -202,11 +191,11 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
     });
     if (threadIdx.x == 0) {
       if (*next == part) {
-        fence();  // the block's sums, which a barrier has made known here
+        __threadfence();  // the block's sums, which a barrier has made known here
         atomicAdd(exchange.published + group, 1);
       }
       *next = next_part(claims, exchange.published + group, parts);
-      fence();
+      __threadfence();
     }
     __syncthreads();
     const int claimed = *next;

@@ -41,11 +41,14 @@ __device__ __forceinline__ int look(int* counter) {
 #endif
 }
 
-// The part that this block is to sum up next, or -1 when the sums of all are there.
-__device__ __forceinline__ int next_part(int* claims, int* published, int parts) {
-  for (int looks = kLooks; look(published) < parts; __nanosleep(kNanoseconds)) {
-    if (looks-- > 0) continue;
-    looks = 0;
+// The part that this block is to sum up next, or -1 when the sums of all are there. looks: those
+// left to it before it claims.
+__device__ __forceinline__ int next_part(int* claims, int* published, int parts, int& looks) {
+  for (; look(published) < parts; __nanosleep(kNanoseconds)) {
+    if (looks > 0) {
+      looks--;
+      continue;
+    }
     for (int part = 0; part < parts; part++)
       if (atomicExch(claims + part, 1) == 0) return part;
   }
@@ -120,6 +123,7 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
   int mine;  // steps of this thread
 
   A sums[V][Op::kSums];
+  int looks = kLooks;
 #pragma unroll 1
   for (int part = own, known_there = 0;;) {
     const int64_t begin = static_cast<int64_t>(part) * steps * ty_count;
@@ -194,7 +198,7 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
         __threadfence();  // the block's sums, which a barrier has made known here
         atomicAdd(exchange.published + group, 1);
       }
-      *next = next_part(claims, exchange.published + group, parts);
+      *next = next_part(claims, exchange.published + group, parts, looks);
       __threadfence();
     }
     __syncthreads();

@@ -125,7 +125,7 @@ __device__ __forceinline__ int64_t split() { return blockIdx.z * gridDim.y + blo
 // part is `span` packs and, in the first, the elements before and behind them; or all elements one
 // by one, unless packed.
 template <int kOp, bool kPwl, typename T, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     bias_act_planes_kernel(Tensors<T> t, const void* b, bool b_f32, int64_t outer, int64_t C,
                            int64_t inner, int span, bool packed, ActArgs<Acc<T>> p,
                            Reduce<Acc<T>> r) {

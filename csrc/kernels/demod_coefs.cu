@@ -153,7 +153,7 @@ struct ChannelStyles {
 template <typename T, int N>
 __device__ __forceinline__ void stage_rows(const Forward<T>& a, const T* from, int packs,
                                            Acc<T>* stage) {
-  constexpr int kLoads = N == 1 ? 9 : (kSteps * 9 + N - 1) / N;
+  constexpr int kLoads = N == 1 ? 4 : (kSteps * 9 + N - 1) / N;
   for (int first = threadIdx.x; first < packs; first += kLoads * blockDim.x) {
     Pack<T, N> x[kLoads];
 #pragma unroll

@@ -240,15 +240,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const int near = static_cast<int>(min(packs, static_cast<int64_t>(K) << log_group));
   int64_t base = row * length;
 
+  typename Op::Params params[1] = {op.params(row < rows ? row : 0)};
+  if constexpr (Op::kPivot)
+    if (packs > 0) load_pivot<Op, N>(op, base, base + packs / 2 * N, params);
   Pack<T, N> x[K][Op::kIn];
 #pragma unroll
   for (int k = 0; k < K; k++) {
     const int i = lane + (k << log_group);
     if (i < near) load_inputs<Op, N>(op, base + i * N, x[k]);
   }
-  typename Op::Params params[1] = {op.params(row < rows ? row : 0)};
-  if constexpr (Op::kPivot)
-    if (packs > 0) load_pivot<Op, N>(op, base, base + packs / 2 * N, params);
 
   A sums[1][Op::kSums] = {};
 #pragma unroll

@@ -134,6 +134,7 @@ template <typename T, int kRows>
 __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     synthesis_epilogue_bwd_planes_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
+  constexpr int kBatch = sizeof(T) == 2 ? 1 : 2;  // registers are short
   GK_DYNAMIC_SHARED(A, shared);
   __shared__ Taps<A> taps, adjoint;
   __shared__ A scratch[kThreads<T> / 32 * 3], params[3];
@@ -150,18 +151,18 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       const TileAt t(tile);
       share_params<T, 1>(params, a, t.n, c, threadIdx.x);
       const int height = min(a.tile_h, a.H - t.row0);
-      const Stage<A, T> x{xs,
-                          a.pitch,
-                          t.x_rows(a, c),
-                          height + 2 * kHalo,
-                          kHalo - t.row0,
-                          kHalo - t.row0 + a.H,
-                          max(0, kHalo - t.col0),
-                          min(a.tile_w + 2 * kHalo, kHalo - t.col0 + a.W),
-                          a.magic,
-                          a.format};
+      const Stage<A, T, kBatch> x{xs,
+                                  a.pitch,
+                                  t.x_rows(a, c),
+                                  height + 2 * kHalo,
+                                  kHalo - t.row0,
+                                  kHalo - t.row0 + a.H,
+                                  max(0, kHalo - t.col0),
+                                  min(a.tile_w + 2 * kHalo, kHalo - t.col0 + a.W),
+                                  a.magic,
+                                  a.format};
       const int orow0 = t.row0 + a.y0 - kHalo, ocol0 = t.col0 + a.x0 - kHalo;
-      const Stage<A, T> dy{
+      const Stage<A, T, kBatch> dy{
           dus,     a.pitch,         t.dy_rows(a, c), height + kHalo,
           -orow0,  a.out_h - orow0, max(0, -ocol0),  min(a.tile_w + kHalo, a.out_w - ocol0),
           a.magic, a.format};

@@ -141,9 +141,6 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       }
     }
     __syncthreads();
-    // The next rows of x come while those of dx are made.
-    const bool more = j0 + a.step < min(a.tile_h, a.H - TileAt(tile).row0) + kHalo;
-    if (more) stage_x(j0 + a.ring, a.step).load(a);
     if (static_cast<int>(threadIdx.x) < a.step / kRows * a.lap) {
       A dx[kRows][N];
       filtered(dx, adjoint, dus, -kHalo);
@@ -165,7 +162,8 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
         out += static_cast<int64_t>(a.W) * a.C;
       }
     }
-    if (!more) break;
+    if (j0 + a.step >= min(a.tile_h, a.H - TileAt(tile).row0) + kHalo) break;
+    stage_x(j0 + a.ring, a.step).load(a);
     stage_z(j0 + a.step);
     j0 += a.step, start += a.step - (start + a.step < a.ring ? 0 : a.ring);
   }

@@ -35,16 +35,16 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     const Rows<const T> x_rows(
         a.x + offset<false>(a.C, t.n, c, a.H, a.W, t.row0 - a.y0, t.col0 - a.x0), a.W);
     share_params<T, 1>(params, a, t.n, c, threadIdx.x);
-    const Stage<A, T> x{xs,
-                        a.pitch,
-                        x_rows,
-                        height + kHalo,
-                        a.y0 - t.row0,
-                        a.y0 - t.row0 + a.H,
-                        max(0, a.x0 - t.col0),
-                        min(a.tile_w + kHalo, a.x0 - t.col0 + a.W),
-                        a.magic,
-                        a.format};
+    const Stage<A, T, 2> x{xs,
+                           a.pitch,
+                           x_rows,
+                           height + kHalo,
+                           a.y0 - t.row0,
+                           a.y0 - t.row0 + a.H,
+                           max(0, a.x0 - t.col0),
+                           min(a.tile_w + kHalo, a.x0 - t.col0 + a.W),
+                           a.magic,
+                           a.format};
     x.load(a.x, a.x_end);
     if (c == c_first) {
       if (a.noise) stage_noise(noises, a, t.n, t.row0, t.col0, a.tile_h, a.across * kRun);

@@ -143,7 +143,7 @@ struct Rows {
 
 // Rows [0, rows) of an image in shared memory, of which there are rows [row_lo, row_hi) and columns
 // [lo, hi), and zeros else.
-template <typename A, typename Src>
+template <typename A, typename Src, int kBatch>
 struct Stage {
   static constexpr int L = 16 / static_cast<int>(sizeof(A)), S = Rows<const Src>::kSector;
   static constexpr int K = S / L;  // pieces, of 16 bytes of shared memory, of a sector
@@ -155,7 +155,6 @@ struct Stage {
 
   // Pieces of whole sectors; each thread has the same two of every few rows, kBatch rows under way.
   __device__ __forceinline__ void load_whole() const {
-    constexpr int kBatch = sizeof(Src) == 4 ? 4 : 1;  // registers are short
     const int half = pitch / (2 * L), span = hi - lo - S;
     if (span < 0) return;
     const unsigned magic = static_cast<unsigned>(half_magic), t = thread_again();
@@ -171,6 +170,7 @@ struct Stage {
       return r < rows &&
              static_cast<unsigned>(inner[k] - from.shift(r)) <= static_cast<unsigned>(span);
     };
+#pragma unroll 1
     for (int r = first < apart ? first : rows; r < rows; r += kBatch * apart) {
       Pack<Src, L> raw[kBatch][2];
 #pragma unroll
@@ -317,6 +317,7 @@ struct StagePixels {
     constexpr int kBatch = sizeof(T) == 4 ? 4 : 2;
     const int cols = 2 * a.across + kHalo, all = rows * cols * 2;
     const int threads = static_cast<int>(blockDim.x);
+#pragma unroll 1
     for (int i = static_cast<int>(thread_again()); i < all; i += kBatch * threads) {
       Pack<T, V> raw[kBatch];
       A* to[kBatch];

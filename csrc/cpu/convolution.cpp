@@ -94,12 +94,12 @@ void multiply(float* m, const float* u, const float* v, int64_t panels, int64_t 
     const int64_t count = I - i < kDepth ? I - i : kDepth;
     for (int64_t t = 0; t < tiles; t += kWide)
       for (int64_t o = 0; o < panels; o++) {
-        float* to = m + o * kPanel * kRow + t;
-        const float *a = u + (o * I + i) * kPanel, *b = v + t * I + i * kWide;
+        float* to = m + o * kTall * kRow + t;
+        const float *a = u + (o * I + i) * kTall, *b = v + t * I + i * kWide;
         if (i == 0)
-          register_tile<2, false>(to, kRow, kLanes, a, 1, kPanel, b, kWide, kLanes, count);
+          register_tile<kTall, 2, false>(to, kRow, kLanes, a, 1, kTall, b, kWide, kLanes, count);
         else
-          register_tile<2, true>(to, kRow, kLanes, a, 1, kPanel, b, kWide, kLanes, count);
+          register_tile<kTall, 2, true>(to, kRow, kLanes, a, 1, kTall, b, kWide, kLanes, count);
       }
   }
 }
@@ -109,11 +109,11 @@ void forward(const float* x, const Weights& w, float* y, const Images& in, const
              Padding pad) {
   using A = Axis<kMode>;
   constexpr int kPlaces = A::kProducts * A::kProducts;
-  const int64_t I = in.C, O = out.C, panels = (O + kPanel - 1) / kPanel;
+  const int64_t I = in.C, O = out.C, panels = (O + kTall - 1) / kTall;
   const Tiles tiles(in.N, out.H, out.W, A::kOut);
-  Buffer<float> u(kPlaces * panels * I * kPanel);
-  transform_weights<kMode, kPanel>(&u[0], w, O, I);
-  const int64_t m_place = panels * kPanel * kRow;
+  Buffer<float> u(kPlaces * panels * I * kTall);
+  transform_weights<kMode, kTall>(&u[0], w, O, I);
+  const int64_t m_place = panels * kTall * kRow;
   parallel((tiles.count + kTile - 1) / kTile, 1, [&](int64_t first, int64_t last) {
     InputReader<kMode> reader;
     Buffer<float> v(kPlaces * I * kTile), m(kPlaces * m_place), lines(A::kOut * A::kOut * kRow);
@@ -126,8 +126,8 @@ void forward(const float* x, const Weights& w, float* y, const Images& in, const
         to_panels<kPlaces>(&v[0], &channel[0], i, I);
       }
       for (int64_t place = 0; place < kPlaces; place++)
-        multiply(&m[place * m_place], &u[place * panels * I * kPanel], &v[place * kTile * I],
-                 panels, I, stop - begin);
+        multiply(&m[place * m_place], &u[place * panels * I * kTall], &v[place * kTile * I], panels,
+                 I, stop - begin);
       for (int64_t o = 0; o < O; o++)
         transform_output<kMode>(y, &m[o * kRow], m_place, &lines[0], out, tiles, o, begin, stop);
     }
@@ -136,30 +136,29 @@ void forward(const float* x, const Weights& w, float* y, const Images& in, const
 
 // --- The weight gradient.
 
-// to[t][c] from from[c][t], kGroup x n, whole vectors of t.
+// to[t][c] from from[c][t], kGroup channels, whole vectors of t.
 GK_INLINE void transpose_group(float* to, const float* from, int64_t from_row, int64_t n) {
-  for (int64_t t = 0; t < n; t += kLanes)
-    for (int64_t c = 0; c < kGroup; c += kLanes) {
-      vf v[kLanes];
-      for (int i = 0; i < kLanes; i++) v[i] = load(from + (c + i) * from_row + t);
+  for (int64_t t = 0; t < n; t += kLanes) {
+    vf v[kLanes];
+    for (int i = 0; i < kLanes; i++) v[i] = load(from + i * from_row + t);
     // Halves of the distance s between rows change places, for s = 1, 2, 4, ...
 #pragma GCC unroll 4
-      for (int s = 1; s < kLanes; s *= 2) {
-        vi lo, hi;
-        for (int i = 0; i < kLanes; i++) {
-          lo[i] = i & s ? i - s + kLanes : i;
-          hi[i] = i & s ? i + kLanes : i + s;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; i++)
-          if (!(i & s)) {
-            const vf a = v[i], b = v[i + s];
-            v[i] = __builtin_shuffle(a, b, lo);
-            v[i + s] = __builtin_shuffle(a, b, hi);
-          }
+    for (int s = 1; s < kLanes; s *= 2) {
+      vi lo, hi;
+      for (int i = 0; i < kLanes; i++) {
+        lo[i] = i & s ? i - s + kLanes : i;
+        hi[i] = i & s ? i + kLanes : i + s;
       }
-      for (int i = 0; i < kLanes; i++) store(to + (t + i) * kGroup + c, v[i]);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++)
+        if (!(i & s)) {
+          const vf a = v[i], b = v[i + s];
+          v[i] = __builtin_shuffle(a, b, lo);
+          v[i + s] = __builtin_shuffle(a, b, hi);
+        }
     }
+    for (int i = 0; i < kLanes; i++) store(to + (t + i) * kGroup, v[i]);
+  }
 }
 
 // The transformed output gradients of tiles [begin, stop) of channel o.
@@ -192,22 +191,23 @@ struct Scratch {
   static constexpr int64_t kPlaces = Axis<kMode>::kProducts * Axis<kMode>::kProducts;
   InputReader<kMode> reader;
   Reader<2, 2, 2> grad_reader;
-  Buffer<float> channels{kPlaces * kGroup * kRow};
+  Buffer<float> channels{kPlaces * kSpan * kRow};
 
-  // Tiles of a group of a side, by transform(channel, out, place stride).
+  // Tiles of a span of a side, by transform(channel, out, place stride).
   template <typename Side, typename F>
-  void fill(const Side& side, int64_t group, int64_t to, int64_t tiles, const F& transform) {
-    for (int64_t c = 0; c < kGroup; c++) {
+  void fill(const Side& side, int64_t span, int64_t to, int64_t tiles, const F& transform) {
+    for (int64_t c = 0; c < kSpan; c++) {
       float* out = &channels[c * kRow];
-      if (group * kGroup + c < side.channels)
-        transform(group * kGroup + c, out, kGroup * kRow);
+      if (span * kSpan + c < side.channels)
+        transform(span * kSpan + c, out, kSpan * kRow);
       else
         for (int place = 0; place < kPlaces; place++)
-          memset(out + place * kGroup * kRow, 0, kTile * sizeof(float));
+          memset(out + place * kSpan * kRow, 0, kTile * sizeof(float));
     }
     for (int place = 0; place < kPlaces; place++)
-      transpose_group(side.at(place, group) + to * kGroup, &channels[place * kGroup * kRow], kRow,
-                      tiles);
+      for (int64_t c = 0; c < kSpan; c += kGroup)
+        transpose_group(side.at(place, (span * kSpan + c) / kGroup) + to * kGroup,
+                        &channels[(place * kSpan + c) * kRow], kRow, tiles);
   }
 };
 
@@ -216,15 +216,15 @@ void weight_gradient(const float* dy, const float* x, float* dw, const Images& o
                      const Images& in, Padding pad) {
   weight_gradient<kMode, Scratch<kMode>>(
       dw, out, in,
-      [&](auto& own, const auto& m, const Tiles& tiles, int64_t group, int64_t to, int64_t begin,
+      [&](auto& own, const auto& m, const Tiles& tiles, int64_t span, int64_t to, int64_t begin,
           int64_t stop) {
-        own.fill(m, group, to, stop - begin, [&](int64_t c, float* at, int64_t place) {
+        own.fill(m, span, to, stop - begin, [&](int64_t c, float* at, int64_t place) {
           transform_output_grad<kMode>(at, place, own.grad_reader, dy, out, tiles, c, begin, stop);
         });
       },
-      [&](auto& own, const auto& v, const Tiles& tiles, int64_t group, int64_t to, int64_t begin,
+      [&](auto& own, const auto& v, const Tiles& tiles, int64_t span, int64_t to, int64_t begin,
           int64_t stop) {
-        own.fill(v, group, to, stop - begin, [&](int64_t c, float* at, int64_t place) {
+        own.fill(v, span, to, stop - begin, [&](int64_t c, float* at, int64_t place) {
           transform_input<kMode>(at, place, own.reader, x, in, tiles, pad, c, begin, stop);
         });
       });

@@ -9,8 +9,9 @@ namespace {
 constexpr int64_t kTile = 64;          // tiles of a block
 constexpr int64_t kWide = 2 * kLanes;  // columns of a register tile
 constexpr int64_t kDepth = 256;        // channels of a panel that the first cache level holds
-constexpr int64_t kGroup = 16;         // channels that lie together for the weight gradient
-constexpr int64_t kChunk = 1 << 21;    // transformed elements of a chunk, about
+constexpr int64_t kGroup = kLanes;     // channels that lie together for the weight gradient
+constexpr int64_t kSpan = 16;          // channels that a thread transforms for it at once
+constexpr int64_t kChunk = 1 << 20;    // transformed elements of a chunk, about
 
 struct Weights {
   const float* data;
@@ -24,7 +25,7 @@ void transform_weights(float* u, const Weights& w, int64_t O, int64_t I) {
   using A = Axis<kMode>;
   constexpr int kP = A::kProducts, kT = A::kTaps, kAll = kT * kT;
   const int64_t panels = (O + kWidth - 1) / kWidth, place = panels * I * kWidth;
-  parallel(panels, 4, [&](int64_t begin, int64_t end) {
+  parallel(panels, 1, [&](int64_t begin, int64_t end) {
     float taps[kAll][kWidth] = {}, rows[kP][kT][kWidth], all[kP][kWidth];
     // Axis::weight of kT rows, lane by lane: a loop that becomes vectors.
     const auto turn = [&](const float* w, int w_step, float* u, int step) {
@@ -58,38 +59,61 @@ struct Padding {
 
 // --- The weight gradient: places of Σ over tiles of A' dy and B x, turned back by G'.
 
+template <int kValue>
+struct Count {
+  static constexpr int value = kValue;
+};
+
 // One side of the products: the transformed tiles of a chunk as [place][group][tile][kGroup].
 template <int kPlaces>
 struct Side {
-  int64_t channels, groups, chunk;
+  int64_t channels, spans, groups;
+  int64_t apart, place_stride;  // of groups, of places
   Buffer<float> data;
   Side(int64_t channels, int64_t chunk)
       : channels(channels),
-        groups((channels + kGroup - 1) / kGroup),
-        chunk(chunk),
-        data(kPlaces * groups * chunk * kGroup) {}
+        spans((channels + kSpan - 1) / kSpan),
+        groups(spans * (kSpan / kGroup)),
+        apart(chunk * kGroup + kLine),
+        // Odd in cache lines, so that a tile's places do not meet in one set of the cache.
+        place_stride((groups * apart / kLine | 1) * kLine),
+        data(kPlaces * place_stride) {}
   float* at(int64_t place, int64_t group) const {
-    return &data[(place * groups + group) * chunk * kGroup];
+    return &data[place * place_stride + group * apart];
   }
+
+ private:
+  static constexpr int64_t kLine = 16;
 };
 
-// du[place][o][i] += Σ over the first `count` tiles of a chunk.
+// du[place][o][i] += Σ over the first `count` tiles of a chunk, kSome tiles after another, which
+// with their columns of v and a group of m the first cache level holds.
 template <int kPlaces>
 void accumulate(float* du, const Side<kPlaces>& m, const Side<kPlaces>& v, int64_t count) {
+  constexpr int64_t kSome = 128, kColumns = 3;  // with kPanel rows, 12 sums
   const int64_t rows = m.groups * kGroup, row = v.groups * kGroup;
-  const int64_t columns = (row + kWide - 1) / kWide;
-  parallel(kPlaces * columns, 1, [&](int64_t first, int64_t last) {
+  const int64_t items = (v.groups + kColumns - 1) / kColumns;
+  parallel(kPlaces * items, 1, [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; item++) {
-      const int64_t place = item / columns, i = item % columns * kWide, next = i + kLanes;
-      const float* b = v.at(place, i / kGroup) + i % kGroup;
-      for (int64_t o = 0; o < rows; o += kPanel) {
-        float* to = du + (place * rows + o) * row + i;
-        const float* a = m.at(place, o / kGroup) + o % kGroup;
-        if (next < row)
-          register_tile<2, true>(to, row, kLanes, a, 1, kGroup, b, kGroup,
-                                 v.at(place, next / kGroup) + next % kGroup - b, count);
-        else
-          register_tile<1, true>(to, row, kLanes, a, 1, kGroup, b, kGroup, 0, count);
+      const int64_t place = item / items, begin = item % items * v.groups / items;
+      const int64_t width = (item % items + 1) * v.groups / items - begin;
+      for (int64_t t = 0; t < count; t += kSome) {
+        const int64_t tiles = count - t < kSome ? count - t : kSome;
+        const float* b = v.at(place, begin) + t * kGroup;
+        for (int64_t o = 0; o < rows; o += kPanel) {
+          float* to = du + (place * rows + o) * row + begin * kGroup;
+          const float* a = m.at(place, o / kGroup) + t * kGroup + o % kGroup;
+          const auto run = [&](auto columns) {
+            register_tile<kPanel, decltype(columns)::value, true>(to, row, kLanes, a, 1, kGroup, b,
+                                                                  kGroup, v.apart, tiles);
+          };
+          if (width == 3)
+            run(Count<3>{});
+          else if (width == 2)
+            run(Count<2>{});
+          else
+            run(Count<1>{});
+        }
       }
     }
   });
@@ -117,8 +141,8 @@ void restore_weights(float* dw, const float* du, int64_t O, int64_t I, int64_t r
   });
 }
 
-// fill_m(scratch, side, tiles, group, to, begin, stop) and fill_v put the transformed tiles
-// [begin, stop) of a group of channels at place `to` of the chunk; each thread has a Scratch.
+// fill_m(scratch, side, tiles, span, to, begin, stop) and fill_v put the transformed tiles
+// [begin, stop) of a span of channels at place `to` of the chunk; each thread has a Scratch.
 template <int kMode, typename Scratch, typename M, typename V>
 void weight_gradient(float* dw, const Images& out, const Images& in, const M& fill_m,
                      const V& fill_v) {
@@ -134,15 +158,15 @@ void weight_gradient(float* dw, const Images& out, const Images& in, const M& fi
   for (int64_t begin = 0; begin < tiles.count; begin += chunk) {
     const int64_t count = tiles.count - begin < chunk ? tiles.count - begin : chunk;
     const int64_t blocks = (count + kTile - 1) / kTile;
-    parallel(blocks * (m.groups + v.groups), 1, [&](int64_t first, int64_t last) {
+    parallel(blocks * (m.spans + v.spans), 1, [&](int64_t first, int64_t last) {
       Scratch scratch;
       for (int64_t item = first; item < last; item++) {
-        const int64_t to = item % blocks * kTile, group = item / blocks, from = begin + to;
+        const int64_t to = item % blocks * kTile, span = item / blocks, from = begin + to;
         const int64_t stop = from + (count - to < kTile ? count - to : kTile);
-        if (group < m.groups)
-          fill_m(scratch, m, tiles, group, to, from, stop);
+        if (span < m.spans)
+          fill_m(scratch, m, tiles, span, to, from, stop);
         else
-          fill_v(scratch, v, tiles, group - m.groups, to, from, stop);
+          fill_v(scratch, v, tiles, span - m.spans, to, from, stop);
       }
     });
     accumulate(&du[0], m, v, count);

@@ -98,73 +98,79 @@ GK_INLINE void transform_output_grad(const float* dy, const Images& im, const Ti
   });
 }
 
-// The outputs of tiles [begin, stop) from products m[place][tile][row].
-template <int kMode>
-void transform_output(float* y, const float* m, int64_t row_size, const Images& im,
-                      const Tiles& tiles, int64_t begin, int64_t stop) {
+// Channels [o, o + kWide) of the outputs of tiles [begin, stop) from products
+// m[place][kBlock tiles][kWide].
+template <int kMode, int64_t kBlock>
+void transform_output(float* y, const float* m, int64_t o, const Images& im, const Tiles& tiles,
+                      int64_t begin, int64_t stop) {
   using A = Axis<kMode>;
   constexpr int kP = A::kProducts, kOut = A::kOut;
   each_tile(tiles, begin, stop, [&](int64_t n, int64_t row, int64_t column, int64_t tile) {
-    for (int64_t o = 0; o < im.C; o += kLanes) {
+    for (int64_t j = 0; j < kWide && o + j < im.C; j += kLanes) {
       vf half[kOut][kP], all[kOut];
       for (int q = 0; q < kP; q++) {
         vf d[kP];
-        for (int p = 0; p < kP; p++) d[p] = load(m + ((p * kP + q) * kTile + tile) * row_size + o);
+        for (int p = 0; p < kP; p++) d[p] = load(m + ((p * kP + q) * kBlock + tile) * kWide + j);
         A::output(d, all);
         for (int r = 0; r < kOut; r++) half[r][q] = all[r];
       }
+      const int64_t left = im.C - o - j;
       for (int r = 0; r < kOut && row * kOut + r < im.H; r++) {
         A::output(half[r], all);
-        float* to = y + ((n * im.H + row * kOut + r) * im.W + column * kOut) * im.C + o;
+        float* to = y + ((n * im.H + row * kOut + r) * im.W + column * kOut) * im.C + o + j;
         for (int c = 0; c < kOut && column * kOut + c < im.W; c++, to += im.C)
-          if (im.C - o >= kLanes)
+          if (left >= kLanes)
             store(to, all[c]);
           else
-            store_part(to, all[c], im.C - o);
+            store_part(to, all[c], left);
       }
     }
   });
 }
 
-// One place's products m[tile][O] of v [tile][I] and u, kDepth channels after another.
-void multiply(float* m, const float* v, const float* u, int64_t tiles, int64_t v_row, int64_t m_row,
-              int64_t I) {
+// One place's products m[tile][kWide] of v [tile][I] and u [I][kWide], kDepth channels after
+// another.
+void multiply(float* m, const float* v, const float* u, int64_t tiles, int64_t v_row, int64_t I) {
   for (int64_t i = 0; i < I; i += kDepth) {
     const int64_t count = I - i < kDepth ? I - i : kDepth;
-    for (int64_t o = 0; o < m_row; o += kWide)
-      for (int64_t t = 0; t < tiles; t += kPanel) {
-        float* to = m + t * m_row + o;
-        const float *a = v + t * v_row + i, *b = u + (o / kWide * I + i) * kWide;
-        if (i == 0)
-          register_tile<2, false>(to, m_row, kLanes, a, v_row, 1, b, kWide, kLanes, count);
-        else
-          register_tile<2, true>(to, m_row, kLanes, a, v_row, 1, b, kWide, kLanes, count);
-      }
+    for (int64_t t = 0; t < tiles; t += kTall) {
+      float* to = m + t * kWide;
+      const float *a = v + t * v_row + i, *b = u + i * kWide;
+      if (i == 0)
+        register_tile<kTall, 2, false>(to, kWide, kLanes, a, v_row, 1, b, kWide, kLanes, count);
+      else
+        register_tile<kTall, 2, true>(to, kWide, kLanes, a, v_row, 1, b, kWide, kLanes, count);
+    }
   }
 }
 
+// A thread takes a block of tiles through all stages: its transformed inputs stay in the second
+// level of its cache, as do the products of kWide channels out, which are turned back at once.
 template <int kMode>
 void forward(const float* x, const Weights& w, float* y, const Images& in, const Images& out,
              Padding pad) {
   using A = Axis<kMode>;
-  constexpr int64_t kPlaces = A::kProducts * A::kProducts;
+  constexpr int64_t kPlaces = A::kProducts * A::kProducts, kBlock = kPlaces > 16 ? 24 : 48;
   const int64_t I = in.C, v_row = whole(I, kLanes) + kLanes, m_row = whole(out.C, kWide);
   const Tiles tiles(in.N, out.H, out.W, A::kOut);
   Buffer<float> u(kPlaces * I * m_row);
   transform_weights<kMode, kWide>(&u[0], w, out.C, I);
-  parallel((tiles.count + kTile - 1) / kTile, 1, [&](int64_t first, int64_t last) {
-    Buffer<float> v(kPlaces * kTile * v_row), m(kPlaces * kTile * m_row);
+  const int64_t blocks = whole((tiles.count + kBlock - 1) / kBlock, 2);  // as long as each other
+  parallel(blocks, 1, [&](int64_t first, int64_t last) {
+    Buffer<float> v(kPlaces * kBlock * v_row), m(kPlaces * kBlock * kWide);
     for (int64_t block = first; block < last; block++) {
-      const int64_t begin = block * kTile;
-      const int64_t stop = begin + kTile < tiles.count ? begin + kTile : tiles.count;
+      const int64_t begin = block * tiles.count / blocks;
+      const int64_t stop = (block + 1) * tiles.count / blocks;
       transform_input<kMode>(x, in, tiles, pad, begin, stop, 0, I,
                              [&](int64_t place, int64_t tile, int64_t c, vf value) {
-                               store(&v[(place * kTile + tile) * v_row + c], value);
+                               store(&v[(place * kBlock + tile) * v_row + c], value);
                              });
-      for (int64_t place = 0; place < kPlaces; place++)
-        multiply(&m[place * kTile * m_row], &v[place * kTile * v_row], &u[place * I * m_row],
-                 stop - begin, v_row, m_row, I);
-      transform_output<kMode>(y, &m[0], m_row, out, tiles, begin, stop);
+      for (int64_t o = 0; o < out.C; o += kWide) {
+        for (int64_t place = 0; place < kPlaces; place++)
+          multiply(&m[place * kBlock * kWide], &v[place * kBlock * v_row],
+                   &u[place * I * m_row + o * I], stop - begin, v_row, I);
+        transform_output<kMode, kBlock>(y, &m[0], o, out, tiles, begin, stop);
+      }
     }
   });
 }
@@ -174,22 +180,22 @@ struct NoScratch {};
 template <int kMode>
 void weight_gradient(const float* dy, const float* x, float* dw, const Images& out,
                      const Images& in, Padding pad) {
-  const auto into = [](const auto& side, int64_t group, int64_t to) {
-    return [&side, group, to](int64_t place, int64_t tile, int64_t c, vf value) {
-      store(side.at(place, group) + (to + tile) * kGroup + c - group * kGroup, value);
+  const auto into = [](const auto& side, int64_t to) {
+    return [&side, to](int64_t place, int64_t tile, int64_t c, vf value) {
+      store(side.at(place, c / kGroup) + (to + tile) * kGroup, value);
     };
   };
   weight_gradient<kMode, NoScratch>(
       dw, out, in,
-      [&](NoScratch&, const auto& m, const Tiles& tiles, int64_t group, int64_t to, int64_t begin,
+      [&](NoScratch&, const auto& m, const Tiles& tiles, int64_t span, int64_t to, int64_t begin,
           int64_t stop) {
-        transform_output_grad<kMode>(dy, out, tiles, begin, stop, group * kGroup,
-                                     group * kGroup + kGroup, into(m, group, to));
+        transform_output_grad<kMode>(dy, out, tiles, begin, stop, span * kSpan,
+                                     span * kSpan + kSpan, into(m, to));
       },
-      [&](NoScratch&, const auto& v, const Tiles& tiles, int64_t group, int64_t to, int64_t begin,
+      [&](NoScratch&, const auto& v, const Tiles& tiles, int64_t span, int64_t to, int64_t begin,
           int64_t stop) {
-        transform_input<kMode>(x, in, tiles, pad, begin, stop, group * kGroup,
-                               group * kGroup + kGroup, into(v, group, to));
+        transform_input<kMode>(x, in, tiles, pad, begin, stop, span * kSpan, span * kSpan + kSpan,
+                               into(v, to));
       });
 }
 

@@ -24,6 +24,8 @@ namespace gankern::cpu {
 
 using Body = void (*)(void*, int64_t, int64_t);
 void parallel_for(int64_t n, int64_t grain, Body body, void* context);
+void* take_scratch(size_t& bytes);
+void put_scratch(void* data, size_t bytes);
 
 namespace GANKERN_ISA {
 namespace {
@@ -295,14 +297,15 @@ template <typename S>
 class Buffer {
  public:
   explicit Buffer(int64_t n)
-      : data_(static_cast<S*>(
-            aligned_alloc(64, (static_cast<size_t>(n) * sizeof(S) + 64) / 64 * 64))) {}
-  ~Buffer() { free(data_); }
+      : bytes_(static_cast<size_t>(n) * sizeof(S) + 1),
+        data_(static_cast<S*>(take_scratch(bytes_))) {}
+  ~Buffer() { put_scratch(data_, bytes_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   S& operator[](int64_t i) const { return data_[i]; }
 
  private:
+  size_t bytes_;  // initialised before data_
   S* data_;
 };
 

@@ -242,25 +242,25 @@ class Reader {
 // --- Matrix products.
 
 #if defined(__AVX512F__)
-constexpr int kPanel = 8;  // rows of a register tile
+constexpr int kPanel = 8, kTall = 8;  // rows of a register tile; kTall: where any number will do
 #else
-constexpr int kPanel = 4;
+constexpr int kPanel = 4, kTall = 6;  // with two columns, 12 of 16 registers
 #endif
 
-// c[r][j] (+)= Σ_k a[r * a_row + k * a_step] * b[k * b_step + j], r < kPanel, for kCols vectors of
+// c[r][j] (+)= Σ_k a[r * a_row + k * a_step] * b[k * b_step + j], r < kRows, for kCols vectors of
 // j, the vectors b_col and c_col apart.
-template <int kCols, bool kAdd>
+template <int kRows, int kCols, bool kAdd>
 GK_INLINE void register_tile(float* c, int64_t c_row, int64_t c_col, const float* a, int64_t a_row,
                              int64_t a_step, const float* b, int64_t b_step, int64_t b_col,
                              int64_t count) {
-  vf sum[kPanel][kCols] = {};
+  vf sum[kRows][kCols] = {};
   for (int64_t k = 0; k < count; k++) {
     vf v[kCols];
     for (int j = 0; j < kCols; j++) v[j] = load(b + k * b_step + j * b_col);
-    for (int r = 0; r < kPanel; r++)
+    for (int r = 0; r < kRows; r++)
       for (int j = 0; j < kCols; j++) sum[r][j] += v[j] * a[r * a_row + k * a_step];
   }
-  for (int r = 0; r < kPanel; r++)
+  for (int r = 0; r < kRows; r++)
     for (int j = 0; j < kCols; j++) {
       float* at = c + r * c_row + j * c_col;
       store(at, kAdd ? load(at) + sum[r][j] : sum[r][j]);

@@ -5,7 +5,70 @@
 namespace gankern::cpu {
 using Body = void (*)(void*, int64_t, int64_t);
 
+// Scratch that a thread gave back, for its next calls: the allocator returns large blocks to the
+// system, and fresh pages can take longer than what is done in them.
+class Kept {
+ public:
+  ~Kept() {
+    while (count_) drop();
+  }
+
+  // A block of at least `bytes`, which becomes its size.
+  void* take(size_t& bytes) {
+    int best = -1;
+    for (int i = 0; i < count_; i++)
+      if (blocks_[i].bytes >= bytes && blocks_[i].bytes / 4 <= bytes &&
+          (best < 0 || blocks_[i].bytes < blocks_[best].bytes))
+        best = i;
+    if (best < 0) {
+      bytes = (bytes + 63) / 64 * 64;
+      return aligned_alloc(64, bytes);
+    }
+    const Block block = remove(best);
+    bytes = block.bytes;
+    return block.data;
+  }
+
+  void put(void* data, size_t bytes) {
+    if (!data || bytes < kLeast || bytes > kMost) return free(data);
+    while (count_ == kBlocks || total_ + bytes > kMost) drop();
+    blocks_[count_++] = {data, bytes};
+    total_ += bytes;
+  }
+
+ private:
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+  static constexpr size_t kLeast = 1 << 15, kMost = 1 << 26;
+  static constexpr int kBlocks = 16;
+
+  Block remove(int i) {
+    const Block block = blocks_[i];
+    total_ -= block.bytes;
+    count_--;
+    for (; i < count_; i++) blocks_[i] = blocks_[i + 1];
+    return block;
+  }
+  void drop() { free(remove(0).data); }  // the one that lay longest
+
+  Block blocks_[kBlocks];
+  int count_ = 0;
+  size_t total_ = 0;
+};
+
+static thread_local Kept kept;
+
 // What csrc/cpu/vec.h calls; torch's headers stay out of files built for AVX.
+void* take_scratch(size_t& bytes) {
+  void* data = kept.take(bytes);
+  if (poisoned && data) memset(data, 0xff, bytes);
+  return data;
+}
+
+void put_scratch(void* data, size_t bytes) { kept.put(data, bytes); }
+
 void parallel_for(int64_t n, int64_t grain, Body body, void* context) {
   torch::stable::parallel_for(0, n, grain,
                               [=](int64_t begin, int64_t end) { body(context, begin, end); });

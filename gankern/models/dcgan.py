@@ -22,6 +22,8 @@ from gankern.nn.attention import MinibatchDiscrimination, SelfAttention
 from gankern.nn.batch_norm import BatchNorm
 from gankern.nn.layers import Upsample
 from gankern.ops import bias_act
+from gankern.ops.conv2d_resample import to_conv_dtype
+from gankern.ops.convolution import Form, convolution, has_own_kernels
 
 
 def grid_and_doublings(resolution: tuple[int, int]) -> tuple[tuple[int, int], int]:
@@ -95,7 +97,7 @@ class Generator(nn.Module):
             if side in self.attention:
                 x = self.attention[side](x)
             x = conv(x)  # [N, C/2, 2H, 2W]
-        return bias_act(x, self.bias, act="tanh")
+        return bias_act(x.contiguous(), self.bias, act="tanh")
 
 
 class Discriminator(nn.Module):
@@ -173,7 +175,7 @@ class DownLayer(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, norm: str, dropout: float) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels_in, channels_out, 4, stride=2, padding=1, bias=False)
+        self.conv = DownConvolution(channels_in, channels_out, 4, stride=2, padding=1, bias=False)
         self.norm: nn.Module | None = None
         if norm != "none":
             batch = norm == "batch"
@@ -189,10 +191,32 @@ class DownLayer(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
 
+class DownConvolution(nn.Conv2d):
+    """nn.Conv2d of 4x4 taps and stride 2, on a CPU by gankern's kernels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return halve_or_double(self, x, False)
+
+
+class UpConvolution(nn.ConvTranspose2d):
+    """nn.ConvTranspose2d of 4x4 taps and stride 2, likewise."""
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return halve_or_double(self, x, True)
+
+
+def halve_or_double(conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, transposed: bool) -> Tensor:
+    form = Form(2, (1, 1), transposed, (0, 0), 1, has_own_kernels(x, None))
+    x, w = to_conv_dtype(x, conv.weight)
+    if form.own:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return convolution(x, w, form)
+
+
 def up_convolution(channels_in: int, channels_out: int, upsample: str) -> nn.Module:
     """Doubles the grid: transposed 4x4, or bilinear upsampling and 3x3."""
     if upsample == "transposed":
-        return nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1, bias=False)
+        return UpConvolution(channels_in, channels_out, 4, stride=2, padding=1, bias=False)
     conv = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
     return nn.Sequential(Upsample(), conv)
 

@@ -35,6 +35,9 @@ from gankern.ops.synthesis_epilogue import synthesis_epilogue
 
 __all__ = ["modulated_conv2d", "no_weight_gradients"]
 
+MOST_OUTPUTS = 16  # of 1x1 convolutions whose weights are multiplied by the styles
+POINTWISE = (1, (0, 0), False, (0, 0), 1)  # their Form
+
 
 def modulated_conv2d(
     x: Tensor,
@@ -119,10 +122,14 @@ def _grouped(
 def scaled_convolution(styles: Tensor, impl: str | None) -> Convolve:
     """The convolution of images times their styles, [N, I].
 
-    Our kernels multiply as they read the images. Elsewhere the product is an image.
+    Our kernels multiply as they read the images, and 1x1 weights with few outputs, as a ToRGB's,
+    are multiplied themselves. Elsewhere the product is an image.
     """
 
     def convolve(x: Tensor, w: Tensor, form: Form) -> Tensor:
+        if w.shape[2:] == (1, 1) and len(w) <= MOST_OUTPUTS and form == Form(*POINTWISE, form.own):
+            if _impl.choose("synthesis_epilogue", impl, x) != "reference":
+                return _per_sample(x, w, styles)
         own = styles.dtype == torch.float32 and not _impl.transformed()
         if not own or not _ours(w, x, None, form):
             return convolution(scale(x, styles, impl), w, form)
@@ -131,6 +138,16 @@ def scaled_convolution(styles: Tensor, impl: str | None) -> Convolve:
         return _forward(x, w, form, styles)
 
     return convolve
+
+
+def _per_sample(x: Tensor, w: Tensor, styles: Tensor) -> Tensor:
+    """The 1x1 convolution of each sample by its own weights, in the memory format of x."""
+    n, i, height, width = x.shape
+    weights = (w.view(1, -1, i).to(styles.dtype) * styles[:, None]).to(x.dtype)  # [N, O, I]
+    if _impl.memory_format(x) == torch.channels_last:
+        y = torch.bmm(x.permute(0, 2, 3, 1).reshape(n, -1, i), weights.transpose(1, 2))
+        return y.view(n, height, width, -1).permute(0, 3, 1, 2)
+    return torch.bmm(weights, x.reshape(n, i, -1)).view(n, -1, height, width)
 
 
 def scale(x: Tensor, styles: Tensor, impl: str | None) -> Tensor:

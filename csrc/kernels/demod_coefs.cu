@@ -455,13 +455,13 @@ __device__ __forceinline__ void weight_columns(const Backward<T>& a, const Tile<
   for (int row = threadIdx.x / 32; row < 1 << a.log_outs; row += kWarps<T>) {
     const bool active = tile.o0 + row < a.shape.O && column * N < tile.channels;
     const int64_t at = (tile.o0 + row) * K * I + tile.i0 + column * N;
-    Pack<T, N> x[S::kTaps];
+    Raw<T, N> x[S::kTaps];
     const auto load = [&](int k) {
       int64_t from = at + static_cast<int64_t>(k) * I;
       forget(from);
 #pragma unroll
       for (int t = 0; t < S::kTaps; t++, from += static_cast<int64_t>(S::kGroups) * I)
-        if (active && k + t * S::kGroups < K) x[t] = load_pack<T, N>(a.w + from);
+        if (active && k + t * S::kGroups < K) x[t] = load_raw<T, N>(a.w + from);
     };
     load(group);
     A factor[N] = {};
@@ -479,7 +479,7 @@ __device__ __forceinline__ void weight_columns(const Backward<T>& a, const Tile<
            t++, k += S::kGroups, to += static_cast<int64_t>(S::kGroups) * I)
         if (k < K) {
           A w[N];
-          widen(x[t], a.format, w);
+          widen(reinterpret_cast<const Pack<T, N>&>(x[t]), a.format, w);
 #pragma unroll
           for (int j = 0; j < N; j++) w[j] *= factor[j];
           store_whole<T, N>(a.dw + to, narrow<T, N>(w, a.format));

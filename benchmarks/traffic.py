@@ -16,8 +16,7 @@ whole batch; small ops have their full size. For each, forward and backward:
   launches    kernels started, and their threads a block and blocks
 
 No GPU is needed. The bars: traffic at most 1.05 (filters with their halos 1.15 at 4 taps, 1.4 at
-12; demod_coefs 1.4 and 1.06, whose blocks all read the styles; adain 1.06, whose blocks read one
-another's sums), sectors at least 0.95, banks at most 1.1, one launch.
+12), sectors at least 0.95, banks at most 1.1, one launch.
 """
 
 from __future__ import annotations
@@ -146,10 +145,6 @@ def passes(row: Row, layout: str, dtype: str) -> Iterator[Counted]:
 
 
 def bars(key: str) -> Figures:
-    if key.startswith("demod_coefs"):  # each block reads the styles, which a cache has
-        return Figures(1.4 if "forward" in key else 1.06, 0.95, 1.1, 1)
-    if key.startswith("adain"):  # its blocks read one another's sums
-        return Figures(1.06, 0.95, 1.1, 1)
     halo = "upfirdn2d" in key or key.startswith("synthesis_epilogue up")
     return Figures((1.4 if "12 taps" in key else 1.15) if halo else 1.05, 0.95, 1.1, 1)
 

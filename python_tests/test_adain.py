@@ -46,7 +46,8 @@ def ops(impl, **kwargs):
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s != "no_pixels"])
 def test_forward_and_gradients(impl, device, dtype, shape):
     harness.skip_float64_triton(impl, DTYPES[dtype])
-    roundings = 8 if dtype == "f64" else 4  # both sides are sums in that dtype
+    # A GPU's float64 is judged by float64 sums in another order: 4.02 was seen on an H200.
+    roundings = 8 if dtype == "f64" and device == "cuda" else 4
     compare(
         *ops(impl), inputs(SHAPES[shape], device, DTYPES[dtype]), what=shape, roundings=roundings
     )

@@ -107,11 +107,12 @@ def test_scaled(form, shape, layout):
     def scaled(x, factors, w):
         return scaled_convolution(factors, "cpu")(x, w, form)
 
-    y, *_ = compare(scaled, of_product(form), [x, factors, w], roundings=8)
+    # Winograd's sums of many channels round more than direct ones: up to 5.3 were seen.
+    roundings = 8 if shape == "wide" else 4
+    y, *_ = compare(scaled, of_product(form), [x, factors, w], roundings=roundings)
     with torch.no_grad():
         assert torch.equal(scaled(x, factors, w), y)
-    if shape == "odd":
-        compare(scaled, of_product(form), [x, factors, w], second_grads)
+    compare(scaled, of_product(form), [x, factors, w], second_grads, roundings=roundings)
 
 
 @pytest.mark.parametrize("isa", [0, 1, 2], ids=["base", "avx2", "avx512"])

@@ -2,21 +2,19 @@
 // gradient. With g[n,o] = -d³ dd,
 //   dW[o,i,k] = W[o,i,k] Σ_n g[n,o] s[n,i]²        ds[n,i] = s[n,i] Σ_o g[n,o] q[o,i].
 //
-// Forward: a block takes an output channel. Its weights are all under way at once; their squares go
-// through shared memory, from which a thread sums the k of a channel, keeps q for the backward, and
-// adds up over some samples. Where k is the outer dimension (channels-last), or too long for that,
-// groups of threads share the k instead. Backward: one launch, in which some blocks each take a
-// tile of ds and the others a tile of dW. q makes them independent: without it ds would need sums
-// over blocks, or few and large blocks, and a gradient in the styles alone would read the weights.
+// Forward: a block takes up to eight output channels, for which it reads the styles once: a
+// twentieth of StyleGAN2's weights then. All of its weights are under way at once; their squares go
+// through shared memory, from which a thread sums the k of a channel and keeps q for the backward.
+// Of q, in shared memory too, each warp takes the products with one sample's styles. Where k is the
+// outer dimension (channels-last), or too long for that, a thread reads the k itself.
+// Backward: one launch, in which some blocks each take a tile of ds and the others a tile of dW. q
+// makes them independent: without it ds would need sums over blocks, or few and large blocks, and a
+// gradient in the styles alone would read the weights.
 #include "common.cuh"
 
 namespace gankern {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
-// Blocks of a multiprocessor; float64 is for checks: fewer, with registers enough.
-template <typename T>
-constexpr int kBlocks = sizeof(T) == 8 ? 2 : 4;
 constexpr int kSamples = 8;  // of which a thread sums at a time
 
 __device__ __forceinline__ float rsqrt_(float v) { return rsqrtf(v); }
@@ -100,9 +98,12 @@ struct Shape {
 
 // --- Forward.
 
+constexpr int kFwdThreads = 512, kFwdWarps = kFwdThreads / 32;
+constexpr int kOuts = 8;   // most output channels of a block: a sector of d
+constexpr int kSteps = 2;  // channels of a chunk whose k a thread sums
 template <typename A>
-constexpr int kStage = 18432 / sizeof(A);  // squares of a chunk: 512 channels of 3x3 in float32
-constexpr int kSteps = 2;                  // channels of a chunk that a thread adds up
+constexpr int kStage = 36864 / sizeof(A);  // squares: 1024 channels of 3x3 in float32
+constexpr int kStylesAhead = 4;            // of a thread
 
 template <typename T>
 struct Forward {
@@ -112,61 +113,63 @@ struct Forward {
   const T* w;
   A *d, *q;
   Shape shape;
-  // Threads side by side along the channels, at least a warp; such groups take kSamples each.
-  int log_columns;
+  // Of a block: threads side by side along the channels, output channels, samples at a time.
+  int log_columns, log_outs, log_samples;
   int chunk;               // channels at a time, kSteps for each of these threads or fewer
   int64_t i_step, k_step;  // of the weights, where they are not staged
   A eps;
 };
 
-// A channel's styles of up to kSamples samples, as they are in memory: numbers only when they are
-// used, so that nothing waits for them before.
+// Some channels' styles, as they are in memory: numbers only when they are used, so that nothing
+// waits for them before.
 template <typename A>
-struct ChannelStyles {
+struct RawStyles {
   using Raw = std::conditional_t<sizeof(A) == 8, double, unsigned>;
-  Raw raw[kSamples];
+  Raw raw[kStylesAhead];
 
-  __device__ __forceinline__ void load(const Styles<A>& from, int64_t at, int I, int count) {
+  // At `at`, at + step, ...: `count` of them.
+  __device__ __forceinline__ void load(const Styles<A>& from, int64_t at, int step, int count) {
 #pragma unroll
-    for (int n = 0; n < kSamples; n++, at += I) {
+    for (int j = 0; j < kStylesAhead; j++, at += step) {
       forget(at);
-      raw[n] = Raw(0);
-      if (n >= count) continue;
+      raw[j] = Raw(0);
+      if (j >= count) continue;
       if constexpr (sizeof(A) == 8)
-        raw[n] = static_cast<const double*>(from.p)[at];
+        raw[j] = static_cast<const double*>(from.p)[at];
       else if (from.is_f32)
-        raw[n] = static_cast<const unsigned*>(from.p)[at];
+        raw[j] = static_cast<const unsigned*>(from.p)[at];
       else
-        raw[n] = static_cast<const unsigned short*>(from.p)[at];
+        raw[j] = static_cast<const unsigned short*>(from.p)[at];
     }
   }
-  __device__ __forceinline__ A at(const Styles<A>& from, int n) const {
+  __device__ __forceinline__ A at(const Styles<A>& from, int j) const {
     if constexpr (sizeof(A) == 8)
-      return raw[n];
+      return raw[j];
     else
-      return from.is_f32 ? __uint_as_float(raw[n])
-                         : to_acc(Half16{static_cast<unsigned short>(raw[n])}, from.format);
+      return from.is_f32 ? __uint_as_float(raw[j])
+                         : to_acc(Half16{static_cast<unsigned short>(raw[j])}, from.format);
   }
 };
 
-// The squares of a chunk of weights [I, K] to shared memory.
+// The squares of a chunk of weights [I, K] to shared memory, by the threads side by side.
 template <typename T, int N>
-__device__ __forceinline__ void stage_rows(const Forward<T>& a, const T* from, int packs,
-                                           Acc<T>* stage) {
+__device__ __forceinline__ void stage_rows(const Forward<T>& a, const T* from, int column,
+                                           int packs, Acc<T>* stage) {
   constexpr int kLoads = N == 1 ? 4 : (kSteps * 9 + N - 1) / N;
-  for (int first = threadIdx.x; first < packs; first += kLoads * blockDim.x) {
-    Pack<T, N> x[kLoads];
+  const int columns = 1 << a.log_columns;
+  for (int first = column; first < packs; first += kLoads * columns) {
+    Raw<T, N> x[kLoads];
 #pragma unroll
     for (int j = 0; j < kLoads; j++) {
-      const int p = first + j * blockDim.x;
-      if (p < packs) x[j] = load_pack<T, N>(from + p * N);
+      const int p = first + j * columns;
+      if (p < packs) x[j] = load_raw<T, N>(from + p * N);
     }
 #pragma unroll
     for (int j = 0; j < kLoads; j++) {
-      const int p = first + j * blockDim.x;
+      const int p = first + j * columns;
       if (p >= packs) continue;
       Acc<T> squares[N];
-      widen(x[j], a.format, squares);
+      widen(reinterpret_cast<const Pack<T, N>&>(x[j]), a.format, squares);
 #pragma unroll
       for (int e = 0; e < N; e++) squares[e] *= squares[e];
       store_parts<N>(stage + p * N, squares);
@@ -174,85 +177,110 @@ __device__ __forceinline__ void stage_rows(const Forward<T>& a, const T* from, i
   }
 }
 
-// The same for other weights: [groups][channels], each group's sums over its k.
-template <typename T>
-__device__ __forceinline__ void stage_columns(const Forward<T>& a, const T* from, int channels,
-                                              Acc<T>* stage) {
-  using A = Acc<T>;
-  constexpr int kTaps = 9;
-  const int columns = 1 << a.log_columns, groups = blockDim.x >> a.log_columns;
-  const int group = threadIdx.x >> a.log_columns, column = threadIdx.x & (columns - 1);
-  const int64_t step = groups * a.k_step, other = columns * a.i_step;
-  int64_t at = column * a.i_step + group * a.k_step;
-  A sums[kSteps] = {};
-  for (int k0 = group; k0 < a.shape.K; k0 += kTaps * groups) {
-    T x[kTaps][kSteps] = {};
+// Of other weights: the sums over k of the thread's channels, N neighbours and `other` further on.
+template <typename T, int N>
+__device__ __forceinline__ void sum_columns(const Forward<T>& a, const T* from, int channel,
+                                            int channels, int other, Acc<T> (&q)[kSteps]) {
+  constexpr int kTaps = N == 1 ? 5 : 9;
+  int64_t at = channel * a.i_step;
+  for (int k0 = 0; k0 < a.shape.K; k0 += kTaps) {
+    Pack<T, N> x[kTaps][kSteps / N] = {};
     forget(at);
 #pragma unroll
-    for (int t = 0; t < kTaps; t++, at += step)
+    for (int t = 0; t < kTaps; t++, at += a.k_step)
 #pragma unroll
-      for (int j = 0; j < kSteps; j++)
-        if (column + j * columns < channels && k0 + t * groups < a.shape.K)
-          x[t][j] = from[at + j * other];
+      for (int j = 0; j < kSteps / N; j++)
+        if (channel + j * other < channels && k0 + t < a.shape.K)
+          x[t][j] = load_pack<T, N>(from + at + j * other * a.i_step);
 #pragma unroll
     for (int t = 0; t < kTaps; t++)
 #pragma unroll
-      for (int j = 0; j < kSteps; j++) {
-        const A w = to_acc(x[t][j], a.format);
-        sums[j] += w * w;
+      for (int j = 0; j < kSteps / N; j++) {
+        Acc<T> w[N];
+        widen(x[t][j], a.format, w);
+#pragma unroll
+        for (int e = 0; e < N; e++) q[j * N + e] += w[e] * w[e];
       }
   }
-#pragma unroll
-  for (int j = 0; j < kSteps; j++) stage[(group * kSteps + j) * columns + column] = sums[j];
 }
 
+// N: elements of a pack of weights; 1 or kSteps where they are not staged.
 template <typename T, int N, bool kStaged>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) demod_coefs_fwd_kernel(Forward<T> a) {
+__global__ void __launch_bounds__(kFwdThreads, sizeof(T) == 8 ? 1 : 2)
+    demod_coefs_fwd_kernel(Forward<T> a) {
   using A = Acc<T>;
-  __shared__ __align__(16) A stage[kStaged ? kStage<A> : kSteps * kThreads];
-  __shared__ A of_warps[kWarps][kSamples];
-  const int I = a.shape.I, K = a.shape.K, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int columns = 1 << a.log_columns, groups = blockDim.x >> a.log_columns;
-  const int group = threadIdx.x >> a.log_columns;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * I;
-  const int column = threadIdx.x & (columns - 1);
-  for (int n0 = 0; n0 == 0 || n0 < a.shape.N; n0 += groups * kSamples) {
-    const int n = n0 + group * kSamples, samples = min(kSamples, a.shape.N - n);
-    if (n0 > 0) __syncthreads();  // q is there, and the sums of the samples before have been read
-    A sums[kSamples] = {};
+  __shared__ __align__(16) A stage[kStaged ? kStage<A> : 1];
+  __shared__ __align__(16) A squares[kSteps * kFwdThreads];  // q, [outs][kSteps * columns]
+  __shared__ A of_warps[kFwdWarps * kOuts];                  // [warps of a sample][samples][kOuts]
+  const int I = a.shape.I, K = a.shape.K, lane = threadIdx.x % 32;
+  const int columns = 1 << a.log_columns, outs = 1 << a.log_outs, samples = 1 << a.log_samples;
+  const int line = kSteps * columns;
+  const unsigned o0 = blockIdx.x << a.log_outs;  // under 2**31
+  // Until q is there a thread is of an output channel, then of a sample.
+  const int out = threadIdx.x >> a.log_columns, column = threadIdx.x & (columns - 1);
+  const int64_t row = static_cast<int64_t>(o0 + out) * I;
+  constexpr int kSide = kStaged ? 1 : N;  // neighbouring channels of a thread
+  const int first = kSide * column;
+  const int lanes = blockDim.x >> a.log_samples;  // of a sample
+  const int sample = threadIdx.x / 32 >> (a.log_columns + a.log_outs - a.log_samples - 5);
+  const int mine = threadIdx.x & (lanes - 1);
+  for (int n0 = 0; n0 == 0 || n0 < a.shape.N; n0 += samples) {
+    A sums[kOuts] = {};
     for (int i0 = 0; i0 < I; i0 += a.chunk) {
       const int channels = min(a.chunk, I - i0);
-      ChannelStyles<A> styles;
+      RawStyles<A> styles;
       const auto load = [&](int c) {
-        styles.load(a.styles, static_cast<int64_t>(n) * I + i0 + c, I, c < channels ? samples : 0);
+        const int64_t at = static_cast<int64_t>(n0 + sample) * I + i0 + c;
+        const int left = (channels - c + lanes - 1) >> (a.log_columns + a.log_outs - a.log_samples);
+        styles.load(a.styles, at, lanes, n0 + sample < a.shape.N ? left : 0);
       };
-      load(column);
-      if (n0 == 0) {
-        if (i0 > 0) __syncthreads();  // the chunk before has been read
-        if constexpr (kStaged)
-          stage_rows<T, N>(a, a.w + (row + i0) * K, channels * K / N, stage);
-        else
-          stage_columns(a, a.w + row * K + i0 * a.i_step, channels, stage);
+      load(mine);
+      if (n0 == 0 || I > a.chunk) {
+        A q[kSteps] = {};
+        if (n0 + i0 > 0) __syncthreads();  // what is in shared memory has been read
+        const bool active = o0 + out < a.shape.O;
+        if (kStaged && n0 == 0) {
+          A* const own = stage + out * a.chunk * K;
+          if (active) stage_rows<T, N>(a, a.w + (row + i0) * K, column, channels * K / N, own);
+          __syncthreads();
+#pragma unroll
+          for (int j = 0; j < kSteps; j++)
+            if (active && column + j * columns < channels)
+#pragma unroll 3
+              for (int e = 0; e < K; e++) q[j] += own[(column + j * columns) * K + e];
+        } else if (!kStaged && n0 == 0) {
+          if (active)
+            sum_columns<T, kStaged ? 1 : N>(a, a.w + row * K + i0 * a.i_step, first, channels,
+                                            columns, q);
+        }
+#pragma unroll
+        for (int j = 0; j < kSteps; j += kSide) {
+          const int c = first + j * columns;
+          Pack<A, kSide> side;
+#pragma unroll
+          for (int e = 0; e < kSide; e++) side.v[e] = q[j + e];
+          if (active && c < channels) {
+            if (n0 > 0)
+              side = load_pack<A, kSide>(a.q + row + i0 + c);
+            else
+              store_pack<A, kSide>(a.q + row + i0 + c, side);
+          }
+          store_pack<A, kSide>(squares + out * line + c, side);
+        }
         __syncthreads();
       }
 #pragma unroll 1
-      for (int c = column; c < channels; c += columns) {
-        A q = A(0);
-        if (n0 > 0) {
-          q = a.q[row + i0 + c];
-        } else if constexpr (kStaged) {
-#pragma unroll 3
-          for (int e = 0; e < K; e++) q += stage[c * K + e];
-        } else {
-          for (int g = 0; g < groups; g++) q += stage[g * kSteps * columns + c];
-        }
-        if (n == 0) a.q[row + i0 + c] = q;
+      for (int c = mine; c < channels; c += kStylesAhead * lanes) {
 #pragma unroll
-        for (int s = 0; s < kSamples; s++) {
-          const A style = styles.at(a.styles, s);
-          sums[s] += style * style * q;
+        for (int j = 0; j < kStylesAhead; j++) {
+          if (c + j * lanes >= channels) break;
+          const A style = styles.at(a.styles, j);
+          const A* from = squares + c + j * lanes;
+#pragma unroll
+          for (int o = 0; o < kOuts; o++)
+            if (o < outs) sums[o] += style * style * from[o * line];
         }
-        load(c + columns);
+        load(c + kStylesAhead * lanes);
       }
     }
     A four[4], two[2], one[1];
@@ -260,25 +288,37 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) demod_coefs_fwd_kernel(F
     halve(four, two, lane >> 3 & 1, 8);
     halve(two, one, lane >> 2 & 1, 4);
     one[0] = warp_sum(one[0], 4);
-    if (lane % 4 == 0) of_warps[warp][lane / 4] = one[0];
+    if (n0 > 0) __syncthreads();  // the sums of the samples before have been read
+    const int part = mine / 32;
+    if (lane % 4 == 0) of_warps[((part << a.log_samples) + sample) * kOuts + lane / 4] = one[0];
     __syncthreads();
-    const int m = threadIdx.x;  // of the samples of all groups
-    if (m < groups * kSamples && n0 + m < a.shape.N) {
+    const int m = threadIdx.x / kOuts, o = threadIdx.x % kOuts;
+    if (m < samples && n0 + m < a.shape.N && o < outs && o0 + o < a.shape.O) {
       A total = A(0);
-      const A* from = of_warps[m / kSamples << (a.log_columns - 5)] + m % kSamples;
-      for (int w = 0; w < columns / 32; w++) total += from[w * kSamples];
-      a.d[(n0 + m) * a.shape.O + blockIdx.x] = rsqrt_(total + a.eps);
+      for (int p = 0; p < lanes / 32; p++) total += of_warps[(p * samples + m) * kOuts + o];
+      a.d[static_cast<int64_t>(n0 + m) * a.shape.O + o0 + o] = rsqrt_(total + a.eps);
     }
   }
 }
 
 // --- Backward.
 
-constexpr int kHeld = 32;         // samples that a tile of dW has in shared memory at a time
-constexpr int kMostOuts = 16;     // output channels of a tile of dW
-constexpr int kChunk = kThreads;  // output channels whose g a tile of ds has at a time
-constexpr int kAhead = 4;         // packs of q that a thread has under way
-constexpr int kTile = 16;         // packs of q side by side in a tile of ds
+// Of 16-bit types twice as many: a tile of dW has as many bytes, and d and the styles are read for
+// as many.
+template <typename T>
+constexpr int kThreads = sizeof(T) == 2 ? 512 : 256;
+template <typename T>
+constexpr int kWarps = kThreads<T> / 32;
+// Blocks of a multiprocessor; float64 is for checks: fewer, with registers enough.
+template <typename T>
+constexpr int kBlocks = (sizeof(T) == 8 ? 512 : 1024) / kThreads<T>;
+template <typename T>
+constexpr int kMostOuts = 2 * kWarps<T>;  // output channels of a tile of dW
+template <typename T>
+constexpr int kChunk = kThreads<T>;  // output channels whose g a tile of ds has at a time
+constexpr int kHeld = 32;            // samples that a tile of dW has in shared memory at a time
+constexpr int kAhead = 4;            // packs of q that a thread has under way
+constexpr int kTile = 16;            // packs of q side by side in a tile of ds
 
 template <typename T>
 struct Backward {
@@ -302,7 +342,7 @@ __device__ __forceinline__ Acc<T> grad(const Backward<T>& a, int64_t at) {
   return -a.dd[at] * (d * d * d);
 }
 
-// A tile of dW, of packs of N: each warp takes every kWarps-th of its output channels.
+// A tile of dW, of packs of N: each warp takes every kWarps<T>-th of its output channels.
 template <typename T, int N>
 struct Tile {
   using A = Acc<T>;
@@ -317,8 +357,8 @@ struct Tile {
     i0 = static_cast<int>(index - line * a.weight_tiles) * kChannels;
     channels = min(kChannels, a.shape.I - i0);
     g = shared;                            // [kHeld][outs]
-    styles = g + kHeld * kMostOuts;        // [kHeld][kChannels], squared
-    factors = styles + kHeld * kChannels;  // [kWarps][kChannels]
+    styles = g + kHeld * kMostOuts<T>;     // [kHeld][kChannels], squared
+    factors = styles + kHeld * kChannels;  // [kWarps<T>][kChannels]
     factors += threadIdx.x / 32 * kChannels;
   }
 
@@ -326,7 +366,7 @@ struct Tile {
   __device__ __forceinline__ void hold(const Backward<T>& a, int n0) const {
     const int samples = min(kHeld, a.shape.N - n0);
     __syncthreads();
-    for (int e = threadIdx.x; e < samples * kChannels; e += kThreads) {
+    for (int e = threadIdx.x; e < samples * kChannels; e += kThreads<T>) {
       const int n = n0 + e / kChannels, c = e % kChannels;
       const int m = n0 + (e >> a.log_outs), out = e & ((1 << a.log_outs) - 1);
       const bool more = e < samples << a.log_outs;
@@ -343,7 +383,7 @@ struct Tile {
   template <typename F>
   __device__ __forceinline__ void samples(const Backward<T>& a, int row, F f) const {
     for (int n0 = 0; n0 < a.shape.N; n0 += kHeld) {
-      if (row < kWarps || a.shape.N > kHeld) hold(a, n0);
+      if (row < kWarps<T> || a.shape.N > kHeld) hold(a, n0);
       const int count = min(kHeld, a.shape.N - n0);
 #pragma unroll 2
       for (int n = 0; n < count; n++) f(n, g[(n << a.log_outs) + row]);
@@ -359,7 +399,7 @@ __device__ __forceinline__ void weight_rows(const Backward<T>& a, const Tile<T, 
   const int lane = threadIdx.x % 32, K = a.shape.K, packs = tile.channels * K / N;
   const int first_c = lane * N / K, skip_c = 32 * N / K;
   const int first_k = lane * N - first_c * K, skip_k = 32 * N - skip_c * K;
-  for (int row = threadIdx.x / 32; row < 1 << a.log_outs; row += kWarps) {
+  for (int row = threadIdx.x / 32; row < 1 << a.log_outs; row += kWarps<T>) {
     const bool active = tile.o0 + row < a.shape.O;
     int64_t at = ((tile.o0 + row) * a.shape.I + tile.i0) * K;
     Pack<T, N> x[kLoads];
@@ -412,16 +452,16 @@ __device__ __forceinline__ void weight_columns(const Backward<T>& a, const Tile<
   using S = Step<N>;
   const int lane = threadIdx.x % 32, column = lane % S::kColumns, group = lane / S::kColumns;
   const int K = a.shape.K, I = a.shape.I;
-  for (int row = threadIdx.x / 32; row < 1 << a.log_outs; row += kWarps) {
+  for (int row = threadIdx.x / 32; row < 1 << a.log_outs; row += kWarps<T>) {
     const bool active = tile.o0 + row < a.shape.O && column * N < tile.channels;
     const int64_t at = (tile.o0 + row) * K * I + tile.i0 + column * N;
-    Pack<T, N> x[S::kTaps];
+    Raw<T, N> x[S::kTaps];
     const auto load = [&](int k) {
       int64_t from = at + static_cast<int64_t>(k) * I;
       forget(from);
 #pragma unroll
       for (int t = 0; t < S::kTaps; t++, from += static_cast<int64_t>(S::kGroups) * I)
-        if (active && k + t * S::kGroups < K) x[t] = load_pack<T, N>(a.w + from);
+        if (active && k + t * S::kGroups < K) x[t] = load_raw<T, N>(a.w + from);
     };
     load(group);
     A factor[N] = {};
@@ -439,7 +479,7 @@ __device__ __forceinline__ void weight_columns(const Backward<T>& a, const Tile<
            t++, k += S::kGroups, to += static_cast<int64_t>(S::kGroups) * I)
         if (k < K) {
           A w[N];
-          widen(x[t], a.format, w);
+          widen(reinterpret_cast<const Pack<T, N>&>(x[t]), a.format, w);
 #pragma unroll
           for (int j = 0; j < N; j++) w[j] *= factor[j];
           store_whole<T, N>(a.dw + to, narrow<T, N>(w, a.format));
@@ -456,15 +496,15 @@ __device__ __forceinline__ void style_tile(const Backward<T>& a, Acc<T>* shared)
   using A = Acc<T>;
   const unsigned batch = blockIdx.x / a.style_tiles;
   const int n0 = static_cast<int>(batch) * kSamples, I = a.shape.I;
-  constexpr int kColumns = N * kTile, kLines = kThreads / kTile;
+  constexpr int kColumns = N * kTile, kLines = kThreads<T> / kTile;
   const int i0 = static_cast<int>(blockIdx.x - batch * a.style_tiles) * kColumns;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int column = lane % kTile, line = threadIdx.x / kTile;
   const bool inside = i0 + column * N < I;
   A sums[kSamples * N] = {};
   const unsigned outs = static_cast<unsigned>(a.shape.O);  // under 2**31
-  for (unsigned o0 = 0; o0 < outs; o0 += kChunk) {
-    const int chunk = min(kChunk, static_cast<int>(outs - o0));
+  for (unsigned o0 = 0; o0 < outs; o0 += kChunk<T>) {
+    const int chunk = min(kChunk<T>, static_cast<int>(outs - o0));
     Pack<A, N> x[kAhead] = {};
     const auto load = [&](int o) {
       int64_t at = static_cast<int64_t>(o0 + o) * I + i0 + column * N;
@@ -522,12 +562,12 @@ __device__ __forceinline__ void style_tile(const Backward<T>& a, Acc<T>* shared)
                      out);
   }
   __syncthreads();
-  for (int e = threadIdx.x; e < kSamples * kColumns; e += kThreads) {
+  for (int e = threadIdx.x; e < kSamples * kColumns; e += kThreads<T>) {
     const int n = n0 + e / kColumns, i = i0 + e % kColumns;
     if (n >= a.shape.N || i >= I) continue;
     A total = A(0);
 #pragma unroll
-    for (int w = 0; w < kWarps; w++) total += shared[w * kSamples * kColumns + e];
+    for (int w = 0; w < kWarps<T>; w++) total += shared[w * kSamples * kColumns + e];
     const int64_t at = static_cast<int64_t>(n) * I + i;
     store_param<typename Styles<A>::T>(a.ds, a.styles.is_f32, at, a.styles.at(at) * total,
                                        a.styles.format);
@@ -538,12 +578,12 @@ template <int N>
 constexpr int kStylePack = N == 1 ? 1 : 2;  // of q, where the weights have packs of N
 
 template <typename T, int N, bool kRows>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) demod_coefs_bwd_kernel(Backward<T> a) {
+__global__ void __launch_bounds__(kThreads<T>, kBlocks<T>) demod_coefs_bwd_kernel(Backward<T> a) {
   constexpr int kChannels = Step<N>::kChannels;
-  constexpr int kOfStyles = kWarps * kSamples * kTile * kStylePack<N>;
-  constexpr int kOfWeights = kHeld * (kMostOuts + kChannels) + kWarps * kChannels;
+  constexpr int kOfStyles = kWarps<T> * kSamples * kTile * kStylePack<N>;
+  constexpr int kOfWeights = kHeld * (kMostOuts<T> + kChannels) + kWarps<T> * kChannels;
   constexpr int kOfSums = kOfStyles > kOfWeights ? kOfStyles : kOfWeights;
-  constexpr int kMost = kOfSums > kChunk * kSamples ? kOfSums : kChunk * kSamples;
+  constexpr int kMost = kOfSums > kChunk<T> * kSamples ? kOfSums : kChunk<T> * kSamples;
   __shared__ __align__(16) Acc<T> shared[kMost];
   if (blockIdx.x < a.style_blocks) {
     style_tile<T, kStylePack<N>>(a, shared);
@@ -599,20 +639,27 @@ int demod_coefs(int dtype, int styles_dtype, const void* w, const void* styles, 
     a.q = static_cast<A*>(q);
     a.shape = shape_of<T>(w, q, N, O, I, K, channels_last);
     a.eps = static_cast<A>(eps);
-    a.log_columns = log2_of(pow2_between(ceil_div(I, kSteps), 32, kThreads));
-    const int columns = 1 << a.log_columns;
-    const int groups = pow2_between(ceil_div(N, kSamples), 1, kThreads / columns);
-    // A multiple of 8 channels, so that each chunk begins with a whole pack.
-    const int64_t fitting = kStage<A> / max(K, int64_t(1)) / 8 * 8;
+    const int columns = pow2_between(ceil_div(I, kSteps), 32, kFwdThreads / 2);
+    int outs = min(kOuts, kFwdThreads / columns);
     a.i_step = a.shape.rows ? K : 1;
     a.k_step = a.shape.rows ? 1 : I;
-    a.shape.rows = a.shape.rows && fitting > 0;
-    a.chunk = static_cast<int>(min(int64_t(kSteps * columns), a.shape.rows ? fitting : I));
-    a.chunk = max(a.chunk, 1);
+    a.chunk = static_cast<int>(max(int64_t(1), min(int64_t(kSteps * columns), I)));
+    if (a.shape.rows) {
+      // A multiple of 8 channels, so that each chunk begins with a whole pack.
+      const int64_t fitting = kStage<A> / K / 8 * 8;
+      while (outs > 1 && outs * int64_t(a.chunk) > kStage<A> / K) outs /= 2;
+      a.shape.rows = fitting > 0;
+      a.shape.packed = a.shape.packed && a.shape.rows;
+      if (a.shape.rows) a.chunk = static_cast<int>(min(int64_t(a.chunk), fitting));
+    }
+    a.log_columns = log2_of(columns);
+    a.log_outs = log2_of(outs);
+    a.log_samples = log2_of(pow2_between(N, 1, min(kSamples, columns * outs / 32)));
     by_shape<T>(a.shape, [&](auto n, auto rows) {
       constexpr bool kStaged = decltype(rows)::value;
-      GK_LAUNCH((demod_coefs_fwd_kernel < T, kStaged ? decltype(n)::value : 1, kStaged >),
-                dim3(static_cast<unsigned>(O)), dim3(max(columns * groups, 128)), 0, stream, a);
+      constexpr int kWide = decltype(n)::value;
+      GK_LAUNCH((demod_coefs_fwd_kernel < T, kStaged || kWide == 1 ? kWide : kSteps, kStaged >),
+                dim3(static_cast<unsigned>(ceil_div(O, outs))), dim3(columns * outs), 0, stream, a);
     });
     return static_cast<int>(cudaGetLastError());
   });
@@ -639,14 +686,15 @@ int demod_coefs_bwd(int dtype, int styles_dtype, const void* dd, const void* d, 
         ceil_div(I, kTile * (a.shape.packed ? kStylePack<kPack<T>> : kStylePack<1>)));
     a.style_blocks = ds ? a.style_tiles * static_cast<unsigned>(ceil_div(N, kSamples)) : 0;
     a.weight_tiles = static_cast<unsigned>(ceil_div(I, a.shape.packed ? 64 : 32));
-    a.log_outs = log2_of(kWarps);
-    if (ceil_div(O, kMostOuts) * a.weight_tiles >= sm_count()) a.log_outs = log2_of(kMostOuts);
+    a.log_outs = log2_of(kWarps<T>);
+    if (ceil_div(O, kMostOuts<T>) * a.weight_tiles >= sm_count())
+      a.log_outs = log2_of(kMostOuts<T>);
     int64_t blocks = a.style_blocks;
     if (dw) blocks += a.weight_tiles * ceil_div(O, int64_t(1) << a.log_outs);
     if (blocks == 0) return 0;
     by_shape<T>(a.shape, [&](auto n, auto rows) {
       GK_LAUNCH((demod_coefs_bwd_kernel<T, decltype(n)::value, decltype(rows)::value>),
-                dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, a);
+                dim3(static_cast<unsigned>(blocks)), dim3(kThreads<T>), 0, stream, a);
     });
     return static_cast<int>(cudaGetLastError());
   });

@@ -34,10 +34,10 @@ struct Exchange {
 
 // A counter that others add to; a load is no burden to them, as an atomic would be.
 __device__ __forceinline__ int look(int* counter) {
-#ifdef __CUDA_ARCH__
-  return *static_cast<const volatile int*>(counter);
+#ifdef GANKERN_SIMT
+  return simt::look(counter);
 #else
-  return atomicAdd(counter, 0);
+  return *static_cast<const volatile int*>(counter);
 #endif
 }
 
@@ -186,8 +186,9 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
       add_batch(i);
     }
     if (parts == 1) break;
-    column_sum<Op::kSums, 1, V>(sums, log_tx, scratch, [&](int c, const A* s, A* f) {
-      f[0] = A(0);
+    column_sum<Op::kSums, Op::kSums, V>(sums, log_tx, scratch, [&](int c, const A* s, A* f) {
+#pragma unroll
+      for (int i = 0; i < Op::kSums; i++) f[i] = s[i];
       if (*next != part) return;  // another block's claim
       A* to = stats + (c % V) * row + (part << log_tx) + c / V;
 #pragma unroll
@@ -207,13 +208,14 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
     part = claimed < 0 ? own : claimed;  // at the end its own again, to be mapped
   }
 
-  if (parts > 1) {  // a thread, or those of several columns, for each part
+  if (parts > 1) {  // a thread, or those of several columns, for each part; its own is at hand
     const A* from = stats + threadIdx.x;
+    if (ty == own) column_factors<Op::kSums>(sums, log_tx, scratch);
 #pragma unroll
     for (int j = 0; j < V; j++)
 #pragma unroll
       for (int i = 0; i < Op::kSums; i++)
-        sums[j][i] = ty < parts ? __ldcg(from + (i * V + j) * row) : A(0);
+        if (ty != own) sums[j][i] = ty < parts ? __ldcg(from + (i * V + j) * row) : A(0);
   }
   A factors[V][Op::kFactors];
   const A inv_length = A(1) / A(length * kEach);

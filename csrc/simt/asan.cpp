@@ -43,7 +43,7 @@ static void check(const void* p, size_t size, bool write, const void* pc) {
 }
 
 namespace checks {
-void atomic(const void* p, int size, const void* pc) { check(p, size, true, pc); }
+void atomic(const void* p, int size, const void* pc, bool writes) { check(p, size, writes, pc); }
 }  // namespace checks
 }  // namespace simt
 

@@ -99,7 +99,7 @@ static void take(const void* p, size_t size, bool write, bool atomic, const void
   if (dynamic && offset + size > running.launch->smem)
     fail("access to dynamic shared memory beyond its end", pc);
   if (!shared) check_global(a);
-  if (atomic) order::atomic(address);
+  if (atomic) order::atomic(address, write);
   shadow::access(a);
   traffic::log(a);
 }
@@ -129,7 +129,9 @@ void barrier() { order::barrier(); }
 void rendezvous(int warp, unsigned lanes) { order::rendezvous(warp, lanes); }
 void warp_pauses() { traffic::flush(); }
 void fence() { order::fence(); }
-void atomic(const void* p, int size, const void* pc) { take(p, size, true, true, pc); }
+void atomic(const void* p, int size, const void* pc, bool writes) {
+  take(p, size, writes, true, pc);
+}
 
 void written_by_host(const void* p, size_t bytes) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(p);

@@ -28,7 +28,7 @@ void block_begins();
 void barrier();
 void rendezvous(int warp, unsigned lanes);
 void fence();
-void atomic(uintptr_t address);
+void atomic(uintptr_t address, bool writes);
 Event now(const Access& a);
 // True if the event, an access to `address`, is ordered before what the running thread does now.
 bool before_now(const Event& e, uintptr_t address);

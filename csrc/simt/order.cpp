@@ -136,11 +136,11 @@ void fence() {
   tick(c, running.self->id % 32);
 }
 
-void atomic(uintptr_t address) {
+void atomic(uintptr_t address, bool writes) {
   const int id = running.self->id;
   Clocks& c = here->clocks[id];
   Sync& sync = syncs[address];
-  if (c.fenced || here->block_fenced) {
+  if (writes && (c.fenced || here->block_fenced)) {
     const uint32_t passed = std::max(c.fenced ? c.fence_barriers : 0, here->block_fence_barriers);
     Release release{std::vector<uint32_t>(running.count, (passed << 16) - 1), c.knowledge};
     for (int i = 0; i < running.count; i++) {

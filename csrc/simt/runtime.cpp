@@ -466,9 +466,9 @@ void* dynamic_shared() {
 
 void device_fence() { checks::fence(); }
 
-void on_atomic(const void* p, int size, const void* pc) {
+void on_atomic(const void* p, int size, const void* pc, bool writes) {
   if (reinterpret_cast<uintptr_t>(p) % size) fail("misaligned atomic", pc);
-  checks::atomic(p, size, pc);
+  checks::atomic(p, size, pc, writes);
 }
 
 void trap() { fail("__trap()", __builtin_return_address(0)); }

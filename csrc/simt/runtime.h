@@ -139,7 +139,7 @@ void barrier();                             // every thread of the block has arr
 void rendezvous(int warp, unsigned lanes);  // these lanes have met
 void warp_pauses();                         // no lane of the running warp can go on
 void fence();
-void atomic(const void* p, int size, const void* pc);
+void atomic(const void* p, int size, const void* pc, bool writes);
 void written_by_host(const void* p, size_t bytes);
 }  // namespace checks
 #else
@@ -153,9 +153,9 @@ inline void warp_pauses() {}
 inline void fence() {}
 inline void written_by_host(const void*, size_t) {}
 #ifdef GANKERN_SIMT_ASAN
-void atomic(const void* p, int size, const void* pc);
+void atomic(const void* p, int size, const void* pc, bool writes);
 #else
-inline void atomic(const void*, int, const void*) {}
+inline void atomic(const void*, int, const void*, bool) {}
 #endif
 }  // namespace checks
 #endif

@@ -47,7 +47,7 @@ uint64_t warp_collective(WarpOp op, unsigned mask, uint64_t value, int arg, int 
 void* dynamic_shared();
 void device_fence();
 void sleep();
-void on_atomic(const void* address, int size, const void* pc);
+void on_atomic(const void* address, int size, const void* pc, bool writes = true);
 [[noreturn]] void trap();
 
 // launch() runs a grid to its end; it throws simt::Error, which names kernel, thread and line.
@@ -145,6 +145,13 @@ SIMT_UNCHECKED T atomic(T* p, F f) {
   const T old = *p;
   *p = f(old);
   return old;
+}
+
+// A relaxed load of what others change by atomics: it acquires, and releases nothing.
+template <typename T>
+SIMT_UNCHECKED T look(const T* p) {
+  on_atomic(p, sizeof(T), __builtin_return_address(0), false);
+  return *p;
 }
 
 template <typename T>

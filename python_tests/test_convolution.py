@@ -22,10 +22,10 @@ from gankern.ops import _impl, conv2d_resample, setup_filter
 from gankern.ops.convolution import (
     FEWEST_TILES,
     Form,
+    _by_patches,
     _ours,
     convolution,
     has_own_kernels,
-    in_best_format,
 )
 from gankern.ops.modulated_conv2d import scaled_convolution
 
@@ -39,7 +39,7 @@ def any_size(monkeypatch):
     """Our kernels at every size, not only where they are faster."""
     for key in FEWEST_TILES:
         monkeypatch.setitem(FEWEST_TILES, key, (32, 32, 32))
-    monkeypatch.setattr("gankern.ops.convolution.FEWEST_TILES_4X4", 8)
+    monkeypatch.setattr("gankern.ops.convolution.MOST_WEIGHTS_4X4", 1 << 30)
 
 
 # stride, padding, transposed, output padding, groups
@@ -135,17 +135,18 @@ def test_four_taps(form, shape, isa):
         _impl.set_cpu_isa(-1)
 
 
-def test_in_best_format():
-    """Channels-last memory for our kernels, contiguous memory for PyTorch's."""
-    form = FORMS_4X4["down"]
-    x, w = inputs_of("8x8", form, 4)
-    for layout in LAYOUTS:
-        best = in_best_format(lay_out(x, layout), w, form)
-        assert torch.equal(best, x)
-        assert best.is_contiguous(memory_format=torch.channels_last)
-        for other in (w[:8], w[:, :, :3, 1:]):
-            assert in_best_format(lay_out(x, layout), other, form).is_contiguous()
-    assert in_best_format(x, w, form._replace(own=False)) is x
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", FORMS_4X4.values(), ids=FORMS_4X4)
+def test_four_taps_of_few_images(form, shape, layout, monkeypatch):
+    """As one matrix product of all patches."""
+    monkeypatch.setattr("gankern.ops.convolution.MOST_WEIGHTS_4X4", 0)
+    x, w = inputs_of(shape, form, 4)
+    inputs = [lay_out(x, layout), w]
+    assert not _ours(w, inputs[0], None, form)
+    assert _by_patches(w, inputs[0], None, form)
+    compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs)
+    compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs, second_grads)
 
 
 def of_product(form: Form):

@@ -5,10 +5,19 @@ from __future__ import annotations
 import harness
 import pytest
 import torch
-from harness import compare, golden, lay_out, max_error, outputs_and_grads, randn
+from harness import (
+    compare,
+    golden,
+    lay_out,
+    max_error,
+    outputs_and_grads,
+    randn,
+    second_grads,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from test_conv2d_resample import definition
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gankern.ops import modulated_conv2d, setup_filter
 from gankern.ops.modulated_conv2d import no_weight_gradients
@@ -44,6 +53,36 @@ def test_against_reference(impl, device, up, last):
         )
 
     compare(at(impl), at("reference"), inputs)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("order", [outputs_and_grads, second_grads])
+def test_colours(impl, device, layout, order):
+    """1x1 weights with few outputs: each sample's own, and no image times its styles."""
+    x, w, s = randn(3, 24, 5, 7), randn(3, 24, 1, 1, seed=1), randn(3, 24, seed=2)
+    inputs = [t.float().to(device) for t in (lay_out(x, layout), w, s)]
+
+    def at(which):
+        return lambda x, w, s: modulated_conv2d(x, w, s, demodulate=False, impl=which)
+
+    compare(at(impl), at("reference"), inputs, order)
+    shapes = shapes_made(lambda: at(impl)(*inputs))
+    assert (x.shape in shapes) == (impl == "reference")
+
+
+def shapes_made(run):
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            views = func in (torch.ops.aten.permute.default, torch.ops.aten.view.default)
+            if isinstance(out, torch.Tensor) and not views:
+                made.append(out.shape)
+            return out
+
+    made: list[torch.Size] = []
+    with Record():
+        run()
+    return made
 
 
 def materialised(x, weight, styles, f, up, down, padding, demodulate, flip_weight):

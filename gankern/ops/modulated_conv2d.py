@@ -127,9 +127,10 @@ def scaled_convolution(styles: Tensor, impl: str | None) -> Convolve:
     """
 
     def convolve(x: Tensor, w: Tensor, form: Form) -> Tensor:
-        if w.shape[2:] == (1, 1) and len(w) <= MOST_OUTPUTS and form == Form(*POINTWISE, form.own):
-            if _impl.choose("synthesis_epilogue", impl, x) != "reference":
-                return _per_sample(x, w, styles)
+        few = w.shape[2:] == (1, 1) and len(w) <= MOST_OUTPUTS
+        few = few and form == Form(*POINTWISE, form.own)
+        if few and _impl.choose("synthesis_epilogue", impl, x) != "reference":
+            return _per_sample(x, w, styles)
         own = styles.dtype == torch.float32 and not _impl.transformed()
         if not own or not _ours(w, x, None, form):
             return convolution(scale(x, styles, impl), w, form)

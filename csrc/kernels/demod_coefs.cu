@@ -234,14 +234,18 @@ __global__ void __launch_bounds__(kFwdThreads, sizeof(T) == 8 ? 1 : 2)
         const int left = (channels - c + lanes - 1) >> (a.log_columns + a.log_outs - a.log_samples);
         styles.load(a.styles, at, lanes, n0 + sample < a.shape.N ? left : 0);
       };
-      load(mine);
+      // As early as there are registers for them.
+      constexpr bool kLate = !kStaged && N == 1;
+      const bool staging = kStaged && n0 == 0;
+      if (!kLate && !staging) load(mine);
       if (n0 == 0 || I > a.chunk) {
         A q[kSteps] = {};
         if (n0 + i0 > 0) __syncthreads();  // what is in shared memory has been read
         const bool active = o0 + out < a.shape.O;
-        if (kStaged && n0 == 0) {
+        if (staging) {
           A* const own = stage + out * a.chunk * K;
           if (active) stage_rows<T, N>(a, a.w + (row + i0) * K, column, channels * K / N, own);
+          load(mine);
           __syncthreads();
 #pragma unroll
           for (int j = 0; j < kSteps; j++)
@@ -269,6 +273,7 @@ __global__ void __launch_bounds__(kFwdThreads, sizeof(T) == 8 ? 1 : 2)
         }
         __syncthreads();
       }
+      if (kLate) load(mine);
 #pragma unroll 1
       for (int c = mine; c < channels; c += kStylesAhead * lanes) {
 #pragma unroll
@@ -317,8 +322,13 @@ constexpr int kMostOuts = 2 * kWarps<T>;  // output channels of a tile of dW
 template <typename T>
 constexpr int kChunk = kThreads<T>;  // output channels whose g a tile of ds has at a time
 constexpr int kHeld = 32;            // samples that a tile of dW has in shared memory at a time
-constexpr int kAhead = 4;            // packs of q that a thread has under way
-constexpr int kTile = 16;            // packs of q side by side in a tile of ds
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kSamplesAhead = 1;  // more spill on sm_75
+#else
+constexpr int kSamplesAhead = 2;
+#endif
+constexpr int kAhead = 4;  // packs of q that a thread has under way
+constexpr int kTile = 16;  // packs of q side by side in a tile of ds
 
 template <typename T>
 struct Backward {
@@ -385,7 +395,7 @@ struct Tile {
     for (int n0 = 0; n0 < a.shape.N; n0 += kHeld) {
       if (row < kWarps<T> || a.shape.N > kHeld) hold(a, n0);
       const int count = min(kHeld, a.shape.N - n0);
-#pragma unroll 2
+#pragma unroll kSamplesAhead
       for (int n = 0; n < count; n++) f(n, g[(n << a.log_outs) + row]);
     }
   }

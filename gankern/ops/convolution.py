@@ -30,8 +30,8 @@ FEWEST_TILES = {
 }
 # Most weights for each tile of the lower resolution of 4x4 convolutions of stride 2 with padding 1
 # and of their weight gradients, which our kernels take in channels-last memory alone: they are
-# transformed for all tiles. With more, one matrix product of all patches is faster: a weight gradient
-# of 4x4 images in 0.4 of the time of PyTorch's convolution.
+# transformed for all tiles. With more, one matrix product of all patches is faster: a gradient
+# of 4x4 images' weights in 0.4 of the time of PyTorch's convolution.
 MOST_WEIGHTS_4X4 = 1 << 14
 
 

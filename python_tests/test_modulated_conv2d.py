@@ -58,7 +58,7 @@ def test_against_reference(impl, device, up, last):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("order", [outputs_and_grads, second_grads])
 def test_colours(impl, device, layout, order):
-    """1x1 weights with few outputs: each sample's own, and no image times its styles."""
+    """1x1 weights with few outputs: on a CPU each sample's own, and no image times its styles."""
     x, w, s = randn(3, 24, 5, 7), randn(3, 24, 1, 1, seed=1), randn(3, 24, seed=2)
     inputs = [t.float().to(device) for t in (lay_out(x, layout), w, s)]
 
@@ -67,7 +67,7 @@ def test_colours(impl, device, layout, order):
 
     compare(at(impl), at("reference"), inputs, order)
     shapes = shapes_made(lambda: at(impl)(*inputs))
-    assert (x.shape in shapes) == (impl == "reference")
+    assert (x.shape in shapes) == (impl == "reference" or device != "cpu")
 
 
 def shapes_made(run):

@@ -122,12 +122,13 @@ def _grouped(
 def scaled_convolution(styles: Tensor, impl: str | None) -> Convolve:
     """The convolution of images times their styles, [N, I].
 
-    Our kernels multiply as they read the images, and 1x1 weights with few outputs, as a ToRGB's,
-    are multiplied themselves. Elsewhere the product is an image.
+    Our kernels multiply as they read the images, and on a CPU 1x1 weights with few outputs, as a
+    ToRGB's, are multiplied themselves; on a GPU this would take more launches, for penalties most.
+    Elsewhere the product is an image.
     """
 
     def convolve(x: Tensor, w: Tensor, form: Form) -> Tensor:
-        few = w.shape[2:] == (1, 1) and len(w) <= MOST_OUTPUTS
+        few = x.is_cpu and w.shape[2:] == (1, 1) and len(w) <= MOST_OUTPUTS
         few = few and form == Form(*POINTWISE, form.own)
         if few and _impl.choose("synthesis_epilogue", impl, x) != "reference":
             return _per_sample(x, w, styles)

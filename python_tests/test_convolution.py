@@ -18,11 +18,12 @@ from harness import (
 )
 from torch import Tensor
 
+from gankern.models import dcgan
 from gankern.ops import _impl, conv2d_resample, setup_filter
 from gankern.ops.convolution import (
     FEWEST_TILES,
     Form,
-    _by_patches,
+    _four_taps,
     _ours,
     convolution,
     has_own_kernels,
@@ -135,6 +136,32 @@ def test_four_taps(form, shape, isa):
         _impl.set_cpu_isa(-1)
 
 
+@pytest.mark.parametrize("most", [0, 1 << 14, 1 << 30])
+@pytest.mark.parametrize("size", [(0, 4, 4), (8, 1, 1), (8, 2, 2), (1, 3, 2), (40, 4, 4)])
+@pytest.mark.parametrize("form", FORMS_4X4.values(), ids=FORMS_4X4)
+def test_four_taps_at_the_edges(form, size, most, monkeypatch):
+    """No images, and a side of one or two pixels, whose memory format is both."""
+    monkeypatch.setattr("gankern.ops.convolution.MOST_WEIGHTS_4X4", most)
+    n, h, w = size
+    x, weight = randn(n, 16, h, w).float(), randn(16, 16, 4, 4, seed=1).float() / 16
+    if not form.transposed and (h, w) == (1, 1):
+        with pytest.raises(RuntimeError):
+            convolution(x, weight, form)
+        return
+    for layout in LAYOUTS[:2]:
+        inputs = [lay_out(x, layout), weight]
+        compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs)
+
+
+@pytest.mark.parametrize("name", ["DownConvolution", "UpConvolution"])
+def test_layers_reach_the_kernels(name, monkeypatch):
+    called, real = [], _impl.op
+    monkeypatch.setattr(_impl, "op", lambda *names: called.append(names) or real(*names))
+    y = getattr(dcgan, name)(32, 64)(randn(8, 32, 16, 16).float())
+    assert called == [("cpu", "convolution")]
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", FORMS_4X4.values(), ids=FORMS_4X4)
@@ -144,7 +171,7 @@ def test_four_taps_of_few_images(form, shape, layout, monkeypatch):
     x, w = inputs_of(shape, form, 4)
     inputs = [lay_out(x, layout), w]
     assert not _ours(w, inputs[0], None, form)
-    assert _by_patches(w, inputs[0], None, form)
+    assert _four_taps(w, inputs[0], None, form) == "product"
     compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs)
     compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs, second_grads)
 

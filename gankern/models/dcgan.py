@@ -97,7 +97,7 @@ class Generator(nn.Module):
             if side in self.attention:
                 x = self.attention[side](x)
             x = conv(x)  # [N, C/2, 2H, 2W]
-        return bias_act(x.contiguous(), self.bias, act="tanh")
+        return bias_act(x.contiguous() if x.is_cpu else x, self.bias, act="tanh")
 
 
 class Discriminator(nn.Module):
@@ -175,7 +175,7 @@ class DownLayer(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, norm: str, dropout: float) -> None:
         super().__init__()
-        self.conv = DownConvolution(channels_in, channels_out, 4, stride=2, padding=1, bias=False)
+        self.conv = DownConvolution(channels_in, channels_out)
         self.norm: nn.Module | None = None
         if norm != "none":
             batch = norm == "batch"
@@ -192,22 +192,28 @@ class DownLayer(nn.Module):
 
 
 class DownConvolution(nn.Conv2d):
-    """nn.Conv2d of 4x4 taps and stride 2, on a CPU by gankern's kernels."""
+    """The nn.Conv2d of 4x4 taps, stride 2, padding 1, without bias; gankern's kernels on a CPU."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, 4, stride=2, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return halve_or_double(self, x, False)
+        return halve_or_double(x, self.weight, False)
 
 
 class UpConvolution(nn.ConvTranspose2d):
-    """nn.ConvTranspose2d of 4x4 taps and stride 2, likewise."""
+    """The nn.ConvTranspose2d likewise."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, 4, stride=2, padding=1, bias=False)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return halve_or_double(self, x, True)
+        return halve_or_double(x, self.weight, True)
 
 
-def halve_or_double(conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, transposed: bool) -> Tensor:
+def halve_or_double(x: Tensor, w: Tensor, transposed: bool) -> Tensor:
     form = Form(2, (1, 1), transposed, (0, 0), 1, has_own_kernels(x, None))
-    x, w = to_conv_dtype(x, conv.weight)
+    x, w = to_conv_dtype(x, w)
     if form.own:
         x = x.contiguous(memory_format=torch.channels_last)
     return convolution(x, w, form)
@@ -216,7 +222,7 @@ def halve_or_double(conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, transposed:
 def up_convolution(channels_in: int, channels_out: int, upsample: str) -> nn.Module:
     """Doubles the grid: transposed 4x4, or bilinear upsampling and 3x3."""
     if upsample == "transposed":
-        return UpConvolution(channels_in, channels_out, 4, stride=2, padding=1, bias=False)
+        return UpConvolution(channels_in, channels_out)
     conv = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
     return nn.Sequential(Upsample(), conv)
 

@@ -93,16 +93,32 @@ def _records(x: Tensor, w: Tensor) -> bool:
 
 
 def _ours(w: Tensor, small: Tensor, large: Tensor | None, form: Form) -> bool:
-    """Whether our kernels are to run; small: the images of the lower resolution; large: the others
-    of a weight gradient, None for a convolution of `small`."""
-    formats = _formats(w, small, large, form)
-    n, _, height, width = small.shape
-    tiles = n * ((height + 1) // 2) * ((width + 1) // 2)
-    kind = 0 if large is None else 1
+    """Whether our kernels are to run; small: the images of a convolution, or of a weight gradient
+    those of the lower resolution; large: the others of a weight gradient, else None."""
     if w.shape[2:] == (4, 4):
-        tiles //= 1 if form.transposed or kind else 4
-        return torch.channels_last in formats and w.numel() <= tiles * MOST_WEIGHTS_4X4
-    return bool(formats) and tiles >= FEWEST_TILES[formats[0]][2 * kind or form.stride - 1]
+        return _four_taps(w, small, large, form) == "kernels"
+    formats = _formats(w, small, large, form)
+    kind = form.stride - 1 if large is None else 2
+    return bool(formats) and _tiles(small) >= FEWEST_TILES[formats[0]][kind]
+
+
+def _tiles(x: Tensor) -> int:
+    return x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
+
+
+def _four_taps(w: Tensor, small: Tensor, large: Tensor | None, form: Form) -> str:
+    """What computes a 4x4 convolution: our "kernels", one "product" of all patches, or ""."""
+    if w.shape[2:] != (4, 4) or not _formats(w, small, large, form):
+        return ""
+    tiles = _tiles(small)
+    if large is None and not form.transposed:  # small is the larger side
+        tiles = 0 if min(small.shape[2:]) < 2 else tiles // 4
+    if tiles == 0:
+        return ""
+    if w.numel() > tiles * MOST_WEIGHTS_4X4:
+        return "product"
+    contiguous = small.is_contiguous() or (large is not None and large.is_contiguous())
+    return "" if contiguous else "kernels"
 
 
 def _formats(
@@ -123,11 +139,6 @@ def _formats(
         if t.dtype != torch.float32:
             return []
     return formats
-
-
-def _by_patches(w: Tensor, small: Tensor, large: Tensor | None, form: Form) -> bool:
-    """Whether what `_ours` declines is to be one matrix product; as `_ours`."""
-    return w.shape[2:] == (4, 4) and bool(_formats(w, small, large, form))
 
 
 def _patches(x: Tensor, height: int, width: int) -> Tensor:
@@ -169,7 +180,7 @@ def _forward(x: Tensor, w: Tensor, form: Form, factors: Tensor | None = None) ->
     if w.dtype == x.dtype and _ours(w, x, None, form):
         place = (form.stride, *form.padding, form.transposed, *form.output_padding)
         return _impl.op("cpu", OP)(x, w, factors, *place)
-    if w.dtype == x.dtype and factors is None and _by_patches(w, x, None, form):
+    if w.dtype == x.dtype and factors is None and _four_taps(w, x, None, form) == "product":
         return _matmul(x, w, form)
     return torch.convolution(x, w, None, *form.arguments())
 
@@ -182,7 +193,7 @@ def _gradients(
     left = list(wanted)
     if wanted[0]:
         adjoint = form.adjoint(x, dy, w)
-        if _ours(w, dy, None, adjoint) or _by_patches(w, dy, None, adjoint):
+        if _ours(w, dy, None, adjoint) or _four_taps(w, dy, None, adjoint):
             found[0], left[0] = _forward(dy, w, adjoint), False
     small, large = (x, dy) if form.transposed else (dy, x)
     if wanted[1] and _ours(w, small, large, form):
@@ -193,7 +204,7 @@ def _gradients(
     if left[1] and factors is not None:
         x = x * factors[:, :, None, None]
         small, large = (x, dy) if form.transposed else (dy, x)
-    if left[1] and _by_patches(w, small, large, form):
+    if left[1] and _four_taps(w, small, large, form) == "product":
         patches = _patches(large, small.shape[2], small.shape[3])
         found[1] = (_samples(small).t() @ patches).view(w.shape)
         left[1] = False

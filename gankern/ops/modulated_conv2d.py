@@ -144,12 +144,13 @@ def scaled_convolution(styles: Tensor, impl: str | None) -> Convolve:
 
 def _per_sample(x: Tensor, w: Tensor, styles: Tensor) -> Tensor:
     """The 1x1 convolution of each sample by its own weights, in the memory format of x."""
-    n, i, height, width = x.shape
-    weights = (w.view(1, -1, i).to(styles.dtype) * styles[:, None]).to(x.dtype)  # [N, O, I]
+    (n, i, height, width), o = x.shape, len(w)
+    weights = (w.view(1, o, i).to(styles.dtype) * styles[:, None]).to(x.dtype)  # [N, O, I]
     if _impl.memory_format(x) == torch.channels_last:
-        y = torch.bmm(x.permute(0, 2, 3, 1).reshape(n, -1, i), weights.transpose(1, 2))
-        return y.view(n, height, width, -1).permute(0, 3, 1, 2)
-    return torch.bmm(weights, x.reshape(n, i, -1)).view(n, -1, height, width)
+        rows = x.permute(0, 2, 3, 1).reshape(n, height * width, i)
+        y = torch.bmm(rows, weights.transpose(1, 2))
+        return y.view(n, height, width, o).permute(0, 3, 1, 2)
+    return torch.bmm(weights, x.reshape(n, i, height * width)).view(n, o, height, width)
 
 
 def scale(x: Tensor, styles: Tensor, impl: str | None) -> Tensor:

@@ -90,7 +90,7 @@ struct Side {
 // with their columns of v and a group of m the first cache level holds.
 template <int kPlaces>
 void accumulate(float* du, const Side<kPlaces>& m, const Side<kPlaces>& v, int64_t count) {
-  constexpr int64_t kSome = 128, kColumns = 3;  // with kPanel rows, 12 sums
+  constexpr int64_t kSome = 128, kColumns = 3;  // with kPanel rows, 12 sums of AVX2
   const int64_t rows = m.groups * kGroup, row = v.groups * kGroup;
   const int64_t items = (v.groups + kColumns - 1) / kColumns;
   parallel(kPlaces * items, 1, [&](int64_t first, int64_t last) {

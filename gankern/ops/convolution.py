@@ -23,7 +23,7 @@ OP = "convolution"
 MIN_CHANNELS = 16
 
 # Fewest 2x2 tiles that our kernels are faster for: of a convolution of stride 1, of stride 2, and
-# of a weight gradient. oneDNN's transposed convolutions are slow in contiguous memory alone.
+# of a weight gradient.
 FEWEST_TILES = {
     torch.contiguous_format: (128, 512, 128),
     torch.channels_last: (128, 128, 32),

@@ -66,6 +66,53 @@ GK_INLINE V act_slope(V a, V u, const ActArgs<S>& p) {
   }
 }
 
+// The rare activations are not worth an instance of the whole kernel each.
+template <typename V, typename S>
+__attribute__((noinline)) V value_of(V u, const ActArgs<S>& p) {
+  return act_value<false>(u, p);
+}
+
+template <typename V, typename S>
+__attribute__((noinline)) V slope_of(V a, V u, const ActArgs<S>& p) {
+  return act_slope<false>(a, u, p);
+}
+
+template <bool kPwl, typename V, typename S>
+GK_INLINE V value(V u, const ActArgs<S>& p) {
+  if constexpr (kPwl) return act_value<true>(u, p);
+  return value_of(u, p);
+}
+
+template <bool kPwl, typename V, typename S>
+GK_INLINE V slope(V a, V u, const ActArgs<S>& p) {
+  if constexpr (kPwl) return act_slope<true>(a, u, p);
+  return slope_of(a, u, p);
+}
+
+// v within [-clamp, clamp]; NaN stays.
+template <typename V, typename S>
+GK_INLINE V clamped(V v, const ActArgs<S>& p) {
+  if (p.clamp < 0) return v;
+  const V limit = splat<V>(p.clamp);
+  v = v > limit ? limit : v;
+  return v < -limit ? -limit : v;
+}
+
+// f(true type) for the piecewise linear activations, f(false type) for the others.
+template <typename F>
+void by_act(int act, const F& f) {
+  if (act <= kLrelu)
+    f(std::true_type{});
+  else
+    f(std::false_type{});
+}
+
+template <typename S>
+ActArgs<S> act_args(int act, double alpha, double gain, double clamp) {
+  const double alpha_of = act == kLinear ? 1 : act == kRelu ? 0 : alpha;
+  return {act, S(alpha_of), S(gain), S(0), S(clamp), true};
+}
+
 // d(gain * act'(u)) / d(reference): by y, or for swish by x.
 template <typename V, typename S>
 GK_INLINE V act_curve(V a, V u, const ActArgs<S>& p) {

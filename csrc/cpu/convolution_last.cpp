@@ -1,6 +1,8 @@
 // Convolutions in channels-last memory, of 4x4 taps too (stride 2, padding 1: 36 products for 64):
 // vectors run along the channels, and nothing is rearranged.
+#include "act.h"
 #include "convolution.h"
+#include "finish.h"
 
 namespace gankern::cpu::GANKERN_ISA {
 namespace {
@@ -98,11 +100,59 @@ GK_INLINE void transform_output_grad(const float* dy, const Images& im, const Ti
   });
 }
 
+// What becomes of kLanes channels' outputs: nothing.
+struct Plain {
+  struct Channels {
+    GK_INLINE vf operator()(vf y, int64_t) const { return y; }
+  };
+  GK_INLINE Channels at(int64_t, int64_t, int64_t) const { return {}; }
+};
+
+// The epilogue; kPwl as in act.h.
+template <bool kPwl>
+struct Finished {
+  struct Channels {
+    const Finished& all;
+    vf d, strength, b;
+    const float* noise;
+    // y of a pixel.
+    GK_INLINE vf operator()(vf y, int64_t pixel) const {
+      y = y * d;
+      if (noise) y += noise[pixel] * strength;
+      return clamped(value<kPwl>(y + b, all.p) * all.p.gain, all.p);
+    }
+  };
+  const Finish& f;
+  ActArgs<float> p;
+  int64_t C, pixels;
+
+  Finished(const Finish& f, const Images& out)
+      : f(f),
+        p(act_args<float>(f.act, f.alpha, f.gain, f.clamp)),
+        C(out.C),
+        pixels(out.H * out.W) {}
+  // Of sample n from channel c on, `left` of them.
+  GK_INLINE Channels at(int64_t n, int64_t c, int64_t left) const {
+    const vf one = vf{} + 1.f;
+    const vf strength = !f.strength         ? one
+                        : f.strength_n == 1 ? vf{} + f.strength[0]
+                                            : some(f.strength + c, left);
+    return {*this, f.d ? some(f.d + n * C + c, left) : one, strength,
+            f.b ? some(f.b + c, left) : vf{},
+            f.noise ? f.noise + (f.noise_n == 1 ? 0 : n * pixels) : nullptr};
+  }
+
+ private:
+  GK_INLINE static vf some(const float* p, int64_t left) {
+    return left >= kLanes ? load(p) : load_part(p, left);
+  }
+};
+
 // Channels [o, o + kWide) of the outputs of tiles [begin, stop) from products
 // m[place][kBlock tiles][kWide].
-template <int kMode, int64_t kBlock>
+template <int kMode, int64_t kBlock, typename End>
 void transform_output(float* y, const float* m, int64_t o, const Images& im, const Tiles& tiles,
-                      int64_t begin, int64_t stop) {
+                      int64_t begin, int64_t stop, const End& end) {
   using A = Axis<kMode>;
   constexpr int kP = A::kProducts, kOut = A::kOut;
   each_tile(tiles, begin, stop, [&](int64_t n, int64_t row, int64_t column, int64_t tile) {
@@ -115,14 +165,18 @@ void transform_output(float* y, const float* m, int64_t o, const Images& im, con
         for (int r = 0; r < kOut; r++) half[r][q] = all[r];
       }
       const int64_t left = im.C - o - j;
+      const auto channels = end.at(n, o + j, left);
       for (int r = 0; r < kOut && row * kOut + r < im.H; r++) {
         A::output(half[r], all);
-        float* to = y + ((n * im.H + row * kOut + r) * im.W + column * kOut) * im.C + o + j;
-        for (int c = 0; c < kOut && column * kOut + c < im.W; c++, to += im.C)
+        const int64_t pixel = (row * kOut + r) * im.W + column * kOut;
+        float* to = y + (n * im.H * im.W + pixel) * im.C + o + j;
+        for (int c = 0; c < kOut && column * kOut + c < im.W; c++, to += im.C) {
+          const vf value = channels(all[c], pixel + c);
           if (left >= kLanes)
-            store(to, all[c]);
+            store(to, value);
           else
-            store_part(to, all[c], left);
+            store_part(to, value, left);
+        }
       }
     }
   });
@@ -146,21 +200,24 @@ void multiply(float* m, const float* v, const float* u, int64_t tiles, int64_t v
 
 // A thread takes a block of tiles through all stages: its transformed inputs stay in the second
 // level of its cache, as do the products of kWide channels out, which are turned back at once.
-template <int kMode>
+template <int kMode, typename End>
 void forward(const float* x, const Weights& w, float* y, const Images& in, const Images& out,
-             Padding pad) {
+             Padding pad, const End& end) {
   using A = Axis<kMode>;
   constexpr int64_t kPlaces = A::kProducts * A::kProducts, kBlock = kPlaces > 16 ? 24 : 48;
   const int64_t I = in.C, v_row = whole(I, kLanes) + kLanes, m_row = whole(out.C, kWide);
   const Tiles tiles(in.N, out.H, out.W, A::kOut);
   Buffer<float> u(kPlaces * I * m_row);
   transform_weights<kMode, kWide>(&u[0], w, out.C, I);
-  const int64_t blocks = whole((tiles.count + kBlock - 1) / kBlock, 2);  // as long as each other
+  // Blocks of register tiles, an even number of them: as long as each other.
+  const int64_t tall = (tiles.count + kTall - 1) / kTall;
+  const int64_t blocks = whole((tiles.count + kBlock - 1) / kBlock, 2);
   parallel(blocks, 1, [&](int64_t first, int64_t last) {
     Buffer<float> v(kPlaces * kBlock * v_row), m(kPlaces * kBlock * kWide);
     for (int64_t block = first; block < last; block++) {
-      const int64_t begin = block * tiles.count / blocks;
-      const int64_t stop = (block + 1) * tiles.count / blocks;
+      const int64_t begin = block * tall / blocks * kTall;
+      const int64_t next = (block + 1) * tall / blocks * kTall;
+      const int64_t stop = next < tiles.count ? next : tiles.count;
       transform_input<kMode>(x, in, tiles, pad, begin, stop, 0, I,
                              [&](int64_t place, int64_t tile, int64_t c, vf value) {
                                store(&v[(place * kBlock + tile) * v_row + c], value);
@@ -169,7 +226,7 @@ void forward(const float* x, const Weights& w, float* y, const Images& in, const
         for (int64_t place = 0; place < kPlaces; place++)
           multiply(&m[place * kBlock * kWide], &v[place * kBlock * v_row],
                    &u[place * I * m_row + o * I], stop - begin, v_row, I);
-        transform_output<kMode, kBlock>(y, &m[0], o, out, tiles, begin, stop);
+        transform_output<kMode, kBlock>(y, &m[0], o, out, tiles, begin, stop, end);
       }
     }
   });
@@ -204,21 +261,26 @@ void weight_gradient(const float* dy, const float* x, float* dw, const Images& o
 int convolution_last(int, const void* x, const void* factors, const void* w, void* y, int64_t N,
                      int64_t I, int64_t H, int64_t W, int64_t O, int64_t out_h, int64_t out_w,
                      int64_t w_out, int64_t w_in, int taps, int stride, bool transposed,
-                     int64_t pad_y, int64_t pad_x) {
+                     int64_t pad_y, int64_t pad_x, const Finish* finish) {
   const Images in{N, I, H, W, static_cast<const float*>(factors)}, out{N, O, out_h, out_w};
   const Weights weights{static_cast<const float*>(w), w_out, w_in, transposed && stride == 1};
   const auto* from = static_cast<const float*>(x);
   auto* to = static_cast<float*>(y);
-  if (taps == 4 && transposed)
-    forward<kUp4>(from, weights, to, in, out, {1, 1});
+  if (finish)
+    by_act(finish->act, [&](auto pwl) {
+      forward<kSame>(from, weights, to, in, out, {pad_y, pad_x},
+                     Finished<decltype(pwl)::value>(*finish, out));
+    });
+  else if (taps == 4 && transposed)
+    forward<kUp4>(from, weights, to, in, out, {1, 1}, Plain());
   else if (taps == 4)
-    forward<kDown4>(from, weights, to, in, out, {1, 1});
+    forward<kDown4>(from, weights, to, in, out, {1, 1}, Plain());
   else if (stride == 1)
-    forward<kSame>(from, weights, to, in, out, {pad_y, pad_x});
+    forward<kSame>(from, weights, to, in, out, {pad_y, pad_x}, Plain());
   else if (transposed)
-    forward<kUp>(from, weights, to, in, out, {1, 1});
+    forward<kUp>(from, weights, to, in, out, {1, 1}, Plain());
   else
-    forward<kDown>(from, weights, to, in, out, {0, 0});
+    forward<kDown>(from, weights, to, in, out, {0, 0}, Plain());
   return 0;
 }
 

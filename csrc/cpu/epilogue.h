@@ -26,29 +26,6 @@ struct Operands {
   bool b_f32() const { return f32 & 8; }
 };
 
-// The rare activations are not worth an instance of the whole kernel each.
-template <typename V, typename S>
-__attribute__((noinline)) V value_of(V u, const ActArgs<S>& p) {
-  return act_value<false>(u, p);
-}
-
-template <typename V, typename S>
-__attribute__((noinline)) V slope_of(V a, V u, const ActArgs<S>& p) {
-  return act_slope<false>(a, u, p);
-}
-
-template <bool kPwl, typename V, typename S>
-GK_INLINE V value(V u, const ActArgs<S>& p) {
-  if constexpr (kPwl) return act_value<true>(u, p);
-  return value_of(u, p);
-}
-
-template <bool kPwl, typename V, typename S>
-GK_INLINE V slope(V a, V u, const ActArgs<S>& p) {
-  if constexpr (kPwl) return act_slope<true>(a, u, p);
-  return slope_of(a, u, p);
-}
-
 // A plane of x, y, dx or dy: `step` channels from c on, of sample n.
 template <typename T>
 struct Plane {

@@ -23,12 +23,7 @@ void forward_unit(const T* x, T* y, const Geometry& g, const Operands& o,
     filtered.row(&u[0], i);
     if (o.noise) unit.read_noise(&noise[0], i);
     unit.each(o.noise ? &noise[0] : nullptr, [&](int64_t k, V d, V b, V sn, V, int64_t m, int64_t) {
-      V v = value<kPwl>(load(&u[k]) * d + sn + b, p) * p.gain;
-      if (p.clamp >= 0) {
-        const V limit = splat<V>(p.clamp);
-        v = v > limit ? limit : v;
-        v = v < -limit ? -limit : v;
-      }
+      const V v = clamped(value<kPwl>(load(&u[k]) * d + sn + b, p) * p.gain, p);
       if (m == kLanes)
         store(&u[k], v);
       else
@@ -174,21 +169,6 @@ void each_unit(const Geometry& g, const F& body) {
       body(i / blocks, c, g.C - c < block ? g.C - c : block);
     }
   });
-}
-
-// f(true type) for the piecewise linear activations, f(false type) for the others.
-template <typename F>
-void by_act(int act, const F& f) {
-  if (act <= kLrelu)
-    f(std::true_type{});
-  else
-    f(std::false_type{});
-}
-
-template <typename S>
-ActArgs<S> act_args(int act, double alpha, double gain, double clamp) {
-  const double alpha_of = act == kLinear ? 1 : act == kRelu ? 0 : alpha;
-  return {act, S(alpha_of), S(gain), S(0), S(clamp), true};
 }
 
 }  // namespace

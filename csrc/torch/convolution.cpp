@@ -1,6 +1,7 @@
-// convolution for the dispatcher: checks, allocation, launch. The contract is
-// gankern/ops/convolution.py. The CPU alone has kernels.
-#include "common.h"
+// convolution for the dispatcher, alone or with an epilogue: checks, allocation, launch. The
+// contract is gankern/ops/convolution.py. The CPU alone has kernels.
+#include "../cpu/finish.h"
+#include "synthesis_epilogue.h"
 
 GANKERN_KERNEL(int, convolution, int dtype, const void* x, const void* factors, const void* w,
                void* y, int64_t N, int64_t I, int64_t H, int64_t W, int64_t O, int64_t out_h,
@@ -13,7 +14,7 @@ GANKERN_KERNEL(int, convolution_weight_gradient, int dtype, const void* dy, cons
 GANKERN_KERNEL(int, convolution_last, int dtype, const void* x, const void* factors, const void* w,
                void* y, int64_t N, int64_t I, int64_t H, int64_t W, int64_t O, int64_t out_h,
                int64_t out_w, int64_t w_out, int64_t w_in, int taps, int stride, bool transposed,
-               int64_t pad_y, int64_t pad_x)
+               int64_t pad_y, int64_t pad_x, const gankern::cpu::Finish* finish)
 GANKERN_KERNEL(int, convolution_last_weight_gradient, int dtype, const void* dy,
                const void* dy_factors, const void* x, const void* x_factors, void* dw, int64_t N,
                int64_t O, int64_t out_h, int64_t out_w, int64_t I, int64_t H, int64_t W, int taps,
@@ -24,10 +25,11 @@ namespace {
 
 constexpr const char* kOp = "convolution";
 
-void check(const char* name, const Tensor& t) {
+const Tensor& checked(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 4, kOp, ": ", name, " must have 4 dimensions, got ", t.dim());
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, kOp, ": ", name, " must be float32, got ",
                   dtype_name(t.scalar_type()));
+  return t;
 }
 
 void check_form(int64_t taps, int64_t stride, int64_t pad_y, int64_t pad_x, bool last) {
@@ -62,44 +64,92 @@ struct Factors {
   const void* data() const { return rows ? rows->const_data_ptr() : nullptr; }
 };
 
-Tensor forward(const Tensor& x_in, const Tensor& w_in, const MaybeTensor& factors_in,
-               int64_t stride, int64_t pad_y, int64_t pad_x, bool transposed, int64_t rest_y,
-               int64_t rest_x) {
-  check("x", x_in);
-  check("w", w_in);
-  const int64_t taps = w_in.size(3);
-  const bool last = is_channels_last(x_in);
-  check_form(taps, stride, pad_y, pad_x, last);
-  const Tensor x = last ? x_in : row_major(x_in);
-  const Factors factors("factors", factors_in, x);
-  const Tensor w = w_in.stride(3) == 1 && w_in.stride(2) == taps ? w_in : row_major(w_in);
-  const int in_dim = transposed ? 0 : 1;
-  const int64_t N = x.size(0), I = x.size(1), O = w.size(1 - in_dim);
-  STD_TORCH_CHECK(w.size(in_dim) == I && w.size(2) == taps, kOp, ": w must have ", I,
-                  " channels in and square taps, got ", w.size(in_dim), " and ", w.size(2), "x",
-                  taps);
-  const int64_t out_h = out_size(x.size(2), taps, stride, pad_y, transposed, rest_y);
-  const int64_t out_w = out_size(x.size(3), taps, stride, pad_x, transposed, rest_x);
-  STD_TORCH_CHECK(out_h > 0 && out_w > 0, kOp, ": padding must leave an output, got ", out_h, "x",
-                  out_w);
-  const bool flipped = transposed && stride == 1;  // a correlation again, of flipped weights
-  const auto run = [last](auto... args) {
-    return last ? kernels::convolution_last(kF32, args...) : kernels::convolution(kF32, args...);
+// A convolution's checked operands.
+struct Convolution {
+  Tensor x, w;
+  Factors factors;
+  int64_t N, O, out_h, out_w, stride, pad_y, pad_x;
+  bool transposed, last;
+
+  Convolution(const Tensor& x_in, const Tensor& w_in, const MaybeTensor& factors_in, int64_t stride,
+              int64_t pad_y, int64_t pad_x, bool transposed, int64_t rest_y, int64_t rest_x)
+      : x(checked("x", x_in)),
+        w(checked("w", w_in)),
+        factors("factors", factors_in, x_in),
+        stride(stride),
+        pad_y(pad_y),
+        pad_x(pad_x),
+        transposed(transposed),
+        last(is_channels_last(x_in)) {
+    const int64_t taps = w.size(3), I = x.size(1);
+    check_form(taps, stride, pad_y, pad_x, last);
+    STD_TORCH_CHECK(w.size(in_dim()) == I && w.size(2) == taps, kOp, ": w must have ", I,
+                    " channels in and square taps, got ", w.size(in_dim()), " and ", w.size(2), "x",
+                    taps);
+    N = x.size(0), O = w.size(1 - in_dim());
+    out_h = out_size(x.size(2), taps, stride, pad_y, transposed, rest_y);
+    out_w = out_size(x.size(3), taps, stride, pad_x, transposed, rest_x);
+    STD_TORCH_CHECK(out_h > 0 && out_w > 0, kOp, ": padding must leave an output, got ", out_h, "x",
+                    out_w);
+    if (!last) x = row_major(x);
+    if (w.stride(3) != 1 || w.stride(2) != taps) w = row_major(w);
+  }
+
+  // finish: in channels-last memory alone.
+  Tensor run(const cpu::Finish* finish) const {
+    const bool flipped = transposed && stride == 1;  // a correlation again, of flipped weights
+    Tensor y = fresh_images(x, N, O, out_h, out_w, last);
+    if (y.numel() == 0) return y;
+    const auto kernel = [&](auto... args) {
+      last ? kernels::convolution_last(kF32, args..., finish) : kernels::convolution(kF32, args...);
+    };
+    kernel(x.const_data_ptr(), factors.data(), w.const_data_ptr(), y.mutable_data_ptr(), N,
+           x.size(1), x.size(2), x.size(3), O, out_h, out_w, w.stride(1 - in_dim()),
+           w.stride(in_dim()), static_cast<int>(w.size(3)), static_cast<int>(stride), transposed,
+           flipped ? 2 - pad_y : pad_y, flipped ? 2 - pad_x : pad_x);
+    return y;
+  }
+
+ private:
+  int in_dim() const { return transposed ? 0 : 1; }
+};
+
+Tensor forward(const Tensor& x, const Tensor& w, const MaybeTensor& factors, int64_t stride,
+               int64_t pad_y, int64_t pad_x, bool transposed, int64_t rest_y, int64_t rest_x) {
+  return Convolution(x, w, factors, stride, pad_y, pad_x, transposed, rest_y, rest_x).run(nullptr);
+}
+
+// The unfiltered synthesis_epilogue of a convolution of stride 1, which is written once.
+Tensor with_epilogue(const Tensor& x, const Tensor& w, const MaybeTensor& factors, int64_t pad_y,
+                     int64_t pad_x, const MaybeTensor& d, const MaybeTensor& noise,
+                     const MaybeTensor& strength, const MaybeTensor& b, int64_t act, double alpha,
+                     double gain, double clamp) {
+  const Convolution c(x, w, factors, 1, pad_y, pad_x, false, 0, 0);
+  STD_TORCH_CHECK(c.last && w.size(3) == 3, kOp,
+                  ": an epilogue wants 3x3 taps and x in channels-last memory");
+  const epilogue::Operands o({kF32, c.N, c.O, c.out_h, c.out_w, c.last}, std::nullopt, d, noise,
+                             strength, b, 0, 0, 0, 0);
+  const auto data = [](const MaybeTensor& t) {
+    return static_cast<const float*>(epilogue::data(t));
   };
-  Tensor y = fresh_images(x, N, O, out_h, out_w, last);
-  if (y.numel())
-    run(x.const_data_ptr(), factors.data(), w.const_data_ptr(), y.mutable_data_ptr(), N, I,
-        x.size(2), x.size(3), O, out_h, out_w, w.stride(1 - in_dim), w.stride(in_dim),
-        static_cast<int>(taps), static_cast<int>(stride), transposed, flipped ? 2 - pad_y : pad_y,
-        flipped ? 2 - pad_x : pad_x);
-  return y;
+  const cpu::Finish finish{data(o.d),
+                           data(o.noise),
+                           data(o.strength),
+                           data(o.b),
+                           o.noise_n,
+                           o.strength_n,
+                           static_cast<int>(act),
+                           static_cast<float>(alpha),
+                           static_cast<float>(gain),
+                           static_cast<float>(clamp)};
+  return c.run(&finish);
 }
 
 Tensor weight_gradient(const Tensor& dy_in, const Tensor& x_in, const MaybeTensor& dy_factors_in,
                        const MaybeTensor& x_factors_in, int64_t taps, int64_t stride, int64_t pad_y,
                        int64_t pad_x) {
-  check("dy", dy_in);
-  check("x", x_in);
+  checked("dy", dy_in);
+  checked("x", x_in);
   const bool last = is_channels_last(dy_in) && is_channels_last(x_in);
   check_form(taps, stride, pad_y, pad_x, last);
   const Tensor dy = last ? dy_in : row_major(dy_in);
@@ -131,12 +181,17 @@ GANKERN_SCHEMAS(m) {
       "transposed, int rest_y, "
       "int rest_x) -> Tensor");
   m.def(
+      "convolution_epilogue(Tensor x, Tensor w, Tensor? factors, int pad_y, int pad_x, Tensor? d, "
+      "Tensor? noise, Tensor? strength, Tensor? b, int act, float alpha, float gain, float clamp) "
+      "-> Tensor");
+  m.def(
       "convolution_weight_gradient(Tensor dy, Tensor x, Tensor? dy_factors, Tensor? x_factors, int "
       "taps, int stride, int pad_y, int pad_x) -> Tensor");
 }
 
 GANKERN_IMPLS(m) {
   m.impl("convolution", TORCH_BOX(&forward));
+  m.impl("convolution_epilogue", TORCH_BOX(&with_epilogue));
   m.impl("convolution_weight_gradient", TORCH_BOX(&weight_gradient));
 }
 

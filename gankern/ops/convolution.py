@@ -52,6 +52,10 @@ class Form(NamedTuple):
         size = [self.stride] * 2, list(self.padding), [1, 1]
         return (*size, self.transposed, list(self.output_padding), self.groups)
 
+    def place(self) -> tuple[Any, ...]:
+        """As our kernels take them."""
+        return (self.stride, *self.padding, self.transposed, *self.output_padding)
+
     def adjoint(self, x: Tensor, dy: Tensor, w: Tensor) -> Form:
         """Of the convolution that takes dy to dx."""
         rest = (0, 0)
@@ -178,8 +182,7 @@ def _samples(x: Tensor) -> Tensor:
 
 def _forward(x: Tensor, w: Tensor, form: Form, factors: Tensor | None = None) -> Tensor:
     if w.dtype == x.dtype and _ours(w, x, None, form):
-        place = (form.stride, *form.padding, form.transposed, *form.output_padding)
-        return _impl.op("cpu", OP)(x, w, factors, *place)
+        return _impl.op("cpu", OP)(x, w, factors, *form.place())
     if w.dtype == x.dtype and factors is None and _four_taps(w, x, None, form) == "product":
         return _matmul(x, w, form)
     return torch.convolution(x, w, None, *form.arguments())
@@ -320,15 +323,20 @@ def no_weight_gradients() -> Iterator[None]:
 # --- Shape functions of the registered ops.
 
 
-def _fake(x, w, factors, stride, pad_y, pad_x, transposed, rest_y, rest_x):
+def output_shape(x, w, stride, pad_y, pad_x, transposed, rest_y, rest_x) -> tuple[int, ...]:
+    """Of a convolution in one of our forms."""
     sizes = []
     for dim, pad, rest in ((2, pad_y, rest_y), (3, pad_x, rest_x)):
         if transposed:
             sizes.append((x.shape[dim] - 1) * stride + w.shape[3] - 2 * pad + rest)
         else:
             sizes.append((x.shape[dim] + 2 * pad - w.shape[3]) // stride + 1)
-    shape = (x.shape[0], w.shape[1 if transposed else 0], *sizes)
+    return (x.shape[0], w.shape[1 if transposed else 0], *sizes)
+
+
+def _fake(x, w, factors, *place):
     layout = _impl.memory_format(x)
+    shape = output_shape(x, w, *place)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 

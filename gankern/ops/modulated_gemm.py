@@ -14,6 +14,7 @@ from gankern.ops.modulated_conv2d import check_modulated, modulation
 from gankern.ops.synthesis_epilogue import _bwd as epilogue_bwd
 from gankern.ops.synthesis_epilogue import _check as check_epilogue
 from gankern.ops.synthesis_epilogue import _modulate as add_noise
+from gankern.ops.synthesis_epilogue import flat_noise
 from gankern.ops.synthesis_layer import synthesis_layer
 
 if _impl.triton is not None:
@@ -85,12 +86,12 @@ def modulated_gemm(
     _impl.choose(OP, impl, x)
     x, weight, styles, d = modulation(x, weight, styles, demodulate, impl)
     styles = styles.to(x.dtype)
-    y = x.new_empty(()).expand(x.shape[0], o, *x.shape[2:])  # what the epilogue would be given
-    _, numbers = check_epilogue(y, None, d, noise, noise_strength, b, 0, act, alpha, gain, clamp)
+    shape = (x.shape[0], o, *x.shape[2:])
+    numbers = (act, alpha, gain, clamp)
+    _, numbers = check_epilogue(x, shape, None, d, noise, noise_strength, b, 0, *numbers)
     if noise is not None and noise.requires_grad and torch.is_grad_enabled():
         return _noise_outside(x, weight, styles, d, noise, noise_strength, b, act, *numbers)
-    noise = None if noise is None else noise.reshape(-1, *noise.shape[-2:])  # [N or 1, H, W]
-    strength = None if noise is None or noise_strength is None else noise_strength.reshape(-1)
+    noise, strength = flat_noise(noise, noise_strength)
     return _fwd(x, weight, styles, d, noise, strength, b, (act, *numbers))
 
 

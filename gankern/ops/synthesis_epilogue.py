@@ -70,7 +70,11 @@ def synthesis_epilogue(
     linear, relu and lrelu, and composed of upfirdn2d and bias_act for other activations.
     Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", figure 2.
     """
-    pads, args = _check(x, f, d, noise, noise_strength, b, padding, act, alpha, gain, clamp)
+    _impl.check_float(OP, "x", x)
+    if x.ndim != 4:
+        raise ValueError(f"{OP}: x must be [N, C, H, W], got shape {tuple(x.shape)}")
+    numbers = (act, alpha, gain, clamp)
+    pads, args = _check(x, x.shape, f, d, noise, noise_strength, b, padding, *numbers)
     if f is None and (any(pads) or filter_gain != 1):
         f = torch.ones(1, 1, device=x.device)
     args = (*pads, bool(flip_filter), float(filter_gain), act, *args)
@@ -80,9 +84,17 @@ def synthesis_epilogue(
     noise_grad = noise is not None and noise.requires_grad and torch.is_grad_enabled()
     if noise_grad or (f is not None and not _fits(f, pads, chosen)):
         return _composed(x, f, d, noise, noise_strength, b, *args, chosen)  # type: ignore[call-arg]
-    noise = None if noise is None else noise.reshape(-1, *noise.shape[-2:])  # [N or 1, H, W]
-    strength = None if noise is None or noise_strength is None else noise_strength.reshape(-1)
+    noise, strength = flat_noise(noise, noise_strength)
     return _fwd(x, f, d, noise, strength, b, (*args, chosen))
+
+
+def flat_noise(
+    noise: Tensor | None, strength: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """[N or 1, H, W] and [1 or C], as the kernels take them."""
+    if noise is None:
+        return None, None
+    return noise.reshape(-1, *noise.shape[-2:]), None if strength is None else strength.reshape(-1)
 
 
 def _fits(f: Tensor, pads: list[int], impl: str) -> bool:
@@ -97,18 +109,16 @@ def _usable(op: str, impl: str, x: Tensor) -> str:
     return "reference" if _impl.why_not(impl, x.device.type, op) else impl
 
 
-def _check(x, f, d, noise, strength, b, padding, act, alpha, gain, clamp):
-    """[x0, x1, y0, y1] and (alpha, gain, clamp)."""
-    _impl.check_float(OP, "x", x)
-    if x.ndim != 4:
-        raise ValueError(f"{OP}: x must be [N, C, H, W], got shape {tuple(x.shape)}")
-    n, c, h, w = x.shape
+def _check(x, shape, f, d, noise, strength, b, padding, act, alpha, gain, clamp):
+    """[x0, x1, y0, y1] and (alpha, gain, clamp); shape: of the images, which have the dtype and
+    device of x."""
+    n, c, h, w = shape
     pads = [padding] * 4 if type(padding) is int else parse_padding(OP, padding)
     taps_y, taps_x = (1, 1) if f is None else _check_filter(x, f)
     out = h + pads[2] + pads[3] - taps_y + 1, w + pads[0] + pads[1] - taps_x + 1
     if min(out) < 0 or (min(out) == 0 and min(h, w) > 0):
         raise ValueError(
-            f"{OP}: padding must leave an output of at least 1x1 for x {tuple(x.shape)} and "
+            f"{OP}: padding must leave an output of at least 1x1 for x {tuple(shape)} and "
             f"{taps_y}x{taps_x} taps, got {tuple(pads)}"
         )
     if d is not None:

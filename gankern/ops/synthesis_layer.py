@@ -5,21 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from gankern.ops import _impl
+from gankern.ops.bias_act import ACTS
 from gankern.ops.conv2d_resample import (
-    Convolve,
     check_conv,
     filter_padding,
     resampled_conv,
     to_conv_dtype,
     transposed_conv,
 )
-from gankern.ops.convolution import convolution
+from gankern.ops.convolution import Form, _ours, convolution, output_shape
+from gankern.ops.convolution import _fake as fake_convolution
 from gankern.ops.modulated_conv2d import check_modulated, modulation, scaled_convolution
-from gankern.ops.synthesis_epilogue import synthesis_epilogue
+from gankern.ops.synthesis_epilogue import _check as check_epilogue
+from gankern.ops.synthesis_epilogue import flat_noise, synthesis_epilogue
 
 __all__ = ["conv2d_layer", "synthesis_layer"]
+
+OP = "convolution_epilogue"
 
 
 def synthesis_layer(
@@ -75,7 +81,7 @@ def synthesis_layer(
     x, weight, styles, d = modulation(x, weight, styles, demodulate, impl)
     conv = (resample_filter, up, 1, pads, 1, flip_weight, False)
     tail = (d, noise, noise_strength, b, act, alpha, gain, clamp)
-    return _conv_epilogue(x, weight, conv, tail, impl, scaled_convolution(styles, impl))
+    return _conv_epilogue(x, weight, conv, tail, impl, styles)
 
 
 def conv2d_layer(
@@ -121,17 +127,53 @@ def _conv_epilogue(
     conv: tuple[Any, ...],
     tail: tuple[Any, ...],
     impl: str | None,
-    convolve: Convolve = convolution,
+    styles: Tensor | None = None,
 ) -> Tensor:
     f, up, down, pads, groups, flip_weight, flip_filter = conv
-    d, noise, noise_strength, b, act, alpha, gain, clamp = tail
+    convolve = convolution if styles is None else scaled_convolution(styles, impl)
     pads = filter_padding(f, up, down, pads)
+    plain = (0, flip_filter, 1.0)
+
+    def epilogue(y: Tensor, f: Tensor | None, *how: Any) -> Tensor:
+        return synthesis_epilogue(y, f, *tail[:4], *how, *tail[4:], impl=impl)
+
+    def both(x: Tensor, w: Tensor, form: Form) -> Tensor:
+        if _one_call(x, w, form, styles, tail, impl):
+            return _convolution_epilogue(x, w, form, styles, *tail)
+        return epilogue(convolve(x, w, form), None, *plain)
+
     if up > 1 and down == 1 and w.shape[2:].numel() > 1:
         x, pads = transposed_conv(x, w, up, pads, groups, flip_weight, impl, convolve=convolve)
-        filter_gain = float(up**2)
-    else:
-        how = (groups, flip_weight, flip_filter, impl)
-        x = resampled_conv(x, w, f, up, down, pads, *how, convolve=convolve)
-        f, pads, filter_gain = None, [0, 0, 0, 0], 1.0
-    return synthesis_epilogue(x, f, d, noise, noise_strength, b, pads, flip_filter, filter_gain,
-                              act, alpha, gain, clamp, impl=impl)  # fmt: skip
+        return epilogue(x, f, pads, flip_filter, float(up**2))
+    how = (up, down, pads, groups, flip_weight, flip_filter, impl)
+    if up == 1:  # the convolution comes last
+        return resampled_conv(x, w, f, *how, convolve=both)
+    return epilogue(resampled_conv(x, w, f, *how, convolve=convolve), None, *plain)
+
+
+def _one_call(x, w, form, styles, tail, impl) -> bool:
+    """Whether convolution and epilogue are one call of a kernel of ours, in channels-last memory:
+    where no gradient will ask for the convolution's output."""
+    if form.stride != 1 or form.transposed or w.dtype != x.dtype:
+        return False
+    if _impl.transformed() or _impl.records(x, w, styles, *tail[:4]):
+        return False
+    if not _ours(w, x, None, form) or x.is_contiguous():
+        return False
+    if styles is not None and styles.dtype != torch.float32:
+        return False
+    return _impl.choose("synthesis_epilogue", impl, x) == "cpu"
+
+
+def _convolution_epilogue(x, w, form, styles, d, noise, strength, b, act, alpha, gain, clamp):
+    shape = output_shape(x, w, *form.place())
+    _, numbers = check_epilogue(x, shape, None, d, noise, strength, b, 0, act, alpha, gain, clamp)
+    tail = (d, *flat_noise(noise, strength), b, ACTS[act].code, *numbers)
+    return _impl.op("cpu", OP)(x, w, styles, *form.padding, *tail)
+
+
+def _fake(x, w, factors, pad_y, pad_x, *args):
+    return fake_convolution(x, w, factors, 1, pad_y, pad_x, False, 0, 0)
+
+
+_impl.register_fake(OP, _fake)

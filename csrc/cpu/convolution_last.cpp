@@ -100,13 +100,18 @@ GK_INLINE void transform_output_grad(const float* dy, const Images& im, const Ti
   });
 }
 
-// What becomes of kLanes channels' outputs: nothing.
+// What becomes of the outputs, kLanes channels of a tile of a block at a time: nothing.
 struct Plain {
   struct Channels {
-    GK_INLINE vf operator()(vf y, int64_t) const { return y; }
+    GK_INLINE vf operator()(vf y, int64_t) { return y; }
+    GK_INLINE void done() {}
   };
-  GK_INLINE Channels at(int64_t, int64_t, int64_t) const { return {}; }
+  GK_INLINE Channels at(int64_t, int64_t, int64_t, int64_t) const { return {}; }
 };
+
+GK_INLINE vf some(const float* p, int64_t left) {
+  return left >= kLanes ? load(p) : load_part(p, left);
+}
 
 // The epilogue; kPwl as in act.h.
 template <bool kPwl>
@@ -115,12 +120,12 @@ struct Finished {
     const Finished& all;
     vf d, strength, b;
     const float* noise;
-    // y of a pixel.
-    GK_INLINE vf operator()(vf y, int64_t pixel) const {
+    GK_INLINE vf operator()(vf y, int64_t pixel) {
       y = y * d;
       if (noise) y += noise[pixel] * strength;
       return clamped(value<kPwl>(y + b, all.p) * all.p.gain, all.p);
     }
+    GK_INLINE void done() {}
   };
   const Finish& f;
   ActArgs<float> p;
@@ -131,8 +136,7 @@ struct Finished {
         p(act_args<float>(f.act, f.alpha, f.gain, f.clamp)),
         C(out.C),
         pixels(out.H * out.W) {}
-  // Of sample n from channel c on, `left` of them.
-  GK_INLINE Channels at(int64_t n, int64_t c, int64_t left) const {
+  GK_INLINE Channels at(int64_t, int64_t n, int64_t c, int64_t left) const {
     const vf one = vf{} + 1.f;
     const vf strength = !f.strength         ? one
                         : f.strength_n == 1 ? vf{} + f.strength[0]
@@ -141,10 +145,33 @@ struct Finished {
             f.b ? some(f.b + c, left) : vf{},
             f.noise ? f.noise + (f.noise_n == 1 ? 0 : n * pixels) : nullptr};
   }
+};
 
- private:
-  GK_INLINE static vf some(const float* p, int64_t left) {
-    return left >= kLanes ? load(p) : load_part(p, left);
+// The gradients of x * d. Sums of a block and a sample have a row of their own: as blocks and
+// samples both follow the tiles, block + sample is one.
+struct Dotted {
+  struct Channels {
+    const float* x;
+    float* sums;
+    vf d, sum;
+    int64_t C, left;
+    GK_INLINE vf operator()(vf y, int64_t pixel) {
+      sum += y * some(x + pixel * C, left);
+      return y * d;
+    }
+    GK_INLINE void done() { store(sums, load(sums) + sum); }
+  };
+  const Finish& f;
+  int64_t C, pixels, row;
+  const Buffer<float>& sums;
+
+  GK_INLINE Channels at(int64_t block, int64_t n, int64_t c, int64_t left) const {
+    return {f.x + n * pixels * C + c,
+            &sums[(block + n) * row + c],
+            some(f.d + n * C + c, left),
+            vf{},
+            C,
+            left};
   }
 };
 
@@ -152,7 +179,7 @@ struct Finished {
 // m[place][kBlock tiles][kWide].
 template <int kMode, int64_t kBlock, typename End>
 void transform_output(float* y, const float* m, int64_t o, const Images& im, const Tiles& tiles,
-                      int64_t begin, int64_t stop, const End& end) {
+                      int64_t block, int64_t begin, int64_t stop, const End& end) {
   using A = Axis<kMode>;
   constexpr int kP = A::kProducts, kOut = A::kOut;
   each_tile(tiles, begin, stop, [&](int64_t n, int64_t row, int64_t column, int64_t tile) {
@@ -165,7 +192,7 @@ void transform_output(float* y, const float* m, int64_t o, const Images& im, con
         for (int r = 0; r < kOut; r++) half[r][q] = all[r];
       }
       const int64_t left = im.C - o - j;
-      const auto channels = end.at(n, o + j, left);
+      auto channels = end.at(block, n, o + j, left);
       for (int r = 0; r < kOut && row * kOut + r < im.H; r++) {
         A::output(half[r], all);
         const int64_t pixel = (row * kOut + r) * im.W + column * kOut;
@@ -178,6 +205,7 @@ void transform_output(float* y, const float* m, int64_t o, const Images& im, con
             store_part(to, value, left);
         }
       }
+      channels.done();
     }
   });
 }
@@ -198,26 +226,34 @@ void multiply(float* m, const float* v, const float* u, int64_t tiles, int64_t v
   }
 }
 
+// Blocks of whole register tiles, an even number of them: as long as each other.
+template <int kMode>
+struct Blocks {
+  static constexpr int64_t kPlaces = Axis<kMode>::kProducts * Axis<kMode>::kProducts;
+  static constexpr int64_t kMost = kPlaces > 16 ? 24 : 48;  // tiles
+  int64_t tiles, count;
+  explicit Blocks(int64_t tiles) : tiles(tiles), count(whole((tiles + kMost - 1) / kMost, 2)) {}
+  int64_t begin(int64_t block) const {
+    const int64_t at = block * ((tiles + kTall - 1) / kTall) / count * kTall;
+    return at < tiles ? at : tiles;
+  }
+};
+
 // A thread takes a block of tiles through all stages: its transformed inputs stay in the second
 // level of its cache, as do the products of kWide channels out, which are turned back at once.
 template <int kMode, typename End>
 void forward(const float* x, const Weights& w, float* y, const Images& in, const Images& out,
              Padding pad, const End& end) {
-  using A = Axis<kMode>;
-  constexpr int64_t kPlaces = A::kProducts * A::kProducts, kBlock = kPlaces > 16 ? 24 : 48;
+  constexpr int64_t kPlaces = Blocks<kMode>::kPlaces, kBlock = Blocks<kMode>::kMost;
   const int64_t I = in.C, v_row = whole(I, kLanes) + kLanes, m_row = whole(out.C, kWide);
-  const Tiles tiles(in.N, out.H, out.W, A::kOut);
+  const Tiles tiles(in.N, out.H, out.W, Axis<kMode>::kOut);
   Buffer<float> u(kPlaces * I * m_row);
   transform_weights<kMode, kWide>(&u[0], w, out.C, I);
-  // Blocks of register tiles, an even number of them: as long as each other.
-  const int64_t tall = (tiles.count + kTall - 1) / kTall;
-  const int64_t blocks = whole((tiles.count + kBlock - 1) / kBlock, 2);
-  parallel(blocks, 1, [&](int64_t first, int64_t last) {
+  const Blocks<kMode> blocks(tiles.count);
+  parallel(blocks.count, 1, [&](int64_t first, int64_t last) {
     Buffer<float> v(kPlaces * kBlock * v_row), m(kPlaces * kBlock * kWide);
     for (int64_t block = first; block < last; block++) {
-      const int64_t begin = block * tall / blocks * kTall;
-      const int64_t next = (block + 1) * tall / blocks * kTall;
-      const int64_t stop = next < tiles.count ? next : tiles.count;
+      const int64_t begin = blocks.begin(block), stop = blocks.begin(block + 1);
       transform_input<kMode>(x, in, tiles, pad, begin, stop, 0, I,
                              [&](int64_t place, int64_t tile, int64_t c, vf value) {
                                store(&v[(place * kBlock + tile) * v_row + c], value);
@@ -226,10 +262,26 @@ void forward(const float* x, const Weights& w, float* y, const Images& in, const
         for (int64_t place = 0; place < kPlaces; place++)
           multiply(&m[place * kBlock * kWide], &v[place * kBlock * v_row],
                    &u[place * I * m_row + o * I], stop - begin, v_row, I);
-        transform_output<kMode, kBlock>(y, &m[0], o, out, tiles, begin, stop, end);
+        transform_output<kMode, kBlock>(y, &m[0], o, out, tiles, block, begin, stop, end);
       }
     }
   });
+}
+
+// The convolution's outputs times d, and their products with x summed, block after block.
+template <int kMode>
+void forward_dotted(const float* x, const Weights& w, float* y, const Images& in, const Images& out,
+                    Padding pad, const Finish& finish) {
+  const Tiles tiles(in.N, out.H, out.W, Axis<kMode>::kOut);
+  const Blocks<kMode> blocks(tiles.count);
+  const int64_t row = whole(out.C, kWide), rows = blocks.count + in.N, each = tiles.count / in.N;
+  Buffer<float> sums(rows * row);
+  memset(&sums[0], 0, static_cast<size_t>(rows * row) * sizeof(float));
+  forward<kMode>(x, w, y, in, out, pad, Dotted{finish, out.C, out.H * out.W, row, sums});
+  memset(finish.dots, 0, static_cast<size_t>(in.N * out.C) * sizeof(float));
+  for (int64_t block = 0; block < blocks.count; block++)
+    for (int64_t n = blocks.begin(block) / each; n * each < blocks.begin(block + 1); n++)
+      for (int64_t c = 0; c < out.C; c++) finish.dots[n * out.C + c] += sums[(block + n) * row + c];
 }
 
 struct NoScratch {};
@@ -266,7 +318,11 @@ int convolution_last(int, const void* x, const void* factors, const void* w, voi
   const Weights weights{static_cast<const float*>(w), w_out, w_in, transposed && stride == 1};
   const auto* from = static_cast<const float*>(x);
   auto* to = static_cast<float*>(y);
-  if (finish)
+  if (finish && finish->x && stride == 1)
+    forward_dotted<kSame>(from, weights, to, in, out, {pad_y, pad_x}, *finish);
+  else if (finish && finish->x)
+    forward_dotted<kDown>(from, weights, to, in, out, {0, 0}, *finish);
+  else if (finish)
     by_act(finish->act, [&](auto pwl) {
       forward<kSame>(from, weights, to, in, out, {pad_y, pad_x},
                      Finished<decltype(pwl)::value>(*finish, out));

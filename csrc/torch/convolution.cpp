@@ -141,8 +141,33 @@ Tensor with_epilogue(const Tensor& x, const Tensor& w, const MaybeTensor& factor
                            static_cast<int>(act),
                            static_cast<float>(alpha),
                            static_cast<float>(gain),
-                           static_cast<float>(clamp)};
+                           static_cast<float>(clamp),
+                           nullptr,
+                           nullptr};
   return c.run(&finish);
+}
+
+// The gradients of x * d of its convolution, whose adjoint the form is: of x, and of d [N, C].
+std::tuple<Tensor, Tensor> scaled_backward(const Tensor& dy, const Tensor& w, const Tensor& x,
+                                           const Tensor& d, int64_t stride, int64_t pad_y,
+                                           int64_t pad_x, bool transposed, int64_t rest_y,
+                                           int64_t rest_x) {
+  const Convolution c(dy, w, std::nullopt, stride, pad_y, pad_x, transposed, rest_y, rest_x);
+  STD_TORCH_CHECK(c.last && is_channels_last(x) && w.size(3) == 3 && (stride == 1 || !transposed),
+                  kOp, ": the gradients of factors want 3x3 taps and channels-last memory");
+  checked("x", x);
+  STD_TORCH_CHECK(
+      x.size(0) == c.N && x.size(1) == c.O && x.size(2) == c.out_h && x.size(3) == c.out_w, kOp,
+      ": x must have the shape of its gradient");
+  const Factors factors("d", d, x);
+  Tensor dd = empty_beside(x, {c.N, c.O});
+  cpu::Finish finish{};
+  finish.d = static_cast<const float*>(factors.data());
+  finish.x = static_cast<const float*>(x.const_data_ptr());
+  finish.dots = static_cast<float*>(dd.mutable_data_ptr());
+  Tensor dx = c.run(&finish);
+  if (dx.numel() == 0) torch::stable::zero_(dd);
+  return {dx, dd};
 }
 
 Tensor weight_gradient(const Tensor& dy_in, const Tensor& x_in, const MaybeTensor& dy_factors_in,
@@ -185,6 +210,9 @@ GANKERN_SCHEMAS(m) {
       "Tensor? noise, Tensor? strength, Tensor? b, int act, float alpha, float gain, float clamp) "
       "-> Tensor");
   m.def(
+      "convolution_scaled_backward(Tensor dy, Tensor w, Tensor x, Tensor d, int stride, int pad_y, "
+      "int pad_x, bool transposed, int rest_y, int rest_x) -> (Tensor, Tensor)");
+  m.def(
       "convolution_weight_gradient(Tensor dy, Tensor x, Tensor? dy_factors, Tensor? x_factors, int "
       "taps, int stride, int pad_y, int pad_x) -> Tensor");
 }
@@ -192,6 +220,7 @@ GANKERN_SCHEMAS(m) {
 GANKERN_IMPLS(m) {
   m.impl("convolution", TORCH_BOX(&forward));
   m.impl("convolution_epilogue", TORCH_BOX(&with_epilogue));
+  m.impl("convolution_scaled_backward", TORCH_BOX(&scaled_backward));
   m.impl("convolution_weight_gradient", TORCH_BOX(&weight_gradient));
 }
 

@@ -36,6 +36,7 @@ from gankern.ops.synthesis_epilogue import synthesis_epilogue
 __all__ = ["modulated_conv2d", "no_weight_gradients"]
 
 MOST_OUTPUTS = 16  # of 1x1 convolutions whose weights are multiplied by the styles
+SCALED_BACKWARD = "convolution_scaled_backward"
 POINTWISE = (1, (0, 0), False, (0, 0), 1)  # their Form
 
 
@@ -179,16 +180,35 @@ class _ScaledConvolution(torch.autograd.Function):
         form, needs = ctx.form, ctx.needs_input_grad
         scaled = needs[0] or needs[1]
         wanted = [scaled, needs[2] and (weight_gradients() or form.derived)]
+        adjoint = form.adjoint(x, dy, w)
+        dx = d_styles = None
+        if scaled and _in_one_pass(dy, x, w, adjoint):
+            dx, d_styles = _impl.op("cpu", SCALED_BACKWARD)(dy, w, x, styles, *adjoint.place())
+            scaled = wanted[0] = False
         if torch.is_grad_enabled():
-            dz = convolution(dy, w, form.adjoint(x, dy, w)) if scaled else None
+            dz = convolution(dy, w, adjoint) if scaled else None
             dw = weight_gradient(dy, scale(x, styles, "cpu"), w, form) if wanted[1] else None
         else:
             dz, dw = _gradients(dy, x, w, form, wanted, styles) if any(wanted) else (None, None)
-        dx = d_styles = None
         if scaled:
             linear = (0, 0, 0, 0, False, 1.0, "linear", 0.0, 1.0, -1.0, "cpu")
             dx, d_styles, _, _ = epilogue_bwd(dz, x, None, styles, None, None, None, linear)
         return dx if needs[0] else None, d_styles if needs[1] else None, dw, None
+
+
+def _in_one_pass(dy: Tensor, x: Tensor, w: Tensor, adjoint: Form) -> bool:
+    """Whether the gradients of x and of its styles are written by the convolution they come from:
+    by our kernels in channels-last memory."""
+    if torch.is_grad_enabled() or x.is_contiguous() or dy.is_contiguous():
+        return False
+    return _ours(w, dy, None, adjoint) and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _fake_scaled_backward(dy, w, x, styles, *place):
+    return torch.empty_like(x), torch.empty_like(styles)
+
+
+_impl.register_fake(SCALED_BACKWARD, _fake_scaled_backward)
 
 
 def modulation(

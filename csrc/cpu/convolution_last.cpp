@@ -320,12 +320,17 @@ int convolution_last(int, const void* x, const void* factors, const void* w, voi
   auto* to = static_cast<float*>(y);
   if (finish && finish->x && stride == 1)
     forward_dotted<kSame>(from, weights, to, in, out, {pad_y, pad_x}, *finish);
+  else if (finish && finish->x && transposed)
+    forward_dotted<kUp>(from, weights, to, in, out, {1, 1}, *finish);
   else if (finish && finish->x)
     forward_dotted<kDown>(from, weights, to, in, out, {0, 0}, *finish);
   else if (finish)
     by_act(finish->act, [&](auto pwl) {
-      forward<kSame>(from, weights, to, in, out, {pad_y, pad_x},
-                     Finished<decltype(pwl)::value>(*finish, out));
+      const Finished<decltype(pwl)::value> end(*finish, out);
+      if (stride == 1)
+        forward<kSame>(from, weights, to, in, out, {pad_y, pad_x}, end);
+      else
+        forward<kDown>(from, weights, to, in, out, {0, 0}, end);
     });
   else if (taps == 4 && transposed)
     forward<kUp4>(from, weights, to, in, out, {1, 1}, Plain());

@@ -119,12 +119,12 @@ Tensor forward(const Tensor& x, const Tensor& w, const MaybeTensor& factors, int
   return Convolution(x, w, factors, stride, pad_y, pad_x, transposed, rest_y, rest_x).run(nullptr);
 }
 
-// The unfiltered synthesis_epilogue of a convolution of stride 1, which is written once.
-Tensor with_epilogue(const Tensor& x, const Tensor& w, const MaybeTensor& factors, int64_t pad_y,
-                     int64_t pad_x, const MaybeTensor& d, const MaybeTensor& noise,
+// The unfiltered synthesis_epilogue of a convolution, which is written once.
+Tensor with_epilogue(const Tensor& x, const Tensor& w, const MaybeTensor& factors, int64_t stride,
+                     int64_t pad_y, int64_t pad_x, const MaybeTensor& d, const MaybeTensor& noise,
                      const MaybeTensor& strength, const MaybeTensor& b, int64_t act, double alpha,
                      double gain, double clamp) {
-  const Convolution c(x, w, factors, 1, pad_y, pad_x, false, 0, 0);
+  const Convolution c(x, w, factors, stride, pad_y, pad_x, false, 0, 0);
   STD_TORCH_CHECK(c.last && w.size(3) == 3, kOp,
                   ": an epilogue wants 3x3 taps and x in channels-last memory");
   const epilogue::Operands o({kF32, c.N, c.O, c.out_h, c.out_w, c.last}, std::nullopt, d, noise,
@@ -153,8 +153,8 @@ std::tuple<Tensor, Tensor> scaled_backward(const Tensor& dy, const Tensor& w, co
                                            int64_t pad_x, bool transposed, int64_t rest_y,
                                            int64_t rest_x) {
   const Convolution c(dy, w, std::nullopt, stride, pad_y, pad_x, transposed, rest_y, rest_x);
-  STD_TORCH_CHECK(c.last && is_channels_last(x) && w.size(3) == 3 && (stride == 1 || !transposed),
-                  kOp, ": the gradients of factors want 3x3 taps and channels-last memory");
+  STD_TORCH_CHECK(c.last && is_channels_last(x) && w.size(3) == 3, kOp,
+                  ": the gradients of factors want 3x3 taps and channels-last memory");
   checked("x", x);
   STD_TORCH_CHECK(
       x.size(0) == c.N && x.size(1) == c.O && x.size(2) == c.out_h && x.size(3) == c.out_w, kOp,
@@ -206,7 +206,8 @@ GANKERN_SCHEMAS(m) {
       "transposed, int rest_y, "
       "int rest_x) -> Tensor");
   m.def(
-      "convolution_epilogue(Tensor x, Tensor w, Tensor? factors, int pad_y, int pad_x, Tensor? d, "
+      "convolution_epilogue(Tensor x, Tensor w, Tensor? factors, int stride, int pad_y, int pad_x, "
+      "Tensor? d, "
       "Tensor? noise, Tensor? strength, Tensor? b, int act, float alpha, float gain, float clamp) "
       "-> Tensor");
   m.def(

@@ -368,6 +368,11 @@ def _bwd(dy: Tensor, ref: Tensor, b: Tensor | None, needs_db: bool, dim: int, ac
     return bwd(dy, ref, b, dim, ACTS[act].code, *args[:-1], needs_db)
 
 
+def needs_input(act: str, alpha: float) -> bool:
+    """Whether y does not determine act'(x + b)."""
+    return act == "swish" or (act == "lrelu" and alpha < 0)
+
+
 class _BiasAct(torch.autograd.Function):
     """y from x and b. The gradient's reference is y wherever y determines act'(x + b)."""
 
@@ -375,7 +380,7 @@ class _BiasAct(torch.autograd.Function):
     def forward(ctx: Any, x, b, args):
         dim, act, alpha, gain, clamp, impl = args
         y = _impl.op(impl, "bias_act")(x, b, dim, ACTS[act].code, alpha, gain, clamp)
-        from_x = act == "swish" or (act == "lrelu" and alpha < 0)
+        from_x = needs_input(act, alpha)
         ctx.save_for_backward(x if from_x else y, b)
         ctx.args = (dim, act, alpha, gain, clamp, from_x, impl)
         return y

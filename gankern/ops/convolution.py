@@ -9,7 +9,7 @@ products; all others, and all on a GPU, are PyTorch's.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -238,13 +238,20 @@ class _Convolution(torch.autograd.Function):
         if dy is None:
             return None, None, None
         x, w = ctx.saved_tensors
-        weights = _weight_gradients or ctx.form.derived
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and weights]
-        if not torch.is_grad_enabled():
-            return *(_gradients(dy, x, w, ctx.form, wanted) if any(wanted) else (None, None)), None
-        dx = convolution(dy, w, ctx.form.adjoint(x, dy, w)) if wanted[0] else None
-        dw = weight_gradient(dy, x, w, ctx.form) if wanted[1] else None
-        return dx, dw, None
+        return *gradients(dy, x, w, ctx.form, ctx.needs_input_grad[:2]), None
+
+
+def gradients(
+    dy: Tensor, x: Tensor, w: Tensor, form: Form, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    """dx and dw where needed, differentiable to any order where a gradient is recorded."""
+    wanted = [needs[0], needs[1] and (_weight_gradients or form.derived)]
+    if not any(wanted):
+        return None, None
+    if not torch.is_grad_enabled():
+        return _gradients(dy, x, w, form, wanted)
+    dx = convolution(dy, w, form.adjoint(x, dy, w)) if wanted[0] else None
+    return dx, weight_gradient(dy, x, w, form) if wanted[1] else None
 
 
 def weight_gradient(dy: Tensor, x: Tensor, w: Tensor, form: Form) -> Tensor:

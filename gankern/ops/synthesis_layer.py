@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gankern.ops import _impl
-from gankern.ops.bias_act import ACTS
+from gankern.ops.bias_act import ACTS, needs_input
+from gankern.ops.bias_act import _bwd as bias_act_bwd
 from gankern.ops.conv2d_resample import (
     check_conv,
     filter_padding,
@@ -17,7 +18,7 @@ from gankern.ops.conv2d_resample import (
     to_conv_dtype,
     transposed_conv,
 )
-from gankern.ops.convolution import Form, _ours, convolution, output_shape
+from gankern.ops.convolution import Form, _ours, convolution, gradients, output_shape
 from gankern.ops.convolution import _fake as fake_convolution
 from gankern.ops.modulated_conv2d import check_modulated, modulation, scaled_convolution
 from gankern.ops.synthesis_epilogue import _check as check_epilogue
@@ -138,7 +139,7 @@ def _conv_epilogue(
         return synthesis_epilogue(y, f, *tail[:4], *how, *tail[4:], impl=impl)
 
     def both(x: Tensor, w: Tensor, form: Form) -> Tensor:
-        if _one_call(x, w, form, styles, tail, impl):
+        if _one_kernel(x, w, form, styles, tail, impl):
             return _convolution_epilogue(x, w, form, styles, *tail)
         return epilogue(convolve(x, w, form), None, *plain)
 
@@ -151,29 +152,63 @@ def _conv_epilogue(
     return epilogue(resampled_conv(x, w, f, *how, convolve=convolve), None, *plain)
 
 
-def _one_call(x, w, form, styles, tail, impl) -> bool:
-    """Whether convolution and epilogue are one call of a kernel of ours, in channels-last memory:
-    where no gradient will ask for the convolution's output."""
-    if form.stride != 1 or form.transposed or w.dtype != x.dtype:
+def _one_kernel(x, w, form, styles, tail, impl) -> bool:
+    """Whether a kernel of ours is convolution and epilogue: in channels-last memory, and where no
+    gradient will ask for the convolution's output."""
+    if form.transposed or not _ours(w, x, None, form) or x.is_contiguous():
         return False
-    if _impl.transformed() or _impl.records(x, w, styles, *tail[:4]):
-        return False
-    if not _ours(w, x, None, form) or x.is_contiguous():
+    if _impl.transformed() or w.dtype != x.dtype or w.shape[2:] != (3, 3):
         return False
     if styles is not None and styles.dtype != torch.float32:
         return False
+    if _impl.records(x, w, styles, *tail[:4]):
+        d, noise, act, alpha = tail[0], tail[1], tail[4], tail[5]
+        if styles is not None or d is not None or noise is not None or _needs_input(act, alpha):
+            return False
     return _impl.choose("synthesis_epilogue", impl, x) == "cpu"
+
+
+def _needs_input(act: str, alpha: float | None) -> bool:
+    known = act in ACTS  # the rest is an error, which the epilogue raises
+    return not known or needs_input(act, ACTS[act].alpha if alpha is None else alpha)
 
 
 def _convolution_epilogue(x, w, form, styles, d, noise, strength, b, act, alpha, gain, clamp):
     shape = output_shape(x, w, *form.place())
     _, numbers = check_epilogue(x, shape, None, d, noise, strength, b, 0, act, alpha, gain, clamp)
-    tail = (d, *flat_noise(noise, strength), b, ACTS[act].code, *numbers)
-    return _impl.op("cpu", OP)(x, w, styles, *form.padding, *tail)
+    if _impl.records(x, w, b):
+        return _ConvolutionBiasAct.apply(x, w, b, form, (act, *numbers))
+    return _call(x, w, styles, form, d, *flat_noise(noise, strength), b, act, *numbers)
 
 
-def _fake(x, w, factors, pad_y, pad_x, *args):
-    return fake_convolution(x, w, factors, 1, pad_y, pad_x, False, 0, 0)
+def _call(x, w, factors, form, d, noise, strength, b, act, *numbers):
+    at = (form.stride, *form.padding)
+    return _impl.op("cpu", OP)(x, w, factors, *at, d, noise, strength, b, ACTS[act].code, *numbers)
+
+
+class _ConvolutionBiasAct(torch.autograd.Function):
+    """y from x, w and b, by one kernel: the gradient of bias_act needs no more than y."""
+
+    @staticmethod
+    def forward(ctx: Any, x, w, b, form, args):
+        y = _call(x, w, None, form, None, None, None, b, *args)
+        ctx.save_for_backward(x, w, b, y)
+        ctx.form, ctx.args = form, args
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy):
+        if dy is None:
+            return (None,) * 5
+        x, w, b, y = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        dz, db = bias_act_bwd(dy, y, b, needs[2], 1, *ctx.args, False, "cpu")
+        return *gradients(dz, x, w, ctx.form, needs[:2]), db if needs[2] else None, None, None
+
+
+def _fake(x, w, factors, stride, pad_y, pad_x, *args):
+    return fake_convolution(x, w, factors, stride, pad_y, pad_x, False, 0, 0)
 
 
 _impl.register_fake(OP, _fake)

@@ -117,20 +117,20 @@ class Backward {
   Buffer<S> u_, dv_, noise_;
 };
 
-template <bool kPwl, typename T>
-Sums<Scalar<T>> backward_unit(const T* dy, const T* x, T* dx, const Geometry& g, const Operands& o,
-                              const ActArgs<Scalar<T>>& p, const Scalar<T>* f,
-                              const Scalar<T>* f_adjoint, int64_t n, int64_t c, int64_t step) {
+// The adjoint of the filter: rows of dx from rows of dL/d(filter(x)), which du_row(to, i) gives in
+// order.
+template <typename T, typename F>
+void adjoint_unit(T* dx, const Geometry& g, const Scalar<T>* f_adjoint, int64_t n, int64_t c,
+                  int64_t step, const F& du_row) {
   using S = Scalar<T>;
-  Backward<kPwl, T> back(dy, x, g, o, p, f, n, c, step);
   const Plane<T> out(dx, g, g.H, g.W, n, c);
   Buffer<S> row(padded(((g.W > g.out_w ? g.W : g.out_w) + g.taps_x) * step));
   if (!g.filtered) {
     for (int64_t i = 0; i < g.H; i++) {
-      back.row(&row[0], i);
+      du_row(&row[0], i);
       write_row(out, i, &row[0], g.W, step);
     }
-    return back.sums;
+    return;
   }
   // Columns [low, high) around du's own [0, out_w) that some column of dx looks at.
   const int64_t low = g.x0 - (g.taps_x - 1) < 0 ? g.x0 - (g.taps_x - 1) : 0;
@@ -141,7 +141,7 @@ Sums<Scalar<T>> backward_unit(const T* dy, const T* x, T* dx, const Geometry& g,
     for (int64_t i = 0; i < width; i++) ring.row(k)[i] = 0;
   int64_t next = 0;
   const auto advance = [&](int64_t stop) {
-    for (; next < stop && next < g.out_h; next++) back.row(ring.row(next) - low * step, next);
+    for (; next < stop && next < g.out_h; next++) du_row(ring.row(next) - low * step, next);
   };
   const int64_t first = (g.x0 - (g.taps_x - 1) - low) * step;
   S* rows[64];
@@ -155,8 +155,109 @@ Sums<Scalar<T>> backward_unit(const T* dy, const T* x, T* dx, const Geometry& g,
     write_row(out, i, &row[0], g.W, step);
   }
   advance(g.out_h);
+}
+
+template <bool kPwl, typename T>
+Sums<Scalar<T>> backward_unit(const T* dy, const T* x, T* dx, const Geometry& g, const Operands& o,
+                              const ActArgs<Scalar<T>>& p, const Scalar<T>* f,
+                              const Scalar<T>* f_adjoint, int64_t n, int64_t c, int64_t step) {
+  Backward<kPwl, T> back(dy, x, g, o, p, f, n, c, step);
+  adjoint_unit(dx, g, f_adjoint, n, c, step, [&](Scalar<T>* du, int64_t i) { back.row(du, i); });
   return back.sums;
 }
+
+// Cotangents of dx, dd [N, C], ds [C] and db [C], each or null.
+template <typename T>
+struct Cotangents {
+  const T* x;
+  const Scalar<T>*d, *s, *b;
+};
+
+// The gradient of the gradient, of piecewise linear activations, whose slope is m: with t = m dy,
+// d_dy = m (F(vx) d + F(x) vd + noise vs + vb), d_x = F'(t vd), d_d = Σ t F(vx).
+template <typename T>
+class Second {
+ public:
+  using S = Scalar<T>;
+  using V = Vec<T>;
+  Second(const T* dy, const T* x, const Cotangents<T>& v, T* d_dy, const Geometry& g,
+         const Operands& o, const ActArgs<S>& p, const S* f, int64_t n, int64_t c, int64_t step)
+      : g_(g),
+        o_(o),
+        p_(p),
+        unit_(g, o, n, c, step),
+        filtered_(x, g, f, n, c, step),
+        filtered_v_(v.x ? v.x : x, g, f, n, c, step),
+        has_vx_(v.x),
+        dy_(dy, g, g.out_h, g.out_w, n, c),
+        d_dy_(d_dy, g, g.out_h, g.out_w, n, c),
+        step_(step),
+        u_(padded(g.out_w * step)),
+        uv_(padded(g.out_w * step)),
+        t_(padded(g.out_w * step)),
+        noise_(padded(g.out_w)) {
+    for (int64_t j = 0; j < kBlock; j++) {
+      const int64_t k = c + (j < step ? j : 0);
+      vd_[j] = v.d ? v.d[n * g.C + k] : S(0);
+      vs_[j] = v.s ? v.s[k] : S(0);
+      vb_[j] = v.b ? v.b[k] : S(0);
+      sums[j] = 0;
+    }
+  }
+
+  // t vd of row i, and that row of d_dy.
+  void row(S* du, int64_t i) {
+    filtered_.row(&u_[0], i);
+    if (has_vx_) filtered_v_.row(&uv_[0], i);
+    read_row(&t_[0], dy_, i, g_.out_h, g_.out_w, 0, g_.out_w, step_);
+    if (o_.noise) unit_.read_noise(&noise_[0], i);
+    const bool plane = step_ == 1 && !g_.last;
+    const auto of = [plane](const S* rows, int64_t j) {
+      return plane ? splat<V>(rows[0]) : load(rows + j);
+    };
+    V sum{};
+    unit_.each(o_.noise ? &noise_[0] : nullptr,
+               [&](int64_t k, V d, V b, V scaled, V noise, int64_t n, int64_t j) {
+                 const V u = load(&u_[k]), v = u * d + scaled + b, a = value<true>(v, p_);
+                 V uv = has_vx_ ? load(&uv_[k]) : V{}, m = p_.gain * slope<true>(a, v, p_);
+                 if (p_.clamp >= 0) {
+                   const V y = a * p_.gain, limit = splat<V>(p_.clamp);
+                   m = (y > -limit) & (y < limit) ? m : V{};
+                 }
+                 V t = m * load(&t_[k]);
+                 const V q = m * (uv * d + u * of(vd_, j) + noise * of(vs_, j) + of(vb_, j));
+                 if (n < kLanes) {  // lanes beyond hold rubbish
+                   t = first_lanes(t, n), uv = first_lanes(uv, n);
+                   store_part(du + k, t * of(vd_, j), n);
+                   store_part(&u_[k], q, n);
+                 } else {
+                   store(du + k, t * of(vd_, j));
+                   store(&u_[k], q);
+                 }
+                 if (plane)
+                   sum += t * uv;
+                 else
+                   store(sums + j, load(sums + j) + t * uv);
+               });
+    if (plane) sums[0] += sum_lanes(sum);
+    write_row(d_dy_, i, &u_[0], g_.out_w, step_);
+  }
+
+  S sums[kBlock];
+
+ private:
+  const Geometry& g_;
+  const Operands& o_;
+  const ActArgs<S>& p_;
+  Unit<T> unit_;
+  Filtered<T> filtered_, filtered_v_;
+  bool has_vx_;
+  Plane<const T> dy_;
+  Plane<T> d_dy_;
+  int64_t step_;
+  Buffer<S> u_, uv_, t_, noise_;
+  S vd_[kBlock], vs_[kBlock], vb_[kBlock];
+};
 
 // body(n, c, step) for every unit, on torch's threads.
 template <typename F>
@@ -241,6 +342,44 @@ int synthesis_epilogue_bwd(int dtype, int f32, const void* dy, const void* x, co
       static_cast<S*>(db)[c] = b_sum;
       static_cast<S*>(ds)[c] = s_sum;
     }
+    return 0;
+  });
+}
+
+// d_x may be null, and d_dd [N, C] is float32, or float64 for float64. The activation is piecewise
+// linear.
+int synthesis_epilogue_bwd2(int dtype, int f32, const void* dy, const void* x, const void* f,
+                            const void* d, const void* noise, const void* strength, const void* b,
+                            const void* vx, const void* vd, const void* vs, const void* vb,
+                            void* d_dy, void* d_x, void* d_d, int64_t N, int64_t C, int64_t H,
+                            int64_t W, int64_t out_h, int64_t out_w, int64_t taps_y, int64_t taps_x,
+                            bool separable, int64_t noise_n, int64_t strength_n, int64_t x0,
+                            int64_t y0, bool flip, double filter_gain, bool channels_last, int act,
+                            double alpha, double gain, double clamp) {
+  const Geometry g{N, C, H, W, out_h, out_w, taps_y, taps_x, x0, y0, f != nullptr, channels_last};
+  const Operands o{static_cast<const float*>(f), d, noise, strength, b, noise_n, strength_n, f32};
+  return by_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using S = Scalar<T>;
+    const int64_t taps_n = taps_y * taps_x;
+    Buffer<S> taps(taps_n), adjoint(taps_n);
+    if (f) read_filter(&taps[0], o.f, separable, taps_y, taps_x, flip, filter_gain);
+    for (int64_t i = 0; f && i < taps_n; i++) adjoint[i] = taps[taps_n - 1 - i];
+    const ActArgs<S> p = act_args<S>(act, alpha, gain, clamp);
+    const Cotangents<T> v{static_cast<const T*>(vx), static_cast<const S*>(vd),
+                          static_cast<const S*>(vs), static_cast<const S*>(vb)};
+    each_unit(g, [&](int64_t n, int64_t c, int64_t step) {
+      Second<T> second(static_cast<const T*>(dy), static_cast<const T*>(x), v,
+                       static_cast<T*>(d_dy), g, o, p, &taps[0], n, c, step);
+      const auto row = [&](S* du, int64_t i) { second.row(du, i); };
+      if (d_x) {
+        adjoint_unit(static_cast<T*>(d_x), g, &adjoint[0], n, c, step, row);
+      } else {
+        Buffer<S> unused(padded(g.out_w * step));
+        for (int64_t i = 0; i < g.out_h; i++) row(&unused[0], i);
+      }
+      for (int64_t j = 0; j < step; j++) static_cast<S*>(d_d)[n * C + c + j] = second.sums[j];
+    });
     return 0;
   });
 }

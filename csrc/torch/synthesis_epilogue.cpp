@@ -17,6 +17,15 @@ GANKERN_KERNEL(int, synthesis_epilogue_bwd, int dtype, int f32, const void* dy, 
                bool separable, int64_t noise_n, int64_t strength_n, int64_t x0, int64_t y0,
                bool flip, double filter_gain, bool channels_last, int act, double alpha,
                double gain, double clamp, void* stream)
+#if GK_BACKEND_ID == 1  // the others compose it of the first two
+GANKERN_KERNEL(int, synthesis_epilogue_bwd2, int dtype, int f32, const void* dy, const void* x,
+               const void* f, const void* d, const void* noise, const void* strength, const void* b,
+               const void* vx, const void* vd, const void* vs, const void* vb, void* d_dy,
+               void* d_x, void* d_d, int64_t N, int64_t C, int64_t H, int64_t W, int64_t out_h,
+               int64_t out_w, int64_t taps_y, int64_t taps_x, bool separable, int64_t noise_n,
+               int64_t strength_n, int64_t x0, int64_t y0, bool flip, double filter_gain,
+               bool channels_last, int act, double alpha, double gain, double clamp)
+#endif
 
 namespace gankern {
 namespace {
@@ -49,6 +58,17 @@ Tensor forward(const Tensor& x_in, const MaybeTensor& f, const MaybeTensor& d,
   return y;
 }
 
+// Images of h x w in x's dtype and memory format.
+Tensor laid_out(const char* name, const Tensor& t, const Operands& o, int64_t h, int64_t w,
+                const Tensor& x) {
+  STD_TORCH_CHECK(
+      t.dim() == 4 && t.size(2) == h && t.size(3) == w && dtype_code(kOp, name, t) == o.code, kOp,
+      ": ", name, " must have the shape and dtype of what it is the gradient of");
+  if (o.last ? is_channels_last(t) || t.numel() == 0 : t.is_contiguous()) return t;
+  Tensor out = fresh_images(x, o.N, o.C, h, w, o.last);
+  return torch::stable::copy_(out, t);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dy_in, const Tensor& x_in, const MaybeTensor& f, const MaybeTensor& d,
     const MaybeTensor& noise, const MaybeTensor& strength, const MaybeTensor& b, int64_t x0,
@@ -56,15 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     double gain, double clamp) {
   const Tensor x = images(x_in);
   const Operands o(shape_of(x), f, d, noise, strength, b, x0, x1, y0, y1);
-  Tensor dy = dy_in;
-  const bool fits = o.last ? is_channels_last(dy) || dy.numel() == 0 : dy.is_contiguous();
-  STD_TORCH_CHECK(dy.dim() == 4 && dy.size(2) == o.out_h && dy.size(3) == o.out_w &&
-                      dtype_code(kOp, "dy", dy) == o.code,
-                  kOp, ": dy must have y's shape and dtype");
-  if (!fits) {
-    dy = fresh_images(x, o.N, o.C, o.out_h, o.out_w, o.last);
-    torch::stable::copy_(dy, dy_in);
-  }
+  const Tensor dy = laid_out("dy", dy_in, o, o.out_h, o.out_w, x);
   Tensor dx = fresh_images(x, o.N, o.C, o.H, o.W, o.last);
   const auto acc = o.code == kF64 ? ScalarType::Double : ScalarType::Float;
   const int64_t bytes = kernels::synthesis_epilogue_bwd_workspace(
@@ -87,6 +99,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   return {dx, dd.out, db, ds};
 }
 
+#if GK_BACKEND_ID == 1
+// Gradients of dy, x and d from cotangents of dx, dd, dstrength [C] and db, for piecewise linear
+// activations; that of x is empty without vd.
+std::tuple<Tensor, Tensor, Tensor> second(const Tensor& dy_in, const Tensor& x_in,
+                                          const MaybeTensor& f, const MaybeTensor& d,
+                                          const MaybeTensor& noise, const MaybeTensor& strength,
+                                          const MaybeTensor& b, const MaybeTensor& vx_in,
+                                          const MaybeTensor& vd_in, const MaybeTensor& vs_in,
+                                          const MaybeTensor& vb_in, int64_t x0, int64_t x1,
+                                          int64_t y0, int64_t y1, bool flip, double filter_gain,
+                                          int64_t act, double alpha, double gain, double clamp) {
+  STD_TORCH_CHECK(act <= 2, kOp, ": the activation must be linear, relu or lrelu");
+  const Tensor x = images(x_in);
+  const Operands o(shape_of(x), f, d, noise, strength, b, x0, x1, y0, y1);
+  const Tensor dy = laid_out("dy", dy_in, o, o.out_h, o.out_w, x);
+  MaybeTensor vx;
+  if (vx_in) vx = laid_out("vx", *vx_in, o, o.H, o.W, x);
+  const auto acc = o.code == kF64 ? ScalarType::Double : ScalarType::Float;
+  const auto small = [&](const MaybeTensor& t, int64_t elements) {
+    STD_TORCH_CHECK(!t || (t->numel() == elements && t->scalar_type() == acc), kOp,
+                    ": a cotangent must be ", elements, " elements of ", dtype_name(acc));
+    return contiguous(t);
+  };
+  const MaybeTensor vd = small(vd_in, o.N * o.C), vs = small(vs_in, o.C), vb = small(vb_in, o.C);
+  Tensor d_dy = fresh_images(x, o.N, o.C, o.out_h, o.out_w, o.last);
+  Tensor d_x = vd ? fresh_images(x, o.N, o.C, o.H, o.W, o.last) : empty_beside(x, {0});
+  Tensor d_d = empty_beside(x, {o.N, o.C}, acc);
+  if (o.N * o.C * o.out_h * o.out_w * o.H * o.W == 0)
+    for (Tensor* t : {&d_dy, &d_x, &d_d}) torch::stable::zero_(*t);
+  else
+    kernels::synthesis_epilogue_bwd2(
+        o.code, o.f32, dy.const_data_ptr(), x.const_data_ptr(), data(o.f), data(o.d), data(o.noise),
+        data(o.strength), data(o.b), data(vx), data(vd), data(vs), data(vb),
+        d_dy.mutable_data_ptr(), vd ? d_x.mutable_data_ptr() : nullptr, d_d.mutable_data_ptr(), o.N,
+        o.C, o.H, o.W, o.out_h, o.out_w, o.taps_y, o.taps_x, o.separable, o.noise_n, o.strength_n,
+        x0, y0, flip, filter_gain, o.last, static_cast<int>(act), alpha, gain, clamp);
+  return {d_dy, d_x, d_d};
+}
+#endif
+
 }  // namespace
 
 GANKERN_SCHEMAS(m) {
@@ -99,11 +151,21 @@ GANKERN_SCHEMAS(m) {
       "Tensor? strength, Tensor? b, int x0, int x1, int y0, int y1, bool flip_filter, "
       "float filter_gain, int act, float alpha, float gain, float clamp) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
+#if GK_BACKEND_ID == 1
+  m.def(
+      "synthesis_epilogue_bwd2(Tensor dy, Tensor x, Tensor? f, Tensor? d, Tensor? noise, "
+      "Tensor? strength, Tensor? b, Tensor? vx, Tensor? vd, Tensor? vs, Tensor? vb, int x0, "
+      "int x1, int y0, int y1, bool flip_filter, float filter_gain, int act, float alpha, "
+      "float gain, float clamp) -> (Tensor, Tensor, Tensor)");
+#endif
 }
 
 GANKERN_IMPLS(m) {
   m.impl("synthesis_epilogue", TORCH_BOX(&forward));
   m.impl("synthesis_epilogue_bwd", TORCH_BOX(&backward));
+#if GK_BACKEND_ID == 1
+  m.impl("synthesis_epilogue_bwd2", TORCH_BOX(&second));
+#endif
 }
 
 }  // namespace gankern

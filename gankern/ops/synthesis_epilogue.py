@@ -374,8 +374,16 @@ def _fake_bwd(dy, x, *args):
     return dx, *(x.new_empty(shape, dtype=acc) for shape in ((n, c), (c,), (c,)))
 
 
+def _fake_bwd2(dy, x, f, d, noise, strength, b, vx, vd, *args):
+    layout = _impl.memory_format(x)
+    d_dy = torch.empty_like(dy, memory_format=layout)
+    d_x = x.new_empty(0) if vd is None else torch.empty_like(x, memory_format=layout)
+    return d_dy, d_x, _fake_bwd(dy, x)[1]
+
+
 _impl.register_fake(OP, _fake_fwd)
 _impl.register_fake(OP + "_bwd", _fake_bwd)
+_impl.register_fake(OP + "_bwd2", _fake_bwd2)
 
 
 # --- Autograd, once for all implementations.
@@ -458,6 +466,12 @@ def _bwd2_straight(tensors, cotangents, args, needs) -> tuple[Tensor | None, ...
             return (None,) * 7
         if not needs[3]:  # m vx d is the first gradient, of vx in place of dy
             return (_bwd(vx, x, f, d, noise, strength, b, args)[0], *(None,) * 6)
+    if impl == "cpu" and not torch.is_grad_enabled():  # one kernel; orders above are composed
+        cotangents = (vx, vd, vs, vb)
+        d_dy, d_x, d_d = _call(OP + "_bwd2", *tensors, *cotangents, args)
+        d_x = d_x if needs[1] and vd is not None else None
+        d_d = d_d.to(d.dtype) if needs[3] and vx is not None else None
+        return d_dy if needs[0] else None, d_x, None, d_d, None, None, None
     name, _, gain, clamp = act
     straight = name == "linear" and gain == 1 and clamp < 0  # m = 1
     with torch.no_grad():

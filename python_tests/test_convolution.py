@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
@@ -12,14 +13,17 @@ from harness import (
     compare,
     lay_out,
     opchecks,
+    output,
     outputs_and_grads,
     randn,
     second_grads,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gankern.models import dcgan
 from gankern.ops import _impl, conv2d_resample, setup_filter
+from gankern.ops.bias_act import ACTS
 from gankern.ops.convolution import (
     FEWEST_TILES,
     Form,
@@ -27,8 +31,11 @@ from gankern.ops.convolution import (
     _ours,
     convolution,
     has_own_kernels,
+    output_shape,
 )
 from gankern.ops.modulated_conv2d import scaled_convolution
+from gankern.ops.synthesis_epilogue import synthesis_epilogue_reference
+from gankern.ops.synthesis_layer import conv2d_layer, synthesis_layer
 
 pytestmark = pytest.mark.skipif(
     bool(_impl.LIBRARIES["cpu"]), reason=f"no CPU library: {_impl.LIBRARIES['cpu']}"
@@ -75,6 +82,16 @@ def inputs_of(shape: str, form: Form, taps: int = 3) -> list[Tensor | None]:
     return [randn(n, i, h, w).float(), weight.float()]
 
 
+@contextlib.contextmanager
+def instruction_set(isa: int):
+    try:
+        if _impl.set_cpu_isa(isa) != isa:
+            pytest.skip("this machine lacks the instruction set")
+        yield
+    finally:
+        _impl.set_cpu_isa(-1)
+
+
 def of_torch(form: Form):
     return lambda x, w: torch.convolution(x, w, None, *form.arguments())
 
@@ -87,14 +104,9 @@ def test_forward_and_gradients(form, shape, layout, isa):
     x, w = inputs_of(shape, form)
     inputs = [lay_out(x, layout), w]
     assert _ours(inputs[1], inputs[0], None, form)
-    if _impl.set_cpu_isa(isa) != isa:
-        _impl.set_cpu_isa(-1)
-        pytest.skip("this machine lacks the instruction set")
-    try:
+    with instruction_set(isa):
         y, *_ = compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs)
         assert y.is_contiguous(memory_format=list(FEWEST_TILES)[layout == "channels_last"])
-    finally:
-        _impl.set_cpu_isa(-1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
@@ -117,6 +129,123 @@ def test_scaled(form, shape, layout):
 
 
 @pytest.mark.parametrize("isa", [0, 1, 2], ids=["base", "avx2", "avx512"])
+@pytest.mark.parametrize("shape", ["8x8", "odd"])
+@pytest.mark.parametrize("form", ["pad 1", "transposed", "down", "up"])
+def test_scaled_backward(form, shape, isa):
+    """Gradients of an image and its factors by the convolution they come from."""
+    form = FORMS[form]
+    x, w = inputs_of(shape, form)
+    x, factors = lay_out(x, "channels_last"), randn(*x.shape[:2], seed=3).float()
+    dy = torch.empty_like(torch.convolution(x, w, None, *form.arguments())).normal_()
+    adjoint = form.adjoint(x, dy, w)
+
+    def gradients(dy, x, factors, w):
+        dz = torch.convolution(dy, w, None, *adjoint.arguments())
+        return [dz * factors[:, :, None, None], (dz * x).sum([2, 3])]
+
+    exact = gradients(*(t.double() for t in (dy, x, factors, w)))
+    with instruction_set(isa):
+        found = _impl.op("cpu", "convolution_scaled_backward")(dy, w, x, factors, *adjoint.place())
+    eager = gradients(dy, x, factors, w)
+    for a, b, e, terms in zip(found, eager, exact, [1, x[0, 0].numel()], strict=True):
+        assert_as_good_as(a, b, e, terms=terms)
+
+
+# Operands of the epilogue: d, noise (of how many samples), strength (of how many channels), b.
+OPERANDS = {"all": (1, -1, 1, 1), "none": (0, 0, 0, 0), "one noise": (0, 1, -1, 1)}
+
+
+@pytest.mark.parametrize("isa", [0, 1, 2], ids=["base", "avx2", "avx512"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("operands", OPERANDS.values(), ids=OPERANDS)
+@pytest.mark.parametrize("act", ["lrelu", "swish"])
+@pytest.mark.parametrize("form", ["pad 1", "pad 2, 1", "down"])
+def test_with_epilogue(form, act, operands, shape, isa):
+    """A convolution that is demodulated, gets noise and bias and is activated as it is written."""
+    form = FORMS[form]
+    x, w = inputs_of(shape, form)
+    (n, _, height, width), o = output_shape(x, w, *form.place()), len(w)
+    has_d, of_noise, of_strength, has_b = operands
+    d = randn(n, o, seed=2).float() if has_d else None
+    noise = randn(n if of_noise < 0 else 1, height, width, seed=3).float() if of_noise else None
+    strength = randn(o if of_strength < 0 else 1, seed=4).float() if of_strength else None
+    b = randn(o, seed=5).float() if has_b else None
+    factors = randn(*x.shape[:2], seed=6).float()
+    numbers = (ACTS[act].alpha, 0.8, 1.1 if act == "lrelu" else -1.0)
+
+    def ours(x, w, factors, d, noise, strength, b):
+        at = (form.stride, *form.padding)
+        op = _impl.op("cpu", "convolution_epilogue")
+        return op(x, w, factors, *at, d, noise, strength, b, ACTS[act].code, *numbers)
+
+    def of_both(x, w, factors, *operands):
+        z = torch.convolution(x * factors[:, :, None, None], w, None, *form.arguments())
+        rest = (0, 0, 0, 0, False, 1.0, act, *numbers)
+        return synthesis_epilogue_reference(z, None, *operands, *rest)
+
+    inputs = [lay_out(x, "channels_last"), w, factors, d, noise, strength, b]
+    with instruction_set(isa):
+        compare(ours, of_both, inputs, output)
+
+
+@pytest.mark.parametrize("act", ["linear", "relu", "lrelu", "tanh", "selu", "swish"])
+@pytest.mark.parametrize("shape", ["8x8", "odd"])
+@pytest.mark.parametrize("down", [1, 2])
+def test_discriminator_layer(down, shape, act):
+    """Convolution, bias and activation in one kernel, also where gradients are recorded."""
+    x, w = inputs_of(shape, FORMS["pad 1"])
+    inputs = [lay_out(x, "channels_last"), w, randn(len(w), seed=2).float()]
+    f = setup_filter([1, 3, 3, 1]) if down == 2 else None
+
+    def at(which):
+        return lambda x, w, b: conv2d_layer(
+            x, w, b, f, down=down, padding=1, act=act, gain=0.9, clamp=1.5, impl=which
+        )
+
+    for derivative in (outputs_and_grads, second_grads):
+        compare(at("cpu"), at("reference"), inputs, derivative)
+    y = at("cpu")(*(t.requires_grad_() for t in inputs))
+    one = act != "swish"  # whose gradient is not in its output
+    assert type(y.grad_fn).__name__ == (
+        "_ConvolutionBiasActBackward" if one else "_EpilogueBackward"
+    )
+
+
+@pytest.mark.parametrize("noise", [None, (3, 1, 9, 13), (9, 13)])
+def test_layer_without_gradients(noise):
+    """Generating takes one kernel a layer, and gives what training gives."""
+    x, w = inputs_of("odd", FORMS["pad 1"])
+    x, styles, b = lay_out(x, "channels_last"), randn(*x.shape[:2], seed=2).float(), randn(len(w))
+    z = None if noise is None else randn(*noise, seed=3).float()
+
+    def layer():
+        return synthesis_layer(x, w, styles, b.float(), z, clamp=2)
+
+    with torch.no_grad(), Calls() as calls:
+        y = layer()
+    assert calls.names == ["demod_coefs", "convolution_epilogue"]
+    w.requires_grad_()
+    trained = layer().detach()
+    assert y.stride() == trained.stride()
+    torch.testing.assert_close(y, trained, rtol=1e-6, atol=1e-6)
+    with torch.no_grad(), pytest.raises(ValueError, match="b must have shape"):
+        synthesis_layer(x, w, styles, b[:3].float())
+
+
+class Calls(TorchDispatchMode):
+    """The names of our ops that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "gankern":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("isa", [0, 1, 2], ids=["base", "avx2", "avx512"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", FORMS_4X4.values(), ids=FORMS_4X4)
 def test_four_taps(form, shape, isa):
@@ -124,16 +253,11 @@ def test_four_taps(form, shape, isa):
     inputs = [lay_out(x, "channels_last"), w]
     assert _ours(w, inputs[0], None, form)
     assert not _ours(w, x, None, form)
-    if _impl.set_cpu_isa(isa) != isa:
-        _impl.set_cpu_isa(-1)
-        pytest.skip("this machine lacks the instruction set")
-    try:
+    with instruction_set(isa):
         y, *_ = compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs)
         assert y.is_contiguous(memory_format=torch.channels_last)
         if shape == "odd":
             compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs, second_grads)
-    finally:
-        _impl.set_cpu_isa(-1)
 
 
 @pytest.mark.parametrize("most", [0, 1 << 14, 1 << 30])
@@ -288,6 +412,12 @@ def test_opcheck():
     torch.library.opcheck(gradient, (dy, x, None, factors, 3, 1, 1, 1), test_utils=checks)
     last = [lay_out(t, "channels_last") for t in (randn(3, 24, 4, 6).float(), x)]
     torch.library.opcheck(gradient, (*last, None, factors, 4, 2, 1, 1), test_utils=checks)
+    at, b = (2, 0, 0), randn(24).float()
+    args = (last[1], w, factors, *at, None, None, None, b, 2, 0.2, 1.0, -1.0)
+    torch.library.opcheck(ops.convolution_epilogue.default, args, test_utils=checks)
+    args = (last[0], w, randn(3, 17, 9, 13).float(), factors, *at, True, 0, 0)
+    args = (*args[:2], lay_out(args[2], "channels_last"), *args[3:])
+    torch.library.opcheck(ops.convolution_scaled_backward.default, args, test_utils=checks)
     four = randn(24, 17, 4, 4).float()
     torch.library.opcheck(
         ops.convolution.default, (last[1], four, None, 2, 1, 1, False, 0, 0), test_utils=checks

@@ -153,6 +153,10 @@ def test_opcheck(name):
     torch.library.opcheck(_impl.op("cpu", "synthesis_epilogue"), (x, *args))
     y = _impl.op("cpu", "synthesis_epilogue")(x, *args)
     torch.library.opcheck(_impl.op("cpu", "synthesis_epilogue_bwd"), (y, x, *args))
+    second = _impl.op("cpu", "synthesis_epilogue_bwd2")
+    for vd in (None, torch.ones_like(d)):
+        cotangents = (torch.ones_like(x), vd, None, torch.ones_like(b))
+        torch.library.opcheck(second, (y, x, *args[:5], *cotangents, *args[5:]))
 
 
 FILTERS = st.tuples(st.integers(0, 5), st.integers(1, 5))  # taps; none for 0 and 1

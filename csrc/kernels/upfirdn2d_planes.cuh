@@ -11,7 +11,8 @@ constexpr int kPlaneThreads = 512, kWidestRow = 72;  // threads
 // A thread makes 4 columns of the output. Columns of the tile are kept split into kVec phases, the
 // columns that a thread's window advances by over kDown: column c at [c % kVec][row][c / kVec], so
 // that a warp's accesses fall into different banks wherever its vectors begin.
-template <int kUp, int kDown, int kTaps, bool kSeparable>
+// kFew: fewer rows of output, for tensors too small to fill the device otherwise.
+template <int kUp, int kDown, int kTaps, bool kSeparable, bool kFew>
 struct Planes {
   static constexpr int kMeet = kTaps / kUp;  // taps that meet an output
   static constexpr int kVec = 4 / kUp;
@@ -20,7 +21,7 @@ struct Planes {
   // Output rows of a thread: one where the tile is large, for more threads to share it.
   static constexpr int kRows = kUp == 4                                   ? 4
                                : kDown == 4 || (kDown == 2 && kSeparable) ? 1
-                               : kProduct                                 ? 8 / kDown
+                               : kProduct                                 ? (kFew ? 2 : 8) / kDown
                                                                           : 2;
   static constexpr int kProductAt = kTaps * kTaps;  // among the taps: x, y, whether it exists
   static constexpr int kFilter =
@@ -227,9 +228,9 @@ __device__ __forceinline__ void store_rows(const Args& p, const float (*acc)[4],
   }
 }
 
-template <int kUp, int kDown, int kTaps, bool kSeparable>
+template <int kUp, int kDown, int kTaps, bool kSeparable, bool kFew>
 __global__ void __launch_bounds__(kPlaneThreads, 2) upfirdn2d_planes_kernel(Args p) {
-  using P = Planes<kUp, kDown, kTaps, kSeparable>;
+  using P = Planes<kUp, kDown, kTaps, kSeparable, kFew>;
   constexpr int kRows = P::kRows, kMeet = P::kMeet;
   GK_DYNAMIC_SHARED(float, f);
   float* tile = f + P::kFilter;
@@ -361,9 +362,15 @@ __global__ void __launch_bounds__(kPlaneThreads, 2) upfirdn2d_planes_kernel(Args
     store_rows<Half16>(p, acc, kRows, tile, image, ox0, oy0, tx, ty);
 }
 
-template <int kUp, int kDown, int kTaps, bool kSeparable>
+template <int kUp, int kDown, int kTaps, bool kSeparable, bool kFew = false>
 int launch_planes(Args p, void* stream) {
-  using P = Planes<kUp, kDown, kTaps, kSeparable>;
+  using P = Planes<kUp, kDown, kTaps, kSeparable, kFew>;
+  const int64_t wanted = sm_count();
+  if constexpr (P::kProduct && !kFew) {  // less than 4 warps for each multiprocessor
+    const int64_t threads = p.images * ceil_div(p.h.out, P::kRows) * ceil_div(p.w.out, 4);
+    if (threads < 4 * 32 * wanted)
+      return launch_planes<kUp, kDown, kTaps, kSeparable, true>(p, stream);
+  }
   // Threads along x: a multiple of 8, whose 16-byte accesses go together. Rows of unaligned length
   // are made whole where they are short, since their ends share sectors.
   const int groups = static_cast<int>(ceil_div(p.w.out, 4)), sector = p.dtype == kF32 ? 8 : 16;
@@ -375,7 +382,7 @@ int launch_planes(Args p, void* stream) {
                       : kDown == 4                              ? 128
                                                                 : 256;
   int y = max(1, min(threads / x, static_cast<int>(ceil_div(p.h.out, P::kRows))));
-  const int64_t wanted = sm_count();
+  const int fewest = kFew ? 64 : 32;  // threads; more read a tile in fewer turns
   int shared = 0;
   for (;;) {
     p.tile_w = 4 * x;
@@ -395,7 +402,7 @@ int launch_planes(Args p, void* stream) {
     if (p.w.out % 4) floats = max(floats, p.tile_h * p.tile_w);
     shared = 4 * (P::kFilter + floats);
     const int64_t blocks = ceil_div(p.h.out, p.tile_h) * p.tiles_w * p.images;
-    if (y * x <= 32 || (shared <= kSharedBytes && blocks >= wanted)) break;
+    if (y * x <= fewest || (shared <= kSharedBytes && blocks >= wanted)) break;
     // Fewer outputs a block: the squarer the tile, the smaller its halo.
     if (y == 1 || (p.tile_w > 4 * p.tile_h && x > 8))
       x = (x / 2 + 7) / 8 * 8;
@@ -407,7 +414,7 @@ int launch_planes(Args p, void* stream) {
   p.threads_y = y;
   p.magic_x = magic_of(x), p.magic_row = magic_of(p.vectors);
   return by_images(p, [&](const Args& q) {
-    GK_LAUNCH((upfirdn2d_planes_kernel<kUp, kDown, kTaps, kSeparable>),
+    GK_LAUNCH((upfirdn2d_planes_kernel<kUp, kDown, kTaps, kSeparable, kFew>),
               dim3(static_cast<unsigned>(q.tiles_w), static_cast<unsigned>(q.images),
                    static_cast<unsigned>(tiles_h)),
               dim3(x * y), shared, stream, q);

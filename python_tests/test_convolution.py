@@ -47,7 +47,7 @@ def any_size(monkeypatch):
     """Our kernels at every size, not only where they are faster."""
     for key in FEWEST_TILES:
         monkeypatch.setitem(FEWEST_TILES, key, (32, 32, 32))
-    monkeypatch.setattr("gankern.ops.convolution.MOST_WEIGHTS_4X4", 1 << 30)
+    monkeypatch.setattr("gankern.ops.convolution.MOST_WEIGHTS_4X4", (1 << 30, 1 << 30))
 
 
 # stride, padding, transposed, output padding, groups
@@ -260,12 +260,12 @@ def test_four_taps(form, shape, isa):
             compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs, second_grads)
 
 
-@pytest.mark.parametrize("most", [0, 1 << 14, 1 << 30])
+@pytest.mark.parametrize("most", [0, 1 << 30])
 @pytest.mark.parametrize("size", [(0, 4, 4), (8, 1, 1), (8, 2, 2), (1, 3, 2), (40, 4, 4)])
 @pytest.mark.parametrize("form", FORMS_4X4.values(), ids=FORMS_4X4)
 def test_four_taps_at_the_edges(form, size, most, monkeypatch):
     """No images, and a side of one or two pixels, whose memory format is both."""
-    monkeypatch.setattr("gankern.ops.convolution.MOST_WEIGHTS_4X4", most)
+    monkeypatch.setattr("gankern.ops.convolution.MOST_WEIGHTS_4X4", (most, most))
     n, h, w = size
     x, weight = randn(n, 16, h, w).float(), randn(16, 16, 4, 4, seed=1).float() / 16
     if not form.transposed and (h, w) == (1, 1):
@@ -286,18 +286,23 @@ def test_layers_reach_the_kernels(name, monkeypatch):
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("isa", [0, 1, 2], ids=["base", "avx2", "avx512"])
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, "many pixels"])
 @pytest.mark.parametrize("form", FORMS_4X4.values(), ids=FORMS_4X4)
-def test_four_taps_of_few_images(form, shape, layout, monkeypatch):
-    """As one matrix product of all patches."""
-    monkeypatch.setattr("gankern.ops.convolution.MOST_WEIGHTS_4X4", 0)
+def test_four_taps_of_few_images(form, shape, layout, isa, monkeypatch):
+    """By plain sums, in channels-last memory whatever x is in."""
+    monkeypatch.setattr("gankern.ops.convolution.MOST_WEIGHTS_4X4", (0, 0))
+    monkeypatch.setitem(SHAPES, "many pixels", (3, 16, 70, 25, 40))  # of a weight gradient
     x, w = inputs_of(shape, form, 4)
     inputs = [lay_out(x, layout), w]
     assert not _ours(w, inputs[0], None, form)
-    assert _four_taps(w, inputs[0], None, form) == "product"
-    compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs)
-    compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs, second_grads)
+    assert _four_taps(w, inputs[0], None, form) == "few"
+    with instruction_set(isa):
+        y, *_ = compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        if shape == "odd":
+            compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs, second_grads)
 
 
 def of_product(form: Form):
@@ -419,6 +424,12 @@ def test_opcheck():
     args = (*args[:2], lay_out(args[2], "channels_last"), *args[3:])
     torch.library.opcheck(ops.convolution_scaled_backward.default, args, test_utils=checks)
     four = randn(24, 17, 4, 4).float()
+    few = (last[1], four, False, 0, 0), (last[0], four, True, 1, 0)
+    for args in few:
+        torch.library.opcheck(ops.convolution_few.default, args, test_utils=checks)
+    torch.library.opcheck(
+        ops.convolution_few_weight_gradient.default, tuple(last), test_utils=checks
+    )
     torch.library.opcheck(
         ops.convolution.default, (last[1], four, None, 2, 1, 1, False, 0, 0), test_utils=checks
     )

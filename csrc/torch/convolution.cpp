@@ -19,6 +19,12 @@ GANKERN_KERNEL(int, convolution_last_weight_gradient, int dtype, const void* dy,
                const void* dy_factors, const void* x, const void* x_factors, void* dw, int64_t N,
                int64_t O, int64_t out_h, int64_t out_w, int64_t I, int64_t H, int64_t W, int taps,
                int stride, int64_t pad_y, int64_t pad_x)
+GANKERN_KERNEL(int, convolution_few, int dtype, const void* x, const void* w, void* y, int64_t N,
+               int64_t I, int64_t H, int64_t W, int64_t O, int64_t out_h, int64_t out_w,
+               int64_t w_out, int64_t w_in, bool transposed)
+GANKERN_KERNEL(int, convolution_few_weight_gradient, int dtype, const void* dy, const void* x,
+               void* dw, int64_t N, int64_t O, int64_t out_h, int64_t out_w, int64_t I, int64_t H,
+               int64_t W)
 
 namespace gankern {
 namespace {
@@ -72,7 +78,8 @@ struct Convolution {
   bool transposed, last;
 
   Convolution(const Tensor& x_in, const Tensor& w_in, const MaybeTensor& factors_in, int64_t stride,
-              int64_t pad_y, int64_t pad_x, bool transposed, int64_t rest_y, int64_t rest_x)
+              int64_t pad_y, int64_t pad_x, bool transposed, int64_t rest_y, int64_t rest_x,
+              bool last)
       : x(checked("x", x_in)),
         w(checked("w", w_in)),
         factors("factors", factors_in, x_in),
@@ -80,7 +87,7 @@ struct Convolution {
         pad_y(pad_y),
         pad_x(pad_x),
         transposed(transposed),
-        last(is_channels_last(x_in)) {
+        last(last) {
     const int64_t taps = w.size(3), I = x.size(1);
     check_form(taps, stride, pad_y, pad_x, last);
     STD_TORCH_CHECK(w.size(in_dim()) == I && w.size(2) == taps, kOp, ": w must have ", I,
@@ -116,7 +123,28 @@ struct Convolution {
 
 Tensor forward(const Tensor& x, const Tensor& w, const MaybeTensor& factors, int64_t stride,
                int64_t pad_y, int64_t pad_x, bool transposed, int64_t rest_y, int64_t rest_x) {
-  return Convolution(x, w, factors, stride, pad_y, pad_x, transposed, rest_y, rest_x).run(nullptr);
+  const bool last = is_channels_last(x);
+  return Convolution(x, w, factors, stride, pad_y, pad_x, transposed, rest_y, rest_x, last)
+      .run(nullptr);
+}
+
+// Channels-last, or of one pixel, which is that too.
+bool by_channels(const Tensor& t) {
+  return is_channels_last(t) || (t.is_contiguous() && t.size(2) * t.size(3) == 1);
+}
+
+// 4x4 taps, stride 2 and padding 1, by plain sums.
+Tensor few(const Tensor& x, const Tensor& w, bool transposed, int64_t rest_y, int64_t rest_x) {
+  const Convolution c(x, w, std::nullopt, 2, 1, 1, transposed, rest_y, rest_x, by_channels(x));
+  STD_TORCH_CHECK(w.size(3) == 4, kOp, ": few images want 4x4 taps, got ", w.size(3), "x",
+                  w.size(3));
+  Tensor y = fresh_images(x, c.N, c.O, c.out_h, c.out_w, true);
+  if (y.numel())
+    kernels::convolution_few(kF32, c.x.const_data_ptr(), c.w.const_data_ptr(), y.mutable_data_ptr(),
+                             c.N, x.size(1), x.size(2), x.size(3), c.O, c.out_h, c.out_w,
+                             c.w.stride(transposed ? 1 : 0), c.w.stride(transposed ? 0 : 1),
+                             transposed);
+  return y;
 }
 
 // The unfiltered synthesis_epilogue of a convolution, which is written once.
@@ -124,7 +152,7 @@ Tensor with_epilogue(const Tensor& x, const Tensor& w, const MaybeTensor& factor
                      int64_t pad_y, int64_t pad_x, const MaybeTensor& d, const MaybeTensor& noise,
                      const MaybeTensor& strength, const MaybeTensor& b, int64_t act, double alpha,
                      double gain, double clamp) {
-  const Convolution c(x, w, factors, stride, pad_y, pad_x, false, 0, 0);
+  const Convolution c(x, w, factors, stride, pad_y, pad_x, false, 0, 0, is_channels_last(x));
   STD_TORCH_CHECK(c.last && w.size(3) == 3, kOp,
                   ": an epilogue wants 3x3 taps and x in channels-last memory");
   const epilogue::Operands o({kF32, c.N, c.O, c.out_h, c.out_w, c.last}, std::nullopt, d, noise,
@@ -152,7 +180,8 @@ std::tuple<Tensor, Tensor> scaled_backward(const Tensor& dy, const Tensor& w, co
                                            const Tensor& d, int64_t stride, int64_t pad_y,
                                            int64_t pad_x, bool transposed, int64_t rest_y,
                                            int64_t rest_x) {
-  const Convolution c(dy, w, std::nullopt, stride, pad_y, pad_x, transposed, rest_y, rest_x);
+  const Convolution c(dy, w, std::nullopt, stride, pad_y, pad_x, transposed, rest_y, rest_x,
+                      is_channels_last(dy));
   STD_TORCH_CHECK(c.last && is_channels_last(x) && w.size(3) == 3, kOp,
                   ": the gradients of factors want 3x3 taps and channels-last memory");
   checked("x", x);
@@ -198,6 +227,25 @@ Tensor weight_gradient(const Tensor& dy_in, const Tensor& x_in, const MaybeTenso
   return dw;
 }
 
+Tensor few_weight_gradient(const Tensor& dy, const Tensor& x) {
+  checked("dy", dy);
+  checked("x", x);
+  const int64_t N = x.size(0), O = dy.size(1), I = x.size(1);
+  STD_TORCH_CHECK(by_channels(dy) && by_channels(x), kOp,
+                  ": 4x4 taps take images in channels-last memory");
+  STD_TORCH_CHECK(dy.size(0) == N && dy.size(2) == out_size(x.size(2), 4, 2, 1, false, 0) &&
+                      dy.size(3) == out_size(x.size(3), 4, 2, 1, false, 0),
+                  kOp, ": dy must have the shape of the convolution's output");
+  Tensor dw = empty_beside(x, {O, I, 4, 4});
+  if (dy.numel() == 0)
+    torch::stable::zero_(dw);
+  else
+    kernels::convolution_few_weight_gradient(kF32, dy.const_data_ptr(), x.const_data_ptr(),
+                                             dw.mutable_data_ptr(), N, O, dy.size(2), dy.size(3), I,
+                                             x.size(2), x.size(3));
+  return dw;
+}
+
 }  // namespace
 
 GANKERN_SCHEMAS(m) {
@@ -210,6 +258,8 @@ GANKERN_SCHEMAS(m) {
       "Tensor? d, "
       "Tensor? noise, Tensor? strength, Tensor? b, int act, float alpha, float gain, float clamp) "
       "-> Tensor");
+  m.def("convolution_few(Tensor x, Tensor w, bool transposed, int rest_y, int rest_x) -> Tensor");
+  m.def("convolution_few_weight_gradient(Tensor dy, Tensor x) -> Tensor");
   m.def(
       "convolution_scaled_backward(Tensor dy, Tensor w, Tensor x, Tensor d, int stride, int pad_y, "
       "int pad_x, bool transposed, int rest_y, int rest_x) -> (Tensor, Tensor)");
@@ -221,6 +271,8 @@ GANKERN_SCHEMAS(m) {
 GANKERN_IMPLS(m) {
   m.impl("convolution", TORCH_BOX(&forward));
   m.impl("convolution_epilogue", TORCH_BOX(&with_epilogue));
+  m.impl("convolution_few", TORCH_BOX(&few));
+  m.impl("convolution_few_weight_gradient", TORCH_BOX(&few_weight_gradient));
   m.impl("convolution_scaled_backward", TORCH_BOX(&scaled_backward));
   m.impl("convolution_weight_gradient", TORCH_BOX(&weight_gradient));
 }

@@ -2,8 +2,8 @@
 
 A convolution and its two gradients are each other's gradients, so that every order is one of three
 calls; PyTorch's own second order takes slower ones, and loses channels-last. On the CPU 3x3
-convolutions in float32, and 4x4 ones of stride 2, run in kernels of our own, which need half of the
-products; all others, and all on a GPU, are PyTorch's.
+convolutions in float32, and 4x4 ones of stride 2, run in kernels of our own, most of which need
+half of the products; all others, and all on a GPU, are PyTorch's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gankern.ops import _impl
@@ -28,11 +27,10 @@ FEWEST_TILES = {
     torch.contiguous_format: (128, 512, 128),
     torch.channels_last: (128, 128, 32),
 }
-# Most weights for each tile of the lower resolution of 4x4 convolutions of stride 2 with padding 1
-# and of their weight gradients, which our kernels take in channels-last memory alone: they are
-# transformed for all tiles. With more, one matrix product of all patches is faster: a gradient
-# of 4x4 images' weights in 0.4 of the time of PyTorch's convolution.
-MOST_WEIGHTS_4X4 = 1 << 14
+# Most weights for each 2x2 tile of the lower resolution that minimal filtering of 4x4 taps (stride
+# 2, padding 1) is faster for, and the gradient of its weights: it transforms them for all tiles.
+# With more, a kernel of plain sums is. Both take channels-last memory.
+MOST_WEIGHTS_4X4 = (1 << 12, 1 << 13)
 
 
 class Form(NamedTuple):
@@ -111,7 +109,7 @@ def _tiles(x: Tensor) -> int:
 
 
 def _four_taps(w: Tensor, small: Tensor, large: Tensor | None, form: Form) -> str:
-    """What computes a 4x4 convolution: our "kernels", one "product" of all patches, or ""."""
+    """What computes a 4x4 convolution: our "kernels", those for "few" small images, or ""."""
     if w.shape[2:] != (4, 4) or not _formats(w, small, large, form):
         return ""
     tiles = _tiles(small)
@@ -119,8 +117,8 @@ def _four_taps(w: Tensor, small: Tensor, large: Tensor | None, form: Form) -> st
         tiles = 0 if min(small.shape[2:]) < 2 else tiles // 4
     if tiles == 0:
         return ""
-    if w.numel() > tiles * MOST_WEIGHTS_4X4:
-        return "product"
+    if w.numel() > tiles * MOST_WEIGHTS_4X4[large is not None]:
+        return "few"
     contiguous = small.is_contiguous() or (large is not None and large.is_contiguous())
     return "" if contiguous else "kernels"
 
@@ -145,46 +143,17 @@ def _formats(
     return formats
 
 
-def _patches(x: Tensor, height: int, width: int) -> Tensor:
-    """[N * height * width, C * 16]: what each sample of a 4x4 convolution of stride 2 reads."""
-    padded = F.pad(x.contiguous(), (1, 1, 1, 1))
-    n, c, y, x_ = padded.stride()
-    size = (x.shape[0], height, width, x.shape[1], 4, 4)
-    return padded.as_strided(size, (n, 2 * y, 2 * x_, c, y, x_)).reshape(-1, 16 * x.shape[1])
-
-
-def _unpatch(rows: Tensor, small: Tensor, rest: tuple[int, int]) -> Tensor:
-    """The adjoint of `_patches`, whose height and width are those of `small`."""
-    n, _, height, width = small.shape
-    parts = rows.view(n, height, width, -1, 2, 2, 2, 2)
-    blocks = rows.new_zeros(n, height + 1, 2, width + 1, 2, parts.shape[3])
-    for i in (0, 1):
-        for j in (0, 1):
-            to = blocks[:, i : i + height, :, j : j + width]
-            to += parts[:, :, :, :, i, :, j].permute(0, 1, 4, 2, 5, 3)
-    x = blocks.view(n, 2 * height + 2, 2 * width + 2, -1).permute(0, 3, 1, 2)
-    return F.pad(x, (-1, rest[1] - 1, -1, rest[0] - 1))
-
-
-def _matmul(x: Tensor, w: Tensor, form: Form) -> Tensor:
-    """A 4x4 convolution of stride 2 or its transpose as one matrix product."""
-    flat = w.reshape(len(w), -1)
-    if form.transposed:
-        return _unpatch(_samples(x) @ flat, x, form.output_padding)
-    height, width = x.shape[2] // 2, x.shape[3] // 2
-    y = _patches(x, height, width) @ flat.t()
-    return y.view(len(x), height, width, len(w)).permute(0, 3, 1, 2)
-
-
-def _samples(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+def _last(x: Tensor) -> Tensor:
+    """x as the kernels for few images take it."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _forward(x: Tensor, w: Tensor, form: Form, factors: Tensor | None = None) -> Tensor:
     if w.dtype == x.dtype and _ours(w, x, None, form):
         return _impl.op("cpu", OP)(x, w, factors, *form.place())
-    if w.dtype == x.dtype and factors is None and _four_taps(w, x, None, form) == "product":
-        return _matmul(x, w, form)
+    if w.dtype == x.dtype and factors is None and _four_taps(w, x, None, form) == "few":
+        few = _impl.op("cpu", OP + "_few")
+        return few(_last(x), w, form.transposed, *form.output_padding)
     return torch.convolution(x, w, None, *form.arguments())
 
 
@@ -207,9 +176,8 @@ def _gradients(
     if left[1] and factors is not None:
         x = x * factors[:, :, None, None]
         small, large = (x, dy) if form.transposed else (dy, x)
-    if left[1] and _four_taps(w, small, large, form) == "product":
-        patches = _patches(large, small.shape[2], small.shape[3])
-        found[1] = (_samples(small).t() @ patches).view(w.shape)
+    if left[1] and _four_taps(w, small, large, form) == "few":
+        found[1] = _impl.op("cpu", OP + "_few_weight_gradient")(_last(small), _last(large))
         left[1] = False
     if any(left):
         backward = torch.ops.aten.convolution_backward
@@ -351,5 +319,17 @@ def _fake_weight_gradient(dy, x, dy_factors, x_factors, taps, stride, pad_y, pad
     return x.new_empty((dy.shape[1], x.shape[1], taps, taps))
 
 
+def _fake_few(x, w, transposed, rest_y, rest_x):
+    shape = output_shape(x, w, 2, 1, 1, transposed, rest_y, rest_x)
+    like = {"dtype": x.dtype, "device": x.device}
+    return torch.empty(shape, **like, memory_format=torch.channels_last)
+
+
+def _fake_few_weight_gradient(dy, x):
+    return x.new_empty((dy.shape[1], x.shape[1], 4, 4))
+
+
 _impl.register_fake(OP, _fake)
 _impl.register_fake(OP + "_weight_gradient", _fake_weight_gradient)
+_impl.register_fake(OP + "_few", _fake_few)
+_impl.register_fake(OP + "_few_weight_gradient", _fake_few_weight_gradient)

@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(kMostMarchThreads, 8) upfirdn2d_march_kernel(A
   };
   typename M::Row ahead[kAhead];
 #pragma unroll
-  for (int k = 0; k < kAhead; k++) ahead[k] = next_row();
+  for (int k = 0; k < kAhead; k++)
+    if (kUp == 1 || k < p.in_rows) ahead[k] = next_row();
 
   // filter(ky, window, along_x's result, sums) adds what row ky of the filter makes of a row.
   const auto march = [&](Format<T> format, auto along_x, auto filter) {
@@ -100,6 +101,7 @@ __global__ void __launch_bounds__(kMostMarchThreads, 8) upfirdn2d_march_kernel(A
     for (int row = 0; row < p.in_rows; row += kAhead) {
 #pragma unroll
       for (int k = 0; k < kAhead; k++) {
+        if (kUp == 2 && k == 2 && p.in_rows == 2) break;
         Pack<unsigned, kPadded> words{};
         const unsigned* own = ahead[k].own.v;
         const unsigned* edge = ahead[k].edge.v;
@@ -186,10 +188,14 @@ int launch_march(Args p, void* stream) {
            ceil_div(lanes, x) * p.images;
   };
   p.log2_x = log2_of(x);
-  // Strips as long as there are enough of them, 32 warps for each multiprocessor.
+  // Strips as long as there are enough of them, 32 warps for each multiprocessor. The shortest make
+  // an output row, and with up 2 two, of which the next strip reads a row again: where few warps
+  // are.
   for (p.in_rows = 8 * kAhead;; p.in_rows /= 2) {
     p.tile_h = Waiting<kUp, kDown, M::kOut>::outputs(p.in_rows);
-    if (p.in_rows == kAhead || blocks() * (threads / 32) >= 32 * wanted) break;
+    const int64_t warps = blocks() * (threads / 32);
+    const bool short_enough = kUp == 1 || warps >= 8 * wanted || p.in_rows == 2;
+    if (warps >= 32 * wanted || (p.in_rows <= kAhead && short_enough)) break;
   }
   while (threads > max(x, 32) && blocks() < wanted) threads /= 2;
   const int64_t z = ceil_div(lanes, x);

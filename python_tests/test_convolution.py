@@ -129,13 +129,14 @@ def test_scaled(form, shape, layout):
 
 
 @pytest.mark.parametrize("isa", [0, 1, 2], ids=["base", "avx2", "avx512"])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
 @pytest.mark.parametrize("shape", ["8x8", "odd"])
 @pytest.mark.parametrize("form", ["pad 1", "transposed", "down", "up"])
-def test_scaled_backward(form, shape, isa):
+def test_scaled_backward(form, shape, layout, isa):
     """Gradients of an image and its factors by the convolution they come from."""
     form = FORMS[form]
     x, w = inputs_of(shape, form)
-    x, factors = lay_out(x, "channels_last"), randn(*x.shape[:2], seed=3).float()
+    x, factors = lay_out(x, layout), randn(*x.shape[:2], seed=3).float()
     dy = torch.empty_like(torch.convolution(x, w, None, *form.arguments())).normal_()
     adjoint = form.adjoint(x, dy, w)
 
@@ -160,7 +161,8 @@ OPERANDS = {"all": (1, -1, 1, 1), "none": (0, 0, 0, 0), "one noise": (0, 1, -1, 
 @pytest.mark.parametrize("operands", OPERANDS.values(), ids=OPERANDS)
 @pytest.mark.parametrize("act", ["lrelu", "swish"])
 @pytest.mark.parametrize("form", ["pad 1", "pad 2, 1", "down"])
-def test_with_epilogue(form, act, operands, shape, isa):
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_with_epilogue(layout, form, act, operands, shape, isa):
     """A convolution that is demodulated, gets noise and bias and is activated as it is written."""
     form = FORMS[form]
     x, w = inputs_of(shape, form)
@@ -183,7 +185,7 @@ def test_with_epilogue(form, act, operands, shape, isa):
         rest = (0, 0, 0, 0, False, 1.0, act, *numbers)
         return synthesis_epilogue_reference(z, None, *operands, *rest)
 
-    inputs = [lay_out(x, "channels_last"), w, factors, d, noise, strength, b]
+    inputs = [lay_out(x, layout), w, factors, d, noise, strength, b]
     with instruction_set(isa):
         compare(ours, of_both, inputs, output)
 
@@ -191,10 +193,11 @@ def test_with_epilogue(form, act, operands, shape, isa):
 @pytest.mark.parametrize("act", ["linear", "relu", "lrelu", "tanh", "selu", "swish"])
 @pytest.mark.parametrize("shape", ["8x8", "odd"])
 @pytest.mark.parametrize("down", [1, 2])
-def test_discriminator_layer(down, shape, act):
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_discriminator_layer(layout, down, shape, act):
     """Convolution, bias and activation in one kernel, also where gradients are recorded."""
     x, w = inputs_of(shape, FORMS["pad 1"])
-    inputs = [lay_out(x, "channels_last"), w, randn(len(w), seed=2).float()]
+    inputs = [lay_out(x, layout), w, randn(len(w), seed=2).float()]
     f = setup_filter([1, 3, 3, 1]) if down == 2 else None
 
     def at(which):
@@ -212,10 +215,11 @@ def test_discriminator_layer(down, shape, act):
 
 
 @pytest.mark.parametrize("noise", [None, (3, 1, 9, 13), (9, 13)])
-def test_layer_without_gradients(noise):
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_layer_without_gradients(layout, noise):
     """Generating takes one kernel a layer, and gives what training gives."""
     x, w = inputs_of("odd", FORMS["pad 1"])
-    x, styles, b = lay_out(x, "channels_last"), randn(*x.shape[:2], seed=2).float(), randn(len(w))
+    x, styles, b = lay_out(x, layout), randn(*x.shape[:2], seed=2).float(), randn(len(w))
     z = None if noise is None else randn(*noise, seed=3).float()
 
     def layer():

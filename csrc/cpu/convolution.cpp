@@ -47,11 +47,62 @@ void transform_input(float* to, int64_t place_stride, InputReader<kMode>& reader
   });
 }
 
+// What becomes of `count` outputs in a row of channel c, from pixel `pixel` of sample n on.
+struct Plain {
+  GK_INLINE void operator()(float* to, const float* y, int64_t count, int64_t, int64_t, int64_t,
+                            int64_t) const {
+    memcpy(to, y, static_cast<size_t>(count) * sizeof(float));
+  }
+};
+
+GK_INLINE void store_some(float* to, vf v, int64_t left) {
+  if (left >= kLanes)
+    store(to, v);
+  else
+    store_part(to, v, left);
+}
+
+template <bool kPwl>
+struct Finished : Epilogue<kPwl> {
+  using Epilogue<kPwl>::Epilogue;
+  GK_INLINE void operator()(float* to, const float* y, int64_t count, int64_t, int64_t n, int64_t c,
+                            int64_t pixel) const {
+    const Finish& f = this->f;
+    const float d = f.d ? f.d[n * this->C + c] : 1.f, b = f.b ? f.b[c] : 0.f;
+    const float strength = f.strength ? f.strength[f.strength_n == 1 ? 0 : c] : 1.f;
+    const float* noise = this->noise(n);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int64_t left = count - i;
+      vf v = some(y + i, left) * d;
+      if (noise) v += some(noise + pixel + i, left) * strength;
+      store_some(to + i, (*this)(v + b), left);
+    }
+  }
+  using Epilogue<kPwl>::operator();
+};
+
+struct Dotted {
+  const Dots& dots;
+  GK_INLINE void operator()(float* to, const float* y, int64_t count, int64_t block, int64_t n,
+                            int64_t c, int64_t pixel) const {
+    const float d = dots.f.d[n * dots.C + c];
+    const float* x = dots.f.x + (n * dots.C + c) * dots.pixels + pixel;
+    vf sum{};
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int64_t left = count - i;
+      const vf v = some(y + i, left);
+      sum += v * some(x + i, left);
+      store_some(to + i, v * d, left);
+    }
+    *dots.at(block, n, c) += sum_lanes(sum);
+  }
+};
+
 // The outputs of tiles [begin, stop) of channel o from products m[place * place_stride + tile].
-template <int kMode>
+template <int kMode, typename End>
 void transform_output(float* y, const float* m, int64_t place_stride, float* lines,
-                      const Images& im, const Tiles& tiles, int64_t o, int64_t begin,
-                      int64_t stop) {
+                      const Images& im, const Tiles& tiles, int64_t o, int64_t block, int64_t begin,
+                      int64_t stop, const End& end_of) {
   using A = Axis<kMode>;
   constexpr int kP = A::kProducts, kOut = A::kOut;
   constexpr int64_t kPitch = kRow * kOut;
@@ -71,10 +122,11 @@ void transform_output(float* y, const float* m, int64_t place_stride, float* lin
       }
     }
     const int64_t left = im.W - first * kOut, width = (end - first) * kOut;
-    const int64_t bytes = (width < left ? width : left) * static_cast<int64_t>(sizeof(float));
-    for (int r = 0; r < kOut && row * kOut + r < im.H; r++)
-      memcpy(y + ((n * im.C + o) * im.H + row * kOut + r) * im.W + first * kOut, lines + r * kPitch,
-             static_cast<size_t>(bytes));
+    for (int r = 0; r < kOut && row * kOut + r < im.H; r++) {
+      const int64_t pixel = (row * kOut + r) * im.W + first * kOut;
+      end_of(y + (n * im.C + o) * im.H * im.W + pixel, lines + r * kPitch,
+             width < left ? width : left, block, n, o, pixel);
+    }
   });
 }
 
@@ -104,9 +156,9 @@ void multiply(float* m, const float* u, const float* v, int64_t panels, int64_t 
   }
 }
 
-template <int kMode>
+template <int kMode, typename End>
 void forward(const float* x, const Weights& w, float* y, const Images& in, const Images& out,
-             Padding pad) {
+             Padding pad, const End& end_of) {
   using A = Axis<kMode>;
   constexpr int kPlaces = A::kProducts * A::kProducts;
   const int64_t I = in.C, O = out.C, panels = (O + kTall - 1) / kTall;
@@ -129,8 +181,21 @@ void forward(const float* x, const Weights& w, float* y, const Images& in, const
         multiply(&m[place * m_place], &u[place * panels * I * kTall], &v[place * kTile * I], panels,
                  I, stop - begin);
       for (int64_t o = 0; o < O; o++)
-        transform_output<kMode>(y, &m[o * kRow], m_place, &lines[0], out, tiles, o, begin, stop);
+        transform_output<kMode>(y, &m[o * kRow], m_place, &lines[0], out, tiles, o, block, begin,
+                                stop, end_of);
     }
+  });
+}
+
+template <int kMode>
+void forward_dotted(const float* x, const Weights& w, float* y, const Images& in, const Images& out,
+                    Padding pad, const Finish& finish) {
+  const Tiles tiles(in.N, out.H, out.W, Axis<kMode>::kOut);
+  const int64_t blocks = (tiles.count + kTile - 1) / kTile;
+  const Dots dots(finish, out, blocks);
+  forward<kMode>(x, w, y, in, out, pad, Dotted{dots});
+  dots.add_up(in.N, tiles, blocks, [&](int64_t block) {
+    return block * kTile < tiles.count ? block * kTile : tiles.count;
   });
 }
 
@@ -235,17 +300,23 @@ void weight_gradient(const float* dy, const float* x, float* dw, const Images& o
 int convolution(int, const void* x, const void* factors, const void* w, void* y, int64_t N,
                 int64_t I, int64_t H, int64_t W, int64_t O, int64_t out_h, int64_t out_w,
                 int64_t w_out, int64_t w_in, int, int stride, bool transposed, int64_t pad_y,
-                int64_t pad_x) {
+                int64_t pad_x, const Finish* finish) {
   const Images in{N, I, H, W, static_cast<const float*>(factors)}, out{N, O, out_h, out_w};
   const Weights weights{static_cast<const float*>(w), w_out, w_in, transposed && stride == 1};
   const auto* from = static_cast<const float*>(x);
   auto* to = static_cast<float*>(y);
-  if (stride == 1)
-    forward<kSame>(from, weights, to, in, out, {pad_y, pad_x});
-  else if (transposed)
-    forward<kUp>(from, weights, to, in, out, {1, 1});
-  else
-    forward<kDown>(from, weights, to, in, out, {0, 0});
+  by_form(stride, transposed, {pad_y, pad_x}, [&](auto mode, Padding pad) {
+    constexpr int kMode = decltype(mode)::value;
+    if (!finish)
+      forward<kMode>(from, weights, to, in, out, pad, Plain());
+    else if (finish->x)
+      forward_dotted<kMode>(from, weights, to, in, out, pad, *finish);
+    else if constexpr (kMode != kUp)
+      by_act(finish->act, [&](auto pwl) {
+        const Finished<decltype(pwl)::value> end(*finish, out);
+        forward<kMode>(from, weights, to, in, out, pad, end);
+      });
+  });
   return 0;
 }
 

@@ -1,6 +1,8 @@
 // Convolutions as matrix products over channels: what both memory formats share.
 #pragma once
 
+#include "act.h"
+#include "finish.h"
 #include "winograd.h"
 
 namespace gankern::cpu::GANKERN_ISA {
@@ -57,12 +59,74 @@ struct Padding {
   int64_t y, x;
 };
 
-// --- The weight gradient: places of Σ over tiles of A' dy and B x, turned back by G'.
-
 template <int kValue>
 struct Count {
   static constexpr int value = kValue;
 };
+
+// f(mode, padding) for a convolution of 3x3 taps.
+template <typename F>
+void by_form(int stride, bool transposed, Padding pad, const F& f) {
+  if (stride == 1)
+    f(Count<kSame>{}, pad);
+  else if (transposed)
+    f(Count<kUp>{}, Padding{1, 1});
+  else
+    f(Count<kDown>{}, Padding{0, 0});
+}
+
+// --- What becomes of the outputs: nothing, the epilogue, or the gradients of x * d.
+
+GK_INLINE vf some(const float* p, int64_t left) {
+  return left >= kLanes ? load(p) : load_part(p, left);
+}
+
+// The epilogue's operands; kPwl as in act.h.
+template <bool kPwl>
+struct Epilogue {
+  const Finish& f;
+  ActArgs<float> p;
+  int64_t C, pixels;
+  Epilogue(const Finish& f, const Images& out)
+      : f(f),
+        p(act_args<float>(f.act, f.alpha, f.gain, f.clamp)),
+        C(out.C),
+        pixels(out.H * out.W) {}
+  const float* noise(int64_t n) const {
+    return f.noise ? f.noise + (f.noise_n == 1 ? 0 : n * pixels) : nullptr;
+  }
+  GK_INLINE vf operator()(vf y) const { return clamped(value<kPwl>(y, p) * p.gain, p); }
+};
+
+// Sums of y * x by block and sample, a row each: as blocks and samples both follow the tiles,
+// block + sample is one. begin(block): its first tile.
+struct Dots {
+  const Finish& f;
+  int64_t C, pixels, row, rows;
+  Buffer<float> sums;
+  Dots(const Finish& f, const Images& out, int64_t blocks)
+      : f(f),
+        C(out.C),
+        pixels(out.H * out.W),
+        row((C + kWide - 1) / kWide * kWide),
+        rows(blocks + out.N),
+        sums(rows * row) {
+    memset(&sums[0], 0, static_cast<size_t>(rows * row) * sizeof(float));
+  }
+  float* at(int64_t block, int64_t n, int64_t c) const { return &sums[(block + n) * row + c]; }
+
+  // To f.dots, block after block.
+  template <typename Begin>
+  void add_up(int64_t N, const Tiles& tiles, int64_t blocks, const Begin& begin) const {
+    const int64_t each = tiles.count / N;
+    memset(f.dots, 0, static_cast<size_t>(N * C) * sizeof(float));
+    for (int64_t block = 0; block < blocks; block++)
+      for (int64_t n = begin(block) / each; n * each < begin(block + 1); n++)
+        for (int64_t c = 0; c < C; c++) f.dots[n * C + c] += at(block, n, 0)[c];
+  }
+};
+
+// --- The weight gradient: places of Σ over tiles of A' dy and B x, turned back by G'.
 
 // One side of the products: the transformed tiles of a chunk as [place][group][tile][kGroup].
 template <int kPlaces>

@@ -1,8 +1,6 @@
 // Convolutions in channels-last memory, of 4x4 taps too (stride 2, padding 1: 36 products for 64):
 // vectors run along the channels, and nothing is rearranged.
-#include "act.h"
 #include "convolution.h"
-#include "finish.h"
 
 namespace gankern::cpu::GANKERN_ISA {
 namespace {
@@ -100,7 +98,7 @@ GK_INLINE void transform_output_grad(const float* dy, const Images& im, const Ti
   });
 }
 
-// What becomes of the outputs, kLanes channels of a tile of a block at a time: nothing.
+// What becomes of kLanes channels' outputs of a tile.
 struct Plain {
   struct Channels {
     GK_INLINE vf operator()(vf y, int64_t) { return y; }
@@ -109,13 +107,9 @@ struct Plain {
   GK_INLINE Channels at(int64_t, int64_t, int64_t, int64_t) const { return {}; }
 };
 
-GK_INLINE vf some(const float* p, int64_t left) {
-  return left >= kLanes ? load(p) : load_part(p, left);
-}
-
-// The epilogue; kPwl as in act.h.
 template <bool kPwl>
-struct Finished {
+struct Finished : Epilogue<kPwl> {
+  using Epilogue<kPwl>::Epilogue;
   struct Channels {
     const Finished& all;
     vf d, strength, b;
@@ -123,32 +117,21 @@ struct Finished {
     GK_INLINE vf operator()(vf y, int64_t pixel) {
       y = y * d;
       if (noise) y += noise[pixel] * strength;
-      return clamped(value<kPwl>(y + b, all.p) * all.p.gain, all.p);
+      return all(y + b);
     }
     GK_INLINE void done() {}
   };
-  const Finish& f;
-  ActArgs<float> p;
-  int64_t C, pixels;
-
-  Finished(const Finish& f, const Images& out)
-      : f(f),
-        p(act_args<float>(f.act, f.alpha, f.gain, f.clamp)),
-        C(out.C),
-        pixels(out.H * out.W) {}
   GK_INLINE Channels at(int64_t, int64_t n, int64_t c, int64_t left) const {
+    const Finish& f = this->f;
     const vf one = vf{} + 1.f;
     const vf strength = !f.strength         ? one
                         : f.strength_n == 1 ? vf{} + f.strength[0]
                                             : some(f.strength + c, left);
-    return {*this, f.d ? some(f.d + n * C + c, left) : one, strength,
-            f.b ? some(f.b + c, left) : vf{},
-            f.noise ? f.noise + (f.noise_n == 1 ? 0 : n * pixels) : nullptr};
+    return {*this, f.d ? some(f.d + n * this->C + c, left) : one, strength,
+            f.b ? some(f.b + c, left) : vf{}, this->noise(n)};
   }
 };
 
-// The gradients of x * d. Sums of a block and a sample have a row of their own: as blocks and
-// samples both follow the tiles, block + sample is one.
 struct Dotted {
   struct Channels {
     const float* x;
@@ -161,16 +144,14 @@ struct Dotted {
     }
     GK_INLINE void done() { store(sums, load(sums) + sum); }
   };
-  const Finish& f;
-  int64_t C, pixels, row;
-  const Buffer<float>& sums;
-
+  const Dots& dots;
   GK_INLINE Channels at(int64_t block, int64_t n, int64_t c, int64_t left) const {
-    return {f.x + n * pixels * C + c,
-            &sums[(block + n) * row + c],
-            some(f.d + n * C + c, left),
+    const Finish& f = dots.f;
+    return {f.x + n * dots.pixels * dots.C + c,
+            dots.at(block, n, c),
+            some(f.d + n * dots.C + c, left),
             vf{},
-            C,
+            dots.C,
             left};
   }
 };
@@ -268,20 +249,14 @@ void forward(const float* x, const Weights& w, float* y, const Images& in, const
   });
 }
 
-// The convolution's outputs times d, and their products with x summed, block after block.
 template <int kMode>
 void forward_dotted(const float* x, const Weights& w, float* y, const Images& in, const Images& out,
                     Padding pad, const Finish& finish) {
   const Tiles tiles(in.N, out.H, out.W, Axis<kMode>::kOut);
   const Blocks<kMode> blocks(tiles.count);
-  const int64_t row = whole(out.C, kWide), rows = blocks.count + in.N, each = tiles.count / in.N;
-  Buffer<float> sums(rows * row);
-  memset(&sums[0], 0, static_cast<size_t>(rows * row) * sizeof(float));
-  forward<kMode>(x, w, y, in, out, pad, Dotted{finish, out.C, out.H * out.W, row, sums});
-  memset(finish.dots, 0, static_cast<size_t>(in.N * out.C) * sizeof(float));
-  for (int64_t block = 0; block < blocks.count; block++)
-    for (int64_t n = blocks.begin(block) / each; n * each < blocks.begin(block + 1); n++)
-      for (int64_t c = 0; c < out.C; c++) finish.dots[n * out.C + c] += sums[(block + n) * row + c];
+  const Dots dots(finish, out, blocks.count);
+  forward<kMode>(x, w, y, in, out, pad, Dotted{dots});
+  dots.add_up(in.N, tiles, blocks.count, [&](int64_t block) { return blocks.begin(block); });
 }
 
 struct NoScratch {};
@@ -318,30 +293,23 @@ int convolution_last(int, const void* x, const void* factors, const void* w, voi
   const Weights weights{static_cast<const float*>(w), w_out, w_in, transposed && stride == 1};
   const auto* from = static_cast<const float*>(x);
   auto* to = static_cast<float*>(y);
-  if (finish && finish->x && stride == 1)
-    forward_dotted<kSame>(from, weights, to, in, out, {pad_y, pad_x}, *finish);
-  else if (finish && finish->x && transposed)
-    forward_dotted<kUp>(from, weights, to, in, out, {1, 1}, *finish);
-  else if (finish && finish->x)
-    forward_dotted<kDown>(from, weights, to, in, out, {0, 0}, *finish);
-  else if (finish)
-    by_act(finish->act, [&](auto pwl) {
-      const Finished<decltype(pwl)::value> end(*finish, out);
-      if (stride == 1)
-        forward<kSame>(from, weights, to, in, out, {pad_y, pad_x}, end);
-      else
-        forward<kDown>(from, weights, to, in, out, {0, 0}, end);
-    });
-  else if (taps == 4 && transposed)
+  if (taps == 4 && transposed)
     forward<kUp4>(from, weights, to, in, out, {1, 1}, Plain());
   else if (taps == 4)
     forward<kDown4>(from, weights, to, in, out, {1, 1}, Plain());
-  else if (stride == 1)
-    forward<kSame>(from, weights, to, in, out, {pad_y, pad_x}, Plain());
-  else if (transposed)
-    forward<kUp>(from, weights, to, in, out, {1, 1}, Plain());
-  else
-    forward<kDown>(from, weights, to, in, out, {0, 0}, Plain());
+  if (taps == 4) return 0;
+  by_form(stride, transposed, {pad_y, pad_x}, [&](auto mode, Padding pad) {
+    constexpr int kMode = decltype(mode)::value;
+    if (!finish)
+      forward<kMode>(from, weights, to, in, out, pad, Plain());
+    else if (finish->x)
+      forward_dotted<kMode>(from, weights, to, in, out, pad, *finish);
+    else if constexpr (kMode != kUp)
+      by_act(finish->act, [&](auto pwl) {
+        const Finished<decltype(pwl)::value> end(*finish, out);
+        forward<kMode>(from, weights, to, in, out, pad, end);
+      });
+  });
   return 0;
 }
 

@@ -6,7 +6,7 @@
 GANKERN_KERNEL(int, convolution, int dtype, const void* x, const void* factors, const void* w,
                void* y, int64_t N, int64_t I, int64_t H, int64_t W, int64_t O, int64_t out_h,
                int64_t out_w, int64_t w_out, int64_t w_in, int taps, int stride, bool transposed,
-               int64_t pad_y, int64_t pad_x)
+               int64_t pad_y, int64_t pad_x, const gankern::cpu::Finish* finish)
 GANKERN_KERNEL(int, convolution_weight_gradient, int dtype, const void* dy, const void* dy_factors,
                const void* x, const void* x_factors, void* dw, int64_t N, int64_t O, int64_t out_h,
                int64_t out_w, int64_t I, int64_t H, int64_t W, int taps, int stride, int64_t pad_y,
@@ -102,18 +102,18 @@ struct Convolution {
     if (w.stride(3) != 1 || w.stride(2) != taps) w = row_major(w);
   }
 
-  // finish: in channels-last memory alone.
+  // finish: of 3x3 taps.
   Tensor run(const cpu::Finish* finish) const {
     const bool flipped = transposed && stride == 1;  // a correlation again, of flipped weights
     Tensor y = fresh_images(x, N, O, out_h, out_w, last);
     if (y.numel() == 0) return y;
     const auto kernel = [&](auto... args) {
-      last ? kernels::convolution_last(kF32, args..., finish) : kernels::convolution(kF32, args...);
+      last ? kernels::convolution_last(kF32, args...) : kernels::convolution(kF32, args...);
     };
     kernel(x.const_data_ptr(), factors.data(), w.const_data_ptr(), y.mutable_data_ptr(), N,
            x.size(1), x.size(2), x.size(3), O, out_h, out_w, w.stride(1 - in_dim()),
            w.stride(in_dim()), static_cast<int>(w.size(3)), static_cast<int>(stride), transposed,
-           flipped ? 2 - pad_y : pad_y, flipped ? 2 - pad_x : pad_x);
+           flipped ? 2 - pad_y : pad_y, flipped ? 2 - pad_x : pad_x, finish);
     return y;
   }
 
@@ -153,8 +153,8 @@ Tensor with_epilogue(const Tensor& x, const Tensor& w, const MaybeTensor& factor
                      const MaybeTensor& strength, const MaybeTensor& b, int64_t act, double alpha,
                      double gain, double clamp) {
   const Convolution c(x, w, factors, stride, pad_y, pad_x, false, 0, 0, is_channels_last(x));
-  STD_TORCH_CHECK(c.last && w.size(3) == 3, kOp,
-                  ": an epilogue wants 3x3 taps and x in channels-last memory");
+  STD_TORCH_CHECK(w.size(3) == 3, kOp, ": an epilogue wants 3x3 taps, got ", w.size(3), "x",
+                  w.size(3));
   const epilogue::Operands o({kF32, c.N, c.O, c.out_h, c.out_w, c.last}, std::nullopt, d, noise,
                              strength, b, 0, 0, 0, 0);
   const auto data = [](const MaybeTensor& t) {
@@ -176,15 +176,17 @@ Tensor with_epilogue(const Tensor& x, const Tensor& w, const MaybeTensor& factor
 }
 
 // The gradients of x * d of its convolution, whose adjoint the form is: of x, and of d [N, C].
-std::tuple<Tensor, Tensor> scaled_backward(const Tensor& dy, const Tensor& w, const Tensor& x,
+std::tuple<Tensor, Tensor> scaled_backward(const Tensor& dy, const Tensor& w, const Tensor& x_in,
                                            const Tensor& d, int64_t stride, int64_t pad_y,
                                            int64_t pad_x, bool transposed, int64_t rest_y,
                                            int64_t rest_x) {
   const Convolution c(dy, w, std::nullopt, stride, pad_y, pad_x, transposed, rest_y, rest_x,
                       is_channels_last(dy));
-  STD_TORCH_CHECK(c.last && is_channels_last(x) && w.size(3) == 3, kOp,
-                  ": the gradients of factors want 3x3 taps and channels-last memory");
-  checked("x", x);
+  STD_TORCH_CHECK(w.size(3) == 3, kOp, ": the gradients of factors want 3x3 taps, got ", w.size(3),
+                  "x", w.size(3));
+  STD_TORCH_CHECK(!c.last || is_channels_last(x_in), kOp,
+                  ": x and dy must be in the same memory format");
+  const Tensor x = c.last ? checked("x", x_in) : row_major(checked("x", x_in));
   STD_TORCH_CHECK(
       x.size(0) == c.N && x.size(1) == c.O && x.size(2) == c.out_h && x.size(3) == c.out_w, kOp,
       ": x must have the shape of its gradient");

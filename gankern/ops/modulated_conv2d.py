@@ -198,10 +198,10 @@ class _ScaledConvolution(torch.autograd.Function):
 
 def _in_one_pass(dy: Tensor, x: Tensor, w: Tensor, adjoint: Form) -> bool:
     """Whether the gradients of x and of its styles are written by the convolution they come from:
-    by our kernels in channels-last memory."""
-    if torch.is_grad_enabled() or x.is_contiguous() or dy.is_contiguous():
+    by our kernels."""
+    if torch.is_grad_enabled() or not _ours(w, dy, None, adjoint):
         return False
-    return _ours(w, dy, None, adjoint) and x.is_contiguous(memory_format=torch.channels_last)
+    return _impl.memory_format(x) == _impl.memory_format(dy)
 
 
 def _fake_scaled_backward(dy, w, x, styles, *place):

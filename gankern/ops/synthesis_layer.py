@@ -153,9 +153,9 @@ def _conv_epilogue(
 
 
 def _one_kernel(x, w, form, styles, tail, impl) -> bool:
-    """Whether a kernel of ours is convolution and epilogue: in channels-last memory, and where no
-    gradient will ask for the convolution's output."""
-    if form.transposed or not _ours(w, x, None, form) or x.is_contiguous():
+    """Whether a kernel of ours is convolution and epilogue: where no gradient will ask for the
+    convolution's output."""
+    if form.transposed or not _ours(w, x, None, form):
         return False
     if _impl.transformed() or w.dtype != x.dtype or w.shape[2:] != (3, 3):
         return False

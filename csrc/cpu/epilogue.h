@@ -2,6 +2,7 @@
 #pragma once
 
 #include "act.h"
+#include "filter.h"
 
 namespace gankern::cpu::GANKERN_ISA {
 namespace {
@@ -77,17 +78,17 @@ void write_row(Plane<T> p, int64_t i, const S* in, int64_t width, int64_t step) 
 }
 
 // out[i] = sum over taps of f[ky][kx] * rows[ky][i + kx * step]
-template <int kTaps, typename S>
+template <int kTapsY, int kTapsX, typename S>
 GK_INLINE void filter_span(S* out, S* const* rows, const S* f, int taps_y, int taps_x, int64_t n,
                            int64_t step) {
   using V = std::conditional_t<std::is_same_v<S, float>, vf, vd>;
-  const int ny = kTaps ? kTaps : taps_y, nx = kTaps ? kTaps : taps_x;
+  const int ny = kTapsY ? kTapsY : taps_y, nx = kTapsX ? kTapsX : taps_x;
   for (int64_t i = 0; i < n; i += kLanes) {  // buffers are padded to whole vectors
     V even{}, odd{};
     for (int ky = 0; ky < ny; ky++)
       for (int kx = 0; kx < nx; kx++) {
         const V term = load(rows[ky] + i + kx * step);
-        if (kx % 2)
+        if ((kx + ky) % 2)
           odd += term * f[ky * nx + kx];
         else
           even += term * f[ky * nx + kx];
@@ -96,14 +97,44 @@ GK_INLINE void filter_span(S* out, S* const* rows, const S* f, int taps_y, int t
   }
 }
 
+int64_t padded(int64_t n) { return n + 2 * kLanes; }
+
+// Rows of filter(x) from rows of x. An outer product is applied along y, then along x.
 template <typename S>
-void filter_row(S* out, S* const* rows, const S* f, int taps_y, int taps_x, int64_t n,
-                int64_t step) {
-  if (taps_y == 4 && taps_x == 4)
-    filter_span<4>(out, rows, f, 4, 4, n, step);
-  else
-    filter_span<0>(out, rows, f, taps_y, taps_x, n, step);
-}
+class RowFilter {
+ public:
+  // width: elements that the outputs of a row meet.
+  RowFilter(const Filter<S>& f, int64_t taps_y, int64_t taps_x, int64_t width)
+      : f_(f),
+        ny_(int(taps_y)),
+        nx_(int(taps_x)),
+        product_(f.separable && (f.one_d || taps_y * taps_x > taps_y + taps_x + 1)),
+        passed_(product_ ? padded(width) : 0) {}
+
+  void operator()(S* out, S* const* rows, int64_t n, int64_t step) const {
+    if (!product_) return span(out, rows, &f_.full[0], n, step);
+    S* passed[1] = {&passed_[0]};
+    if (ny_ == 4 && nx_ == 4) {
+      filter_span<4, 1>(passed[0], rows, &f_.y[0], 4, 1, n + 3 * step, step);
+      filter_span<1, 4>(out, passed, &f_.x[0], 1, 4, n, step);
+    } else {
+      filter_span<0, 1>(passed[0], rows, &f_.y[0], ny_, 1, n + (nx_ - 1) * step, step);
+      filter_span<1, 0>(out, passed, &f_.x[0], 1, nx_, n, step);
+    }
+  }
+
+ private:
+  void span(S* out, S* const* rows, const S* f, int64_t n, int64_t step) const {
+    if (ny_ == 4 && nx_ == 4)
+      filter_span<4, 4>(out, rows, f, 4, 4, n, step);
+    else
+      filter_span<0, 0>(out, rows, f, ny_, nx_, n, step);
+  }
+  const Filter<S>& f_;
+  int ny_, nx_;
+  bool product_;
+  Buffer<S> passed_;
+};
 
 // The rows that a filter needs, the newest taps_y of them.
 template <typename S>
@@ -177,29 +208,15 @@ struct Unit {
   }
 };
 
-int64_t padded(int64_t n) { return n + 2 * kLanes; }
-
-// The taps in the order of a correlation, times the gain.
-template <typename S>
-void read_filter(S* out, const float* f, bool separable, int64_t taps_y, int64_t taps_x, bool flip,
-                 double gain) {
-  for (int64_t y = 0; y < taps_y; y++)
-    for (int64_t x = 0; x < taps_x; x++) {
-      const int64_t fy = flip ? y : taps_y - 1 - y, fx = flip ? x : taps_x - 1 - x;
-      const double tap = separable ? double(f[fy]) * f[fx] : f[fy * taps_x + fx];
-      out[y * taps_x + x] = S(tap * gain);
-    }
-}
-
 // A unit's filter(x), row after row.
 template <typename T>
 class Filtered {
  public:
   using S = Scalar<T>;
-  Filtered(const T* x, const Geometry& g, const S* f, int64_t n, int64_t c, int64_t step)
+  Filtered(const T* x, const Geometry& g, const Filter<S>& f, int64_t n, int64_t c, int64_t step)
       : x_(x, g, g.H, g.W, n, c),
         g_(g),
-        f_(f),
+        f_(f, g.taps_y, g.taps_x, (g.out_w + g.taps_x - 1) * step),
         step_(step),
         ring_(g.taps_y, padded((g.out_w + g.taps_x) * step)),
         next_(0) {}
@@ -212,13 +229,13 @@ class Filtered {
       read_row(ring_.row(next_), x_, next_ - g_.y0, g_.H, g_.W, -g_.x0, width, step_);
     S* rows[64];
     for (int64_t k = 0; k < g_.taps_y; k++) rows[k] = ring_.row(i + k);
-    filter_row(out, rows, f_, int(g_.taps_y), int(g_.taps_x), g_.out_w * step_, step_);
+    f_(out, rows, g_.out_w * step_, step_);
   }
 
  private:
   Plane<const T> x_;
   const Geometry& g_;
-  const S* f_;
+  RowFilter<S> f_;
   int64_t step_;
   Ring<S> ring_;
   int64_t next_;

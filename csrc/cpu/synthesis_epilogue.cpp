@@ -9,9 +9,11 @@
 namespace gankern::cpu::GANKERN_ISA {
 namespace {
 
+constexpr float kOne = 1.f;  // the filter that is none
+
 template <bool kPwl, typename T>
 void forward_unit(const T* x, T* y, const Geometry& g, const Operands& o,
-                  const ActArgs<Scalar<T>>& p, const Scalar<T>* f, int64_t n, int64_t c,
+                  const ActArgs<Scalar<T>>& p, const Filter<Scalar<T>>& f, int64_t n, int64_t c,
                   int64_t step) {
   using S = Scalar<T>;
   using V = Vec<T>;
@@ -52,7 +54,7 @@ class Backward {
   using S = Scalar<T>;
   using V = Vec<T>;
   Backward(const T* dy, const T* x, const Geometry& g, const Operands& o, const ActArgs<S>& p,
-           const S* f, int64_t n, int64_t c, int64_t step)
+           const Filter<S>& f, int64_t n, int64_t c, int64_t step)
       : g_(g),
         o_(o),
         p_(p),
@@ -120,8 +122,8 @@ class Backward {
 // The adjoint of the filter: rows of dx from rows of dL/d(filter(x)), which du_row(to, i) gives in
 // order.
 template <typename T, typename F>
-void adjoint_unit(T* dx, const Geometry& g, const Scalar<T>* f_adjoint, int64_t n, int64_t c,
-                  int64_t step, const F& du_row) {
+void adjoint_unit(T* dx, const Geometry& g, const Filter<Scalar<T>>& f_adjoint, int64_t n,
+                  int64_t c, int64_t step, const F& du_row) {
   using S = Scalar<T>;
   const Plane<T> out(dx, g, g.H, g.W, n, c);
   Buffer<S> row(padded(((g.W > g.out_w ? g.W : g.out_w) + g.taps_x) * step));
@@ -137,6 +139,7 @@ void adjoint_unit(T* dx, const Geometry& g, const Scalar<T>* f_adjoint, int64_t 
   const int64_t high = g.W + g.x0 > g.out_w ? g.W + g.x0 : g.out_w;
   const int64_t width = padded((high - low) * step);
   Ring<S> ring(g.taps_y, width);
+  const RowFilter<S> filter(f_adjoint, g.taps_y, g.taps_x, (g.W + g.taps_x - 1) * step);
   for (int64_t k = 0; k < g.taps_y; k++)
     for (int64_t i = 0; i < width; i++) ring.row(k)[i] = 0;
   int64_t next = 0;
@@ -151,7 +154,7 @@ void adjoint_unit(T* dx, const Geometry& g, const Scalar<T>* f_adjoint, int64_t 
       const int64_t r = i + g.y0 - (g.taps_y - 1) + k;
       rows[k] = (r < 0 || r >= g.out_h ? ring.zeros() : ring.row(r)) + first;
     }
-    filter_row(&row[0], rows, f_adjoint, int(g.taps_y), int(g.taps_x), g.W * step, step);
+    filter(&row[0], rows, g.W * step, step);
     write_row(out, i, &row[0], g.W, step);
   }
   advance(g.out_h);
@@ -159,8 +162,9 @@ void adjoint_unit(T* dx, const Geometry& g, const Scalar<T>* f_adjoint, int64_t 
 
 template <bool kPwl, typename T>
 Sums<Scalar<T>> backward_unit(const T* dy, const T* x, T* dx, const Geometry& g, const Operands& o,
-                              const ActArgs<Scalar<T>>& p, const Scalar<T>* f,
-                              const Scalar<T>* f_adjoint, int64_t n, int64_t c, int64_t step) {
+                              const ActArgs<Scalar<T>>& p, const Filter<Scalar<T>>& f,
+                              const Filter<Scalar<T>>& f_adjoint, int64_t n, int64_t c,
+                              int64_t step) {
   Backward<kPwl, T> back(dy, x, g, o, p, f, n, c, step);
   adjoint_unit(dx, g, f_adjoint, n, c, step, [&](Scalar<T>* du, int64_t i) { back.row(du, i); });
   return back.sums;
@@ -181,7 +185,8 @@ class Second {
   using S = Scalar<T>;
   using V = Vec<T>;
   Second(const T* dy, const T* x, const Cotangents<T>& v, T* d_dy, const Geometry& g,
-         const Operands& o, const ActArgs<S>& p, const S* f, int64_t n, int64_t c, int64_t step)
+         const Operands& o, const ActArgs<S>& p, const Filter<S>& f, int64_t n, int64_t c,
+         int64_t step)
       : g_(g),
         o_(o),
         p_(p),
@@ -287,13 +292,12 @@ int synthesis_epilogue(int dtype, int f32, const void* x, const void* f, const v
   return by_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using S = Scalar<T>;
-    Buffer<S> taps(taps_y * taps_x);
-    if (f) read_filter(&taps[0], o.f, separable, taps_y, taps_x, flip, filter_gain);
+    const Filter<S> taps(f ? o.f : &kOne, separable, taps_y, taps_x, flip, filter_gain);
     const ActArgs<S> p = act_args<S>(act, alpha, gain, clamp);
     by_act(act, [&](auto tag) {
       each_unit(g, [&](int64_t n, int64_t c, int64_t step) {
         forward_unit<decltype(tag)::value>(static_cast<const T*>(x), static_cast<T*>(y), g, o, p,
-                                           &taps[0], n, c, step);
+                                           taps, n, c, step);
       });
     });
     return 0;
@@ -319,16 +323,15 @@ int synthesis_epilogue_bwd(int dtype, int f32, const void* dy, const void* x, co
   return by_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using S = Scalar<T>;
-    const int64_t taps_n = taps_y * taps_x;
-    Buffer<S> taps(taps_n), adjoint(taps_n), sum_b(N * C), sum_s(N * C);
-    if (f) read_filter(&taps[0], o.f, separable, taps_y, taps_x, flip, filter_gain);
-    for (int64_t i = 0; f && i < taps_n; i++) adjoint[i] = taps[taps_n - 1 - i];
+    const Filter<S> taps(f ? o.f : &kOne, separable, taps_y, taps_x, flip, filter_gain);
+    const Filter<S> adjoint(f ? o.f : &kOne, separable, taps_y, taps_x, !flip, filter_gain);
+    Buffer<S> sum_b(N * C), sum_s(N * C);
     const ActArgs<S> p = act_args<S>(act, alpha, gain, clamp);
     by_act(act, [&](auto tag) {
       each_unit(g, [&](int64_t n, int64_t c, int64_t step) {
         const auto sums = backward_unit<decltype(tag)::value>(
-            static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx), g, o, p,
-            &taps[0], &adjoint[0], n, c, step);
+            static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx), g, o, p, taps,
+            adjoint, n, c, step);
         for (int64_t j = 0; j < step; j++) {
           static_cast<S*>(dd)[n * C + c + j] = sums.u[j];
           sum_b[n * C + c + j] = sums.one[j];
@@ -361,19 +364,17 @@ int synthesis_epilogue_bwd2(int dtype, int f32, const void* dy, const void* x, c
   return by_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using S = Scalar<T>;
-    const int64_t taps_n = taps_y * taps_x;
-    Buffer<S> taps(taps_n), adjoint(taps_n);
-    if (f) read_filter(&taps[0], o.f, separable, taps_y, taps_x, flip, filter_gain);
-    for (int64_t i = 0; f && i < taps_n; i++) adjoint[i] = taps[taps_n - 1 - i];
+    const Filter<S> taps(f ? o.f : &kOne, separable, taps_y, taps_x, flip, filter_gain);
+    const Filter<S> adjoint(f ? o.f : &kOne, separable, taps_y, taps_x, !flip, filter_gain);
     const ActArgs<S> p = act_args<S>(act, alpha, gain, clamp);
     const Cotangents<T> v{static_cast<const T*>(vx), static_cast<const S*>(vd),
                           static_cast<const S*>(vs), static_cast<const S*>(vb)};
     each_unit(g, [&](int64_t n, int64_t c, int64_t step) {
       Second<T> second(static_cast<const T*>(dy), static_cast<const T*>(x), v,
-                       static_cast<T*>(d_dy), g, o, p, &taps[0], n, c, step);
+                       static_cast<T*>(d_dy), g, o, p, taps, n, c, step);
       const auto row = [&](S* du, int64_t i) { second.row(du, i); };
       if (d_x) {
-        adjoint_unit(static_cast<T*>(d_x), g, &adjoint[0], n, c, step, row);
+        adjoint_unit(static_cast<T*>(d_x), g, adjoint, n, c, step, row);
       } else {
         Buffer<S> unused(padded(g.out_w * step));
         for (int64_t i = 0; i < g.out_h; i++) row(&unused[0], i);

@@ -4,6 +4,7 @@
 // (channels-last). A filter of rank 1, 1-D or found to be an outer product, sums input rows into a
 // line, zero-padded, and sums along the line into the output row; any other sums along all the
 // lines that it meets at once. Everything is a weighted sum of contiguous runs.
+#include "filter.h"
 #include "lines.h"
 
 namespace gankern::cpu::GANKERN_ISA {
@@ -48,39 +49,6 @@ Span span_of(const Axis& a) {
 
 int64_t most_taps(const Axis& a) { return (a.taps + a.up - 1) / a.up; }
 int64_t padded(int64_t n) { return (n + 2 * kLanes - 1) / kLanes * kLanes; }
-
-// The filter as correlation taps, gain included, and its factors if it is an outer product.
-template <typename S>
-struct Filter {
-  Buffer<S> full, x, y;
-  bool separable;
-
-  Filter(const S* f, bool one_d, int64_t ny, int64_t nx, bool flip, double gain)
-      : full(ny * nx), x(nx), y(ny), separable(one_d) {
-    for (int64_t i = 0; i < ny; i++) {
-      y[i] = f[flip ? i : ny - 1 - i];
-      for (int64_t j = 0; j < nx && one_d; j++) x[j] = S(f[flip ? j : nx - 1 - j] * gain);
-      for (int64_t j = 0; j < nx && !one_d; j++)
-        full[i * nx + j] = S(f[flip ? i * nx + j : ny * nx - 1 - i * nx - j] * gain);
-    }
-    if (!one_d) factorise(ny, nx);
-  }
-
-  void factorise(int64_t ny, int64_t nx) {
-    int64_t at = 0;
-    for (int64_t k = 1; k < ny * nx; k++)
-      if (std::fabs(full[k]) > std::fabs(full[at])) at = k;
-    const S peak = full[at];
-    const int64_t row = at / nx, column = at % nx;
-    const S tolerance = std::fabs(peak) * (sizeof(S) == 4 ? S(6e-8) : S(2e-16));
-    separable = std::isfinite(peak);
-    for (int64_t j = 0; j < nx; j++) x[j] = full[row * nx + j];
-    for (int64_t i = 0; i < ny; i++) y[i] = peak == 0 ? S(0) : full[i * nx + column] / peak;
-    for (int64_t i = 0; i < ny; i++)
-      for (int64_t j = 0; j < nx; j++)
-        if (!(std::fabs(full[i * nx + j] - x[j] * y[i]) <= tolerance)) separable = false;
-  }
-};
 
 // For each phase of the output columns, where in a line its samples lie and their weights.
 template <typename S>

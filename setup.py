@@ -41,7 +41,8 @@ ISA_FLAGS = {
     "-mprefer-vector-width=512",
 }
 
-CPU_ALONE = {"convolution", "convolution_last", "convolution_few"}  # the convolutions of a GPU are cuDNN's
+# The convolutions of a GPU are cuDNN's.
+CPU_ALONE = {"convolution", "convolution_last", "convolution_few"}
 
 COMMON_FLAGS = f"-std=c++17 -O3 -DGANKERN_NS=gankern -I{ROOT / 'csrc'}"
 # gcc 12 takes the payload of an empty std::optional<Tensor> for one that is used.

@@ -236,6 +236,18 @@ def test_layer_without_gradients(layout, noise):
         synthesis_layer(x, w, styles, b[:3].float())
 
 
+def test_layers_under_vmap():
+    x, w = inputs_of("8x8", FORMS["pad 1"])
+    b, styles = randn(len(w), seed=2).float(), randn(*x.shape[:2], seed=3).float()
+    batch = torch.stack([x, x + 1])
+    for layer in (
+        lambda x: conv2d_layer(x, w, b, padding=1, act="lrelu"),
+        lambda x: synthesis_layer(x, w, styles, b),
+    ):
+        y = torch.func.vmap(layer)(batch)
+        torch.testing.assert_close(y, torch.stack([layer(x) for x in batch]), rtol=1e-4, atol=1e-4)
+
+
 class Calls(TorchDispatchMode):
     """The names of our ops that were called."""
 
@@ -424,7 +436,7 @@ def test_opcheck():
     at, b = (2, 0, 0), randn(24).float()
     args = (last[1], w, factors, *at, None, None, None, b, 2, 0.2, 1.0, -1.0)
     torch.library.opcheck(ops.convolution_epilogue.default, args, test_utils=checks)
-    args = (last[0], w, randn(3, 17, 9, 13).float(), factors, *at, True, 0, 0)
+    args = (last[0], w, randn(3, 17, 9, 13).float(), factors.t().contiguous().t(), *at, True, 0, 0)
     args = (*args[:2], lay_out(args[2], "channels_last"), *args[3:])
     torch.library.opcheck(ops.convolution_scaled_backward.default, args, test_utils=checks)
     four = randn(24, 17, 4, 4).float()

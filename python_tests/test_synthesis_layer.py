@@ -159,6 +159,24 @@ def test_opcheck(name):
         torch.library.opcheck(second, (y, x, *args[:5], *cotangents, *args[5:]))
 
 
+def test_direct_calls_are_checked():
+    """Whose tensors no Python has looked at."""
+    if _impl.LIBRARIES["cpu"]:
+        pytest.skip(_impl.LIBRARIES["cpu"])
+    x, rest = torch.zeros(2, 4, 8, 8), (False, 1.0, 2, 0.2, 1.4, -1.0)
+    one, none = torch.zeros(1, 1, 8, 8), (None,) * 5
+    bwd, bwd2 = (_impl.op("cpu", f"synthesis_epilogue_{name}") for name in ("bwd", "bwd2"))
+    for call in (
+        lambda: bwd(one, x, *none, 0, 0, 0, 0, *rest),
+        lambda: bwd2(one, x, *none, *none[:4], 0, 0, 0, 0, *rest),
+        lambda: bwd2(x, x, *none, one, *none[:3], 0, 0, 0, 0, *rest),
+    ):
+        with pytest.raises(RuntimeError, match="must have the shape and dtype"):
+            call()
+    with pytest.raises(RuntimeError, match="padding wants a filter"):
+        bwd2(x, x, *none, *none[:4], 0, 0, -4, 0, *rest)
+
+
 FILTERS = st.tuples(st.integers(0, 5), st.integers(1, 5))  # taps; none for 0 and 1
 ACTIVATIONS = st.sampled_from(["linear", "lrelu", "lrelu", "tanh", "swish"])
 

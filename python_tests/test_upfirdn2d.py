@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 
 import harness
@@ -228,8 +229,8 @@ def test_large_tiles(impl, device, layout, taps, factors, dtype):
     if taps == 4:
         filters.append(harness.randn(4, 4, seed=1).float())  # no outer product
     eps = torch.finfo(x.dtype).eps
-    for f in filters:
-        module().processors(1)
+    for f, processors in itertools.product(filters, [1, 10]):
+        module().processors(processors)
         try:
             y = upfirdn2d(x, f, up, down, taps // 2, impl=impl)
         finally:

@@ -1,5 +1,5 @@
 // synthesis_epilogue on the CPU: y = clamp(act(filter(x) * d + noise * strength + b) * gain) and
-// its gradient, which computes filter(x) again.
+// its gradient, which computes filter(x) again, and the gradient of that.
 //
 // A unit of work is a plane (NCHW) or a plane of kBlock channels (channels-last); its rows are
 // `step` = 1 or kBlock wide columns, so that both layouts share the filters. Only the last taps_y

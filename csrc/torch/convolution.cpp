@@ -135,7 +135,8 @@ bool by_channels(const Tensor& t) {
 
 // 4x4 taps, stride 2 and padding 1, by plain sums.
 Tensor few(const Tensor& x, const Tensor& w, bool transposed, int64_t rest_y, int64_t rest_x) {
-  const Convolution c(x, w, std::nullopt, 2, 1, 1, transposed, rest_y, rest_x, by_channels(x));
+  const Convolution c(x, w, std::nullopt, 2, 1, 1, transposed, rest_y, rest_x,
+                      by_channels(checked("x", x)));
   STD_TORCH_CHECK(w.size(3) == 4, kOp, ": few images want 4x4 taps, got ", w.size(3), "x",
                   w.size(3));
   Tensor y = fresh_images(x, c.N, c.O, c.out_h, c.out_w, true);

@@ -61,9 +61,9 @@ Tensor forward(const Tensor& x_in, const MaybeTensor& f, const MaybeTensor& d,
 // Images of h x w in x's dtype and memory format.
 Tensor laid_out(const char* name, const Tensor& t, const Operands& o, int64_t h, int64_t w,
                 const Tensor& x) {
-  STD_TORCH_CHECK(
-      t.dim() == 4 && t.size(2) == h && t.size(3) == w && dtype_code(kOp, name, t) == o.code, kOp,
-      ": ", name, " must have the shape and dtype of what it is the gradient of");
+  STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == o.N && t.size(1) == o.C && t.size(2) == h &&
+                      t.size(3) == w && dtype_code(kOp, name, t) == o.code,
+                  kOp, ": ", name, " must have the shape and dtype of what it is the gradient of");
   if (o.last ? is_channels_last(t) || t.numel() == 0 : t.is_contiguous()) return t;
   Tensor out = fresh_images(x, o.N, o.C, h, w, o.last);
   return torch::stable::copy_(out, t);

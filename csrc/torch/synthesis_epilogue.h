@@ -47,6 +47,7 @@ struct Operands : Shape {
       STD_TORCH_CHECK(taps_y <= 64 && taps_x <= 64, kOp,
                       ": f must have at most 64 taps a side, got ", taps_y, "x", taps_x);
     }
+    STD_TORCH_CHECK(f || !(x0 | x1 | y0 | y1), kOp, ": padding wants a filter");
     out_h = H + y0 + y1 - taps_y + 1, out_w = W + x0 + x1 - taps_x + 1;
     STD_TORCH_CHECK(out_h >= 0 && out_w >= 0, kOp, ": padding must leave an output, got ", out_h,
                     "x", out_w);

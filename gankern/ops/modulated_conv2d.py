@@ -205,7 +205,8 @@ def _in_one_pass(dy: Tensor, x: Tensor, w: Tensor, adjoint: Form) -> bool:
 
 
 def _fake_scaled_backward(dy, w, x, styles, *place):
-    return torch.empty_like(x), torch.empty_like(styles)
+    layout = _impl.memory_format(x)
+    return torch.empty_like(x, memory_format=layout), styles.new_empty(styles.shape)
 
 
 _impl.register_fake(SCALED_BACKWARD, _fake_scaled_backward)

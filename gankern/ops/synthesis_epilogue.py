@@ -67,7 +67,8 @@ def synthesis_epilogue(
 
     Gradients: of any order in x, d, noise, noise_strength and b. The first is a kernel that reads
     x and dy once and recomputes the rest; the orders above are calls of the same two kernels for
-    linear, relu and lrelu, and composed of upfirdn2d and bias_act for other activations.
+    linear, relu and lrelu (on the CPU the second is a kernel), and composed of upfirdn2d and
+    bias_act for other activations.
     Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", figure 2.
     """
     _impl.check_float(OP, "x", x)

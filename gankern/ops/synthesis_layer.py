@@ -52,7 +52,8 @@ def synthesis_layer(
 
     `y = clamp(act(modulated_conv2d(x, weight, styles) + noise * noise_strength + b) * gain)`.
     After torch's convolution a single kernel resamples, demodulates, adds noise and bias and
-    activates: the full-resolution image is read once and written once.
+    activates: the full-resolution image is read once and written once. On the CPU our own 3x3
+    convolutions do that as they write their output, where no gradient is recorded and up is 1.
 
     Args:
         x: images, (N, I, H, W); float32, float16, bfloat16 or float64.
@@ -111,7 +112,8 @@ def conv2d_layer(
 
     Args: as `conv2d_resample`, `bias_act` and `synthesis_layer`.
 
-    Returns: as `conv2d_resample`.
+    Returns: as `conv2d_resample`. Where a gradient is recorded it must not be modified in place: on
+    the CPU our own 3x3 convolutions save it, not the convolution's output.
 
     Differentiable to any order in x, w, b, noise and noise_strength.
     """
@@ -155,9 +157,9 @@ def _conv_epilogue(
 def _one_kernel(x, w, form, styles, tail, impl) -> bool:
     """Whether a kernel of ours is convolution and epilogue: where no gradient will ask for the
     convolution's output."""
-    if form.transposed or not _ours(w, x, None, form):
+    if _impl.transformed() or form.transposed or w.dtype != x.dtype or w.shape[2:] != (3, 3):
         return False
-    if _impl.transformed() or w.dtype != x.dtype or w.shape[2:] != (3, 3):
+    if not _ours(w, x, None, form):
         return False
     if styles is not None and styles.dtype != torch.float32:
         return False

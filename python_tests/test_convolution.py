@@ -157,7 +157,7 @@ OPERANDS = {"all": (1, -1, 1, 1), "none": (0, 0, 0, 0), "one noise": (0, 1, -1, 
 
 
 @pytest.mark.parametrize("isa", [0, 1, 2], ids=["base", "avx2", "avx512"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ["odd", "wide"])
 @pytest.mark.parametrize("operands", OPERANDS.values(), ids=OPERANDS)
 @pytest.mark.parametrize("act", ["lrelu", "swish"])
 @pytest.mark.parametrize("form", ["pad 1", "pad 2, 1", "down"])

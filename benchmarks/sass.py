@@ -6,7 +6,8 @@
     python benchmarks/sass.py --check            exit 1 if a rule is broken or a figure got worse
     python benchmarks/sass.py --update           write benchmarks/sass_budget.json
 
-Rules: no stack frame and no spill, on any architecture that was built; at least half occupancy by
+Rules: no stack frame and no spill, on any architecture that was built, and no local memory in the
+PTX, which newer GPUs and simulators run; at least half occupancy by
 registers, static shared memory and __launch_bounds__; a kernel instantiated with 16-byte packs has
 128-bit global loads. The budget adds: no more registers, no narrower access, no lower
 occupancy and no more integer divisions in innermost loops than it holds. No GPU is needed.
@@ -270,6 +271,23 @@ def read(paths: list[Path], archs: tuple[str, ...]) -> list[Kernel]:
     return sorted(kernels, key=lambda k: (k.source, k.name, int(re.sub(r"\D", "", k.arch))))
 
 
+def local_memory(ptx: str) -> list[str]:
+    """The mangled names of the kernels that have local memory."""
+    parts = re.split(r"\.entry (\w+)", ptx)
+    return [name for name, body in zip(parts[1::2], parts[2::2], strict=True) if ".local" in body]
+
+
+def check_ptx(paths: list[Path]) -> list[str]:
+    """What the PTX of libraries and objects breaks of the rules."""
+    found: list[str] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in paths:
+            run(tool("cuobjdump"), "-xptx", "all", path.resolve(), cwd=Path(scratch))
+        for ptx in sorted(Path(scratch).glob("*.ptx")):
+            found += local_memory(ptx.read_text())
+    return [f"{name}: local memory in the PTX" for name in found]
+
+
 def compile_here(stems: list[str], archs: tuple[str, ...], folder: Path) -> list[Path]:
     """Compiles csrc/kernels/<stem>.cu for `archs` alone."""
     nvcc = _toolchain.find_nvcc(_toolchain.find_torch(), os.environ, sys.path)
@@ -395,13 +413,14 @@ def main() -> int:
     archs = tuple(args.arch)
     with tempfile.TemporaryDirectory() as scratch:
         files = compile_here(args.compile, archs, Path(scratch)) or args.files
-        kernels = read(files or [ROOT / "gankern/_cuda.so"], archs)
+        files = files or [ROOT / "gankern/_cuda.so"]
+        kernels, broken = read(files, archs), check_ptx(files)
     if not args.check:
         show([kernel for kernel in kernels if kernel.arch in archs])
     summary(kernels)
     if args.update:
         write_budget(kernels)
-    problems = check(kernels, json.loads(BUDGET.read_text()) if BUDGET.exists() else {})
+    problems = check(kernels, json.loads(BUDGET.read_text()) if BUDGET.exists() else {}) + broken
     print("\n".join(problems) or "every rule and the budget hold")
     return int(bool(problems) and args.check)
 

@@ -127,6 +127,11 @@ def test_rules():
     assert "no 128-bit global loads" in sass.check([kernel(code=sass.Code())], {})[0]
 
 
+def test_local_memory_in_ptx():
+    ptx = ".visible .entry foo(\n.param .u32 n\n)\n{\n\t.local .align 16 .b8 depot[16];\n}\n"
+    assert sass.local_memory(ptx + ".visible .entry bar()\n{\n\tret;\n}\n") == ["foo"]
+
+
 def test_budget():
     kept = {"op: op_kernel<float, 4>": {"sm_90": sass.figures(kernel())}}
     assert sass.check([kernel(registers=30)], kept) == []

@@ -250,10 +250,16 @@ __device__ __forceinline__ A shared_sum(const A* shared, int column) {
   return sum;
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMostBlocks = 4;  // of kThreads, on one of Turing's multiprocessors
+#else
+constexpr int kMostBlocks = 6;  // on any newer one
+#endif
+
 // Rows: memory is rows of `columns` elements (columns = fold * C, a multiple of N); a thread owns N
 // columns, whose channels are (column + j) % C; the last row may be partial.
 template <int kOp, bool kPwl, typename T, int N>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, N == 8 ? 4 : kMostBlocks)
     bias_act_rows_kernel(Tensors<T> t, const void* b, bool b_f32, int64_t numel, int64_t C,
                          int64_t columns, ActArgs<Acc<T>> p, Reduce<Acc<T>> r) {
   using A = Acc<T>;
@@ -295,8 +301,8 @@ __global__ void __launch_bounds__(kThreads, 4)
         const A v =
             process<kOp, kPwl, T, 1>(t, i + j, [&](int) { return shared_bias(j); }, p, nullptr);
 #pragma unroll
-        for (int k = 0; k < N; k++)
-          if (kOp == kBwd && k == j) sums[k] += v;
+        for (int k = 0; k < N; k++)  // with k == j as a condition sums would be in local memory
+          if (kOp == kBwd) sums[k] += k == j ? v : A(0);
       }
   }
   if (kOp != kBwd || !r.db) return;

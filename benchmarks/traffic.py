@@ -8,7 +8,8 @@
 
 The rows are those of benchmarks/ops.py and filters of 12 taps, at 256x256 with one sample and few
 channels, on a machine whose multiprocessors are as many fewer, so that blocks are cut as for the
-whole batch; small ops have their full size. For each, forward and backward:
+whole batch; small ops have their full size. For each, forward and backward, and of those that path
+length differentiates twice in one kernel the second derivative:
 
   traffic     bytes that the warps' requests use, over the fewest that the op must move
   sectors     bytes used over the bytes of the 32-byte sectors touched
@@ -59,6 +60,9 @@ PLANES, PROCESSORS = 4 * 64, 132  # batch times channels of StyleGAN2-256, on an
 GROUPED = {"adain": {"nchw": 8, "nhwc": 64}}  # so that a group of blocks finds room
 # Rows of full size: batch and channels.
 WHOLE = {"pixel_norm latent": (8, 1), "minibatch_stddev": (8, 1), "demod_coefs": (4, 64)}
+# Rows whose second derivative is a kernel: inputs whose gradients are differentiated again.
+SECOND = {"pixel_norm image": 1, "synthesis_epilogue": 2}
+PASSES = ("forward", "backward", "second")
 
 
 class Figures(NamedTuple):
@@ -105,7 +109,7 @@ def start() -> None:
 
 
 def count(case: Case) -> list[Counted] | str:
-    """Forward and backward of one row, or the fault that simt found."""
+    """The passes of one row, or the fault that simt found."""
     try:
         return list(passes(ROWS[case.row], case.layout, case.dtype))
     except RuntimeError as error:
@@ -137,8 +141,19 @@ def passes(row: Row, layout: str, dtype: str) -> Iterator[Counted]:
     yield counted("forward", row.forward_bytes(inputs, y))
     dy = torch.empty_like(y).copy_(make.tensor(y.numel()).view(y.shape))
     simt.reset()
-    torch.autograd.grad(y, leaves, dy)
+    torch.autograd.grad(y, leaves, dy, retain_graph=True)
     yield counted("backward", row.backward_bytes(inputs, y))
+    if row.name not in SECOND:
+        return
+    twice = leaves[: SECOND[row.name]]
+    dy.requires_grad_()
+    gradients = torch.autograd.grad(y, twice, dy, create_graph=True)
+    cotangents = [torch.empty_like(g).copy_(make.tensor(*g.shape)) for g in gradients]
+    simt.reset()
+    torch.autograd.grad(gradients, [dy, *twice], cotangents)
+    # dy, the inputs and the cotangents are read, a gradient of each but the cotangents is written.
+    fewest = 2 * ops.nbytes(dy) + sum(map(ops.nbytes, [*inputs, *twice, *twice]))
+    yield counted("second", fewest)
 
 
 # --- Judging.
@@ -202,7 +217,9 @@ def markdown(budget: dict[str, Figures]) -> str:
     names = {"nchw": "NCHW", "nhwc": "channels-last", "f32": "float32", "f16": "float16"}
     heads = [" ".join(names[word] for word in column.split()) for column in columns]
     lines = ["| operation | bar | " + " | ".join(heads) + " |", "| --- " * 6 + "|"]
-    for row, what in itertools.product(ROWS, ("forward", "backward")):
+    for row, what in itertools.product(ROWS, PASSES):
+        if what == "second" and row.name not in SECOND:
+            continue
         keys = [f"{row.name} {what} {column}" for column in columns]
         cells = [cell(key, budget[key]) if key in budget else "" for key in keys]
         lines.append(f"| {row.name} {what} | {bars(keys[0]).traffic} | " + " | ".join(cells) + " |")

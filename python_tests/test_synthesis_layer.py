@@ -159,6 +159,52 @@ def test_opcheck(name):
         torch.library.opcheck(second, (y, x, *args[:5], *cotangents, *args[5:]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 5, 8, 8), (2, 20, 5, 7), (3, 64, 36, 40)], ids=str)
+def test_second_kernel(impl, device, shape, layout, dtype):
+    """The op alone, of each set of cotangents, against its formula in float64."""
+    if not _impl.has(impl, "synthesis_epilogue_bwd2"):
+        pytest.skip("composed of the first two kernels")
+    for cotangents in ("xd", "x", "d", "sb", "xdsb"):
+        check_second_kernel(impl, device, shape, layout, dtype, cotangents)
+
+
+def check_second_kernel(impl, device, shape, layout, dtype, present):
+    alpha, gain, clamp = 0.2, 1.4, 1.5
+    n, c = shape[:2]
+    x, d, z, s, b = (t.to(device) for t in make_inputs(shape, None, 0, dtype, layout))
+    dy, vx = (lay_out(randn(*shape, seed=i).to(dtype), layout).to(device) for i in (6, 7))
+    acc = torch.promote_types(dtype, torch.float32)
+    small = [randn(*at, seed=8 + i).to(acc).to(device) for i, at in enumerate([(n, c), (c,), (c,)])]
+    vx, vd, vs, vb = (
+        t if k in present else None for k, t in zip("xdsb", [vx, *small], strict=True)
+    )
+    found = _impl.op(impl, "synthesis_epilogue_bwd2")(
+        dy, x, None, d, z[:, 0], s, b, vx, vd, vs, vb, 0, 0, 0, 0, False, 1.0, 2, alpha, gain, clamp
+    )
+
+    def double(t, *shape):
+        zeros = torch.zeros(shape, dtype=torch.float64)
+        return zeros if t is None else t.cpu().double().reshape(shape)
+
+    x, dy, vx = (double(t, *shape) for t in (x, dy, vx))
+    d, vd = (double(t, n, c, 1, 1) for t in (d, vd))
+    b, vs, vb = (double(t, 1, c, 1, 1) for t in (b, vs, vb))
+    z = z.cpu().double()
+    v = x * d + z * s.cpu().double() + b
+    m = gain * torch.where(v > 0, torch.ones_like(v), alpha)
+    m = m * ((v * m).abs() < clamp)
+    expected = [m * (vx * d + x * vd + z * vs + vb), m * dy * vd, (m * dy * vx).sum((2, 3))]
+    if "d" not in present:
+        assert found[1].numel() == 0
+        found, expected = found[::2], expected[::2]
+    for got, want in zip(found, expected, strict=True):
+        slack = {torch.float64: 1e-12, torch.float32: 2e-6}.get(dtype, torch.finfo(dtype).eps)
+        slack *= want.abs().max().clamp(min=1).item()
+        torch.testing.assert_close(got.cpu().double(), want, rtol=slack, atol=slack)
+
+
 def test_direct_calls_are_checked():
     """Whose tensors no Python has looked at."""
     if _impl.LIBRARIES["cpu"]:

@@ -354,11 +354,12 @@ int synthesis_epilogue_bwd(int dtype, int f32, const void* dy, const void* x, co
 int synthesis_epilogue_bwd2(int dtype, int f32, const void* dy, const void* x, const void* f,
                             const void* d, const void* noise, const void* strength, const void* b,
                             const void* vx, const void* vd, const void* vs, const void* vb,
-                            void* d_dy, void* d_x, void* d_d, int64_t N, int64_t C, int64_t H,
-                            int64_t W, int64_t out_h, int64_t out_w, int64_t taps_y, int64_t taps_x,
-                            bool separable, int64_t noise_n, int64_t strength_n, int64_t x0,
-                            int64_t y0, bool flip, double filter_gain, bool channels_last, int act,
-                            double alpha, double gain, double clamp) {
+                            void* d_dy, void* d_x, void* d_d, void*, int64_t N, int64_t C,
+                            int64_t H, int64_t W, int64_t out_h, int64_t out_w, int64_t taps_y,
+                            int64_t taps_x, bool separable, int64_t noise_n, int64_t strength_n,
+                            int64_t x0, int64_t y0, bool flip, double filter_gain,
+                            bool channels_last, int act, double alpha, double gain, double clamp,
+                            void*) {
   const Geometry g{N, C, H, W, out_h, out_w, taps_y, taps_x, x0, y0, f != nullptr, channels_last};
   const Operands o{static_cast<const float*>(f), d, noise, strength, b, noise_n, strength_n, f32};
   return by_dtype(dtype, [&](auto zero) {

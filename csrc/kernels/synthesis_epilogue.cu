@@ -9,7 +9,7 @@
 // the halo above and below is paid once a strip. NCHW: a block has several channels one after
 // another, so that the noise is read once for all of them.
 #include "synthesis_epilogue_bwd_last.cuh"
-#include "synthesis_epilogue_flat.cuh"
+#include "synthesis_epilogue_second.cuh"
 
 namespace gankern {
 namespace {
@@ -251,14 +251,14 @@ struct Launcher {
                 filtered ? 1 : static_cast<unsigned>(min(a.N, 65535)));
   }
 
-  template <typename Kernel>
-  int launch(Kernel kernel, int shared) {
+  template <typename Kernel, typename... Rest>
+  int launch(Kernel kernel, int shared, const Rest&... rest) {
     if (shared > 48 * 1024) {
       const cudaError_t e =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
       if (e != cudaSuccess) return static_cast<int>(e);
     }
-    GK_LAUNCH((kernel), grid(), dim3(plan.threads), shared, stream, a, p);
+    GK_LAUNCH((kernel), grid(), dim3(plan.threads), shared, stream, a, p, rest...);
     return static_cast<int>(cudaGetLastError());
   }
 
@@ -306,12 +306,36 @@ struct Launcher {
                     plan.shared);
   }
 
+  template <bool kLast>
+  int second(const Cotangents<T>& w) {
+    constexpr int N = kUnit<T, kLast, true>;
+    return launch(packed ? synthesis_epilogue_bwd2_kernel<T, kLast, N>
+                         : synthesis_epilogue_bwd2_kernel<T, kLast, 1>,
+                  0, w);
+  }
+
+  // Whether offsets in a tile have 32 bits.
+  bool fits() const {
+    if (filtered) return plan.tiles() * a.N <= INT32_MAX;
+    return !loops || !last ||
+           static_cast<int64_t>(min(plan.tile_w, a.out_w)) * a.C <= INT32_MAX;
+  }
+
   int run(bool back) {
-    if (filtered && plan.tiles() * a.N > INT32_MAX) return static_cast<int>(cudaErrorInvalidValue);
-    if (loops && last && static_cast<int64_t>(min(plan.tile_w, a.out_w)) * a.C > INT32_MAX)
-      return static_cast<int>(cudaErrorInvalidValue);
+    if (!fits()) return static_cast<int>(cudaErrorInvalidValue);
     if (last) return back ? backward<true>() : forward<true>();
     return back ? backward<false>() : forward<false>();
+  }
+
+  // What the backwards add up, with dd, in `workspace`; clears the tickets.
+  int add_up(const void* dy, void* dd, void* workspace) {
+    a.dy = static_cast<const T*>(dy), a.dy_end = a.dy + a.N * int64_t(a.C) * a.out_h * a.out_w;
+    a.vec_x = a.vec_x && aligned16(dy);
+    a.dd = static_cast<Acc<T>*>(dd);
+    a.partials = static_cast<Acc<T>*>(workspace);
+    a.tickets = reinterpret_cast<int*>(a.partials + partials());
+    return static_cast<int>(cudaMemsetAsync(a.tickets, 0, tickets() * sizeof(int),
+                                            static_cast<cudaStream_t>(stream)));
   }
 };
 
@@ -424,23 +448,47 @@ int synthesis_epilogue_bwd(int dtype, int f32, const void* dy, const void* x, co
     auto l = launcher<T>(dtype, f32, x, f, d, noise, strength, b, dy, dx, N, C, H, W, out_h, out_w,
                          taps_y, taps_x, separable, noise_n, strength_n, x0, y0, flip, filter_gain,
                          channels_last, act, alpha, gain, clamp, true, stream);
-    Args<T>& a = l.a;
-    a.dy = static_cast<const T*>(dy), a.dy_end = a.dy + N * C * out_h * out_w;
-    a.vec_x = a.vec_x && aligned16(dy);
-    a.dd = static_cast<Acc<T>*>(dd), a.db = static_cast<Acc<T>*>(db);
-    a.ds = static_cast<Acc<T>*>(ds);
-    a.partials = static_cast<Acc<T>*>(workspace);
-    a.tickets = reinterpret_cast<int*>(a.partials + l.partials());
-    const cudaError_t e =
-        cudaMemsetAsync(a.tickets, 0, l.tickets() * sizeof(int), static_cast<cudaStream_t>(stream));
-    if (e != cudaSuccess) return static_cast<int>(e);
+    l.a.db = static_cast<Acc<T>*>(db), l.a.ds = static_cast<Acc<T>*>(ds);
+    if (const int error = l.add_up(dy, dd, workspace)) return error;
     return l.run(true);
+  });
+}
+
+// Without a filter, of a piecewise linear activation; the workspace is that of the first. vd, vs, vb
+// and d_d [N, C] are float32, or float64 for float64; any cotangent may be null, d_x without vd.
+int synthesis_epilogue_bwd2(int dtype, int f32, const void* dy, const void* x, const void*,
+                            const void* d, const void* noise, const void* strength, const void* b,
+                            const void* vx, const void* vd, const void* vs, const void* vb,
+                            void* d_dy, void* d_x, void* d_d, void* workspace, int64_t N, int64_t C,
+                            int64_t H, int64_t W, int64_t, int64_t, int64_t, int64_t, bool,
+                            int64_t noise_n, int64_t strength_n, int64_t, int64_t, bool, double,
+                            bool channels_last, int act, double alpha, double gain, double clamp,
+                            void* stream) {
+  if (N * C * H * W == 0) return 0;
+  if (max(H * W, max(N, C)) > (int64_t(1) << 30) || act > kLrelu) return cudaErrorInvalidValue;
+  return by_width(dtype, [&](auto zero, auto) {
+    using T = decltype(zero);
+    using A = Acc<T>;
+    // The plan takes units of 16 bytes only where every image is aligned.
+    const void* unaligned = nullptr;
+    for (const void* image : {dy, vx, static_cast<const void*>(d_x)})
+      if (image && !aligned16(image)) unaligned = image;
+    auto l = launcher<T>(dtype, f32, x, nullptr, d, noise, strength, b, unaligned, d_dy, N, C, H, W,
+                         H, W, 1, 1, false, noise_n, strength_n, 0, 0, false, 1.0, channels_last,
+                         act, alpha, gain, clamp, true, stream);
+    if (!l.fits()) return static_cast<int>(cudaErrorInvalidValue);
+    if (const int error = l.add_up(dy, d_d, workspace)) return error;
+    const Cotangents<T> w{static_cast<const T*>(vx), static_cast<const A*>(vd),
+                          static_cast<const A*>(vs), static_cast<const A*>(vb),
+                          static_cast<T*>(d_x)};
+    return channels_last ? l.template second<true>(w) : l.template second<false>(w);
   });
 }
 
 GK_EXPORT(synthesis_epilogue);
 GK_EXPORT(synthesis_epilogue_bwd_workspace);
 GK_EXPORT(synthesis_epilogue_bwd);
+GK_EXPORT(synthesis_epilogue_bwd2);
 
 }  // namespace GANKERN_BACKEND
 }  // namespace gankern

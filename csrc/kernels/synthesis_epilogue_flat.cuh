@@ -41,16 +41,21 @@ __device__ __forceinline__ Worker worker(const Args<T>& a) {
   return {down, across, lanes, rows};
 }
 
-// d, b and strength of the block's channels, in rows of kStride; and of K channels of a thread.
-template <int kStride, typename T>
-__device__ __forceinline__ void share_span(Acc<T>* params, const Args<T>& a, int n, int c0,
-                                           int span) {
+// Three parameters f(which, channel) of the block's channels, in rows of kStride; and of K channels
+// of a thread.
+template <int kStride, typename A, typename F>
+__device__ __forceinline__ void share_span(A* params, int span, F f) {
   const int t = threadIdx.x, units = 3 * ((span + 31) / 32);
   // A warp has one of the three.
   for (int unit = t / 32; unit < units; unit += blockDim.x / 32) {
     const int which = unit % 3, c = unit / 3 * 32 + t % 32;
-    if (c < span) params[which * kStride + c] = param(a, which, n, c0 + c);
+    if (c < span) params[which * kStride + c] = f(which, c);
   }
+}
+template <int kStride, typename T>
+__device__ __forceinline__ void share_span(Acc<T>* params, const Args<T>& a, int n, int c0,
+                                           int span) {
+  share_span<kStride>(params, span, [&](int which, int c) { return param(a, which, n, c0 + c); });
 }
 template <int K, int kStride, typename A>
 struct Kept {
@@ -257,48 +262,48 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<T>)
 }
 
 // Adds up the workers of each channel: f(which sum, channel of the block, sum).
-template <bool kLast, int K, typename A, typename F>
-__device__ __forceinline__ void add_workers(A (&sums)[3][K], A* scratch, const Worker& at,
+template <bool kLast, int kSums, int K, typename A, typename F>
+__device__ __forceinline__ void add_workers(A (&sums)[kSums][K], A* scratch, const Worker& at,
                                             int lanes, F f) {
   const int t = thread_again(), lane = t % 32, row = min(lanes, 32);
 #pragma unroll 1
   for (int step = kLast ? 16 : row / 2; step >= (kLast ? lanes : 1); step /= 2)
 #pragma unroll
-    for (int k = 0; k < 3; k++)
+    for (int k = 0; k < kSums; k++)
 #pragma unroll
       for (int q = 0; q < K; q++) sums[k][q] += __shfl_xor_sync(0xffffffffu, sums[k][q], step);
   const int span = at.span, part = kLast ? t / 32 : at.index / 32;
   const int parts = kLast ? static_cast<int>(blockDim.x) / 32 : max(lanes / 32, 1);
   if (kLast ? lane < lanes : (lane & (row - 1)) == 0)
 #pragma unroll
-    for (int k = 0; k < 3; k++) {
+    for (int k = 0; k < kSums; k++) {
       Pack<A, K> pack;
 #pragma unroll
       for (int q = 0; q < K; q++) pack.v[q] = sums[k][q];
-      store_pack<A, K>(scratch + (part * 3 + k) * span + at.slot, pack);
+      store_pack<A, K>(scratch + (part * kSums + k) * span + at.slot, pack);
     }
   __syncthreads();
-  for (int e = t; e < 3 * span; e += blockDim.x) {
+  for (int e = t; e < kSums * span; e += blockDim.x) {
     A sum = A(0);
 #pragma unroll 4
-    for (int w = 0; w < parts; w++) sum += scratch[w * 3 * span + e];
+    for (int w = 0; w < parts; w++) sum += scratch[w * kSums * span + e];
     const int k = (e >= span) + (e >= 2 * span);
     f(k, e - k * span, sum);
   }
 }
 
-// Partial sums are rows of 3 * C. Level 0 adds up the workers, 1 the tiles of a sample, into the
-// row of the first, 2 the samples.
-template <bool kLast, int N, typename T, int K>
-__device__ __forceinline__ void finish_flat(const Args<T>& a, Acc<T> (&sums)[3][K], Acc<T>* scratch,
-                                            int n, int group) {
+// Partial sums are rows of kSums * C. Level 0 adds up the workers, 1 the tiles of a sample, into the
+// row of the first, 2 the samples, of all sums but the first.
+template <bool kLast, int N, typename T, int kSums, int K>
+__device__ __forceinline__ void finish_flat(const Args<T>& a, Acc<T> (&sums)[kSums][K],
+                                            Acc<T>* scratch, int n, int group) {
   using A = Acc<T>;
   const Worker at = worker<kLast, N>(a);
   const int c0 = group * at.span;
-  const int64_t row = 3 * static_cast<int64_t>(a.C), sample = n * a.tiles * row;
+  const int64_t row = kSums * static_cast<int64_t>(a.C), sample = n * a.tiles * row;
 #pragma unroll 1
   for (int level = a.tiles > 1 ? 0 : 1;; level++) {
-    const bool whole = level == 2 || (level == 1 && a.N == 1);
+    const bool whole = level == 2 || (level == 1 && (kSums == 1 || a.N == 1));
     add_workers<kLast>(sums, scratch, at, 1 << a.lanes_log2, [&](int k, int channel, A sum) {
       const int c = c0 + channel;
       if (c >= a.C || (level == 2 && k == 0)) return;
@@ -314,13 +319,13 @@ __device__ __forceinline__ void finish_flat(const Args<T>& a, Acc<T> (&sums)[3][
     const A* part = a.partials + (level ? 0 : sample) + min(c0 + at.slot, a.C - K);
     const int64_t next = level ? a.tiles * row : row;
 #pragma unroll
-    for (int k = 0; k < 3; k++)
+    for (int k = 0; k < kSums; k++)
 #pragma unroll
       for (int e = 0; e < K; e++) sums[k][e] = A(0);
 #pragma unroll 2
     for (int r = at.index; r < of; r += at.of)
 #pragma unroll
-      for (int k = 0; k < 3; k++) {
+      for (int k = 0; k < kSums; k++) {
         if (k == 0 && level) continue;  // dd is finished
         const auto pack = load_pack<A, K>(part + r * next + k * static_cast<int64_t>(a.C));
 #pragma unroll

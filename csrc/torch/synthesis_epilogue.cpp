@@ -17,15 +17,14 @@ GANKERN_KERNEL(int, synthesis_epilogue_bwd, int dtype, int f32, const void* dy, 
                bool separable, int64_t noise_n, int64_t strength_n, int64_t x0, int64_t y0,
                bool flip, double filter_gain, bool channels_last, int act, double alpha,
                double gain, double clamp, void* stream)
-#if GK_BACKEND_ID == 1  // the others compose it of the first two
 GANKERN_KERNEL(int, synthesis_epilogue_bwd2, int dtype, int f32, const void* dy, const void* x,
                const void* f, const void* d, const void* noise, const void* strength, const void* b,
                const void* vx, const void* vd, const void* vs, const void* vb, void* d_dy,
-               void* d_x, void* d_d, int64_t N, int64_t C, int64_t H, int64_t W, int64_t out_h,
-               int64_t out_w, int64_t taps_y, int64_t taps_x, bool separable, int64_t noise_n,
-               int64_t strength_n, int64_t x0, int64_t y0, bool flip, double filter_gain,
-               bool channels_last, int act, double alpha, double gain, double clamp)
-#endif
+               void* d_x, void* d_d, void* workspace, int64_t N, int64_t C, int64_t H, int64_t W,
+               int64_t out_h, int64_t out_w, int64_t taps_y, int64_t taps_x, bool separable,
+               int64_t noise_n, int64_t strength_n, int64_t x0, int64_t y0, bool flip,
+               double filter_gain, bool channels_last, int act, double alpha, double gain,
+               double clamp, void* stream)
 
 namespace gankern {
 namespace {
@@ -99,9 +98,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   return {dx, dd.out, db, ds};
 }
 
-#if GK_BACKEND_ID == 1
 // Gradients of dy, x and d from cotangents of dx, dd, dstrength [C] and db, for piecewise linear
-// activations; that of x is empty without vd.
+// activations; that of x is empty without vd. With a filter on the CPU only.
 std::tuple<Tensor, Tensor, Tensor> second(const Tensor& dy_in, const Tensor& x_in,
                                           const MaybeTensor& f, const MaybeTensor& d,
                                           const MaybeTensor& noise, const MaybeTensor& strength,
@@ -111,6 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> second(const Tensor& dy_in, const Tensor& x_i
                                           int64_t y0, int64_t y1, bool flip, double filter_gain,
                                           int64_t act, double alpha, double gain, double clamp) {
   STD_TORCH_CHECK(act <= 2, kOp, ": the activation must be linear, relu or lrelu");
+  STD_TORCH_CHECK(GK_BACKEND_ID == 1 || !f, kOp, ": the second derivative takes no filter");
   const Tensor x = images(x_in);
   const Operands o(shape_of(x), f, d, noise, strength, b, x0, x1, y0, y1);
   const Tensor dy = laid_out("dy", dy_in, o, o.out_h, o.out_w, x);
@@ -125,19 +124,24 @@ std::tuple<Tensor, Tensor, Tensor> second(const Tensor& dy_in, const Tensor& x_i
   const MaybeTensor vd = small(vd_in, o.N * o.C), vs = small(vs_in, o.C), vb = small(vb_in, o.C);
   Tensor d_dy = fresh_images(x, o.N, o.C, o.out_h, o.out_w, o.last);
   Tensor d_x = vd ? fresh_images(x, o.N, o.C, o.H, o.W, o.last) : empty_beside(x, {0});
-  Tensor d_d = empty_beside(x, {o.N, o.C}, acc);
-  if (o.N * o.C * o.out_h * o.out_w * o.H * o.W == 0)
-    for (Tensor* t : {&d_dy, &d_x, &d_d}) torch::stable::zero_(*t);
-  else
-    kernels::synthesis_epilogue_bwd2(
-        o.code, o.f32, dy.const_data_ptr(), x.const_data_ptr(), data(o.f), data(o.d), data(o.noise),
-        data(o.strength), data(o.b), data(vx), data(vd), data(vs), data(vb),
-        d_dy.mutable_data_ptr(), vd ? d_x.mutable_data_ptr() : nullptr, d_d.mutable_data_ptr(), o.N,
-        o.C, o.H, o.W, o.out_h, o.out_w, o.taps_y, o.taps_x, o.separable, o.noise_n, o.strength_n,
-        x0, y0, flip, filter_gain, o.last, static_cast<int>(act), alpha, gain, clamp);
-  return {d_dy, d_x, d_d};
+  const int64_t bytes = kernels::synthesis_epilogue_bwd_workspace(
+      o.code, o.N, o.C, o.H, o.W, o.f.has_value(), o.noise.has_value(), o.last);
+  WithWorkspace d_d = empty_with_workspace(x, {o.N, o.C}, acc, bytes);
+  if (o.N * o.C * o.out_h * o.out_w * o.H * o.W == 0) {
+    for (Tensor* t : {&d_dy, &d_x, &d_d.out}) torch::stable::zero_(*t);
+  } else {
+    const Launch launch(x);
+    launch.check(
+        kOp, kernels::synthesis_epilogue_bwd2(
+                 o.code, o.f32, dy.const_data_ptr(), x.const_data_ptr(), data(o.f), data(o.d),
+                 data(o.noise), data(o.strength), data(o.b), data(vx), data(vd), data(vs), data(vb),
+                 d_dy.mutable_data_ptr(), vd ? d_x.mutable_data_ptr() : nullptr,
+                 d_d.out.mutable_data_ptr(), d_d.workspace, o.N, o.C, o.H, o.W, o.out_h, o.out_w,
+                 o.taps_y, o.taps_x, o.separable, o.noise_n, o.strength_n, x0, y0, flip,
+                 filter_gain, o.last, static_cast<int>(act), alpha, gain, clamp, launch.stream));
+  }
+  return {d_dy, d_x, d_d.out};
 }
-#endif
 
 }  // namespace
 
@@ -151,21 +155,17 @@ GANKERN_SCHEMAS(m) {
       "Tensor? strength, Tensor? b, int x0, int x1, int y0, int y1, bool flip_filter, "
       "float filter_gain, int act, float alpha, float gain, float clamp) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
-#if GK_BACKEND_ID == 1
   m.def(
       "synthesis_epilogue_bwd2(Tensor dy, Tensor x, Tensor? f, Tensor? d, Tensor? noise, "
       "Tensor? strength, Tensor? b, Tensor? vx, Tensor? vd, Tensor? vs, Tensor? vb, int x0, "
       "int x1, int y0, int y1, bool flip_filter, float filter_gain, int act, float alpha, "
       "float gain, float clamp) -> (Tensor, Tensor, Tensor)");
-#endif
 }
 
 GANKERN_IMPLS(m) {
   m.impl("synthesis_epilogue", TORCH_BOX(&forward));
   m.impl("synthesis_epilogue_bwd", TORCH_BOX(&backward));
-#if GK_BACKEND_ID == 1
   m.impl("synthesis_epilogue_bwd2", TORCH_BOX(&second));
-#endif
 }
 
 }  // namespace gankern

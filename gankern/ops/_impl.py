@@ -110,6 +110,11 @@ def op(impl: str, name: str) -> Any:
     return _overloads[impl, name]
 
 
+def has(impl: str, name: str) -> bool:
+    """Whether the implementation has an op `name`."""
+    return (impl, name) in _overloads
+
+
 def why_not(impl: str, device: str, op_name: str) -> str:
     """Why `impl` cannot run `op_name` on tensors of `device`, with the cure; empty if it can."""
     if impl == "reference":

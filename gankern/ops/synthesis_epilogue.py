@@ -66,9 +66,9 @@ def synthesis_epilogue(
         TypeError, ValueError: an argument is not as above. RuntimeError: impl cannot run here.
 
     Gradients: of any order in x, d, noise, noise_strength and b. The first is a kernel that reads
-    x and dy once and recomputes the rest; the orders above are calls of the same two kernels for
-    linear, relu and lrelu (on the CPU the second is a kernel), and composed of upfirdn2d and
-    bias_act for other activations.
+    x and dy once and recomputes the rest. For linear, relu and lrelu the second is one too (on a
+    GPU without a filter), and what is not is calls of the first two; for other activations the
+    orders above the first are composed of upfirdn2d and bias_act.
     Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", figure 2.
     """
     _impl.check_float(OP, "x", x)
@@ -467,7 +467,9 @@ def _bwd2_straight(tensors, cotangents, args, needs) -> tuple[Tensor | None, ...
             return (None,) * 7
         if not needs[3]:  # m vx d is the first gradient, of vx in place of dy
             return (_bwd(vx, x, f, d, noise, strength, b, args)[0], *(None,) * 6)
-    if impl == "cpu" and not torch.is_grad_enabled():  # one kernel; orders above are composed
+    # One kernel, on a GPU without a filter; orders above are composed.
+    one = not torch.is_grad_enabled() and _impl.has(impl, OP + "_bwd2")
+    if one and (f is None or impl == "cpu"):
         cotangents = (vx, vd, vs, vb)
         d_dy, d_x, d_d = _call(OP + "_bwd2", *tensors, *cotangents, args)
         d_x = d_x if needs[1] and vd is not None else None

@@ -81,6 +81,18 @@ def test_equalized_conv2d():
     torch.testing.assert_close(layer(x, gain=0.5), bias_act(y, act="lrelu") * 0.5)
 
 
+@pytest.mark.parametrize("options", [{}, {"down": 2}, {"up": 2}, {"clamp": 0.3}, {"bias": True}])
+def test_gain_of_a_linear_equalized_conv2d(options):
+    layer = gn.EqualizedConv2d(3, 4, **({"bias": False} | options))
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(layer(x, gain=0.5), layer(x) * 0.5)
+    if not options:  # the gain is in the weights, and nothing follows the convolution
+        y = layer(x, gain=0.5)
+        assert "Convolution" in type(y.grad_fn).__name__
+
+
 def test_synthesis_layer_is_modulated_conv_noise_and_activation():
     layer = gn.SynthesisLayer(4, 6, 8, 16, up=2)
     nn.init.constant_(layer.noise_strength, 0.3)

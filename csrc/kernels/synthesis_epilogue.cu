@@ -317,8 +317,7 @@ struct Launcher {
   // Whether offsets in a tile have 32 bits.
   bool fits() const {
     if (filtered) return plan.tiles() * a.N <= INT32_MAX;
-    return !loops || !last ||
-           static_cast<int64_t>(min(plan.tile_w, a.out_w)) * a.C <= INT32_MAX;
+    return !loops || !last || static_cast<int64_t>(min(plan.tile_w, a.out_w)) * a.C <= INT32_MAX;
   }
 
   int run(bool back) {
@@ -334,8 +333,8 @@ struct Launcher {
     a.dd = static_cast<Acc<T>*>(dd);
     a.partials = static_cast<Acc<T>*>(workspace);
     a.tickets = reinterpret_cast<int*>(a.partials + partials());
-    return static_cast<int>(cudaMemsetAsync(a.tickets, 0, tickets() * sizeof(int),
-                                            static_cast<cudaStream_t>(stream)));
+    return static_cast<int>(
+        cudaMemsetAsync(a.tickets, 0, tickets() * sizeof(int), static_cast<cudaStream_t>(stream)));
   }
 };
 
@@ -454,8 +453,8 @@ int synthesis_epilogue_bwd(int dtype, int f32, const void* dy, const void* x, co
   });
 }
 
-// Without a filter, of a piecewise linear activation; the workspace is that of the first. vd, vs, vb
-// and d_d [N, C] are float32, or float64 for float64; any cotangent may be null, d_x without vd.
+// Without a filter, of a piecewise linear activation; the workspace is that of the first. vd, vs,
+// vb and d_d [N, C] are float32, or float64 for float64; any cotangent may be null, d_x without vd.
 int synthesis_epilogue_bwd2(int dtype, int f32, const void* dy, const void* x, const void*,
                             const void* d, const void* noise, const void* strength, const void* b,
                             const void* vx, const void* vd, const void* vs, const void* vb,

@@ -292,8 +292,8 @@ __device__ __forceinline__ void add_workers(A (&sums)[kSums][K], A* scratch, con
   }
 }
 
-// Partial sums are rows of kSums * C. Level 0 adds up the workers, 1 the tiles of a sample, into the
-// row of the first, 2 the samples, of all sums but the first.
+// Partial sums are rows of kSums * C. Level 0 adds up the workers, 1 the tiles of a sample, into
+// the row of the first, 2 the samples, of all sums but the first.
 template <bool kLast, int N, typename T, int kSums, int K>
 __device__ __forceinline__ void finish_flat(const Args<T>& a, Acc<T> (&sums)[kSums][K],
                                             Acc<T>* scratch, int n, int group) {

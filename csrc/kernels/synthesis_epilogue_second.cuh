@@ -69,9 +69,8 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<T>)
       };
       const auto share = [&] {
         share_span<kStride>(params, at.span, [&](int k, int c) { return param(a, k, n, c0 + c); });
-        share_span<kStride>(params + 3 * kStride, at.span, [&](int k, int c) {
-          return w.param(k, n, a.C, min(c0 + c, a.C - 1));
-        });
+        share_span<kStride>(params + 3 * kStride, at.span,
+                            [&](int k, int c) { return w.param(k, n, a.C, min(c0 + c, a.C - 1)); });
       };
       load();
       if constexpr (kLast) {

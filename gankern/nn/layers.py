@@ -162,10 +162,13 @@ class EqualizedConv2d(nn.Module):
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
         """gain: an additional factor on y, as of a residual branch; clamp is scaled with it."""
         b: Tensor | None = self.bias
-        if b is not None and self.lr_multiplier != 1:
+        in_weights = 1.0
+        if self.act == "linear" and b is None and self.clamp is None:
+            in_weights, gain = gain, 1.0  # then y is the convolution's output
+        elif b is not None and self.lr_multiplier != 1:
             b = b * self.lr_multiplier
         return conv2d_layer(
-            x, self.weight * self.weight_gain, None if b is None else _beside(b, x),
+            x, self.weight * (self.weight_gain * in_weights), None if b is None else _beside(b, x),
             self.resample_filter.float(), self.up, self.down, self.padding,
             flip_weight=self.up == 1, act=self.act, gain=ACTS[self.act].gain * gain,
             clamp=None if self.clamp is None else self.clamp * gain,

@@ -136,12 +136,15 @@ def _conv_epilogue(
     convolve = convolution if styles is None else scaled_convolution(styles, impl)
     pads = filter_padding(f, up, down, pads)
     plain = (0, flip_filter, 1.0)
+    nothing = _is_identity(*tail)
 
     def epilogue(y: Tensor, f: Tensor | None, *how: Any) -> Tensor:
+        if f is None and nothing:
+            return y
         return synthesis_epilogue(y, f, *tail[:4], *how, *tail[4:], impl=impl)
 
     def both(x: Tensor, w: Tensor, form: Form) -> Tensor:
-        if _one_kernel(x, w, form, styles, tail, impl):
+        if not nothing and _one_kernel(x, w, form, styles, tail, impl):
             return _convolution_epilogue(x, w, form, styles, *tail)
         return epilogue(convolve(x, w, form), None, *plain)
 
@@ -152,6 +155,12 @@ def _conv_epilogue(
     if up == 1:  # the convolution comes last
         return resampled_conv(x, w, f, *how, convolve=both)
     return epilogue(resampled_conv(x, w, f, *how, convolve=convolve), None, *plain)
+
+
+def _is_identity(d, noise, strength, b, act, alpha, gain, clamp) -> bool:
+    """Whether nothing follows the convolution."""
+    operands = d is None and noise is None and strength is None and b is None
+    return operands and act == "linear" and gain in (None, 1) and clamp is None
 
 
 def _one_kernel(x, w, form, styles, tail, impl) -> bool:

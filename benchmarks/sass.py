@@ -280,11 +280,11 @@ def local_memory(ptx: str) -> list[str]:
 def check_ptx(paths: list[Path]) -> list[str]:
     """What the PTX of libraries and objects breaks of the rules."""
     found: list[str] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for path in paths:
+    for path in paths:
+        with tempfile.TemporaryDirectory() as scratch:
             run(tool("cuobjdump"), "-xptx", "all", path.resolve(), cwd=Path(scratch))
-        for ptx in sorted(Path(scratch).glob("*.ptx")):
-            found += local_memory(ptx.read_text())
+            for ptx in sorted(Path(scratch).glob("*.ptx")):
+                found += local_memory(ptx.read_text())
     return [f"{name}: local memory in the PTX" for name in found]
 
 
@@ -296,7 +296,11 @@ def compile_here(stems: list[str], archs: tuple[str, ...], folder: Path) -> list
     objects = []
     for stem in stems:
         objects.append(folder / f"{stem}.o")
-        flags = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in archs]
+        flags = []
+        for arch in archs:
+            virtual = arch.replace("sm", "compute")
+            codes = arch if arch != archs[-1] else f"[{arch},{virtual}]"
+            flags.append(f"-gencode=arch={virtual},code={codes}")
         source = ROOT / "csrc/kernels" / f"{stem}.cu"
         flags += ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}"]
         run(nvcc.path, *flags, "-c", source, "-o", objects[-1])

@@ -19,7 +19,14 @@ from harness import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gankern.ops import _impl, conv2d_layer, setup_filter, synthesis_epilogue, synthesis_layer
+from gankern.ops import (
+    _impl,
+    conv2d_layer,
+    conv2d_resample,
+    setup_filter,
+    synthesis_epilogue,
+    synthesis_layer,
+)
 
 F4 = setup_filter([1, 3, 3, 1])
 LOPSIDED = torch.outer(torch.tensor([1.0, 3, 2, 1.5]), torch.tensor([0.5, 3, 3, 1])) / 40
@@ -127,6 +134,29 @@ def test_large_tiles(impl, device, f, shape, layout, dtype):
         module().processors(132)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
+@pytest.mark.parametrize("processors", [1, 132])
+@pytest.mark.parametrize("act", ["lrelu", "tanh"])
+@pytest.mark.parametrize("f", [F4, None], ids=["filter", "flat"])
+def test_tiles_of_few_channels(impl, device, f, act, processors, dtype):
+    """Planes so large that they are cut: scratch for every tile's sums, noise of every pixel."""
+    if impl != "simt":
+        pytest.skip("only csrc/simt can be any GPU")
+    from simt_build import module
+
+    padding = 0 if f is None else 1
+    x, d, z, s, b = make_inputs((2, 2, 65, 128), f, padding, dtype)
+    module().processors(processors)
+    try:
+        compare(
+            lambda x, d, s, b: runner("simt", f, padding, act=act)(x, d, z, s, b),
+            lambda x, d, s, b: runner("reference", f, padding, act=act)(x, d, z, s, b),
+            [x, d, s, b],
+        )
+    finally:
+        module().processors(132)
+
+
 @pytest.mark.parametrize("act", ["lrelu", "swish"])
 @pytest.mark.parametrize("name", ["up_layer", "no_filter"])
 def test_gradgradcheck(impl, device, name, act):
@@ -161,7 +191,9 @@ def test_opcheck(name):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(2, 5, 8, 8), (2, 20, 5, 7), (3, 64, 36, 40)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 5, 8, 8), (2, 20, 5, 7), (3, 64, 36, 40), (2, 3, 80, 72)], ids=str
+)
 def test_second_kernel(impl, device, shape, layout, dtype):
     """The op alone, of each set of cotangents, against its formula in float64."""
     if not _impl.has(impl, "synthesis_epilogue_bwd2"):
@@ -409,6 +441,29 @@ def test_gain_without_filter(impl, device):
         lambda x, w, b: 9 * F.conv2d(spread(x), w) + b[:, None, None],
         inputs,
     )
+
+
+@pytest.mark.parametrize("f", [None, F4], ids=["none", "f4"])
+@pytest.mark.parametrize(("up", "padding"), [(1, 1), (2, 1), (2, [1, 2, 0, 1]), (3, 0), (3, 1)])
+def test_nothing_behind_the_convolution(impl, device, up, padding, f):
+    x, w, s = (randn(*shape).float().to(device) for shape in ((2, 3, 6, 6), (4, 3, 3, 3), (2, 3)))
+    f = None if f is None else f.to(device)
+    expected = conv2d_resample(x, w, f, up, 1, padding, impl="reference")
+    y = conv2d_layer(x, w, None, f, up, padding=padding, impl=impl)
+    torch.testing.assert_close(y, expected)
+    y = synthesis_layer(
+        x, w, torch.ones_like(s), None, up=up, padding=padding, resample_filter=f,
+        demodulate=False, act="linear", impl=impl,
+    )  # fmt: skip
+    torch.testing.assert_close(y, expected)
+
+
+def test_implementation_is_checked_where_nothing_follows():
+    x, w = torch.zeros(1, 3, 6, 6), torch.zeros(4, 3, 3, 3)
+    with pytest.raises(ValueError, match="impl must be None or one of"):
+        conv2d_layer(x, w, impl="nonsense")
+    with pytest.raises(RuntimeError, match="cannot run"):
+        conv2d_layer(x, w, impl="cuda")
 
 
 def spread(x):

@@ -194,6 +194,7 @@ class Second {
         filtered_(x, g, f, n, c, step),
         filtered_v_(v.x ? v.x : x, g, f, n, c, step),
         has_vx_(v.x),
+        has_vd_(v.d),
         dy_(dy, g, g.out_h, g.out_w, n, c),
         d_dy_(d_dy, g, g.out_h, g.out_w, n, c),
         step_(step),
@@ -230,8 +231,10 @@ class Second {
                    m = (y > -limit) & (y < limit) ? m : V{};
                  }
                  V t = m * load(&t_[k]);
-                 const V q = m * (uv * d + u * of(vd_, j) + noise * of(vs_, j) + of(vb_, j));
-                 if (n < kLanes) {  // lanes beyond hold rubbish
+                 V q = uv * d + noise * of(vs_, j) + of(vb_, j);
+                 if (has_vd_) q += u * of(vd_, j);
+                 q = m != V{} ? m * q : V{};  // where the clamp is, u may be infinite
+                 if (n < kLanes) {            // lanes beyond hold rubbish
                    t = first_lanes(t, n), uv = first_lanes(uv, n);
                    store_part(du + k, t * of(vd_, j), n);
                    store_part(&u_[k], q, n);
@@ -256,7 +259,7 @@ class Second {
   const ActArgs<S>& p_;
   Unit<T> unit_;
   Filtered<T> filtered_, filtered_v_;
-  bool has_vx_;
+  bool has_vx_, has_vd_;
   Plane<const T> dy_;
   Plane<T> d_dy_;
   int64_t step_;

@@ -423,11 +423,12 @@ int64_t synthesis_epilogue_bwd_workspace(int dtype, int64_t N, int64_t C, int64_
                                          bool filtered, bool noise, bool channels_last) {
   if (N * C * H * W == 0) return 0;
   int64_t bytes = 0;
-  for (const int unit : {1, unit_of(dtype, channels_last, true)}) {
-    const Plan t = make_plan(dtype, channels_last, true, filtered, true, noise, unit, N, C, H, W);
-    const int64_t tickets = filtered ? C : (N + 1) * t.groups;
-    bytes = max(bytes, 3 * N * C * t.tiles() * (dtype == kF64 ? 8 : 4) + tickets * 4);
-  }
+  for (const int unit : {1, unit_of(dtype, channels_last, true)})
+    for (const bool pwl : {false, true}) {
+      const Plan t = make_plan(dtype, channels_last, true, filtered, pwl, noise, unit, N, C, H, W);
+      const int64_t tickets = filtered ? C : (N + 1) * t.groups;
+      bytes = max(bytes, 3 * N * C * t.tiles() * (dtype == kF64 ? 8 : 4) + tickets * 4);
+    }
   return bytes;
 }
 

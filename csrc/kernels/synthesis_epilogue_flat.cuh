@@ -396,7 +396,7 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<T>)
               widen(piece_of<M, T, N>(dy[j], h), format, dv);
               if constexpr (kLast)
                 z[0] = noise[j];
-              else if (a.noise)
+              else if (a.noise && px + j * step < pixels)
                 read_piece<T>(z, noises, piece_pitch<T>(a.tile_w), px + j * step + h);
 #pragma unroll
               for (int e = 0; e < M; e++) {

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<T>)
               widen(piece_of<M, T, N>(vx[j], h), format, uv);
               if constexpr (kLast)
                 z[0] = noise[j];
-              else if (a.noise)
+              else if (a.noise && px + j * step < pixels)
                 read_piece<T>(z, noises, piece_pitch<T>(a.tile_w), px + j * step + h);
 #pragma unroll
               for (int e = 0; e < M; e++) {
@@ -110,8 +110,9 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<T>)
                 const int k = kLast ? e : 0;
                 t[e] *= m[e];
                 sums[0][k] += t[e] * uv[e];
-                const A row = z[kLast ? 0 : e] * v_of.s[k] + v_of.b[k];
-                v[e] = m[e] * (uv[e] * q.d[k] + (u[e] * v_of.d[k] + row));
+                A sum = uv[e] * q.d[k] + (z[kLast ? 0 : e] * v_of.s[k] + v_of.b[k]);
+                if (w.vd) sum += u[e] * v_of.d[k];
+                v[e] = m[e] == A(0) ? A(0) : m[e] * sum;  // where the clamp is, u may be infinite
                 t[e] *= v_of.d[k];
               }
               const auto first_piece = narrow<T, M>(v, format), second = narrow<T, M>(t, format);

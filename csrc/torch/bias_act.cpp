@@ -53,10 +53,10 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& ref_in,
   Tensor dx = fresh_like(ref);
   const Around a = around(ref, dim);
   const auto b_type = b ? b->scalar_type() : ref.scalar_type();
+  const Launch launch(ref);
   const int64_t bytes = needs_db ? kernels::bias_act_bwd_workspace(code, a.outer, a.C, a.inner) : 0;
   WithWorkspace db = empty_with_workspace(ref, {needs_db ? a.C : 0}, b_type, bytes);
   if (ref.numel() == 0 && needs_db) torch::stable::zero_(db.out);
-  const Launch launch(ref);
   launch.check(kOp, kernels::bias_act_bwd(
                         code, b_code, dy.const_data_ptr(), ref.const_data_ptr(),
                         b ? b->const_data_ptr() : nullptr, dx.mutable_data_ptr(),

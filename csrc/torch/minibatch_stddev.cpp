@@ -41,11 +41,11 @@ Tensor forward(const Tensor& x_in, int64_t groups, int64_t num_channels) {
   const int64_t n = x.size(0), c = x.size(1);
   const int64_t pixels = x.numel() ? x.numel() / (n * c) : 0;
   Tensor y = empty_with_channels(x, c + num_channels, last);
+  const Launch launch(x);
   const int64_t bytes =
       kernels::minibatch_stddev_workspace(code, n, c, pixels, groups, num_channels, last);
   MaybeTensor workspace;
   if (bytes) workspace = empty_beside(x, {(bytes + 3) / 4}, ScalarType::Float);
-  const Launch launch(x);
   launch.check(kOp,
                kernels::minibatch_stddev(code, x.const_data_ptr(), y.mutable_data_ptr(),
                                          workspace ? workspace->mutable_data_ptr() : nullptr, n, c,

@@ -78,6 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor dy = laid_out("dy", dy_in, o, o.out_h, o.out_w, x);
   Tensor dx = fresh_images(x, o.N, o.C, o.H, o.W, o.last);
   const auto acc = o.code == kF64 ? ScalarType::Double : ScalarType::Float;
+  const Launch launch(x);
   const int64_t bytes = kernels::synthesis_epilogue_bwd_workspace(
       o.code, o.N, o.C, o.H, o.W, o.f.has_value(), o.noise.has_value(), o.last);
   WithWorkspace dd = empty_with_workspace(x, {o.N, o.C}, acc, bytes);
@@ -85,7 +86,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   if (o.N * o.C * o.out_h * o.out_w * o.H * o.W == 0)
     for (Tensor* t : {&dx, &dd.out, &db, &ds}) torch::stable::zero_(*t);
   else {
-    const Launch launch(x);
     launch.check(kOp,
                  kernels::synthesis_epilogue_bwd(
                      o.code, o.f32, dy.const_data_ptr(), x.const_data_ptr(), data(o.f), data(o.d),
@@ -124,13 +124,13 @@ std::tuple<Tensor, Tensor, Tensor> second(const Tensor& dy_in, const Tensor& x_i
   const MaybeTensor vd = small(vd_in, o.N * o.C), vs = small(vs_in, o.C), vb = small(vb_in, o.C);
   Tensor d_dy = fresh_images(x, o.N, o.C, o.out_h, o.out_w, o.last);
   Tensor d_x = vd ? fresh_images(x, o.N, o.C, o.H, o.W, o.last) : empty_beside(x, {0});
+  const Launch launch(x);
   const int64_t bytes = kernels::synthesis_epilogue_bwd_workspace(
       o.code, o.N, o.C, o.H, o.W, o.f.has_value(), o.noise.has_value(), o.last);
   WithWorkspace d_d = empty_with_workspace(x, {o.N, o.C}, acc, bytes);
   if (o.N * o.C * o.out_h * o.out_w * o.H * o.W == 0) {
     for (Tensor* t : {&d_dy, &d_x, &d_d.out}) torch::stable::zero_(*t);
   } else {
-    const Launch launch(x);
     launch.check(
         kOp, kernels::synthesis_epilogue_bwd2(
                  o.code, o.f32, dy.const_data_ptr(), x.const_data_ptr(), data(o.f), data(o.d),

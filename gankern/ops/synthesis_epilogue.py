@@ -66,9 +66,9 @@ def synthesis_epilogue(
         TypeError, ValueError: an argument is not as above. RuntimeError: impl cannot run here.
 
     Gradients: of any order in x, d, noise, noise_strength and b. The first is a kernel that reads
-    x and dy once and recomputes the rest. For linear, relu and lrelu the second is one too (on a
-    GPU without a filter), and what is not is calls of the first two; for other activations the
-    orders above the first are composed of upfirdn2d and bias_act.
+    x and dy once and recomputes the rest. For linear, relu and lrelu the second is one too on the
+    CPU, and in CUDA without a filter, and what is not is calls of the first two; for other
+    activations the orders above the first are composed of upfirdn2d and bias_act.
     Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", figure 2.
     """
     _impl.check_float(OP, "x", x)

@@ -137,9 +137,11 @@ def _conv_epilogue(
     pads = filter_padding(f, up, down, pads)
     plain = (0, flip_filter, 1.0)
     nothing = _is_identity(*tail)
+    if nothing and impl is not None:  # what nothing else would look at
+        _impl.choose("synthesis_epilogue", impl, x)
 
     def epilogue(y: Tensor, f: Tensor | None, *how: Any) -> Tensor:
-        if f is None and nothing:
+        if nothing and f is None and how == plain:
             return y
         return synthesis_epilogue(y, f, *tail[:4], *how, *tail[4:], impl=impl)
 
@@ -160,7 +162,7 @@ def _conv_epilogue(
 def _is_identity(d, noise, strength, b, act, alpha, gain, clamp) -> bool:
     """Whether nothing follows the convolution."""
     operands = d is None and noise is None and strength is None and b is None
-    return operands and act == "linear" and gain in (None, 1) and clamp is None
+    return operands and act == "linear" and alpha is clamp is None and gain in (None, 1)
 
 
 def _one_kernel(x, w, form, styles, tail, impl) -> bool:

@@ -72,7 +72,11 @@ def test_killed_at_random_moments(tmp_path):
             limit = moments.uniform(0.2, 0.9) * duration if kills < 2 else None
             _, err = process.communicate(timeout=limit)
             assert process.returncode == 0, err.decode()
-            break
+            if kills:
+                break
+            shutil.rmtree(tmp_path / "killed")  # faster than the first: once more, and sooner
+            duration /= 2
+            continue
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.communicate()
@@ -82,7 +86,6 @@ def test_killed_at_random_moments(tmp_path):
         if runs:
             arguments = [sys.executable, "-m", "gankern", "train", "--resume", str(runs[0])]
     print(f"killed {kills} times in runs of {duration:.1f} s")
-    assert kills
     (a,), (b,) = (tmp_path / "unbroken").glob("0*"), (tmp_path / "killed").glob("0*")
     assert_equal_runs(a, b)
     assert not list(b.rglob(".*"))

@@ -7,10 +7,10 @@
     python benchmarks/sass.py --update           write benchmarks/sass_budget.json
 
 Rules: no stack frame and no spill, on any architecture that was built, and no local memory in the
-PTX, which newer GPUs and simulators run; at least half occupancy by
-registers, static shared memory and __launch_bounds__; a kernel instantiated with 16-byte packs has
-128-bit global loads. The budget adds: no more registers, no narrower access, no lower
-occupancy and no more integer divisions in innermost loops than it holds. No GPU is needed.
+PTX, which GPUs of later architectures run; at least half occupancy by registers, static shared
+memory and __launch_bounds__; a kernel instantiated with 16-byte packs has 128-bit global loads. The
+budget adds: no more registers, no narrower access, no lower occupancy and no more integer divisions
+in innermost loops than it holds. No GPU is needed.
 """
 
 from __future__ import annotations

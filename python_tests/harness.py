@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,21 @@ def second_grads(f: Callable, inputs: list[Tensor | None], seed: int = 1) -> lis
     wanted = [t for t in (*leaves, dy) if t is not None]
     grads = torch.autograd.grad(dx, wanted, v, allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)]
+
+
+@contextlib.contextmanager
+def gpu_of(multiprocessors: int, impl: str) -> Iterator[None]:
+    """Within it, impl "simt" simulates a GPU of so many multiprocessors."""
+    if impl != "simt":
+        yield
+        return
+    from simt_build import module
+
+    module().processors(multiprocessors)
+    try:
+        yield
+    finally:
+        module().processors(132)
 
 
 def examples(impl: str) -> settings:

@@ -85,13 +85,8 @@ def test_planes_of_several_blocks(impl, device, shape):
         pytest.skip("for sums of many pixels, in compiled kernels")
     compare(*ops(impl), shared_inputs(shape, device), what=shape)
     if impl == "simt":  # too few multiprocessors for a group: x is read twice
-        import simt_build
-
-        simt_build.module().processors(1)
-        try:
+        with harness.gpu_of(1, impl):
             compare(*ops(impl), shared_inputs(shape, device), what=shape)
-        finally:
-            simt_build.module().processors(132)
 
 
 @pytest.mark.parametrize("shape", SHARED)

@@ -6,12 +6,11 @@ tiles, sums into partial ones, with scratch that must be large enough for any of
 
 from __future__ import annotations
 
-import contextlib
 import random
 
 import pytest
 import torch
-from harness import compare, lay_out, outputs_and_grads, randn, second_grads
+from harness import compare, gpu_of, lay_out, outputs_and_grads, randn, second_grads
 
 from gankern import ops
 
@@ -135,17 +134,3 @@ def test_random_shapes(impl, device, case, round_):
         # 16 roundings: sums have up to 100,000 terms, and tanh makes large sums small.
         for derivative in (outputs_and_grads, second_grads):
             compare(run(impl), run("reference"), inputs, derivative, what, roundings=16)
-
-
-@contextlib.contextmanager
-def gpu_of(multiprocessors, impl):
-    if impl != "simt":
-        yield
-        return
-    from simt_build import module
-
-    module().processors(multiprocessors)
-    try:
-        yield
-    finally:
-        module().processors(132)

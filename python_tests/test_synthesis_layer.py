@@ -9,6 +9,7 @@ from harness import (
     DTYPES,
     compare,
     examples,
+    gpu_of,
     interpreted,
     lay_out,
     output,
@@ -119,19 +120,14 @@ def test_large_tiles(impl, device, f, shape, layout, dtype):
     """On a GPU of few multiprocessors: several channels a block share the noise."""
     if impl != "simt":
         pytest.skip("only csrc/simt can be a smaller GPU")
-    from simt_build import module
-
     padding = 0 if f is None else 1
     x, d, z, s, b = make_inputs(shape, f, padding, dtype, layout)
-    module().processors(1)
-    try:
+    with gpu_of(1, impl):
         compare(
             lambda x, d, s, b: runner("simt", f, padding)(x, d, z, s, b),
             lambda x, d, s, b: runner("reference", f, padding)(x, d, z, s, b),
             [x, d, s, b],
         )
-    finally:
-        module().processors(132)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
@@ -142,19 +138,14 @@ def test_tiles_of_few_channels(impl, device, f, act, processors, dtype):
     """Planes so large that they are cut: scratch for every tile's sums, noise of every pixel."""
     if impl != "simt":
         pytest.skip("only csrc/simt can be any GPU")
-    from simt_build import module
-
     padding = 0 if f is None else 1
     x, d, z, s, b = make_inputs((2, 2, 65, 128), f, padding, dtype)
-    module().processors(processors)
-    try:
+    with gpu_of(processors, impl):
         compare(
             lambda x, d, s, b: runner("simt", f, padding, act=act)(x, d, z, s, b),
             lambda x, d, s, b: runner("reference", f, padding, act=act)(x, d, z, s, b),
             [x, d, s, b],
         )
-    finally:
-        module().processors(132)
 
 
 @pytest.mark.parametrize("act", ["lrelu", "swish"])

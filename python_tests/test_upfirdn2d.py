@@ -221,8 +221,6 @@ def test_large_tiles(impl, device, layout, taps, factors, dtype):
     """Of which a GPU of few multiprocessors has enough: long strips, several steps each."""
     if impl != "simt":
         pytest.skip("only csrc/simt can be a smaller GPU")
-    from simt_build import module
-
     up, down = factors
     x = harness.lay_out(harness.randn(1, 8, 75, 40).to(DTYPES[dtype]), layout)
     filters = [torch.linspace(-1, 2, taps)]
@@ -230,11 +228,8 @@ def test_large_tiles(impl, device, layout, taps, factors, dtype):
         filters.append(harness.randn(4, 4, seed=1).float())  # no outer product
     eps = torch.finfo(x.dtype).eps
     for f, processors in itertools.product(filters, [1, 10]):
-        module().processors(processors)
-        try:
+        with harness.gpu_of(processors, impl):
             y = upfirdn2d(x, f, up, down, taps // 2, impl=impl)
-        finally:
-            module().processors(132)
         exact = upfirdn2d(x.double(), f, up, down, taps // 2, impl="reference")
         all_of_a_sign = (x.double().abs(), f.abs(), up, down, taps // 2)
         size = upfirdn2d(*all_of_a_sign, impl="reference").max().item()

@@ -186,8 +186,8 @@ class Make:
 
     def tensor(self, *shape: int) -> Tensor:
         """Unit normal values, the same in every run."""
-        values = torch.Generator().manual_seed(sum(shape))
-        return torch.randn(*shape, generator=values).to(self.device, self.dtype)
+        values = torch.Generator(self.device).manual_seed(sum(shape))
+        return torch.randn(*shape, generator=values, device=self.device).to(self.dtype)
 
     def vector(self, n: int) -> Tensor:
         """A parameter: float32 beside a 16-bit x."""

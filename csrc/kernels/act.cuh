@@ -16,6 +16,7 @@ struct ActArgs {
   int act;
   A alpha, gain, inv_gain, clamp;  // clamp < 0: none
   bool from_x;                     // the gradient's reference is x (and b), not y
+  A negative = gain * alpha;
 };
 
 __device__ __forceinline__ float exp_(float v) { return expf(v); }
@@ -135,15 +136,15 @@ struct Pwl {
   template <typename A>
   __device__ __forceinline__ explicit Pwl(const ActArgs<A>& p)
       : gain(p.gain),
-        negative(p.gain * p.alpha),
-        clamp(p.clamp < A(0) ? A(INFINITY) : p.clamp),
+        negative(p.negative),
+        clamp(p.clamp),
         relu(p.act == kRelu),
         free(p.clamp < A(0)) {}
   __device__ __forceinline__ float slope(float v) const { return v > 0.f ? gain : negative; }
   __device__ __forceinline__ float value(float v) const {
     float y = v * slope(v);
     if (relu & (v <= 0.f)) y = 0.f;
-    return fabsf(y) > clamp ? copysignf(clamp, y) : y;
+    return !free & (fabsf(y) > clamp) ? copysignf(clamp, y) : y;
   }
   // The gradient in v, from v or from what has its sign, and y.
   __device__ __forceinline__ float grad(float dy, float v, float y) const {

@@ -143,6 +143,34 @@ __device__ __forceinline__ void store_whole(T* p, const Pack<T, N>& value) {
   store_pack<T, N>(p, value);
 }
 
+// Begins to copy a pack to shared memory, from sm_80 on without registers in between. Copies are in
+// batches: copy_wait<n>() waits for all but the last n.
+template <typename T, int N>
+__device__ __forceinline__ void copy_pack(T* to, const T* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if constexpr (sizeof(T) * N == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from),
+                 "n"(sizeof(T) * N)
+                 : "memory");
+#else
+  store_pack<T, N>(to, load_pack<T, N>(from));
+#endif
+}
+__device__ __forceinline__ void copy_batch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int n>
+__device__ __forceinline__ void copy_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+#endif
+}
+
 // The elements of a pack as numbers to reckon with, and back; one branch serves the whole pack.
 template <typename T, int N>
 __device__ __forceinline__ void widen(const Pack<T, N>& pack, Format<T> format, Acc<T> (&out)[N]) {

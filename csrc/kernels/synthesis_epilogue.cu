@@ -1,14 +1,12 @@
 // synthesis_epilogue: y = clamp(act(filter(x) * d + noise * strength + b) * gain) and its gradient.
 //
 // With a filter, of 4x4 taps (fewer are padded with zeros), a block brings a tile of its input to
-// shared memory, in whole sectors, and a thread makes a small patch of the result: a sample is read
-// once for several rows, and filtered by rows and columns where the taps are of rank one. NCHW: a
-// patch has 9 columns; rows keep their alignment, and a warp stores its rows together.
-// Channels-last: two columns and 16 bytes of float32 of channels. The backward filters twice, and
-// between them keeps dL/d(filter(x)) in shared memory; channels-last it walks down a strip, so that
-// the halo above and below is paid once a strip. NCHW: a block has several channels one after
-// another, so that the noise is read once for all of them.
-#include "synthesis_epilogue_bwd_last.cuh"
+// shared memory, in whole sectors, and filters it by rows and columns where the taps are of rank
+// one. The backward filters twice, and between them keeps dL/d(filter(x)) in shared memory. NCHW: a
+// thread makes a patch of 9 columns; rows keep their alignment, and a warp stores its rows
+// together; a block has several channels one after another, so that the noise is read once for all
+// of them. Channels-last: a block walks down a strip, a thread down a column of it.
+#include "synthesis_epilogue_pixels.cuh"
 #include "synthesis_epilogue_second.cuh"
 
 namespace gankern {
@@ -17,8 +15,8 @@ namespace {
 // A tile of lanes x rows of threads; each thread has per_thread rows.
 struct Plan {
   int lanes, rows, per_thread, tile_w, tile_h, tiles_x, tiles_y, threads, groups;
-  // With a filter: threads, or pairs of columns, of a row, words of a row in shared memory, rows of
-  // dv that a block makes at once, and bytes.
+  // With a filter: threads, or columns, of a row, words of a row in shared memory, rows of a step,
+  // and bytes.
   int across, pitch, step, shared;
   int span;  // without a filter: channels of a block; groups is the number of such spans there
   int64_t tiles() const { return static_cast<int64_t>(tiles_x) * tiles_y; }
@@ -54,52 +52,44 @@ void cut_rows(Plan& t, int64_t planes, int height, int longest, int unit) {
   }
 }
 
-// Channels-last with a filter. Forward: tiles. Backward: strips about as wide as the halo allows,
-// and the longest of which there are enough.
-Plan plan_pixels(int V, bool backward, bool pwl, bool noise, int64_t planes, int width,
+// Channels-last with a filter: threads of a pixel, which have 64 bytes of its channels; fewer where
+// half of them would have none.
+int pixel_lanes(int dtype, int64_t C) {
+  const int V = vec_of(dtype), own = V == 2 ? 2 : 4, least = max(V / own, 1);
+  int lanes = 4 * V / own;
+  while (lanes > least && 2 * (ceil_div(C, lanes * own) * lanes * own - C) >= lanes * own)
+    lanes /= 2;
+  return lanes;
+}
+
+// Strips as wide as there are threads, and the longest of which there are enough.
+Plan plan_pixels(int dtype, bool backward, bool noise, int64_t N, int64_t C, int width,
                  int height) {
-  const int limit = shared_limit(), most_threads = V == 2 ? 256 : backward ? 352 : kMaxThreads;
-  const int word = V == 2 ? 8 : 4, lanes = V == 8 ? 4 : 2, sector = 2 * V;
-  const int halo = backward ? kHalo : 0, widest = backward ? (V == 8 ? 40 : 56) : 16 * 8 / lanes;
+  const int V = vec_of(dtype), own = V == 2 ? 2 : 4, word = V == 2 ? 8 : 4;
+  const int limit = shared_limit();
   Plan t{};
-  t.tiles_x = static_cast<int>(ceil_div(width, widest));
+  t.lanes = pixel_lanes(dtype, C);
+  const int halo = backward ? kHalo : 0, channels = t.lanes * own, bytes = 16 / V;
+  t.tiles_x = static_cast<int>(ceil_div(width, kPixelThreads / t.lanes - halo));
   t.tile_w = static_cast<int>(ceil_div(width, t.tiles_x));
-  // Pairs of columns for whole groups of 8 lanes, which meet all banks.
-  t.across = static_cast<int>(ceil_div(t.tile_w + halo, 16 / lanes)) * (8 / lanes);
-  t.lanes = t.across * lanes;
-  const int banks = 128 / word, plane = (t.across + 2) * sector, apart = V == 8 ? 4 : banks / 2;
-  t.pitch = 2 * (plane + ((apart - plane) % banks + banks) % banks);
-  const int noise_row = noise ? 2 * t.across : 0;
-  const int many = backward ? kBackwardLast<float>
-                   : V == 8 ? kForwardLast<Half16>
-                            : kForwardLast<float>;
-  const int rows_of = pwl && V > 2 ? many : 1;
-  if (!backward) {
-    const int groups = max(1, min(most_threads / t.lanes, 24 / rows_of));
-    cut_rows(t, planes, height, groups * rows_of, 1);
-    t.per_thread = t.tile_h * t.lanes > 256 ? rows_of : 1;
-    t.tile_h = static_cast<int>(ceil_div(t.tile_h, t.per_thread)) * t.per_thread;
-    t.tiles_y = static_cast<int>(ceil_div(height, t.tile_h));
-    t.threads = threads_of(t.tile_h / t.per_thread * t.lanes);
-    t.shared = word * ((t.tile_h + kHalo) * t.pitch + t.tile_h * noise_row);
-    t.groups = 1;
-    return t;
-  }
-  cut_rows(t, planes, height, 65, 1);
-  const int rows = t.tile_h + kHalo;
-  t.per_thread = rows * t.lanes > 256 ? rows_of : 1;
-  const int groups = static_cast<int>(ceil_div(rows, t.per_thread));
-  const int most = limit < 128 * 1024 ? limit / 2 : limit / 3;
-  const auto shared = [&](int n) {
-    const int ring = n * t.per_thread + kHalo;
-    return word * (2 * ring * t.pitch + 3 * (V == 2 ? 2 : 4) * threads_of(n * t.lanes) +
-                   n * t.per_thread * noise_row);
+  t.across = t.tile_w + halo;
+  t.threads = threads_of(t.across * t.lanes);
+  cut_rows(t, N * ceil_div(C, channels), height, backward ? 128 : 64, 1);
+  // Stages of x, and of dy, rows of du, noise, and what threads park.
+  const auto shared = [&](int step) {
+    const int row = t.across * channels, x = (row + kHalo * channels) * bytes;
+    const int z = noise ? t.across * word : 0;
+    return backward ? step * (2 * (x + row * bytes + z) + row * word) + 3 * own * word * t.threads
+                    : step * 3 * (x + z);
   };
-  int n = max(1, min(groups, most_threads / t.lanes));
-  while (n > 1 && shared(n) > most) n--;
-  n = static_cast<int>(ceil_div(groups, ceil_div(groups, n)));
-  t.step = n * t.per_thread, t.threads = threads_of(n * t.lanes), t.shared = shared(n);
-  t.groups = 1;
+  // Steps as long as there is room for four blocks on a multiprocessor, or else for fewer.
+  constexpr int kOthers = 5 * 1024;  // what a block has besides
+  for (int blocks = 4 * kPixelThreads / t.threads; blocks > 0 && t.step == 0; blocks--)
+    for (int step = 4; step > (blocks > 2 ? 1 : 0) && t.step == 0; step--)
+      if (blocks * (shared(step) + kOthers) <= limit + kOthers) t.step = step;
+  t.step = max(t.step, 1);
+  t.shared = shared(t.step);
+  t.per_thread = t.groups = 1;
   return t;
 }
 
@@ -216,11 +206,11 @@ Plan plan_workers(int unit, bool last, bool noise, int64_t N, int64_t C, int are
 // pwl: the activation is piecewise linear; unit: see plan_workers().
 Plan make_plan(int dtype, bool last, bool backward, bool filtered, bool pwl, bool noise, int unit,
                int64_t N, int64_t C, int64_t H, int64_t W) {
-  const int V = vec_of(dtype), channels = static_cast<int>(ceil_div(C, last ? 2 * V : 1));
+  const int V = vec_of(dtype), channels = static_cast<int>(C);
   const int width = static_cast<int>(W), height = static_cast<int>(H);
   if (!filtered && (last || backward)) return plan_workers(unit, last, noise, N, C, width * height);
   if (!filtered) return plan_flat(V, noise, N * channels, channels, width * height);
-  if (last) return plan_pixels(V, backward, pwl, noise, N * channels, width, height);
+  if (last) return plan_pixels(dtype, backward, noise, N, C, width, height);
   return plan_planes(V, backward, pwl, noise, N * channels, channels, width, height);
 }
 
@@ -244,7 +234,7 @@ struct Launcher {
   int64_t tickets() const { return filtered ? grid().y : (a.N + int64_t(1)) * plan.groups; }
 
   dim3 grid() const {
-    const int step = filtered ? (last ? 2 * kVec<T> : 1) * plan.groups : plan.span;
+    const int step = !filtered ? plan.span : last ? plan.lanes * kPiece<T> : plan.groups;
     const unsigned tiles = static_cast<unsigned>(plan.tiles() * (filtered ? a.N : 1));
     const int64_t groups = ceil_div(a.C, step);
     return dim3(tiles, static_cast<unsigned>(loops ? min(groups, int64_t(65535)) : groups),
@@ -267,14 +257,14 @@ struct Launcher {
   template <bool kLast>
   int forward() {
     if constexpr (kLast) {
-      constexpr int N = kUnit<T, true, false>, kRows = kForwardLast<T>;
+      constexpr int N = kUnit<T, true, false>;
       if (!filtered)
         return launch(!packed ? synthesis_epilogue_flat_pixels_kernel<T, false, 1>
                       : pwl() ? synthesis_epilogue_flat_pixels_kernel<T, kFast<T>, N>
                               : synthesis_epilogue_flat_pixels_kernel<T, false, N>,
                       0);
-      return launch(plan.per_thread > 1 ? synthesis_epilogue_fwd_pixels_kernel<T, kRows>
-                                        : synthesis_epilogue_fwd_pixels_kernel<T, 1>,
+      return launch(pwl() ? synthesis_epilogue_fwd_pixels_kernel<T, kFast<T>>
+                          : synthesis_epilogue_fwd_pixels_kernel<T, false>,
                     plan.shared);
     } else {
       if (!filtered)
@@ -290,15 +280,15 @@ struct Launcher {
   template <bool kLast>
   int backward() {
     constexpr int N = kUnit<T, kLast, true>;
-    constexpr int kRows = kLast ? kBackwardLast<T> : kManyRows<T>;
+    constexpr int kRows = kManyRows<T>;
     if (!filtered)
       return launch(!packed ? synthesis_epilogue_bwd_kernel<T, kLast, false, 1>
                     : pwl() ? synthesis_epilogue_bwd_kernel<T, kLast, kFast<T>, N>
                             : synthesis_epilogue_bwd_kernel<T, kLast, false, N>,
                     0);
     if constexpr (kLast)
-      return launch(plan.per_thread > 1 ? synthesis_epilogue_bwd_pixels_kernel<T, kRows>
-                                        : synthesis_epilogue_bwd_pixels_kernel<T, 1>,
+      return launch(pwl() ? synthesis_epilogue_bwd_pixels_kernel<T, kFast<T>>
+                          : synthesis_epilogue_bwd_pixels_kernel<T, false>,
                     plan.shared);
     else
       return launch(plan.per_thread > 1 ? synthesis_epilogue_bwd_planes_kernel<T, kRows>
@@ -373,8 +363,10 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
   while ((1 << a.lanes_log2) < t.lanes) a.lanes_log2++;
   a.across = t.across, a.pitch = t.pitch;
   if (l.filtered && last) {
-    a.step = t.step, a.ring = t.step + kHalo;
-    a.lap = t.lanes, a.lap_magic = magic_of(a.lap), a.magic = magic_of(2 * a.across + kHalo);
+    const int packs = max(t.lanes * kPiece<T> / V, 1);
+    while ((1 << a.packs_log2) < packs) a.packs_log2++;
+    a.step = t.step, a.threads = t.threads, a.magic = magic_of((a.across + kHalo) * packs);
+    a.dy_magic = magic_of(a.across * packs), a.noise_magic = magic_of(a.across);
   } else if (l.filtered) {
     a.magic = magic_of(t.pitch / (sizeof(A) == 8 ? 4 : 8));
   }

@@ -35,10 +35,6 @@ using Piece = Pack<Acc<T>, kPiece<T>>;
 template <typename T>
 constexpr bool kFast = sizeof(T) < 8;
 
-// Channels that a block has in work at once.
-template <typename T, bool kLast>
-constexpr int kChannels = kLast ? 2 * kVec<T> : 1;
-
 template <typename T>
 struct Args {
   const T *x, *dy;
@@ -51,9 +47,9 @@ struct Args {
   int N, C, H, W, out_h, out_w;
   int taps_y, taps_x, x0, y0;
   int tiles, tiles_x, tile_h, tile_w, groups, lanes_log2;
-  // With a filter: words of a row in shared memory; threads, or pairs of columns, of a row;
-  // channels-last: threads of a row, rows that a block makes at once, rows of shared memory.
-  int pitch, across, magic, lap, lap_magic, step, ring;
+  // With a filter: words of a row in shared memory (NCHW); threads, or columns, of a row;
+  // channels-last: 16 bytes of a row of x, of dy, and of a pixel, rows of a step, threads.
+  int pitch, across, magic, dy_magic, noise_magic, packs_log2, step, threads;
   int f32;
   Acc<T> filter_gain;
   bool separable, flip, one_noise, one_strength, vec_x, vec_out, vec_noise;

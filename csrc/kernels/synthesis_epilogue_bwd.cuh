@@ -6,67 +6,20 @@
 namespace gankern {
 namespace {
 
-// Sums of dv * u, dv and dv * noise for K of a thread's channels.
-template <typename T, bool kLast, int K>
-struct Sums {
-  Acc<T> of[3][K] = {};
-
-  __device__ __forceinline__ void add(int q, Acc<T> dv, Acc<T> u, Acc<T> noise) {
-    of[0][q] += dv * u;
-    of[1][q] += dv;
-    of[2][q] += dv * noise;
-  }
-
-  // To and from shared memory, 16 bytes a thread and sum.
-  __device__ __forceinline__ void load(const Acc<T>* s) {
-#pragma unroll
-    for (int k = 0; k < 3; k++) {
-      const auto v = load_pack<Acc<T>, K>(s + (k * blockDim.x + thread_again()) * K);
-#pragma unroll
-      for (int e = 0; e < K; e++) of[k][e] = v.v[e];
-    }
-  }
-  __device__ __forceinline__ void store(Acc<T>* s) const {
-#pragma unroll
-    for (int k = 0; k < 3; k++) {
-      Pack<Acc<T>, K> v;
-#pragma unroll
-      for (int e = 0; e < K; e++) v.v[e] = of[k][e];
-      store_pack<Acc<T>, K>(s + (k * blockDim.x + thread_again()) * K, v);
-    }
-  }
-
-  // Adds up the threads of a warp, into scratch; `part`: the first of the channels. Channels-last:
-  // kLanes neighbours have channels of their own, which begin `apart`.
-  template <int kLanes = kLast ? 2 : 1>
-  __device__ __forceinline__ void reduce(Acc<T>* scratch, int part = 0, int apart = kVec<T>) const {
-    constexpr int kStep = kChannels<T, kLast>;
-    const int t = thread_again(), warp = t / 32, lane = t % 32;
-#pragma unroll
-    for (int k = 0; k < 3; k++)
-#pragma unroll
-      for (int e = 0; e < K; e++) {
-        Acc<T> v = of[k][e];
-#pragma unroll
-        for (int step = 16; step >= kLanes; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
-        if (lane < kLanes) scratch[(warp * 3 + k) * kStep + lane * apart + part + e] = v;
-      }
-  }
-};
-
-// Adds up the warps: the block's partial sums of channels c0 and on.
-template <typename T, bool kLast>
+// Adds up the warps: the block's partial sums of `step` channels, from c0 on.
+template <typename T>
 __device__ __forceinline__ void write_partials(const Acc<T>* scratch, const Args<T>& a, int n,
-                                               int c0, int tile) {
-  constexpr int kStep = kChannels<T, kLast>;
+                                               int c0, int step, int tile) {
   __syncthreads();
   const int t = thread_again(), warps = (blockDim.x + 31) / 32;
-  if (t < 3 * kStep && c0 + t % kStep < a.C) {
-    Acc<T> sum = 0;
-    for (int w = 0; w < warps; w++) sum += scratch[w * 3 * kStep + t];
-    const int64_t channel = (static_cast<int64_t>(t / kStep) * a.N + n) * a.C + c0 + t % kStep;
-    a.partials[channel * a.tiles + tile] = sum;
-  }
+#pragma unroll
+  for (int k = 0; k < 3; k++)
+    if (t < step && c0 + t < a.C) {
+      Acc<T> sum = 0;
+      for (int w = 0; w < warps; w++) sum += scratch[(w * 3 + k) * step + t];
+      const int64_t channel = (static_cast<int64_t>(k) * a.N + n) * a.C + c0 + t;
+      a.partials[channel * a.tiles + tile] = sum;
+    }
   __syncthreads();
 }
 
@@ -174,7 +127,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       }
     }
     __syncthreads();
-    Sums<T, false, 1> sums;
+    A sums[3] = {};
     {
       const TileAt t(tile);
       const Run run(a, kRows);
@@ -215,15 +168,23 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
               grad<false>(dv, v, p);
 #pragma unroll
             for (int e = 0; e < kPart; e++) {
-              if (row < own_rows) sums.add(0, dv[e], u[r][part + e], z[e]);
+              if (row < own_rows) {
+                sums[0] += dv[e] * u[r][part + e];
+                sums[1] += dv[e];
+                sums[2] += dv[e] * z[e];
+              }
               du[part + e] = dv[e] * params[0];
             }
           }
         }
       }
     }
-    sums.reduce(scratch);
-    write_partials<T, false>(scratch, a, tile.n, c, tile.index);
+#pragma unroll
+    for (int k = 0; k < 3; k++) {
+      const A sum = warp_sum(sums[k]);
+      if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32 * 3 + k] = sum;
+    }
+    write_partials(scratch, a, tile.n, c, 1, tile.index);
     const TileAt t(tile);
     const Run run(a, kRows);
     const int height = min(a.tile_h, a.H - t.row0);

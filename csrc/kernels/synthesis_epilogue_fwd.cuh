@@ -1,4 +1,4 @@
-// The forward kernels of synthesis_epilogue with a filter.
+// The forward kernel of synthesis_epilogue with a filter, NCHW.
 #pragma once
 
 #include "synthesis_epilogue_march.cuh"
@@ -89,84 +89,6 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
                   min(a.tile_w, a.out_w - t.col0), run.lx, 1 << a.lanes_log2, a.format);
       __syncwarp();
     }
-  }
-}
-
-// Channels-last: a thread has 16 bytes of float32 of channels, at two columns, of kRows rows.
-template <typename T, int kRows>
-__global__ void __launch_bounds__(kThreads<T>, kBlocks)
-    synthesis_epilogue_fwd_pixels_kernel(Args<T> a, ActArgs<Acc<T>> p) {
-  using A = Acc<T>;
-  constexpr int K = kPiece<T>, kStep = kChannels<T, true>;
-  GK_DYNAMIC_SHARED(A, shared);
-  __shared__ Taps<A> taps;
-  __shared__ __align__(16) A params[3 * kStep];
-  __shared__ Tile tile;
-  if (threadIdx.x == 0) tile.set(a);
-  __syncthreads();
-  A* const noises = shared + (a.tile_h + kHalo) * a.pitch;
-  const int c0 = static_cast<int>(blockIdx.y) * kStep;
-  share_params<T, kStep>(params, a, tile.n, c0, threadIdx.x);
-  {
-    const TileAt t(tile);
-    const auto x = stage_pixels(shared, a, t.n, c0, t.row0 - a.y0, t.col0 - a.x0, a.tile_h + kHalo,
-                                a.H, min(a.W, t.col0 - a.x0 + a.tile_w + kHalo),
-                                [&](int r) { return r * a.pitch; });
-    x.load(a);
-    if (threadIdx.x < 32) share_taps<T>(&taps, nullptr, a);
-    if (a.noise) stage_noise(noises, a, t.n, t.row0, t.col0, a.tile_h, 2 * a.across);
-  }
-  __syncthreads();
-  A u[kRows][2 * K];
-  {
-    const Pair<T> at(a, kRows);
-    if (at.row >= a.tile_h) return;
-    int line = at.row * a.pitch;
-    filter_rows<K>(u, taps, [&](int, A(&v)[(2 + kHalo)* K]) {
-      at.read(v, shared + line, a.pitch);
-      line += a.pitch;
-    });
-  }
-  const TileAt t(tile);
-  const Pair<T> at(a, kRows);
-  const int rows = min(a.tile_h, a.out_h - t.row0) - at.row, count = a.C - c0 - at.ch;
-  const int width = count <= 0 ? 0 : min(a.tile_w, a.out_w - t.col0) - at.lx;
-  T* out =
-      a.out + offset<true>(a.C, t.n, c0 + at.ch, a.out_h, a.out_w, t.row0 + at.row, t.col0 + at.lx);
-  int z_at = at.row * 2 * a.across + at.lx;
-#pragma unroll
-  for (int r = 0; r < kRows; r++) {
-    if (r >= rows) break;
-#pragma unroll
-    for (int k = 0; k < 2; k++) {
-      A y[K];
-      int ch = at.ch;
-      forget(ch);  // else registers hold the parameters
-      const A z = a.noise ? noises[z_at + k] : A(0);
-      {
-        const auto b = load_pack<A, K>(params + kStep + ch),
-                   s = load_pack<A, K>(params + 2 * kStep + ch);
-#pragma unroll
-        for (int e = 0; e < K; e++) y[e] = z * s.v[e] + b.v[e];
-      }
-      const auto d = load_pack<A, K>(params + ch);
-#pragma unroll
-      for (int e = 0; e < K; e++) y[e] = u[r][k * K + e] * d.v[e] + y[e];
-      const auto finish = [&](auto pwl) {
-        each<decltype(pwl)::value, 1>(
-            [&](int, A& v) {
-              v = clamped(act_value<decltype(pwl)::value>(v, p) * p.gain, p.clamp);
-            },
-            y);
-      };
-      if (kRows > 1 || (kFast<T> && p.act <= kLrelu))
-        finish(std::true_type{});
-      else
-        finish(std::false_type{});
-      if (k < width) store_packed<T, K>(out + k * a.C, narrow<T, K>(y, a.format), a.vec_out, count);
-    }
-    out += static_cast<int64_t>(a.out_w) * a.C;
-    z_at += 2 * a.across;
   }
 }
 

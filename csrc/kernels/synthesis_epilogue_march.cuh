@@ -12,15 +12,9 @@ constexpr int kRun = 9;
 constexpr int kPart = 3;  // of them at once: more would not fit into registers
 
 // Rows that a thread makes at once of a large tile, with a piecewise linear activation, as far as
-// there are registers: NCHW, and channels-last.
+// there are registers.
 template <typename T>
 constexpr int kManyRows = sizeof(T) == 8 ? 1 : 3;
-template <typename T>
-constexpr int kForwardLast = sizeof(T) == 8   ? 1
-                             : sizeof(T) == 4 ? 3
-                                              : 2;
-template <typename T>
-constexpr int kBackwardLast = sizeof(T) == 8 ? 1 : 2;
 
 // What a thread has of a tile: kRun columns from `at` on, and rows from `first` on.
 struct Run {
@@ -270,99 +264,6 @@ __device__ __forceinline__ void store_row(T* to, const A* s, int shift, int widt
     const int j = e < L ? e : max(right, left) + e - L;
     if (j < (e < L ? left : width)) to[j] = from_acc<T>(s[shift + j], format);
   }
-}
-
-// Channels-last. Pixels of float32, a sector of channels each, of rows `pitch` words apart: even
-// columns in the first half of a row, odd ones in the second, so that threads with two columns meet
-// all banks. What such a thread has: rows from `row` on, column lx and the next, channels from ch
-// on.
-template <typename T>
-struct Pair {
-  using A = Acc<T>;
-  static constexpr int K = kPiece<T>, kStep = kChannels<T, true>, kLanes = kStep / K;
-  int row, lx, ch;
-  __device__ __forceinline__ Pair(const Args<T>& a, int rows) {
-    const unsigned t = thread_again();
-    const unsigned group = t * static_cast<unsigned>(a.lap_magic) >> 20;
-    const unsigned rest = t - group * static_cast<unsigned>(a.lap);
-    row = static_cast<int>(group) * rows, lx = static_cast<int>(rest / kLanes * 2);
-    ch = static_cast<int>(rest % kLanes * K);
-  }
-  // Of a row, the k-th column from lx on.
-  __device__ __forceinline__ int word(int k, int pitch) const {
-    return lx * (kStep / 2) + ch + k / 2 * kStep + (k % 2 ? pitch >> 1 : 0);
-  }
-  __device__ __forceinline__ void read(A (&v)[(2 + kHalo) * K], const A* line, int pitch) const {
-#pragma unroll
-    for (int k = 0; k < 2 + kHalo; k++) {
-      const auto pixel = load_pack<A, K>(line + word(k, pitch));
-#pragma unroll
-      for (int e = 0; e < K; e++) v[k * K + e] = pixel.v[e];
-    }
-  }
-};
-
-// `rows` rows of x from (row0, col0) on, row r to s + slot(r); zeros beyond `bottom` and `right`.
-template <typename T, typename Slot>
-struct StagePixels {
-  using A = Acc<T>;
-  static constexpr int V = kVec<T>, K = kPiece<T>, kStep = kChannels<T, true>;
-  A* s;
-  const T* sample;  // its first channel that counts
-  int channels, row0, col0, rows, bottom, right;
-  Slot slot;
-
-  // 16 bytes of global memory a thread, kBatch times under way.
-  __device__ __forceinline__ void load(const Args<T>& a) const {
-    constexpr int kBatch = sizeof(T) == 4 ? 4 : 2;
-    const int cols = 2 * a.across + kHalo, all = rows * cols * 2;
-    const int threads = static_cast<int>(blockDim.x);
-#pragma unroll 1
-    for (int i = static_cast<int>(thread_again()); i < all; i += kBatch * threads) {
-      Pack<T, V> raw[kBatch];
-      A* to[kBatch];
-#pragma unroll
-      for (int b = 0; b < kBatch; b++) {
-        const int piece = i + b * threads;
-        const unsigned down =
-            static_cast<unsigned>(piece >> 1) * static_cast<unsigned>(a.magic) >> 20;
-        const int r = static_cast<int>(down), pixel = (piece >> 1) - r * cols,
-                  half = (piece & 1) * V;
-        const int row = row0 + r, col = col0 + pixel;
-        const bool inside =
-            piece < all && row >= 0 && row < bottom && col >= 0 && col < right && half < channels;
-        raw[b] = load_packed<T>(
-            sample + (inside ? (static_cast<int64_t>(row) * a.W + col) * a.C + half : 0), a.vec_x,
-            inside ? channels - half : 0);
-        to[b] = s + slot(r) + (pixel & 1 ? a.pitch >> 1 : 0) + (pixel >> 1) * kStep + half;
-      }
-#pragma unroll
-      for (int b = 0; b < kBatch; b++)
-        if (i + b * threads < all) put(to[b], raw[b], a.format);
-    }
-  }
-  __device__ __forceinline__ void put(A* to, const Pack<T, V>& raw, Format<T> format) const {
-    A values[V];
-    widen(raw, format, values);
-#pragma unroll
-    for (int k = 0; k < V; k += K) {
-      Pack<A, K> piece;
-#pragma unroll
-      for (int e = 0; e < K; e++) piece.v[e] = values[k + e];
-      store_pack<A, K>(to + k, piece);
-    }
-  }
-};
-
-template <typename T, typename Slot>
-__device__ __forceinline__ StagePixels<T, Slot> stage_pixels(Acc<T>* s, const Args<T>& a, int n,
-                                                             int c0, int row0, int col0, int rows,
-                                                             int bottom, int right, Slot slot) {
-  return {s,        a.x + offset<true>(a.C, n, c0, a.H, a.W, 0, 0),
-          a.C - c0, row0,
-          col0,     rows,
-          bottom,   right,
-          slot};
 }
 
 // The tile of y or dx that a block makes. It lies in shared memory, since registers are short, and

@@ -143,20 +143,23 @@ __device__ __forceinline__ void store_whole(T* p, const Pack<T, N>& value) {
   store_pack<T, N>(p, value);
 }
 
-// Begins to copy a pack to shared memory, from sm_80 on without registers in between. Copies are in
-// batches: copy_wait<n>() waits for all but the last n.
+// Begins to copy a pack to shared memory, from sm_80 on without registers in between; zeros where
+// `from` is not inside. Copies are in batches: copy_wait<n>() waits for all but the last n.
 template <typename T, int N>
-__device__ __forceinline__ void copy_pack(T* to, const T* from) {
+__device__ __forceinline__ void copy_pack(T* to, const T* from, bool inside = true) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  constexpr int kBytes = sizeof(T) * N;
   const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  if constexpr (sizeof(T) * N == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  const int bytes = inside ? kBytes : 0;
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes)
+                 : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from),
-                 "n"(sizeof(T) * N)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(from), "n"(kBytes),
+                 "r"(bytes)
                  : "memory");
 #else
-  store_pack<T, N>(to, load_pack<T, N>(from));
+  store_pack<T, N>(to, inside ? load_pack<T, N>(from) : Pack<T, N>{});
 #endif
 }
 __device__ __forceinline__ void copy_batch() {

@@ -70,17 +70,21 @@ Plan plan_pixels(int dtype, bool backward, bool noise, int64_t N, int64_t C, int
   Plan t{};
   t.lanes = pixel_lanes(dtype, C);
   const int halo = backward ? kHalo : 0, channels = t.lanes * own, bytes = 16 / V;
-  t.tiles_x = static_cast<int>(ceil_div(width, kPixelThreads / t.lanes - halo));
+  // Threads for the samples of a row, and for 16 bytes each of a row of x.
+  const int packs = channels / V;
+  const int widest = min(kPixelThreads / t.lanes, kPixelThreads / packs - kHalo) - halo;
+  t.tiles_x = static_cast<int>(ceil_div(width, widest));
   t.tile_w = static_cast<int>(ceil_div(width, t.tiles_x));
   t.across = t.tile_w + halo;
-  t.threads = threads_of(t.across * t.lanes);
+  t.threads = threads_of(max(t.across * t.lanes, (t.across + kHalo) * packs));
   cut_rows(t, N * ceil_div(C, channels), height, backward ? 128 : 64, 1);
   // Stages of x, and of dy, rows of du, noise, and what threads park.
   const auto shared = [&](int step) {
     const int row = t.across * channels, x = (row + kHalo * channels) * bytes;
     const int z = noise ? t.across * word : 0;
-    return backward ? step * (2 * (x + row * bytes + z) + row * word) + 3 * own * word * t.threads
-                    : step * 3 * (x + z);
+    return backward
+               ? step * (2 * (x + row * bytes + z) + row * word) + (3 * own * word + 16) * t.threads
+               : step * 3 * (x + z);
   };
   // Steps as long as there is room for four blocks on a multiprocessor, or else for fewer.
   constexpr int kOthers = 5 * 1024;  // what a block has besides

@@ -24,47 +24,50 @@ template <typename T>
 constexpr int kMostChannels = kMostLanes<T> * kPiece<T>;
 
 // Rows of an image on their way to shared memory, pixel after pixel of a block's channels, zeros
-// outside of it. This lies in shared memory, since registers are short, and is read for each step.
+// outside of it: `packs` of 16 bytes a row, of which a thread copies one of every few rows.
 template <typename T>
 struct PixelRows {
   static constexpr int V = kVec<T>;
-  const T* start;  // row 0, column 0, the first of the channels; may lie outside
-  int64_t line;
-  int row0, col0, height, width, channels, C;
-  int packs, packs_log2, magic, apart;  // of 16 bytes, of a row, a pixel; rows copied at a time
-  int threads;
-  bool vec;
+  const T* image;
+  int h, w, packs, magic;  // see magic_of()
 
-  __device__ __forceinline__ void set(const Args<T>& a, const T* image, int n, int c0, int h, int w,
-                                      int top, int left, int row_packs, int row_magic) {
-    line = static_cast<int64_t>(w) * a.C, row0 = top, col0 = left, height = h, width = w;
-    start = image + offset<true>(a.C, n, c0, h, w, top, left);
-    channels = a.C - c0, C = a.C, packs = row_packs, packs_log2 = a.packs_log2, magic = row_magic;
-    apart = max(1, static_cast<int>(a.threads * static_cast<unsigned>(magic) >> 20));
-    vec = a.vec_x, threads = a.threads;
+  // What a thread copies first, of the rows from (top, left) on; null: nothing.
+  __device__ __forceinline__ const T* first(const Args<T>& a, int n, int c0, int top,
+                                            int left) const {
+    const int t = static_cast<int>(thread_again()), r = row(t);
+    const int q = t - r * packs, col = left + (q >> a.packs_log2);
+    const int c = c0 + (q & ((1 << a.packs_log2) - 1)) * V;
+    const bool there = a.vec_x && r < apart(a) && col >= 0 && col < w && c < a.C;
+    return there ? image + offset<true>(a.C, n, c, h, w, top + r, col) : nullptr;
+  }
+  __device__ __forceinline__ int row(int t) const {
+    return static_cast<int>(static_cast<unsigned>(t) * static_cast<unsigned>(magic) >> 20);
+  }
+  __device__ __forceinline__ int apart(const Args<T>& a) const { return row(a.threads); }
+
+  // `count` rows, the first of which is `top` of the image.
+  __device__ __forceinline__ void copy(T* to, const T* from, const Args<T>& a, int top,
+                                       int count) const {
+    if (!from) return;
+    const int t = static_cast<int>(thread_again()), by = apart(a);
+    T* at = to + t * V;
+#pragma unroll 1
+    for (int r = row(t); r < count; r += by) {
+      copy_pack<T, V>(at, from, static_cast<unsigned>(top + r) < static_cast<unsigned>(h));
+      from += static_cast<int64_t>(by) * w * a.C, at += by * packs * V;
+    }
   }
 
-  // Rows [row, row + count).
-  __device__ __forceinline__ void copy(T* to, int row, int count) const volatile {
-    const unsigned t = thread_again();
-    const int by = apart, first = static_cast<int>(t * static_cast<unsigned>(magic) >> 20);
-    if (first >= by) return;
-    for (int q = static_cast<int>(t) - first * packs; q < packs; q += threads) {
-      const int pixel = q >> packs_log2, c = (q & ((1 << packs_log2) - 1)) * V;
-      const int left =
-          static_cast<unsigned>(col0 + pixel) < static_cast<unsigned>(width) ? channels - c : 0;
-      const T* from = start + (row + first) * line + (static_cast<int64_t>(pixel) * C + c);
-      T* at = to + (first * packs + q) * V;
+  // The same where packs are not aligned, or not whole.
+  __device__ __forceinline__ void copy_slowly(T* to, const Args<T>& a, int n, int c0, int top,
+                                              int left, int count) const {
+    const int channels = V << a.packs_log2;
 #pragma unroll 1
-      for (int r = first; r < count; r += by) {
-        const bool inside =
-            left > 0 && static_cast<unsigned>(row0 + row + r) < static_cast<unsigned>(height);
-        if (inside && vec)
-          copy_pack<T, V>(at, from);
-        else
-          store_pack<T, V>(at, load_packed<T>(from, false, inside ? left : 0));
-        from += by * line, at += by * packs * V;
-      }
+    for (int i = static_cast<int>(thread_again()); i < count * packs * V; i += a.threads) {
+      const int r = i / (packs * V), e = i - r * packs * V, row = top + r;
+      const int col = left + e / channels, c = c0 + e % channels;
+      const bool inside = row >= 0 && row < h && col >= 0 && col < w && c < a.C;
+      to[i] = inside ? image[offset<true>(a.C, n, c, h, w, row, col)] : T{};
     }
   }
 };
@@ -73,22 +76,18 @@ struct PixelRows {
 template <typename T>
 __device__ __forceinline__ void copy_noise(Acc<T>* to, const Args<T>& a, int n, int row0, int col0,
                                            int rows) {
-  const int64_t first = offset<false>(1, a.one_noise ? 0 : n, 0, a.out_h, a.out_w, row0, col0);
-  const unsigned t = thread_again();
-  const int apart =
-      max(1, static_cast<int>(a.threads * static_cast<unsigned>(a.noise_magic) >> 20));
-  const int r0 = static_cast<int>(t * static_cast<unsigned>(a.noise_magic) >> 20);
-  if (r0 >= apart) return;
-  const int k = static_cast<int>(t) - r0 * a.across, col = col0 + k;
-  for (int r = r0; r < rows; r += apart) {
-    const int row = row0 + r;
+#pragma unroll 1
+  for (int i = static_cast<int>(thread_again()); i < rows * a.across; i += a.threads) {
+    const int r =
+        static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(a.noise_magic) >> 20);
+    const int row = row0 + r, col = col0 + i - r * a.across;
     const bool inside = row >= 0 && row < a.out_h && col >= 0 && col < a.out_w;
-    const int64_t i = first + static_cast<int64_t>(r) * a.out_w + k;
-    Acc<T>* at = to + r * a.across + k;
-    if (std::is_same<Acc<T>, float>::value && inside && (a.f32 & 2))
-      copy_pack<float, 1>(reinterpret_cast<float*>(at), static_cast<const float*>(a.noise) + i);
+    const int64_t at = offset<false>(1, a.one_noise ? 0 : n, 0, a.out_h, a.out_w, row, col);
+    if (std::is_same<Acc<T>, float>::value && (a.f32 & 2))
+      copy_pack<float, 1>(reinterpret_cast<float*>(to + i), static_cast<const float*>(a.noise) + at,
+                          inside);
     else
-      *at = inside ? load_param<T>(a.noise, a.f32 & 2, i, a.format) : Acc<T>(0);
+      to[i] = inside ? load_param<T>(a.noise, a.f32 & 2, at, a.format) : Acc<T>(0);
   }
 }
 
@@ -166,6 +165,12 @@ __device__ __forceinline__ void with_format(Format<T> format, F f) {
   }
 }
 
+// Zeros in shared memory.
+template <typename T>
+__device__ __forceinline__ void clear(T* s, int count) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) s[i] = T{};
+}
+
 // v = u * d + noise * s + b, of a thread's channels.
 template <typename T, int K>
 __device__ __forceinline__ void affine(Acc<T> (&v)[K], const Acc<T> (&u)[K], const Acc<T>* params,
@@ -186,29 +191,31 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
   __shared__ Taps<A> taps;
   __shared__ __align__(16) A params[3 * kMostChannels<T>];
   __shared__ Tile tile;
-  __shared__ PixelRows<T> x_rows;
   const int channels = K << a.lanes_log2, c0 = static_cast<int>(blockIdx.y) * channels;
   const int row_size = (a.across + kHalo) * channels;
-  if (threadIdx.x == 0) {
-    tile.set(a);
-    x_rows.set(a, a.x, tile.n, c0, a.H, a.W, tile.row0 - a.y0, tile.col0 - a.x0, row_size / kVec<T>,
-               a.magic);
-  }
+  const PixelRows<T> x_rows{a.x, a.H, a.W, row_size / kVec<T>, a.magic};
   A* const noises = reinterpret_cast<A*>(shared + kStages * a.step * row_size);
+  clear(shared, kStages * a.step * row_size);
+  if (threadIdx.x == 0) tile.set(a);
   __syncthreads();
   if (threadIdx.x < 32) share_taps<T>(&taps, nullptr, a);
   share_params<T, kMostChannels<T>>(params, a, tile.n, c0, threadIdx.x, channels);
-  const int rows = min(a.tile_h, a.out_h - tile.row0), all = rows + kHalo;
+  const int all = min(a.tile_h, a.out_h - tile.row0) + kHalo;
+  const T* from = x_rows.first(a, tile.n, c0, tile.row0 - a.y0, tile.col0 - a.x0);
   // Rows of the strip from `row` on, to a stage.
   const auto begin = [&](int stage, int row) {
-    if (row < all) {
-      const int count = min(a.step, all - row);
-      x_rows.copy(shared + stage * a.step * row_size, row, count);
-      if (a.noise) {
-        const TileAt t(tile);
+    const int count = min(a.step, all - row);
+    if (count > 0) {
+      const TileAt t(tile);
+      T* const to = shared + stage * a.step * row_size;
+      if (a.vec_x)
+        x_rows.copy(to, from, a, t.row0 - a.y0 + row, count);
+      else
+        x_rows.copy_slowly(to, a, t.n, c0, t.row0 - a.y0 + row, t.col0 - a.x0, count);
+      if (a.noise)
         copy_noise(noises + stage * a.step * a.across, a, t.n, t.row0 + row - kHalo, t.col0, count);
-      }
     }
+    if (from) from += static_cast<int64_t>(a.step) * a.W * a.C;
     copy_batch();
   };
   begin(0, 0);
@@ -257,6 +264,12 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
   });
 }
 
+// What a thread copies next.
+template <typename T>
+struct alignas(16) Sources {
+  const T *x, *dy;
+};
+
 // Where a thread stands, computed again where it is asked for: registers are short.
 template <typename T>
 struct Column {
@@ -283,47 +296,62 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
   __shared__ __align__(16) A params[3 * kStep];
   __shared__ A scratch[kPixelThreads / 32 * 3 * kStep];
   __shared__ Tile tile;
-  __shared__ PixelRows<T> x_rows, dy_rows;
   // The step's row, and its stage, of which there are two: for the time up to du, and from then on.
   __shared__ int row_of[2], stage_of[2];
-  // Of x and dy there are two stages.
+  // Of x and dy there are two stages; beside them, what threads park, and the noise.
   const auto xs = [&](int stage) {
     const Column<T> c(a);
     return reinterpret_cast<T*>(dus + a.step * c.du_size) + stage * a.step * c.row_size;
   };
   const auto dys = [&](int stage) { return xs(2) + stage * a.step * Column<T>(a).du_size; };
   const auto parked = [&] { return reinterpret_cast<A*>(dys(2)); };
+  const auto sources = [&] {
+    return reinterpret_cast<Sources<T>*>(parked() + 3 * K * a.threads) + thread_again();
+  };
   const auto noises = [&](int stage) {
-    return parked() + 3 * K * a.threads + stage * a.step * a.across;
+    return reinterpret_cast<A*>(reinterpret_cast<Sources<T>*>(parked() + 3 * K * a.threads) +
+                                a.threads) +
+           stage * a.step * a.across;
   };
   const auto rows = [&](const TileAt& t) { return min(a.tile_h, a.H - t.row0) + 2 * kHalo; };
+  const PixelRows<T> x_rows{a.x, a.H, a.W, Column<T>(a).row_size / kVec<T>, a.magic};
+  const PixelRows<T> dy_rows{a.dy, a.out_h, a.out_w, Column<T>(a).du_size / kVec<T>, a.dy_magic};
   const auto begin = [&](int stage, int row) {
     const TileAt t(tile);
     const int count = min(a.step, rows(t) - row);
     if (count > 0) {
-      x_rows.copy(xs(stage), row, count);
-      dy_rows.copy(dys(stage), row, count);
-      if (a.noise) {
-        const volatile auto& dy = dy_rows;
-        copy_noise(noises(stage), a, t.n, dy.row0 + row, dy.col0, count);
+      const int c0 = static_cast<int>(blockIdx.y) * Column<T>(a).channels;
+      const int top = t.row0 - kHalo, dy_top = top + a.y0 - kHalo;
+      const int left = t.col0 - kHalo, dy_left = left + a.x0;
+      if (a.vec_x) {
+        Sources<T> from = *sources();
+        x_rows.copy(xs(stage), from.x, a, top + row, count);
+        dy_rows.copy(dys(stage), from.dy, a, dy_top + row, count);
+        if (from.x) from.x += static_cast<int64_t>(a.step) * a.W * a.C;
+        if (from.dy) from.dy += static_cast<int64_t>(a.step) * a.out_w * a.C;
+        *sources() = from;
+      } else {
+        x_rows.copy_slowly(xs(stage), a, t.n, c0, top + row, left, count);
+        dy_rows.copy_slowly(dys(stage), a, t.n, c0, dy_top + row, dy_left, count);
       }
+      if (a.noise) copy_noise(noises(stage), a, t.n, dy_top + row, dy_left, count);
     }
     copy_batch();
   };
+  clear(xs(0), static_cast<int>(reinterpret_cast<T*>(parked()) - xs(0)));
+  if (threadIdx.x == 0) {
+    tile.set(a);
+    row_of[0] = stage_of[0] = 0;
+  }
+  __syncthreads();
   {
     const Column<T> c(a);
     const int c0 = static_cast<int>(blockIdx.y) * c.channels;
-    if (threadIdx.x == 0) {
-      tile.set(a);
-      row_of[0] = stage_of[0] = 0;
-      x_rows.set(a, a.x, tile.n, c0, a.H, a.W, tile.row0 - kHalo, tile.col0 - kHalo,
-                 c.row_size / kVec<T>, a.magic);
-      dy_rows.set(a, a.dy, tile.n, c0, a.out_h, a.out_w, tile.row0 + a.y0 - 2 * kHalo,
-                  tile.col0 + a.x0 - kHalo, c.du_size / kVec<T>, a.dy_magic);
-    }
-    __syncthreads();
     if (threadIdx.x < 32) share_taps(&taps, &adjoint, a);
     share_params<T, kStep>(params, a, tile.n, c0, threadIdx.x, c.channels);
+    *sources() = {
+        x_rows.first(a, tile.n, c0, tile.row0 - kHalo, tile.col0 - kHalo),
+        dy_rows.first(a, tile.n, c0, tile.row0 + a.y0 - 2 * kHalo, tile.col0 + a.x0 - kHalo)};
   }
   begin(0, 0);
   begin(1, a.step);

@@ -57,7 +57,10 @@ ROWS = [row for row in ops.ROWS if row.name not in REPEATED] + [
 # Channels by memory format: channels-last needs enough of them to fill a warp's sectors.
 SIDE, CHANNELS = 256, {"nchw": 4, "nhwc": 16}
 PLANES, PROCESSORS = 4 * 64, 132  # batch times channels of StyleGAN2-256, on an H100
-GROUPED = {"adain": {"nchw": 8, "nhwc": 64}}  # so that a group of blocks finds room
+GROUPED = {
+    "adain": {"nchw": 8, "nhwc": 64},  # so that a group of blocks finds room
+    "synthesis_epilogue": {"nchw": 4, "nhwc": 32},  # 64 bytes
+}
 # Rows of full size: batch and channels.
 WHOLE = {"pixel_norm latent": (8, 1), "minibatch_stddev": (8, 1), "demod_coefs": (4, 64)}
 # Rows whose second derivative is a kernel: inputs whose gradients are differentiated again.

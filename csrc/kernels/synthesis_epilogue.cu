@@ -73,11 +73,15 @@ Plan plan_pixels(int dtype, bool backward, bool noise, int64_t N, int64_t C, int
   // Threads for the samples of a row, and for 16 bytes each of a row of x.
   const int packs = channels / V;
   const int widest = min(kPixelThreads / t.lanes, kPixelThreads / packs - kHalo) - halo;
-  t.tiles_x = static_cast<int>(ceil_div(width, widest));
-  t.tile_w = static_cast<int>(ceil_div(width, t.tiles_x));
+  const int64_t planes = N * ceil_div(C, channels);
+  for (int strips = static_cast<int>(ceil_div(width, widest));; strips *= 2) {
+    t.tile_w = static_cast<int>(ceil_div(width, strips));
+    t.tiles_x = static_cast<int>(ceil_div(width, t.tile_w));
+    cut_rows(t, planes, height, backward ? 128 : 64, 1);
+    if (t.tiles() * planes >= 3 * sm_count() / 4 || t.tile_w * t.lanes <= 32) break;
+  }
   t.across = t.tile_w + halo;
   t.threads = threads_of(max(t.across * t.lanes, (t.across + kHalo) * packs));
-  cut_rows(t, N * ceil_div(C, channels), height, backward ? 128 : 64, 1);
   // Stages of x, and of dy, rows of du, noise, and what threads park.
   const auto shared = [&](int step) {
     const int row = t.across * channels, x = (row + kHalo * channels) * bytes;

@@ -14,8 +14,14 @@ namespace gankern {
 namespace {
 
 constexpr int kPixelThreads = 256;
+// Blocks on a multiprocessor: four leave 64 registers, with which Blackwell's compiler spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <typename T>
-constexpr int kPixelBlocks = sizeof(T) == 8 ? 1 : 4;  // on a multiprocessor
+constexpr int kPixelBlocks = sizeof(T) == 8 ? 1 : 3;
+#else
+template <typename T>
+constexpr int kPixelBlocks = sizeof(T) == 8 ? 1 : 4;
+#endif
 
 // Threads, and channels, of a pixel at most.
 template <typename T>
@@ -383,7 +389,7 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
         const int first = max(kHalo, -out_row0);
         const bool own = c.col < own_cols && out_col >= 0 && out_col < a.out_w;
         const int owned = own ? max(min(own_rows, a.out_h - out_row0) - first, 0) : 0;
-        int nth = row - first;  // of those
+        const int before = left + row - first - owned;  // rows left behind the last of those
         if (c.col < a.across && static_cast<int>(blockIdx.y) * c.channels + c.ch < a.C) {
 #pragma unroll 1
           for (; left > 0; left--) {
@@ -405,7 +411,7 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
             } else {
               grad<false>(dv, v, p);
             }
-            if (static_cast<unsigned>(nth) < static_cast<unsigned>(owned))
+            if (static_cast<unsigned>(left - before - 1) < static_cast<unsigned>(owned))
 #pragma unroll
               for (int e = 0; e < K; e++) {
                 turned[0][e] += dv[e] * u[e];
@@ -417,7 +423,7 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
 #pragma unroll
             for (int e = 0; e < K; e++) piece.v[e] = dv[e] * d.v[e];
             store_pack<A, K>(du, piece);
-            line += c.row_size, dy += c.du_size, z_at += a.across, du += c.du_size, nth++;
+            line += c.row_size, dy += c.du_size, z_at += a.across, du += c.du_size;
           }
         }
       }

@@ -11,12 +11,12 @@ namespace gankern {
 namespace {
 
 constexpr int kStages = 3;  // of the ring
-constexpr int kWalkThreads = 256, kWalkHeight = 64, kWalkBytes = 128;
+constexpr int kWalkThreads = 256, kWalkHeight = 68, kWalkBytes = 128;
 
 template <typename T, int kUp, int kDown>
 struct Walk {
   static constexpr int N = 16 / sizeof(T);  // elements of a granule, which one copy moves
-  static constexpr int kColumns = kUp == 2 || (sizeof(T) == 2 && kDown == 1) ? 2 : 1;
+  static constexpr int kColumns = kUp == 2 || sizeof(T) == 2 ? 2 : 1;
   // Columns between the first samples of neighbouring threads. A row of the ring is split into as
   // many phases, so that these threads read neighbouring pixels.
   static constexpr int kPhases = kDown * kColumns / kUp;
@@ -190,48 +190,55 @@ int launch_walk(Args p, void* stream) {
   int chunk = kWalkBytes;
   while (chunk > 32 && 8 * ceil_div(bytes, chunk) * chunk > 9 * ceil_div(bytes, 32) * 32)
     chunk /= 2;
-  p.tile_h = kWalkHeight;
+  const int64_t height = p.h.out + kUp - 1;
   int most = kWalkThreads;
-  int64_t shared = 0, strips = 0;
+  int64_t shared = 0, strips = ceil_div(height, kWalkHeight);
   for (;;) {
     const int lanes = chunk / static_cast<int>(4 * sizeof(T)), granules = chunk / 16;
-    const int x = pow2_between(ceil_div(p.w.out, W::kColumns), max(32 / lanes, 1), most / lanes);
+    // At least a warp, and a pixel of each phase for half of the threads.
+    const int fewest = max(32, 2 * W::kPhases * granules);
+    const int x = pow2_between(ceil_div(p.w.out, W::kColumns), max(fewest / lanes, 1),
+                               max(most, fewest) / lanes);
     p.log2_c = log2_of(lanes);
     p.threads_y = x * lanes;
     p.chunks = static_cast<int>(ceil_div(bytes, chunk));
     p.tile_w = x * W::kColumns;
     p.tiles_w = static_cast<int>(ceil_div(p.w.out, p.tile_w));
     p.columns = samples_for(p.w, p.tile_w);
-    // Phases lie half of the banks apart, so that copies of neighbouring pixels meet all of them.
+    // Phases lie so that copies of neighbouring pixels meet all banks.
     int phase = static_cast<int>(ceil_div(p.columns, W::kPhases));
-    while (W::kPhases == 2 && granules < 8 && phase * granules % 8 != 4) phase++;
+    const int apart = max(8 / W::kPhases, granules);
+    while (W::kPhases > 1 && granules < 8 && phase * granules % (2 * apart) != apart) phase++;
     p.phase = phase * granules;
     p.pitch = W::kPhases * p.phase;
     shared = int64_t(16) * 2 * kStages * p.pitch + 64;
-    strips = ceil_div(p.h.out + kUp - 1, p.tile_h);
+    p.tile_h = static_cast<int>(ceil_div(height, strips * kUp)) * kUp;
+    strips = ceil_div(height, p.tile_h);
+    // Long strips only where their blocks fill the multiprocessors.
     const int64_t blocks = strips * p.tiles_w * p.images * p.chunks;
-    const bool least = most <= 32 && p.tile_h == kUp && chunk == 32;
-    if (shared <= kSharedBytes && (least || blocks >= (p.tile_h > 16 ? 2 : 1) * sms)) break;
+    const int filled = p.tile_h > 34 ? 1024 : p.tile_h > 17 ? 512 : p.tile_h > 9 ? 256 : 0;
+    const bool enough = blocks >= sms && blocks * p.threads_y >= filled * sms;
+    const bool least = p.threads_y == fewest && p.tile_h == kUp && chunk == 32;
+    if (shared <= kSharedBytes && (least || enough)) break;
     if (least) return -1;
     if (shared > kSharedBytes)
       most /= 2;
-    else if (p.tile_h > 8)
-      p.tile_h /= 2;
+    else if (p.tile_h > 9)
+      strips *= 2;
     else if (chunk > 32)
       chunk /= 2;
     else if (p.tile_h > kUp)
-      p.tile_h /= 2;
+      strips *= 2;
     else
-      most = min(most, p.threads_y) / 2;
+      most = p.threads_y / 2;
   }
   if (strips > 65535 || p.chunks > 65535) return -1;
-  const int64_t pixel_x = static_cast<int64_t>(p.channels) * sizeof(T);
   Strides s{};
   s.pixel = chunk, s.phase = 16 * p.phase, s.row = 16 * p.pitch, s.last = 2 * (kStages - 1) * s.row;
   s.across = p.threads_y / 2 * 16 / chunk;
-  s.copy_ring = s.across / W::kPhases * chunk, s.copy_x = s.across * pixel_x;
-  s.stage_x = 2 * p.w.in * pixel_x;
-  s.pixel_y = pixel_x, s.row_y = p.w.out * pixel_x;
+  s.copy_ring = s.across / W::kPhases * chunk, s.copy_x = s.across * bytes;
+  s.stage_x = 2 * p.w.in * bytes;
+  s.pixel_y = bytes, s.row_y = p.w.out * bytes;
   return by_images(p, [&](const Args& q) {
     const dim3 grid(static_cast<unsigned>(q.tiles_w), static_cast<unsigned>(q.images * q.chunks),
                     static_cast<unsigned>(strips));

@@ -8,13 +8,15 @@
 //   planes: NCHW, factors 1, 2, 4 and 2 to 12 taps compiled in. A thread makes 4 columns; columns
 //     are kept split into phases, so that a warp reads and writes them without bank conflicts.
 //     Separable filters of 8 and 12 taps take two passes through shared memory.
-//   pixels: channels-last, 32 bytes of channels a block, the usual 2-D filters compiled in.
+//   walk: channels-last, 4 taps, factors 1 and 2. A block walks down a strip of 128 bytes of channels.
 //   strips: channels-last, separable filters of more than 6 taps, in two passes.
+//   pixels: channels-last, every other filter. A block has a tile of 32 bytes of channels.
 //   any: every other filter, factor, layout and dtype.
 #include "upfirdn2d_march.cuh"
 #include "upfirdn2d_pixels.cuh"
 #include "upfirdn2d_planes.cuh"
 #include "upfirdn2d_strips.cuh"
+#include "upfirdn2d_walk.cuh"
 
 namespace gankern {
 namespace {
@@ -158,11 +160,11 @@ int try_pixels(const Args& p, void* stream) {
   if (p.separable && p.w.taps > 6) return launch_strips<T>(p, stream);
   const bool even = p.w.pad % 2 == 0 && p.h.pad % 2 == 0;
   if (p.w.taps == 4 && p.h.taps == 4 && p.w.up == p.h.up && p.w.down == p.h.down) {
-    if (p.w.up == 1 && p.w.down == 1) return launch_pixels<T, 1, 1, 4>(p, stream);
-    if (p.w.up == 2 && p.w.down == 1 && even) return launch_pixels<T, 2, 1, 4>(p, stream);
-    if (p.w.up == 1 && p.w.down == 2) return launch_pixels<T, 1, 2, 4>(p, stream);
+    if (p.w.up == 1 && p.w.down == 1) return launch_walk<T, 1, 1>(p, stream);
+    if (p.w.up == 2 && p.w.down == 1 && even) return launch_walk<T, 2, 1>(p, stream);
+    if (p.w.up == 1 && p.w.down == 2) return launch_walk<T, 1, 2>(p, stream);
   }
-  return launch_pixels<T, 1, 1, 0>(p, stream);
+  return launch_pixels<T>(p, stream);
 }
 
 template <int kUp, int kDown>

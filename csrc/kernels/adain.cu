@@ -1,9 +1,11 @@
 // adain: y = scale * (x - mean) * rstd + shift for each sample's channel, and its gradient.
 // With rstd = rsqrt(var + eps), h = (x - mean) rstd and P pixels,
 //   dshift = Σ dy,   dscale = Σ dy h,   dx = scale rstd (dy - Σ dy / P - h Σ dy h / P).
-// The sums over a plane are the only coupling between elements: csrc/kernels/norm.cuh, and for
-// planes that no multiprocessor can hold csrc/kernels/norm_group.cuh. mean and rstd go from the
-// forward to the backward, so that it takes its sums in one pass.
+// Both maps are linear in the elements. Those of 16 bits are mapped as such, `kFolded`: what the
+// mean costs of float32's accuracy is below their own. The sums over a plane are the only coupling
+// between elements: csrc/kernels/norm.cuh, and for planes that no multiprocessor can hold
+// csrc/kernels/norm_group.cuh. mean and rstd go from the forward to the backward, so that it takes
+// its sums in one pass.
 #include "norm_launch.cuh"
 
 namespace gankern {
@@ -16,12 +18,17 @@ template <typename T>
 struct Forward {
   using Elem = T;
   using A = Acc<T>;
-  static constexpr int kIn = 1, kOut = 1, kSums = 2, kFactors = 3, kHold = sizeof(T) == 2 ? 4 : 8;
+  static constexpr bool kFolded = sizeof(T) == 2;
+  static constexpr int kIn = 1, kOut = 1, kSums = 2, kFactors = kFolded ? 2 : 3,
+                       kHold = sizeof(T) == 2 ? 4 : 8;
   static constexpr int kColumnHold = sizeof(T) == 2 ? 4 : 8, kColumnBytes = 8;
   static constexpr bool kPivot = true;
   static constexpr int kGroupBytes = sizeof(T) == 8 ? 0 : 16;
   struct Params {
     A pivot;
+  };
+  struct Style {
+    A scale, shift;
   };
   Format<T> format;
   const T* in[1];
@@ -32,6 +39,9 @@ struct Forward {
   bool style_f32;
 
   __device__ Params params(int64_t) const { return {A(0)}; }
+  __device__ Style style(int64_t i) const {
+    return {load_param<T>(scale, style_f32, i, format), load_param<T>(shift, style_f32, i, format)};
+  }
   __device__ static void add(const A* v, const Params& p, A* s) {
     const A d = v[0] - p.pivot;
     s[0] += d;
@@ -39,29 +49,41 @@ struct Forward {
   }
   __device__ void finish(int64_t i, const A* s, const Params& p, A inv_length, A* f,
                          bool first) const {
+    finish(i, s, p, style(i), inv_length, f, first);
+  }
+  __device__ void finish(int64_t i, const A* s, const Params& p, const Style& style, A inv_length,
+                         A* f, bool first) const {
     const A d = s[0] * inv_length, var = s[1] * inv_length - d * d;
-    const A r = rsqrt_(var + eps);
-    f[0] = p.pivot + d;
-    f[1] = load_param<T>(scale, style_f32, i, format) * r;
-    f[2] = load_param<T>(shift, style_f32, i, format);
+    const A r = rsqrt_(var + eps), m = p.pivot + d;
+    f[0] = style.scale * r;
+    f[1] = kFolded ? style.shift - m * f[0] : style.shift;
+    if constexpr (!kFolded) f[2] = m;
     if (!first) return;
-    mean[i] = f[0];
+    mean[i] = m;
     rstd[i] = r;
   }
-  __device__ static void map(const A* v, const A* f, A* y) { y[0] = (v[0] - f[0]) * f[1] + f[2]; }
+  __device__ static void map(const A* v, const A* f, A* y) {
+    if constexpr (kFolded)
+      y[0] = v[0] * f[0] + f[1];
+    else
+      y[0] = (v[0] - f[2]) * f[0] + f[1];
+  }
 };
 
 template <typename T>  // dy, x -> dx
 struct Backward {
   using Elem = T;
   using A = Acc<T>;
-  static constexpr int kIn = 2, kOut = 1, kSums = 2, kFactors = 4, kHold = 4;
+  static constexpr bool kFolded = sizeof(T) == 2;
+  static constexpr int kIn = 2, kOut = 1, kSums = 2, kFactors = kFolded ? 3 : 4, kHold = 4;
   static constexpr int kColumnHold = 4, kColumnBytes = 8;
   static constexpr bool kPivot = false;
-  // 16-bit types take 8 bytes, for the registers of their columns' factors.
-  static constexpr int kGroupBytes = sizeof(T) == 8 ? 0 : sizeof(T) == 2 ? 8 : 16;
+  static constexpr int kGroupBytes = sizeof(T) == 8 ? 0 : 16;
   struct Params {
     A mean;
+  };
+  struct Style {
+    A scale, rstd;
   };
   Format<T> format;
   const T* in[2];
@@ -72,23 +94,38 @@ struct Backward {
   bool style_f32;
 
   __device__ Params params(int64_t i) const { return {mean[i]}; }
+  __device__ Style style(int64_t i) const {
+    return {load_param<T>(scale, style_f32, i, format), rstd[i]};
+  }
   __device__ static void add(const A* v, const Params& p, A* s) {
     s[0] += v[0];
     s[1] += v[0] * (v[1] - p.mean);
   }
   __device__ void finish(int64_t i, const A* s, const Params& p, A inv_length, A* f,
                          bool first) const {
-    const A r = rstd[i], along = s[1] * r;
-    f[0] = load_param<T>(scale, style_f32, i, format) * r;
+    finish(i, s, p, style(i), inv_length, f, first);
+  }
+  __device__ void finish(int64_t i, const A* s, const Params& p, const Style& style, A inv_length,
+                         A* f, bool first) const {
+    const A r = style.rstd, along = s[1] * r;
+    f[0] = style.scale * r;
     f[1] = s[0] * inv_length;
     f[2] = r * (along * inv_length);
-    f[3] = p.mean;
+    if constexpr (kFolded) {
+      f[1] = f[0] * (f[2] * p.mean - f[1]);
+      f[2] = f[0] * -f[2];
+    } else {
+      f[3] = p.mean;
+    }
     if (!first) return;
     store_param<T>(dscale, style_f32, i, along, format);
     store_param<T>(dshift, style_f32, i, s[0], format);
   }
   __device__ static void map(const A* v, const A* f, A* y) {
-    y[0] = f[0] * ((v[0] - f[1]) - f[2] * (v[1] - f[3]));
+    if constexpr (kFolded)
+      y[0] = v[0] * f[0] + (v[1] * f[2] + f[1]);
+    else
+      y[0] = f[0] * ((v[0] - f[1]) - f[2] * (v[1] - f[3]));
   }
 };
 

@@ -240,6 +240,19 @@ __device__ __forceinline__ Pack<T, N> narrow(const Acc<T> (&values)[N], Format<T
   return pack;
 }
 
+// Calls f(format) with a format that the compiler knows, for loops to be compiled once for each.
+template <typename T, typename F>
+__device__ __forceinline__ void with_format(Format<T> format, F f) {
+  if constexpr (std::is_same<T, Half16>::value) {
+    if (format.bf16)
+      f(Format<T>(kBF16));
+    else
+      f(Format<T>(kF16));
+  } else {
+    f(format);
+  }
+}
+
 // Makes the compiler forget what it derived from v, so that widened values and addresses are
 // computed again after the sums instead of being kept in registers, which would spill.
 template <typename W>

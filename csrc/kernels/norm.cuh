@@ -21,6 +21,7 @@
 //   Params params(i) what add() needs to know of the i-th (outer, inner) vector
 //   add(v, p, s)     adds the kIn values v of one element to the kSums sums
 //   finish(i, s, p, inv_length, f, first)  turns sums into factors; `first` is true in one thread
+//   Style style(i)   of norm_group.cuh, where finish() also takes it, after p: what it must load
 //   map(v, f, y)     the kOut outputs of one element
 #pragma once
 
@@ -282,50 +283,76 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       });
 }
 
-// Sums over the threads that share a column and, through finish(column of the block, sums, factors,
-// first), what follows from them; column_factors() then has the factors of a thread's own columns.
-// shared: [(thread rows) * kSums + kFactors][columns], which nobody else uses since a barrier;
-// column tx * N + j is kept at j * width + tx: no bank conflict.
-template <int kSums, int kFactors, int N, typename A, typename F>
-__device__ __forceinline__ void column_sum(A (&s)[N][kSums], int log_tx, A* shared, F finish) {
-  const int width = 1 << log_tx, tx = threadIdx.x & (width - 1), columns = width * N;
+// Values of columns in shared memory: of `1 << log_tx` threads with N columns each, a word of kWord
+// after the other, so that neighbouring threads have neighbouring words: no bank conflict.
+template <int N>
+constexpr int kWord = N < 4 ? N : 4;
+template <int N>
+__device__ __forceinline__ int column_of(int e, int log_tx) {
+  const int word = e / kWord<N>, tx = word & ((1 << log_tx) - 1);
+  return tx * N + (word >> log_tx) * kWord<N> + e % kWord<N>;
+}
+template <int N, typename A>
+__device__ __forceinline__ A* column_word(A* values, int j, int log_tx) {
+  const int tx = threadIdx.x & ((1 << log_tx) - 1);
+  return values + (((j / kWord<N>) << log_tx) + tx) * kWord<N>;
+}
+
+__device__ __forceinline__ int column_lines(int log_tx) { return blockDim.x >> max(log_tx, 5); }
+
+// The sums over the threads of a warp, or of a line, that share a column, to
+// lines: [column_lines(log_tx)][kSums][columns].
+template <int kSums, int N, typename A>
+__device__ __forceinline__ void store_lines(A (&s)[N][kSums], int log_tx, A* lines) {
+  const int width = 1 << log_tx, columns = width * N;
   for (int offset = width; offset < 32; offset *= 2)
 #pragma unroll
     for (int j = 0; j < N; j++)
 #pragma unroll
       for (int i = 0; i < kSums; i++) s[j][i] += __shfl_xor_sync(0xffffffffu, s[j][i], offset);
-  const int log_line = max(log_tx, 5), lines = blockDim.x >> log_line;
-  if ((threadIdx.x & ((1 << log_line) - 1)) < width) {
-    A* line = shared + (threadIdx.x >> log_line) * kSums * columns + tx;
+  const int log_line = max(log_tx, 5);
+  if ((threadIdx.x & ((1 << log_line) - 1)) >= width) return;
+  A* line = lines + (threadIdx.x >> log_line) * kSums * columns;
 #pragma unroll
-    for (int i = 0; i < kSums; i++)
+  for (int i = 0; i < kSums; i++)
 #pragma unroll
-      for (int j = 0; j < N; j++) line[i * columns + j * width] = s[j][i];
-  }
+    for (int j = 0; j < N; j += kWord<N>) {
+      Pack<A, kWord<N>> word;
+#pragma unroll
+      for (int w = 0; w < kWord<N>; w++) word.v[w] = s[j + w][i];
+      store_pack<A, kWord<N>>(column_word<N>(line + i * columns, j, log_tx), word);
+    }
+}
+
+// f(e, column of the block, sums) for the e-th value of each sum's columns, between barriers.
+template <int kSums, int N, typename A, typename F>
+__device__ __forceinline__ void sum_lines(const A* lines, int count, int log_tx, F f) {
+  const int columns = N << log_tx;
   __syncthreads();
-  A* factors = shared + lines * kSums * columns;
+#pragma unroll 1
   for (int e = threadIdx.x; e < columns; e += blockDim.x) {
-    A total[kSums] = {}, out[kFactors];
+    A total[kSums] = {};
 #pragma unroll 4
-    for (int line = 0; line < lines; line++)
+    for (int line = 0; line < count; line++)
 #pragma unroll
-      for (int i = 0; i < kSums; i++) total[i] += shared[(line * kSums + i) * columns + e];
-    finish((e & (width - 1)) * N + (e >> log_tx), total, out);
-#pragma unroll
-    for (int i = 0; i < kFactors; i++) factors[i * columns + e] = out[i];
+      for (int i = 0; i < kSums; i++) total[i] += lines[(line * kSums + i) * columns + e];
+    f(e, column_of<N>(e, log_tx), total);
   }
   __syncthreads();
 }
 
-template <int kSums, int kFactors, int N, typename A>
-__device__ __forceinline__ void column_factors(A (&f)[N][kFactors], int log_tx, const A* shared) {
-  const int width = 1 << log_tx, columns = width * N;
-  const A* factors = shared + (blockDim.x >> max(log_tx, 5)) * kSums * columns;
+// What sum_lines() has left of a thread's own columns in values: [kFactors][columns].
+template <int kFactors, int N, typename A>
+__device__ __forceinline__ void load_columns(A (&f)[N][kFactors], int log_tx, const A* values) {
 #pragma unroll
   for (int i = 0; i < kFactors; i++)
 #pragma unroll
-    for (int j = 0; j < N; j++)
-      f[j][i] = factors[i * columns + j * width + (threadIdx.x & (width - 1))];
+    for (int j = 0; j < N; j += kWord<N>) {
+      const auto word =
+          load_pack<A, kWord<N>>(column_word<N>(values + i * (N << log_tx), j, log_tx));
+#pragma unroll
+      for (int w = 0; w < kWord<N>; w++) f[j + w][i] = word.v[w];
+    }
 }
 
 template <typename Op, int N, int K>
@@ -373,15 +400,20 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       [&](int64_t i) { return base + (i - ty) * inner; },
       [&](int64_t, auto& far) { add_pack(op, far, params, sums); });
 
-  A factors[N][Op::kFactors];
   const A inv_length = A(1) / A(length);
-  column_sum<Op::kSums, Op::kFactors, N>(sums, log_tx, scratch, [&](int c, const A* s, A* f) {
+  store_lines<Op::kSums>(sums, log_tx, scratch);
+  A* found = scratch + column_lines(log_tx) * Op::kSums * columns;
+  sum_lines<Op::kSums, N>(scratch, column_lines(log_tx), log_tx, [&](int e, int c, const A* s) {
     const int64_t i = vector(first_column + c);
     typename Op::Params p = op.params(i);
     if constexpr (Op::kPivot) p.pivot = shared[(c % N << log_tx) + c / N];
+    A f[Op::kFactors];
     op.finish(i, s, p, inv_length, f, first_column + c < inner);
+#pragma unroll
+    for (int k = 0; k < Op::kFactors; k++) found[k * columns + e] = f[k];
   });
-  column_factors<Op::kSums>(factors, log_tx, scratch);
+  A factors[N][Op::kFactors];
+  load_columns(factors, log_tx, found);
   forget(base);
 #pragma unroll
   for (int k = 0; k < K; k++)

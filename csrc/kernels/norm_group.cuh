@@ -4,7 +4,8 @@
 //
 // All of a part is under way at once, on its way to shared memory. Each block of a group publishes
 // its part's sums. When those of all parts are there it adds them up, in the order of the parts,
-// and maps what it keeps.
+// and maps what it keeps. Columns have many parts, so that a block would read many sums: the last
+// block of a team of parts publishes the team's, and all read those.
 //
 // No block relies on others running at the same time. A part's sums are taken by the block that
 // claims it first: its own block, if that begins in time. A block that has waited for long claims
@@ -17,19 +18,26 @@
 namespace gankern {
 namespace {
 
-// Several blocks a multiprocessor: one moves data while another waits. Of columns, fewer parts.
+// Several blocks a multiprocessor: some move data while others wait. A thread of columns has sums
+// of its own to hand over, so that few threads with many pixels each take fewer instructions.
+constexpr int kGroupBlocks = 4;
 template <int V>
-constexpr int kGroupThreads = V == 1 ? 256 : 512;
+constexpr int kGroupThreads = V == 1 ? 256 : 128;
+template <int V>
+constexpr int kTeam = V == 1 ? 1 : 16;
+constexpr int kGroupLines = 4 * kGroupThreads<4>;  // sums in shared memory, see gather_lines()
 // Of a thread that waits: between two looks, and looks before it claims what others might do.
-constexpr int kNanoseconds = 100, kLooks = 1000;
+constexpr int kNanoseconds = 40, kLooks = 1000;
 
 // What the blocks of a group share; groups are gridDim.y * gridDim.z, their blocks gridDim.x.
 template <typename A>
 struct Exchange {
-  // [groups, kSums, V, parts, threads side by side]: what a warp reads is in a row.
+  // Rows: [groups, kSums, parts]. Columns: [groups, parts, then teams][kSums, columns of a block].
   A* sums;
-  int* claims;     // [groups, parts], zero before the launch
-  int* published;  // [groups], zero before the launch
+  // Zero before the launch:
+  int* claims;     // [groups, parts]
+  int* published;  // [groups]: teams
+  int* arrived;    // [groups, teams]: parts; of rows, whose teams are parts, nothing
 };
 
 // A counter that others add to; a load is no burden to them, as an atomic would be.
@@ -41,10 +49,21 @@ __device__ __forceinline__ int look(int* counter) {
 #endif
 }
 
-// The part that this block is to sum up next, or -1 when the sums of all are there. looks: those
-// left to it before it claims.
-__device__ __forceinline__ int next_part(int* claims, int* published, int parts, int& looks) {
-  for (; look(published) < parts; __nanosleep(kNanoseconds)) {
+// What this block knows of others' writes, by a counter, or has written, is known behind it. (It is
+// all that a counter needs; __threadfence() would also put the fences of all blocks in one order.)
+__device__ __forceinline__ void fence() {
+#ifdef GANKERN_SIMT
+  __threadfence();
+#else
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#endif
+}
+
+// The part that this block is to sum up next, or -1 when the sums of all teams are there. looks:
+// those left to it before it claims.
+__device__ __forceinline__ int next_part(int* claims, int* published, int parts, int teams,
+                                         int& looks) {
+  for (; look(published) < teams; __nanosleep(kNanoseconds)) {
     if (looks > 0) {
       looks--;
       continue;
@@ -53,6 +72,52 @@ __device__ __forceinline__ int next_part(int* claims, int* published, int parts,
       if (atomicExch(claims + part, 1) == 0) return part;
   }
   return -1;
+}
+
+// Adds up `rows` rows of `1 << log_row` words of sums, to as many lines of shared memory as a block
+// has threads for; returns their number. Four loads of a thread are under way at a time.
+template <int kThreads, typename A>
+__device__ __forceinline__ int gather_lines(const A* from, int rows, int log_row, A* lines) {
+  constexpr int kLoads = 4, kSide = 4;
+  using Word = Pack<A, kSide>;
+  const int word = threadIdx.x & ((1 << log_row) - 1), line = threadIdx.x >> log_row;
+  const int count = kThreads >> log_row;
+  from += word * kSide;
+  Word sum = {};
+#pragma unroll 1
+  for (int row = line; row < rows; row += kLoads * count) {
+    Word words[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; i++) {
+      words[i] = {};
+      const A* at = from + (static_cast<int64_t>(row + i * count) << log_row) * kSide;
+      if (row + i * count < rows)
+        *reinterpret_cast<uint4*>(&words[i]) = __ldcg(reinterpret_cast<const uint4*>(at));
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; i++)
+#pragma unroll
+      for (int w = 0; w < kSide; w++) sum.v[w] += words[i].v[w];
+  }
+  store_pack<A, kSide>(lines + ((line << log_row) + word) * kSide, sum);
+  return min(count, rows);
+}
+
+// f(op) with an op whose format is a constant: no instruction of the other one is left.
+template <typename Op, typename F>
+__device__ __forceinline__ void with_format(Op& op, F f) {
+  if constexpr (std::is_same<typename Op::Elem, Half16>::value) {
+    Op known = op;
+    if (op.format.bf16) {
+      known.format.bf16 = true;
+      f(known);
+    } else {
+      known.format.bf16 = false;
+      f(known);
+    }
+  } else {
+    f(op);
+  }
 }
 
 // N: elements of a pack. V: vectors of a pack. N: neighbouring columns, `1 << log_tx` threads side
@@ -65,8 +130,11 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
   using T = typename Op::Elem;
   using A = Acc<T>;
   using Params = typename Op::Params;
-  constexpr int kThreads = kGroupThreads<V>, kLogThreads = V == 1 ? 8 : 9;
+  using Style = typename Op::Style;
+  constexpr int kThreads = kGroupThreads<V>, kLogThreads = V == 1 ? 8 : 7;
   constexpr int kEach = N / V, kBatches = 4;
+  constexpr int kLogRow = V * Op::kSums == 16 ? 2 : 1;  // words of 4 sums of a pack's columns
+  static_assert(V == 1 || V * Op::kSums == 4 << kLogRow, "gather_lines() reads words");
   constexpr int kLine = kThreads * N;           // elements of one input and step
   if constexpr (V == 1) inner = N, log_tx = 0;  // as constants
   __builtin_assume(blockDim.x == kThreads);
@@ -74,25 +142,29 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
   GK_DYNAMIC_SHARED(T, stage);
   const int vectors = V << log_tx, tx = threadIdx.x & ((1 << log_tx) - 1);
   const int ty = threadIdx.x >> log_tx, ty_count = kThreads >> log_tx;
-  // In shared memory: what is kept, the next part, what add() must know of each vector,
-  // column_sum()'s own.
+  // In shared memory: what is kept, the next part and whether it ends its team, what add() and
+  // finish() must know of each vector, sums, factors.
   T* own_stage = stage + threadIdx.x * N;
   int* next = reinterpret_cast<int*>(stage + steps * Op::kIn * kLine);
   Params* known = reinterpret_cast<Params*>(next + 4);
-  A* scratch = reinterpret_cast<A*>(known + vectors);
+  Style* styles = reinterpret_cast<Style*>(known + vectors);
+  A* lines = reinterpret_cast<A*>(styles + vectors);
+  A* found = lines + kGroupLines;
 
   const int parts = gridDim.x, own = blockIdx.x;
+  const int teams = (parts + kTeam<V> - 1) / kTeam<V>;
   const int group = blockIdx.z * gridDim.y + blockIdx.y;
   int* claims = exchange.claims + group * parts;
-  const int row = parts << log_tx;
-  A* stats = exchange.sums + static_cast<int64_t>(group) * Op::kSums * V * row;
+  int* published = exchange.published + group;
+  const int row = Op::kSums * vectors;  // of columns' sums
+  A* stats = exchange.sums + static_cast<int64_t>(group) * row * (V == 1 ? parts : parts + teams);
   const int64_t slice = blockIdx.z, first_column = static_cast<int64_t>(blockIdx.y) * (N << log_tx);
   const int64_t column = first_column + tx * N, step = ty_count * inner;
   const bool inside = column < inner;
   const auto vector = [&](int c) {
     return V == 1 ? slice : slice * inner + min(first_column + c, inner - 1);
   };
-  const int batch = (steps + kBatches - 1) / kBatches;
+  const int batch = (steps + 4 * kBatches - 1) / (4 * kBatches) * 4;
   int64_t base;
   int mine;  // steps of this thread
 
@@ -104,22 +176,26 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
     const int64_t left = inside ? length - begin - ty + ty_count - 1 : 0;
     mine = static_cast<int>(min(static_cast<int64_t>(steps), left >> (kLogThreads - log_tx)));
     base = (slice * length + begin + ty) * inner + column;
-    int64_t at = base;
+    const T* from[Op::kIn];
+#pragma unroll
+    for (int a = 0; a < Op::kIn; a++) from[a] = op.in[a] + base;
+    T* to = own_stage;
     int k = 0;
 #pragma unroll 1
     for (int end = batch, i = 0; i < kBatches; i++, end += batch) {
-#pragma unroll 2
-      for (; k < min(end, mine); k++, at += step)
+#pragma unroll 4
+      for (; k < min(end, mine); k++, to += Op::kIn * kLine)
 #pragma unroll
-        for (int a = 0; a < Op::kIn; a++)
-          copy_pack<T, N>(own_stage + (k * Op::kIn + a) * kLine, op.in[a] + at);
+        for (int a = 0; a < Op::kIn; a++, from[a - 1] += step)
+          copy_pack<T, N>(to + a * kLine, from[a]);
       copy_batch();
     }
     if (!known_there) {
       known_there = 1;
       if (threadIdx.x == 0 && parts > 1) *next = atomicExch(claims + own, 1) == 0 ? own : -1;
+      if (threadIdx.x < vectors) styles[threadIdx.x] = op.style(vector(threadIdx.x));
       if constexpr (Op::kPivot) {
-        Params pivots[V];
+        Params pivots[V] = {};
         const int64_t first = slice * length * inner + column;
         if (ty == 0 && inside) load_pivot<Op, N>(op, first, first + length / 2 * inner, pivots);
 #pragma unroll
@@ -138,14 +214,16 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
       for (int i = 0; i < Op::kSums; i++) sums[j][i] = A(0);
     }
     const auto add_batch = [&](int i) {
+      with_format(op, [&](const Op& known) {
+        const T* at = own_stage + i * batch * Op::kIn * kLine;
 #pragma unroll 2
-      for (int k = i * batch; k < min((i + 1) * batch, mine); k++) {
-        Pack<T, N> x[Op::kIn];
+        for (int k = min((i + 1) * batch, mine) - i * batch; k > 0; k--, at += Op::kIn * kLine) {
+          Pack<T, N> x[Op::kIn];
 #pragma unroll
-        for (int a = 0; a < Op::kIn; a++)
-          x[a] = load_pack<T, N>(own_stage + (k * Op::kIn + a) * kLine);
-        add_pack(op, x, params, sums);
-      }
+          for (int a = 0; a < Op::kIn; a++) x[a] = load_pack<T, N>(at + a * kLine);
+          add_pack(known, x, params, sums);
+        }
+      });
     };
 #pragma unroll 1
     for (int i = 0; i < kBatches; i++) {
@@ -160,21 +238,45 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
       add_batch(i);
     }
     if (parts == 1) break;
-    column_sum<Op::kSums, Op::kSums, V>(sums, log_tx, scratch, [&](int c, const A* s, A* f) {
+    store_lines<Op::kSums>(sums, log_tx, lines);
+    sum_lines<Op::kSums, V>(lines, column_lines(log_tx), log_tx, [&](int e, int, const A* s) {
+      A* to = V == 1 ? stats + part : stats + static_cast<int64_t>(part) * row + e;
 #pragma unroll
-      for (int i = 0; i < Op::kSums; i++) f[i] = s[i];
-      if (*next != part) return;  // another block's claim
-      A* to = stats + (c % V) * row + (part << log_tx) + c / V;
-#pragma unroll
-      for (int i = 0; i < Op::kSums; i++) to[i * V * row] = s[i];
-    });
-    if (threadIdx.x == 0) {
-      if (*next == part) {
-        __threadfence();  // the block's sums, which a barrier has made known here
-        atomicAdd(exchange.published + group, 1);
+      for (int i = 0; i < Op::kSums; i++) {
+        if constexpr (V == 1) found[i] = s[i];
+        if (*next == part) to[i * (V == 1 ? parts : vectors)] = s[i];  // else another's claim
       }
-      *next = next_part(claims, exchange.published + group, parts, looks);
-      __threadfence();
+    });
+    const int team = part / kTeam<V>, first = team * kTeam<V>;
+    if constexpr (V > 1) {
+      const int size = min(kTeam<V>, parts - first);
+      if (threadIdx.x == 0) {
+        bool last = false;
+        if (*next == part) {
+          fence();  // the block's sums, which a barrier has made known here
+          last = atomicAdd(exchange.arrived + group * teams + team, 1) == size - 1;
+          if (last) fence();
+        }
+        next[1] = last;
+      }
+      __syncthreads();
+      if (next[1]) {
+        const int count = gather_lines<kThreads>(stats + static_cast<int64_t>(first) * row, size,
+                                                 log_tx + kLogRow, lines);
+        A* to = stats + static_cast<int64_t>(parts + team) * row;
+        sum_lines<Op::kSums, V>(lines, count, log_tx, [&](int e, int, const A* s) {
+#pragma unroll
+          for (int i = 0; i < Op::kSums; i++) to[i * vectors + e] = s[i];
+        });
+      }
+    }
+    if (threadIdx.x == 0) {
+      if (V == 1 ? *next == part : next[1]) {
+        fence();
+        atomicAdd(published, 1);
+      }
+      *next = next_part(claims, published, parts, teams, looks);
+      fence();
     }
     __syncthreads();
     const int claimed = *next;
@@ -182,32 +284,45 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
     part = claimed < 0 ? own : claimed;  // at the end its own again, to be mapped
   }
 
-  if (parts > 1) {  // a thread, or those of several columns, for each part; its own is at hand
-    const A* from = stats + threadIdx.x;
-    if (ty == own) column_factors<Op::kSums>(sums, log_tx, scratch);
-#pragma unroll
-    for (int j = 0; j < V; j++)
+  int count = column_lines(log_tx);
+  if (V > 1 && parts > 1) {
+    count = gather_lines<kThreads>(stats + static_cast<int64_t>(parts) * row, teams,
+                                   log_tx + kLogRow, lines);
+  } else {
+    if (parts > 1) {  // a thread for each part; its own is at hand
+      if (ty == own) load_columns(sums, log_tx, found);
 #pragma unroll
       for (int i = 0; i < Op::kSums; i++)
-        if (ty != own) sums[j][i] = ty < parts ? __ldcg(from + (i * V + j) * row) : A(0);
+        if (ty != own) sums[0][i] = ty < parts ? __ldcg(stats + i * parts + ty) : A(0);
+    }
+    store_lines<Op::kSums>(sums, log_tx, lines);
   }
-  A factors[V][Op::kFactors];
   const A inv_length = A(1) / A(length * kEach);
-  column_sum<Op::kSums, Op::kFactors, V>(sums, log_tx, scratch, [&](int c, const A* s, A* f) {
-    op.finish(vector(c), s, known[c], inv_length, f,
+  sum_lines<Op::kSums, V>(lines, count, log_tx, [&](int e, int c, const A* s) {
+    A f[Op::kFactors];
+    op.finish(vector(c), s, known[c], styles[c], inv_length, f,
               own == 0 && (V == 1 || first_column + c < inner));
-  });
-  column_factors<Op::kSums>(factors, log_tx, scratch);
-
-  forget(base);
-#pragma unroll 2
-  for (int k = 0; k < mine; k++, base += step) {
-    Pack<T, N> x[Op::kIn];
 #pragma unroll
-    for (int a = 0; a < Op::kIn; a++) x[a] = load_pack<T, N>(own_stage + (k * Op::kIn + a) * kLine);
-    map_pack(op, x, factors);
-    store_outputs<Op, N>(op, base, x);
-  }
+    for (int i = 0; i < Op::kFactors; i++) found[i * vectors + e] = f[i];
+  });
+  A factors[V][Op::kFactors];
+  load_columns(factors, log_tx, found);
+
+  with_format(op, [&](const Op& known) {
+    const T* at = own_stage;
+    T* to[Op::kOut];
+#pragma unroll
+    for (int a = 0; a < Op::kOut; a++) to[a] = op.out[a] + base;
+#pragma unroll 2
+    for (int k = mine; k > 0; k--, at += Op::kIn * kLine) {
+      Pack<T, N> x[Op::kIn];
+#pragma unroll
+      for (int a = 0; a < Op::kIn; a++) x[a] = load_pack<T, N>(at + a * kLine);
+      map_pack(known, x, factors);
+#pragma unroll
+      for (int a = 0; a < Op::kOut; a++, to[a - 1] += step) store_pack<T, N>(to[a], x[a]);
+    }
+  });
 }
 
 }  // namespace

@@ -90,11 +90,8 @@ class Group {
   // `held`: packs of each input that a thread of the other kernels keeps.
   Group(int64_t outer, int64_t length, int64_t inner, int held)
       : length_(length), inner_(inner), outer_(outer) {
-    // 64 bytes side by side, or 32 where parts would be too many.
-    for (int bytes = 64; bytes >= 32 && !parts_; bytes /= 2) {
-      const int most = max(1, bytes / static_cast<int>(N * sizeof(typename Op::Elem)));
-      plan(V == 1 ? 1 : pow2_between(ceil_div(inner, N), 1, most), held);
-    }
+    // 128 bytes side by side, 64, or 32 where parts would be too many.
+    for (int bytes = 128; bytes >= 32 && !parts_; bytes /= 2) plan(bytes, held);
   }
   int parts() const { return parts_; }
   int64_t bytes() const {
@@ -104,7 +101,8 @@ class Group {
   int launch(const Op& op, void* workspace, void* stream) const {
     A* const partial = static_cast<A*>(workspace);
     int* const claims = reinterpret_cast<int*>(partial + sums());
-    const Exchange<A> exchange{partial, claims, claims + outer_ * columns_ * parts_};
+    int* const published = claims + outer_ * columns_ * parts_;
+    const Exchange<A> exchange{partial, claims, published, published + outer_ * columns_};
     const int shared = scratch_ + steps_ * kStep;
     if (const cudaError_t error = cudaFuncSetAttribute(
             (group_kernel<Op, N, V>), cudaFuncAttributeMaxDynamicSharedMemorySize, shared))
@@ -124,40 +122,58 @@ class Group {
   }
 
  private:
-  // With `tx` threads side by side.
-  void plan(int tx, int held) {
+  // With `bytes` of columns side by side.
+  void plan(int bytes, int held) {
+    constexpr int kPack = N * sizeof(typename Op::Elem);
+    const int tx = V == 1 ? 1 : pow2_between(ceil_div(inner_, N), 1, max(1, bytes / kPack));
+    const bool line = V > 1 && tx * kPack > 64, wide = V > 1 && tx * kPack > 32;
     vectors_ = V * tx;
     log_tx_ = log2_of(tx);
     columns_ = ceil_div(inner_, tx * N);
     const int64_t sms = sm_count(), groups = outer_ * columns_;
     // Registers do while two blocks of a multiprocessor have enough of them, or one is all there
     // is.
-    if (length_ <= int64_t(held) * (groups < sms ? kMaxThreads : kMaxThreads / 2) / tx) return;
-    scratch_ =
-        16 + vectors_ * static_cast<int>(sizeof(typename Op::Params) +
-                                         (kThreads / 32 * Op::kSums + Op::kFactors) * sizeof(A));
+    const int side = line ? tx / 2 : tx;
+    if (length_ <= int64_t(held) * (groups < sms ? kMaxThreads : kMaxThreads / 2) / side) return;
+    scratch_ = 16 + kGroupLines * static_cast<int>(sizeof(A)) +
+               vectors_ * static_cast<int>(sizeof(typename Op::Params) +
+                                           sizeof(typename Op::Style) + Op::kFactors * sizeof(A));
     const int64_t all = ceil_div(length_, kThreads / tx);
-    int64_t parts = ceil_div(all, int64_t((shared_of_block() - scratch_) / kStep));
+    int64_t parts = ceil_div(all, int64_t((shared_of_block(kGroupBlocks) - scratch_) / kStep));
+    // What fewer blocks of a multiprocessor can keep needs no other.
+    if (V > 1 && all * kStep <= shared_of_block(kGroupBlocks - 1) - scratch_) parts = 1;
     // Parts wait for one another: if they must, then on all multiprocessors.
     if (parts > 1) parts = max(parts, min(sms / groups, all / 4));
     steps_ = static_cast<int>(ceil_div(all, parts));
     parts = ceil_div(all, steps_);
-    // A thread sums a part; and what waits longer than one round of blocks would better read twice.
-    const bool fits = parts <= min(int64_t(kThreads / tx), kMaxThreads / kThreads * sms);
-    // Each block reads the sums of all: a twentieth of its bytes at most, or of fewer columns.
+    // A thread sums a part of a row; and what waits longer than one round of blocks would better
+    // read twice.
+    const int64_t round = kGroupBlocks * sms;
+    bool fits = parts <= (V == 1 ? min(int64_t(kThreads), round) : round);
+    // Whole cache lines where several groups find room, one to move data while others wait, and
+    // where half a line would have parts as well.
+    if (line && parts > 1) fits = parts > 3 && 3 * parts <= round;
+    // Each block reads the sums of all teams: a twentieth of its bytes at most, or of fewer
+    // columns.
     const int64_t moved = int64_t(steps_) * kStep / Op::kIn * (Op::kIn + Op::kOut);
-    const bool wide = tx * N * static_cast<int>(sizeof(typename Op::Elem)) > 32;
-    if (V > 1 && wide && parts * vectors_ * (Op::kSums * int64_t(sizeof(A))) * 20 > moved) return;
+    const int64_t read = teams(parts) * vectors_ * Op::kSums * static_cast<int64_t>(sizeof(A));
+    if (wide && parts > 1 && read * 20 > moved) return;
     if (fits && outer_ <= 65535 && columns_ <= 65535) parts_ = static_cast<int>(parts);
   }
-  int64_t sums() const { return outer_ * columns_ * parts_ * Op::kSums * vectors_; }
-  int64_t tickets() const { return outer_ * columns_ * (parts_ + 1); }
-  // Of each block of a full multiprocessor, less what the system takes.
-  static int shared_of_block() {
+  static int64_t teams(int64_t parts) { return ceil_div(parts, kTeam<V>); }
+  int64_t sums() const {
+    const int64_t rows = V == 1 ? parts_ : parts_ + teams(parts_);
+    return outer_ * columns_ * rows * Op::kSums * vectors_;
+  }
+  int64_t tickets() const {
+    return outer_ * columns_ * (parts_ + 1 + (V == 1 ? 0 : teams(parts_)));
+  }
+  // Of each of several blocks of a multiprocessor, less what the system takes.
+  static int shared_of_block(int blocks) {
     int device = 0, all = 64 * 1024;
     if (cudaGetDevice(&device) == cudaSuccess)
       cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-    return all / (kMaxThreads / kThreads) - 1024;
+    return all / blocks - 1024;
   }
 
   int64_t length_, inner_, outer_, columns_;

@@ -158,19 +158,6 @@ __device__ __forceinline__ void swap(A* parked, int threads, A (&values)[3][K]) 
   }
 }
 
-// Calls f(format) with a format that the compiler knows, for loops to be compiled once for each.
-template <typename T, typename F>
-__device__ __forceinline__ void with_format(Format<T> format, F f) {
-  if constexpr (std::is_same<T, Half16>::value) {
-    if (format.bf16)
-      f(Format<T>(kBF16));
-    else
-      f(Format<T>(kF16));
-  } else {
-    f(format);
-  }
-}
-
 // Zeros in shared memory.
 template <typename T>
 __device__ __forceinline__ void clear(T* s, int count) {
@@ -232,7 +219,7 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
   T* out = a.out + offset<true>(a.C, tile.n, c0 + lane * K, a.out_h, a.out_w, tile.row0 - kHalo,
                                 tile.col0 + col);
   A waiting[kHalo][K] = {};
-  with_format<T>(a.format, [&](Format<T> format) {
+  with_format(a.format, [&](Format<T> format) {
     int stage = 0;
     for (int row = 0; row < all; row += a.step) {
       copy_wait<1>();
@@ -366,7 +353,7 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
 #pragma unroll
   for (int k = 0; k < 3; k++)
     store_pack<A, K>(parked() + (k * a.threads + static_cast<int>(threadIdx.x)) * K, Pack<A, K>{});
-  with_format<T>(a.format, [&](Format<T> format) {
+  with_format(a.format, [&](Format<T> format) {
     for (;;) {
       copy_wait<1>();
       __syncthreads();

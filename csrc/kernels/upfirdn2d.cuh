@@ -92,15 +92,6 @@ struct OuterProduct {
   }
 };
 
-// Calls f(format) with a format that the compiler knows, for loops to be compiled once for each.
-template <typename T, typename F>
-__device__ __forceinline__ void with_format(int dtype, F f) {
-  if (std::is_same<T, Half16>::value && dtype == kBF16)
-    f(Format<T>(kBF16));
-  else
-    f(Format<T>(kF16));
-}
-
 // The outputs of 4 taps along y that wait for more rows of the input. Row by row, each makes some
 // outputs whole; the first rows only begin some. With up 2 the first output is an odd one.
 template <int kUp, int kDown, int kOutputs>

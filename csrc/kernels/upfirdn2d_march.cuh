@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kMostMarchThreads, 8) upfirdn2d_march_kernel(A
       fx[k] = __shfl_sync(kAll, product.x, k) * gain;
       fy[k] = __shfl_sync(kAll, product.y, 4 * k);
     }
-    with_format<T>(p.dtype, [&](Format<T> format) {
+    with_format(Format<T>(p.dtype), [&](Format<T> format) {
       march(
           format,
           [&](const float* window, float* passed) {

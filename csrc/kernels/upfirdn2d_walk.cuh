@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kWalkThreads, 4) upfirdn2d_walk_kernel(Args p,
       fx[k] = __shfl_sync(kAll, product.x, k) * gain;
       fy[k] = __shfl_sync(kAll, product.y, 4 * k);
     }
-    with_format<T>(p.dtype, [&](Format<T> format) {
+    with_format(Format<T>(p.dtype), [&](Format<T> format) {
       walk(
           format,
           [&](const char* row, Sums& passed) {

@@ -114,32 +114,6 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, N>& value) {
   *reinterpret_cast<Raw*>(p) = *reinterpret_cast<const Raw*>(&value);
 }
 
-// Begins to copy a pack to shared memory, from sm_80 on without registers in between. Copies are in
-// batches: copy_wait<n>() waits for all but the last n.
-template <typename T, int N>
-__device__ __forceinline__ void copy_pack(T* to, const T* from) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  if constexpr (sizeof(T) * N == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(at), "l"(from) : "memory");
-#else
-  store_pack<T, N>(to, load_pack<T, N>(from));
-#endif
-}
-__device__ __forceinline__ void copy_batch() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-template <int n>
-__device__ __forceinline__ void copy_wait() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
-#endif
-}
-
 // A pack as the words that were loaded: the compiler would keep each element of 16 bits in a
 // register of its own.
 template <typename T, int N>

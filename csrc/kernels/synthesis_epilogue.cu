@@ -62,11 +62,29 @@ int pixel_lanes(int dtype, int64_t C) {
   return lanes;
 }
 
+// Where the kernels of channels-last images with a filter have what in shared memory, in bytes.
+struct PixelShared {
+  int xs = 0, dys = 0, parked = 0, sources = 0, noises, x_stage, dy_stage, noise_stage, all;
+  PixelShared(const Plan& t, int bytes, bool backward, bool noise) {
+    const int own = bytes == 8 ? 2 : 4, word = bytes == 8 ? 8 : 4, channels = t.lanes * own;
+    x_stage = t.step * (t.across + kHalo) * channels * bytes;
+    dy_stage = t.step * t.across * channels * bytes;
+    noise_stage = noise ? t.step * t.across * word : 0;
+    if (backward) {
+      xs = t.step * t.across * channels * word;
+      dys = xs + 2 * x_stage, parked = dys + 2 * dy_stage;
+      sources = parked + 3 * own * word * t.threads, noises = sources + 8 * t.threads;
+    } else {
+      noises = 3 * x_stage;
+    }
+    all = noises + (backward ? 2 : 3) * noise_stage;
+  }
+};
+
 // Strips as wide as there are threads, and the longest of which there are enough.
 Plan plan_pixels(int dtype, bool backward, bool noise, int64_t N, int64_t C, int width,
                  int height) {
-  const int V = vec_of(dtype), own = V == 2 ? 2 : 4, word = V == 2 ? 8 : 4;
-  const int limit = shared_limit();
+  const int V = vec_of(dtype), own = V == 2 ? 2 : 4;
   Plan t{};
   t.lanes = pixel_lanes(dtype, C);
   const int halo = backward ? kHalo : 0, channels = t.lanes * own, bytes = 16 / V;
@@ -82,21 +100,17 @@ Plan plan_pixels(int dtype, bool backward, bool noise, int64_t N, int64_t C, int
   }
   t.across = t.tile_w + halo;
   t.threads = threads_of(max(t.across * t.lanes, (t.across + kHalo) * packs));
-  // Stages of x, and of dy, rows of du, noise, and what threads park.
-  const auto shared = [&](int step) {
-    const int row = t.across * channels, x = (row + kHalo * channels) * bytes;
-    const int z = noise ? t.across * word : 0;
-    return backward
-               ? step * (2 * (x + row * bytes + z) + row * word) + (3 * own * word + 16) * t.threads
-               : step * 3 * (x + z);
-  };
   // Steps as long as there is room for four blocks on a multiprocessor, or else for fewer.
-  constexpr int kOthers = 5 * 1024;  // what a block has besides
-  for (int blocks = 4 * kPixelThreads / t.threads; blocks > 0 && t.step == 0; blocks--)
-    for (int step = 4; step > (blocks > 2 ? 1 : 0) && t.step == 0; step--)
-      if (blocks * (shared(step) + kOthers) <= limit + kOthers) t.step = step;
-  t.step = max(t.step, 1);
-  t.shared = shared(t.step);
+  constexpr int kOthers = 3 * 1024;  // what a block has besides
+  const auto fits = [&](int blocks) {
+    const int shared = PixelShared(t, bytes, backward, noise).all;
+    return blocks * (shared + kOthers) <= shared_limit() + kOthers;
+  };
+  int blocks = 4 * kPixelThreads / t.threads;
+  for (t.step = 4; blocks > 1 && !fits(blocks); t.step--)
+    if (t.step == 3) t.step = 5, blocks--;
+  while (t.step > 1 && !fits(1)) t.step--;
+  t.shared = PixelShared(t, bytes, backward, noise).all;
   t.per_thread = t.groups = 1;
   return t;
 }
@@ -373,8 +387,19 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
   if (l.filtered && last) {
     const int packs = max(t.lanes * kPiece<T> / V, 1);
     while ((1 << a.packs_log2) < packs) a.packs_log2++;
-    a.step = t.step, a.threads = t.threads, a.magic = magic_of((a.across + kHalo) * packs);
-    a.dy_magic = magic_of(a.across * packs), a.noise_magic = magic_of(a.across);
+    a.threads = t.threads, a.step = t.step, a.channels = t.lanes * kPiece<T>;
+    a.packs = (a.across + kHalo) * packs, a.dy_packs = a.across * packs;
+    a.magic = magic_of(a.packs), a.dy_magic = magic_of(a.dy_packs);
+    a.noise_magic = magic_of(a.across);
+    a.x_apart = a.threads / a.packs, a.dy_apart = a.threads / a.dy_packs;
+    const int64_t x_line = W * C, y_line = out_w * C, size = sizeof(T);
+    a.out_line = (backward ? x_line : y_line) * size;
+    a.x_jump = a.x_apart * x_line * size, a.dy_jump = a.dy_apart * y_line * size;
+    a.x_step = static_cast<int>(a.step * x_line / V);
+    a.dy_step = static_cast<int>(a.step * y_line / V);
+    const PixelShared s(t, sizeof(T), backward, noise != nullptr);
+    a.xs = s.xs, a.dys = s.dys, a.parked = s.parked, a.sources = s.sources, a.noises = s.noises;
+    a.x_stage = s.x_stage, a.dy_stage = s.dy_stage, a.noise_stage = s.noise_stage;
   } else if (l.filtered) {
     a.magic = magic_of(t.pitch / (sizeof(A) == 8 ? 4 : 8));
   }

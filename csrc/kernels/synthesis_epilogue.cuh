@@ -47,9 +47,15 @@ struct Args {
   int N, C, H, W, out_h, out_w;
   int taps_y, taps_x, x0, y0;
   int tiles, tiles_x, tile_h, tile_w, groups, lanes_log2;
-  // With a filter: words of a row in shared memory (NCHW); threads, or columns, of a row;
-  // channels-last: 16 bytes of a row of x, of dy, and of a pixel, rows of a step, threads.
-  int pitch, across, magic, dy_magic, noise_magic, packs_log2, step, threads;
+  // With a filter: words of a row in shared memory (NCHW); threads, or columns, of a row.
+  int pitch, across, magic;
+  // With a filter, channels-last: threads, rows of a step, channels of a block, 16 bytes of a
+  // pixel; bytes from the begin of shared memory, and of a stage; see PixelRows for the rest.
+  int threads, step, channels, packs_log2;
+  int xs, dys, parked, sources, noises, x_stage, dy_stage, noise_stage;
+  int packs, x_apart, dy_packs, dy_apart, dy_magic, noise_magic;
+  int x_step, dy_step;  // packs of the images between steps
+  int64_t out_line, x_jump, dy_jump;  // bytes
   int f32;
   Acc<T> filter_gain;
   bool separable, flip, one_noise, one_strength, vec_x, vec_out, vec_noise;

@@ -28,9 +28,10 @@ template <typename T>
 __device__ __forceinline__ void finish(const Args<T>& a, int span) {
   using A = Acc<T>;
   __shared__ int last;
+  const unsigned thread = thread_again();
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0)
+  if (thread == 0)
     last = atomicAdd(a.tickets + blockIdx.y, 1) == static_cast<int>(gridDim.x * gridDim.z) - 1;
   __syncthreads();
   if (!last) return;
@@ -39,18 +40,18 @@ __device__ __forceinline__ void finish(const Args<T>& a, int span) {
   const int first = static_cast<int>(blockIdx.y) * span;
   const unsigned channels = min(span, a.C - first), items = channels * a.N;
   const int64_t planes = static_cast<int64_t>(a.N) * a.C;
-  for (unsigned i = threadIdx.x / 32; i < 3 * items; i += blockDim.x / 32) {
+  for (unsigned i = thread / 32; i < 3 * items; i += blockDim.x / 32) {
     const unsigned k = i / items, n = (i - k * items) / channels;
     const int64_t plane = static_cast<int64_t>(n) * a.C + first + (i - k * items - n * channels);
     A* part = a.partials + (k * planes + plane) * a.tiles;
     A sum = 0;
 #pragma unroll 2
-    for (int t = threadIdx.x % 32; t < a.tiles; t += 32) sum += part[t];
+    for (int t = thread % 32; t < a.tiles; t += 32) sum += part[t];
     sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0) *(k ? part : a.dd + plane) = sum;
+    if (thread % 32 == 0) *(k ? part : a.dd + plane) = sum;
   }
   __syncthreads();
-  for (unsigned i = threadIdx.x; i < 2 * channels; i += blockDim.x) {
+  for (unsigned i = thread; i < 2 * channels; i += blockDim.x) {
     const int k = i < channels ? 1 : 2,
               c = first + static_cast<int>(i < channels ? i : i - channels);
     A sum = 0;

@@ -29,49 +29,56 @@ constexpr int kMostLanes = 64 / (kPiece<T> * static_cast<int>(sizeof(T)));
 template <typename T>
 constexpr int kMostChannels = kMostLanes<T> * kPiece<T>;
 
+// p and so many bytes.
+template <typename T>
+__device__ __forceinline__ T* beyond(T* p, int64_t bytes) {
+  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes));
+}
+
 // Rows of an image on their way to shared memory, pixel after pixel of a block's channels, zeros
-// outside of it: `packs` of 16 bytes a row, of which a thread copies one of every few rows.
+// outside of it: `packs` of 16 bytes a row, of which a thread copies one of every `apart`-th row.
 template <typename T>
 struct PixelRows {
   static constexpr int V = kVec<T>;
   const T* image;
-  int h, w, packs, magic;  // see magic_of()
+  int h, w, packs, magic, apart;  // see magic_of()
+  int64_t jump;                   // from a row to the next that a thread copies
 
-  // What a thread copies first, of the rows from (top, left) on; null: nothing.
-  __device__ __forceinline__ const T* first(const Args<T>& a, int n, int c0, int top,
-                                            int left) const {
+  // The pack that a thread copies first, of the rows from (top, left) on, counted in the image; or
+  // none.
+  static constexpr int kNone = -2147483647 - 1;
+  __device__ __forceinline__ int first(const Args<T>& a, int n, int c0, int top, int left) const {
     const int t = static_cast<int>(thread_again()), r = row(t);
     const int q = t - r * packs, col = left + (q >> a.packs_log2);
     const int c = c0 + (q & ((1 << a.packs_log2) - 1)) * V;
-    const bool there = a.vec_x && r < apart(a) && col >= 0 && col < w && c < a.C;
-    return there ? image + offset<true>(a.C, n, c, h, w, top + r, col) : nullptr;
+    const bool there = a.vec_x && r < apart && col >= 0 && col < w && c < a.C;
+    return there ? static_cast<int>(offset<true>(a.C, n, c, h, w, top + r, col) / V) : kNone;
   }
   __device__ __forceinline__ int row(int t) const {
     return static_cast<int>(static_cast<unsigned>(t) * static_cast<unsigned>(magic) >> 20);
   }
-  __device__ __forceinline__ int apart(const Args<T>& a) const { return row(a.threads); }
 
   // `count` rows, the first of which is `top` of the image.
-  __device__ __forceinline__ void copy(T* to, const T* from, const Args<T>& a, int top,
-                                       int count) const {
-    if (!from) return;
-    const int t = static_cast<int>(thread_again()), by = apart(a);
+  __device__ __forceinline__ void copy(T* to, int pack, int top, int count) const {
+    if (pack == kNone) return;
+    const int t = static_cast<int>(thread_again());
+    const T* from = image + static_cast<int64_t>(pack) * V;
     T* at = to + t * V;
 #pragma unroll 1
-    for (int r = row(t); r < count; r += by) {
+    for (int r = row(t); r < count; r += apart) {
       copy_pack<T, V>(at, from, static_cast<unsigned>(top + r) < static_cast<unsigned>(h));
-      from += static_cast<int64_t>(by) * w * a.C, at += by * packs * V;
+      from = beyond(from, jump), at += apart * packs * V;
     }
   }
 
   // The same where packs are not aligned, or not whole.
   __device__ __forceinline__ void copy_slowly(T* to, const Args<T>& a, int n, int c0, int top,
                                               int left, int count) const {
-    const int channels = V << a.packs_log2;
+    const int elements = packs * V;
 #pragma unroll 1
-    for (int i = static_cast<int>(thread_again()); i < count * packs * V; i += a.threads) {
-      const int r = i / (packs * V), e = i - r * packs * V, row = top + r;
-      const int col = left + e / channels, c = c0 + e % channels;
+    for (int i = static_cast<int>(thread_again()); i < count * elements; i += a.threads) {
+      const int r = i / elements, e = i - r * elements, row = top + r;
+      const int col = left + e / a.channels, c = c0 + e % a.channels;
       const bool inside = row >= 0 && row < h && col >= 0 && col < w && c < a.C;
       to[i] = inside ? image[offset<true>(a.C, n, c, h, w, row, col)] : T{};
     }
@@ -180,35 +187,35 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
     synthesis_epilogue_fwd_pixels_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
   constexpr int K = kPiece<T>, kStages = 3;
-  GK_DYNAMIC_SHARED(T, shared);
+  GK_DYNAMIC_SHARED(char, shared);
   __shared__ Taps<A> taps;
   __shared__ __align__(16) A params[3 * kMostChannels<T>];
   __shared__ Tile tile;
-  const int channels = K << a.lanes_log2, c0 = static_cast<int>(blockIdx.y) * channels;
-  const int row_size = (a.across + kHalo) * channels;
-  const PixelRows<T> x_rows{a.x, a.H, a.W, row_size / kVec<T>, a.magic};
-  A* const noises = reinterpret_cast<A*>(shared + kStages * a.step * row_size);
-  clear(shared, kStages * a.step * row_size);
+  const int channels = a.channels, c0 = static_cast<int>(blockIdx.y) * channels;
+  const PixelRows<T> x_rows{a.x, a.H, a.W, a.packs, a.magic, a.x_apart, a.x_jump};
+  const auto xs = [&](int stage) { return reinterpret_cast<T*>(shared + stage * a.x_stage); };
+  const auto noises = [&](int stage) {
+    return reinterpret_cast<A*>(shared + (a.noises + stage * a.noise_stage));
+  };
+  clear(shared, a.noises);
   if (threadIdx.x == 0) tile.set(a);
   __syncthreads();
   if (threadIdx.x < 32) share_taps<T>(&taps, nullptr, a);
   share_params<T, kMostChannels<T>>(params, a, tile.n, c0, threadIdx.x, channels);
   const int all = min(a.tile_h, a.out_h - tile.row0) + kHalo;
-  const T* from = x_rows.first(a, tile.n, c0, tile.row0 - a.y0, tile.col0 - a.x0);
+  int source = x_rows.first(a, tile.n, c0, tile.row0 - a.y0, tile.col0 - a.x0);
   // Rows of the strip from `row` on, to a stage.
   const auto begin = [&](int stage, int row) {
     const int count = min(a.step, all - row);
     if (count > 0) {
       const TileAt t(tile);
-      T* const to = shared + stage * a.step * row_size;
       if (a.vec_x)
-        x_rows.copy(to, from, a, t.row0 - a.y0 + row, count);
+        x_rows.copy(xs(stage), source, t.row0 - a.y0 + row, count);
       else
-        x_rows.copy_slowly(to, a, t.n, c0, t.row0 - a.y0 + row, t.col0 - a.x0, count);
-      if (a.noise)
-        copy_noise(noises + stage * a.step * a.across, a, t.n, t.row0 + row - kHalo, t.col0, count);
+        x_rows.copy_slowly(xs(stage), a, t.n, c0, t.row0 - a.y0 + row, t.col0 - a.x0, count);
+      if (a.noise) copy_noise(noises(stage), a, t.n, t.row0 + row - kHalo, t.col0, count);
+      if (source != x_rows.kNone) source += a.x_step;
     }
-    if (from) from += static_cast<int64_t>(a.step) * a.W * a.C;
     copy_batch();
   };
   begin(0, 0);
@@ -226,8 +233,8 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
       __syncthreads();
       begin(stage == 0 ? kStages - 1 : stage - 1, row + 2 * a.step);
       if (there) {
-        const T* line = shared + stage * a.step * row_size + (col * channels + lane * K);
-        const A* z_at = noises + stage * a.step * a.across + col;
+        const T* line = xs(stage) + static_cast<int>(threadIdx.x) * K;
+        const A* z_at = noises(stage) + col;
         const bool separable = taps.separable;
         const int behind = min(row + a.step, all);
 #pragma unroll 1
@@ -249,7 +256,7 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
             }
             store_packed<T, K>(out, narrow<T, K>(v, format), a.vec_out, count);
           }
-          line += row_size, z_at += a.across, out += static_cast<int64_t>(a.out_w) * a.C;
+          line += a.packs * kVec<T>, z_at += a.across, out = beyond(out, a.out_line);
         }
       }
       stage = stage + 1 == kStages ? 0 : stage + 1;
@@ -257,23 +264,28 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
   });
 }
 
-// What a thread copies next.
-template <typename T>
-struct alignas(16) Sources {
-  const T *x, *dy;
-};
-
-// Where a thread stands, computed again where it is asked for: registers are short.
-template <typename T>
-struct Column {
-  int channels, col, ch, du_size, row_size;  // du_size, row_size: elements of a row
-  __device__ __forceinline__ explicit Column(const Args<T>& a) {
-    const int log2 = a.lanes_log2;
-    const int t = static_cast<int>(thread_again());
-    channels = kPiece<T> << log2, col = t >> log2, ch = (t & ((1 << log2) - 1)) * kPiece<T>;
-    du_size = a.across * channels, row_size = du_size + kHalo * channels;
+// The strip of dx that a block makes, as each phase of a step reads it again.
+struct alignas(16) Strip {
+  Tile tile;
+  int all, c0, top, left;            // rows of x; channels, rows and columns of x from these on
+  int dy_top, dy_left, first, last;  // the same of dy; rows of dv that are inside of no other strip
+  int own_left, own_cols, dx_cols;   // the same columns; columns of dx
+  // A step's first row, and its stage: for the time up to du, and from then on.
+  int row[2], stage[2];
+  template <typename T>
+  __device__ __forceinline__ void set(const Args<T>& a) {
+    tile.set(a);
+    all = min(a.tile_h, a.H - tile.row0) + 2 * kHalo,
+    c0 = static_cast<int>(blockIdx.y) * a.channels;
+    top = tile.row0 - kHalo, left = tile.col0 - kHalo;
+    dy_top = top + a.y0 - kHalo, dy_left = left + a.x0;
+    first = max(kHalo, -dy_top), last = min(all, a.out_h - dy_top);
+    if (tile.row0 + a.tile_h < a.H) last = min(last, a.tile_h + kHalo);
+    const int cols = tile.col0 + a.tile_w < a.W ? a.tile_w : a.across;
+    own_left = max(0, -dy_left), own_cols = max(0, min(cols, a.out_w - dy_left) - own_left);
+    dx_cols = min(a.tile_w, a.W - tile.col0);
+    row[0] = stage[0] = 0;
   }
-  __device__ __forceinline__ int at() const { return col * channels + ch; }
 };
 
 // Rows of du = dL/d(filter(x)) go through shared memory, from which their own filter takes them:
@@ -284,110 +296,89 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
     synthesis_epilogue_bwd_pixels_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
   constexpr int K = kPiece<T>, kStep = kMostChannels<T>;
-  GK_DYNAMIC_SHARED(A, dus);
+  GK_DYNAMIC_SHARED(char, shared);  // du, two stages of x and of dy, what threads park, the noise
   __shared__ Taps<A> taps, adjoint;
   __shared__ __align__(16) A params[3 * kStep];
-  __shared__ A scratch[kPixelThreads / 32 * 3 * kStep];
-  __shared__ Tile tile;
-  // The step's row, and its stage, of which there are two: for the time up to du, and from then on.
-  __shared__ int row_of[2], stage_of[2];
-  // Of x and dy there are two stages; beside them, what threads park, and the noise.
+  __shared__ Strip strip;
+  A* const dus = reinterpret_cast<A*>(shared);
+  A* const parked = reinterpret_cast<A*>(shared + a.parked);
   const auto xs = [&](int stage) {
-    const Column<T> c(a);
-    return reinterpret_cast<T*>(dus + a.step * c.du_size) + stage * a.step * c.row_size;
+    return reinterpret_cast<T*>(shared + (a.xs + stage * a.x_stage));
   };
-  const auto dys = [&](int stage) { return xs(2) + stage * a.step * Column<T>(a).du_size; };
-  const auto parked = [&] { return reinterpret_cast<A*>(dys(2)); };
-  const auto sources = [&] {
-    return reinterpret_cast<Sources<T>*>(parked() + 3 * K * a.threads) + thread_again();
+  const auto dys = [&](int stage) {
+    return reinterpret_cast<T*>(shared + (a.dys + stage * a.dy_stage));
   };
   const auto noises = [&](int stage) {
-    return reinterpret_cast<A*>(reinterpret_cast<Sources<T>*>(parked() + 3 * K * a.threads) +
-                                a.threads) +
-           stage * a.step * a.across;
+    return reinterpret_cast<A*>(shared + (a.noises + stage * a.noise_stage));
   };
-  const auto rows = [&](const TileAt& t) { return min(a.tile_h, a.H - t.row0) + 2 * kHalo; };
-  const PixelRows<T> x_rows{a.x, a.H, a.W, Column<T>(a).row_size / kVec<T>, a.magic};
-  const PixelRows<T> dy_rows{a.dy, a.out_h, a.out_w, Column<T>(a).du_size / kVec<T>, a.dy_magic};
+  const PixelRows<T> x_rows{a.x, a.H, a.W, a.packs, a.magic, a.x_apart, a.x_jump};
+  const PixelRows<T> dy_rows{a.dy, a.out_h, a.out_w, a.dy_packs, a.dy_magic, a.dy_apart, a.dy_jump};
+  using Sources = Pack<int, 2>;  // what a thread copies next of x and of dy
+  const auto sources = [&] {
+    return reinterpret_cast<int*>(shared + a.sources) + thread_again() * 2;
+  };
   const auto begin = [&](int stage, int row) {
-    const TileAt t(tile);
-    const int count = min(a.step, rows(t) - row);
+    const int count = min(a.step, strip.all - row);
     if (count > 0) {
-      const int c0 = static_cast<int>(blockIdx.y) * Column<T>(a).channels;
-      const int top = t.row0 - kHalo, dy_top = top + a.y0 - kHalo;
-      const int left = t.col0 - kHalo, dy_left = left + a.x0;
       if (a.vec_x) {
-        Sources<T> from = *sources();
-        x_rows.copy(xs(stage), from.x, a, top + row, count);
-        dy_rows.copy(dys(stage), from.dy, a, dy_top + row, count);
-        if (from.x) from.x += static_cast<int64_t>(a.step) * a.W * a.C;
-        if (from.dy) from.dy += static_cast<int64_t>(a.step) * a.out_w * a.C;
-        *sources() = from;
+        Sources next = load_pack<int, 2>(sources());
+        x_rows.copy(xs(stage), next.v[0], strip.top + row, count);
+        dy_rows.copy(dys(stage), next.v[1], strip.dy_top + row, count);
+        if (next.v[0] != x_rows.kNone) next.v[0] += a.x_step;
+        if (next.v[1] != dy_rows.kNone) next.v[1] += a.dy_step;
+        store_pack<int, 2>(sources(), next);
       } else {
-        x_rows.copy_slowly(xs(stage), a, t.n, c0, top + row, left, count);
-        dy_rows.copy_slowly(dys(stage), a, t.n, c0, dy_top + row, dy_left, count);
+        x_rows.copy_slowly(xs(stage), a, strip.tile.n, strip.c0, strip.top + row, strip.left,
+                           count);
+        dy_rows.copy_slowly(dys(stage), a, strip.tile.n, strip.c0, strip.dy_top + row,
+                            strip.dy_left, count);
       }
-      if (a.noise) copy_noise(noises(stage), a, t.n, dy_top + row, dy_left, count);
+      if (a.noise)
+        copy_noise(noises(stage), a, strip.tile.n, strip.dy_top + row, strip.dy_left, count);
     }
     copy_batch();
   };
-  clear(xs(0), static_cast<int>(reinterpret_cast<T*>(parked()) - xs(0)));
-  if (threadIdx.x == 0) {
-    tile.set(a);
-    row_of[0] = stage_of[0] = 0;
-  }
+  clear(shared + a.xs, a.sources - a.xs);
+  if (threadIdx.x == 0) strip.set(a);
   __syncthreads();
-  {
-    const Column<T> c(a);
-    const int c0 = static_cast<int>(blockIdx.y) * c.channels;
-    if (threadIdx.x < 32) share_taps(&taps, &adjoint, a);
-    share_params<T, kStep>(params, a, tile.n, c0, threadIdx.x, c.channels);
-    *sources() = {
-        x_rows.first(a, tile.n, c0, tile.row0 - kHalo, tile.col0 - kHalo),
-        dy_rows.first(a, tile.n, c0, tile.row0 + a.y0 - 2 * kHalo, tile.col0 + a.x0 - kHalo)};
-  }
+  if (threadIdx.x < 32) share_taps(&taps, &adjoint, a);
+  share_params<T, kStep>(params, a, strip.tile.n, strip.c0, threadIdx.x, a.channels);
+  store_pack<int, 2>(
+      sources(), Sources{{x_rows.first(a, strip.tile.n, strip.c0, strip.top, strip.left),
+                          dy_rows.first(a, strip.tile.n, strip.c0, strip.dy_top, strip.dy_left)}});
   begin(0, 0);
   begin(1, a.step);
   A waiting[kHalo][K] = {};
   A turned[3][K] = {};  // the sums, or what waits for rows of du
-#pragma unroll
-  for (int k = 0; k < 3; k++)
-    store_pack<A, K>(parked() + (k * a.threads + static_cast<int>(threadIdx.x)) * K, Pack<A, K>{});
   with_format(a.format, [&](Format<T> format) {
     for (;;) {
       copy_wait<1>();
       __syncthreads();
       {
-        const TileAt t(tile);
-        const Column<T> c(a);
-        const volatile int *row_at = row_of, *stage_at = stage_of;
-        const int row = row_at[0], stage = stage_at[0];
-        if (threadIdx.x == 0) row_of[1] = row, stage_of[1] = stage;
-        int left = min(a.step, rows(t) - row);
+        const int row = strip.row[0], stage = strip.stage[0];
+        const int t = static_cast<int>(thread_again()), col = t >> a.lanes_log2;
+        if (t == 0) strip.row[1] = row, strip.stage[1] = stage;
+        int ch = (t & ((1 << a.lanes_log2) - 1)) * K, left = min(a.step, strip.all - row);
         const bool separable = taps.separable;
-        const T* line = xs(stage) + c.at();
-        const T* dy = dys(stage) + c.at();
-        const A* z_at = noises(stage) + c.col;
-        A* du = dus + c.at();
-        // Sums are over dv that are inside and of no other tile.
-        const int out_row0 = t.row0 + a.y0 - 2 * kHalo, out_col = t.col0 + a.x0 - kHalo + c.col;
-        const int own_cols = t.col0 + a.tile_w < a.W ? a.tile_w : a.across;
-        const int own_rows = t.row0 + a.tile_h < a.H ? a.tile_h + kHalo : 1 << 30;
-        const int first = max(kHalo, -out_row0);
-        const bool own = c.col < own_cols && out_col >= 0 && out_col < a.out_w;
-        const int owned = own ? max(min(own_rows, a.out_h - out_row0) - first, 0) : 0;
-        const int before = left + row - first - owned;  // rows left behind the last of those
-        if (c.col < a.across && static_cast<int>(blockIdx.y) * c.channels + c.ch < a.C) {
+        const T* line = xs(stage) + t * K;
+        const T* dy = dys(stage) + t * K;
+        const A* z_at = noises(stage) + col;
+        A* du = dus + t * K;
+        const int owned =
+            static_cast<unsigned>(col - strip.own_left) < static_cast<unsigned>(strip.own_cols)
+                ? max(strip.last - strip.first, 0)
+                : 0;
+        const int before = left + row - strip.first - owned;  // rows left behind the last of those
+        if (col < a.across && strip.c0 + ch < a.C) {
 #pragma unroll 1
           for (; left > 0; left--) {
             A u[K];
             take_row(
                 waiting, taps, separable,
-                [&](int k, A(&v)[K]) { widen(load_pack<T, K>(line + k * c.channels), format, v); },
+                [&](int k, A(&v)[K]) { widen(load_pack<T, K>(line + k * a.channels), format, v); },
                 u);
             const A z = a.noise ? *z_at : A(0);
             A v[K], dv[K];
-            int ch = c.ch;
             forget(ch);  // else registers hold the parameters
             affine<T>(v, u, params + ch, z);
             widen(load_pack<T, K>(dy), format, dv);
@@ -410,48 +401,49 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
 #pragma unroll
             for (int e = 0; e < K; e++) piece.v[e] = dv[e] * d.v[e];
             store_pack<A, K>(du, piece);
-            line += c.row_size, dy += c.du_size, z_at += a.across, du += c.du_size;
+            line += a.packs * kVec<T>, z_at += a.across;
+            dy += a.dy_packs * kVec<T>, du += a.dy_packs * kVec<T>;
           }
         }
       }
-      swap<A, K>(parked(), a.threads, turned);
+      swap<A, K>(parked, a.threads, turned);
       __syncthreads();
+      begin(strip.stage[1], strip.row[1] + 2 * a.step);
       {
-        const volatile int *row_at = row_of, *stage_at = stage_of;
-        if (threadIdx.x == 0) row_of[0] = row_at[1] + a.step, stage_of[0] = 1 - stage_at[1];
-        begin(stage_at[1], row_at[1] + 2 * a.step);
-        const TileAt t(tile);
-        const Column<T> c(a);
-        const int row = row_at[1], behind = min(row + a.step, rows(t));
-        const int c0 = static_cast<int>(blockIdx.y) * c.channels, count = a.C - c0 - c.ch;
+        const int row = strip.row[1];
+        const int t = static_cast<int>(thread_again()), col = t >> a.lanes_log2;
+        if (t == 0) strip.row[0] = row + a.step, strip.stage[0] = 1 - strip.stage[1];
+        const int c = strip.c0 + (t & ((1 << a.lanes_log2) - 1)) * K, count = a.C - c;
+        const int behind = min(row + a.step, strip.all);
         const bool separable = taps.separable;
-        const A* du = dus + c.at();
-        T* out = a.out + offset<true>(a.C, t.n, c0 + c.ch, a.H, a.W, t.row0 - 2 * kHalo + row,
-                                      t.col0 + c.col);
-        if (c.col < min(a.tile_w, a.W - t.col0) && count > 0) {
+        const A* du = dus + t * K;
+        T* out = a.out + offset<true>(a.C, strip.tile.n, c, a.H, a.W, strip.top - kHalo + row,
+                                      strip.tile.col0 + col);
+        if (col < strip.dx_cols && count > 0) {
 #pragma unroll 1
           for (int r = row; r < behind; r++) {
             A dx[K];
             take_row(
                 turned, adjoint, separable,
                 [&](int k, A(&v)[K]) {
-                  const auto piece = load_pack<A, K>(du + k * c.channels);
+                  const auto piece = load_pack<A, K>(du + k * a.channels);
 #pragma unroll
                   for (int e = 0; e < K; e++) v[e] = piece.v[e];
                 },
                 dx);
             if (r >= 2 * kHalo) store_packed<T, K>(out, narrow<T, K>(dx, format), a.vec_out, count);
-            du += c.du_size, out += static_cast<int64_t>(a.W) * a.C;
+            du += a.dy_packs * kVec<T>, out = beyond(out, a.out_line);
           }
         }
-        swap<A, K>(parked(), a.threads, turned);
-        if (row_at[1] + a.step >= rows(TileAt(tile))) break;
       }
+      swap<A, K>(parked, a.threads, turned);
+      if (strip.row[1] + a.step >= strip.all) break;
     }
   });
+  __syncthreads();
+  A* const scratch = dus;
+  const int t = static_cast<int>(thread_again()), warp = t / 32, lanes = a.channels / K;
   // A warp has lanes of all of a pixel's channels.
-  const Column<T> c(a);
-  const int warp = static_cast<int>(threadIdx.x) / 32, lanes = c.channels / K;
 #pragma unroll
   for (int k = 0; k < 3; k++)
 #pragma unroll
@@ -460,12 +452,10 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
 #pragma unroll
       for (int apart = 16; apart > 0; apart /= 2)
         if (apart >= lanes) v += __shfl_xor_sync(0xffffffffu, v, apart);
-      if (static_cast<int>(threadIdx.x) % 32 < lanes)
-        scratch[(warp * 3 + k) * c.channels + c.ch + e] = v;
+      if (t % 32 < lanes) scratch[(warp * 3 + k) * a.channels + t % lanes * K + e] = v;
     }
-  write_partials(scratch, a, tile.n, static_cast<int>(blockIdx.y) * c.channels, c.channels,
-                 tile.index);
-  finish<T>(a, c.channels);
+  write_partials(scratch, a, strip.tile.n, strip.c0, a.channels, strip.tile.index);
+  finish<T>(a, a.channels);
 }
 
 }  // namespace

@@ -29,7 +29,10 @@ LEVELS = {
     "z_dim": 8,
 }  # fmt: skip
 STYLES = LEVELS | {"w_dim": 8, "mapping_layers": 2, "style_mixing": 0.5}
-STEP = OPTIONS | {"kimg": 0.032, "tick_kimg": 0.032}
+# Adam's first step divides a gradient by its size: one that rounding alone makes, 1e-9 where others
+# have 0.1, moves a weight of D by up to the learning rate either way, and with it G's gradient. At
+# 2e-6 that is at most 1.4e-6 of G's largest; a missing step of D still moves it by 1.8e-4 or more.
+STEP = OPTIONS | {"kimg": 0.032, "tick_kimg": 0.032, "d_lr": 2e-6}
 STEPS = {
     "vanilla": STEP | {"model": "vanilla"},
     "dcgan": STEP | {"model": "dcgan", "batch_gpu": 8},

@@ -8,7 +8,7 @@ import harness
 import pytest
 import torch
 from harness import DTYPES, compare, outputs_and_grads, randn, second_grads
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gankern.ops import _impl, demod_coefs, modulated_conv2d
@@ -204,12 +204,19 @@ def cases(draw):
 def test_random_arguments(impl, device):
     @harness.examples(impl)
     @given(cases())
+    @example(  # of the styles' gradient a twentieth of its terms is left
+        {"shape": (11, 1, 1, 5), "samples": 5, "dtypes": "f32", "layout": "contiguous", "eps": 1e-8}
+    )
+    @example(  # of the weights' a tenth
+        {"shape": (1, 1, 5, 5), "samples": 10, "dtypes": "f32", "layout": "contiguous", "eps": 0.5}
+    )
     def run(c):
         (o, *rest), n = c["shape"], c["samples"]
         if harness.interpreted(impl, device):
             o, n, rest = min(o, 2), min(n, 3), [rest[0], *(min(k, 3) for k in rest[1:])]
         tensors = inputs((o, *rest), n, device, DTYPE_PAIRS[c["dtypes"]], c["layout"])
-        compare(*ops(impl, eps=c["eps"]), tensors, case=f"{o} {n} {rest} {c}")
+        # The gradients' terms, of either sign, have four roundings each before they are added up.
+        compare(*ops(impl, eps=c["eps"]), tensors, case=f"{o} {n} {rest} {c}", nudged=("d0", "d1"))
 
     run()
 

@@ -131,6 +131,9 @@ def test_random_shapes(impl, device, case, round_):
     run, inputs = case(draw)
     what = f"{draw.dtype} {draw.layout} {[None if t is None else tuple(t.shape) for t in inputs]}"
     with gpu_of(draw.choice([1, 8, 80, 132]), impl):
-        # 16 roundings: sums have up to 100,000 terms, and tanh makes large sums small.
+        # 16 roundings: sums have up to 100,000 terms, and tanh makes large sums small. A clamp does
+        # too, at which only eager PyTorch's own error says by how much.
         for derivative in (outputs_and_grads, second_grads):
-            compare(run(impl), run("reference"), inputs, derivative, what, roundings=16)
+            nudged = draw.dtype == torch.float64
+            args = run(impl), run("reference"), inputs, derivative, what
+            compare(*args, roundings=16, nudged=nudged)

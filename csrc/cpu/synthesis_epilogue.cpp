@@ -42,7 +42,8 @@ GK_INLINE V first_lanes(V v, int64_t m) {
   return v;
 }
 
-// A unit's sums of dv * u, dv and dv * noise, each [step].
+// A unit's sums of dv * u, dv and dv * noise, each [step]: of rows, which are summed apart, since
+// one sum of all pixels would round more.
 template <typename S>
 struct Sums {
   S u[kBlock], one[kBlock], noise[kBlock];
@@ -75,6 +76,10 @@ class Backward {
     if (o_.noise) unit_.read_noise(&noise_[0], i);
     const bool row_sums = step_ == 1 && !g_.last;
     V su{}, sv{}, sn{};
+    Sums<S> of_row;
+    if (!row_sums)
+      for (int64_t j = 0; j < step_; j += kLanes)
+        store(of_row.u + j, V{}), store(of_row.one + j, V{}), store(of_row.noise + j, V{});
     unit_.each(o_.noise ? &noise_[0] : nullptr,
                [&](int64_t k, V d, V b, V scaled, V noise, int64_t m, int64_t j) {
                  V u = load(&u_[k]);
@@ -94,15 +99,21 @@ class Backward {
                  if (row_sums) {
                    su += dv * u, sv += dv, sn += dv * noise;
                  } else {
-                   store(sums.u + j, load(sums.u + j) + dv * u);
-                   store(sums.one + j, load(sums.one + j) + dv);
-                   store(sums.noise + j, load(sums.noise + j) + dv * noise);
+                   store(of_row.u + j, load(of_row.u + j) + dv * u);
+                   store(of_row.one + j, load(of_row.one + j) + dv);
+                   store(of_row.noise + j, load(of_row.noise + j) + dv * noise);
                  }
                });
     if (row_sums) {
       sums.u[0] += sum_lanes(su);
       sums.one[0] += sum_lanes(sv);
       sums.noise[0] += sum_lanes(sn);
+    } else {
+      for (int64_t j = 0; j < step_; j += kLanes) {
+        store(sums.u + j, load(sums.u + j) + load(of_row.u + j));
+        store(sums.one + j, load(sums.one + j) + load(of_row.one + j));
+        store(sums.noise + j, load(sums.noise + j) + load(of_row.noise + j));
+      }
     }
   }
 
@@ -222,6 +233,9 @@ class Second {
       return plane ? splat<V>(rows[0]) : load(rows + j);
     };
     V sum{};
+    S of_row[kBlock];  // summed apart, as in Backward
+    if (!plane)
+      for (int64_t j = 0; j < step_; j += kLanes) store(of_row + j, V{});
     unit_.each(o_.noise ? &noise_[0] : nullptr,
                [&](int64_t k, V d, V b, V scaled, V noise, int64_t n, int64_t j) {
                  const V u = load(&u_[k]), v = u * d + scaled + b, a = value<true>(v, p_);
@@ -245,9 +259,12 @@ class Second {
                  if (plane)
                    sum += t * uv;
                  else
-                   store(sums + j, load(sums + j) + t * uv);
+                   store(of_row + j, load(of_row + j) + t * uv);
                });
     if (plane) sums[0] += sum_lanes(sum);
+    if (!plane)
+      for (int64_t j = 0; j < step_; j += kLanes)
+        store(sums + j, load(sums + j) + load(of_row + j));
     write_row(d_dy_, i, &u_[0], g_.out_w, step_);
   }
 

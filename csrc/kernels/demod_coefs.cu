@@ -878,9 +878,10 @@ int demod_coefs(int dtype, int styles_dtype, const void* w, const void* styles, 
     const int64_t groups = ceil_div(ceil_div(N, batches), samples);
     const int64_t copies =
         a.shape.rows ? ceil_div(int64_t(outs) * a.chunk, a.unit) : int64_t(outs) * a.segments;
-    const int warps = pow2_between(max(copies, groups * a.segments), 1, kFwdWarps);
-    const int parts =
-        min(pow2_between(a.segments, 1, kFwdWarps), warps / pow2_between(groups, 1, warps));
+    int warps = pow2_between(max(copies, groups * a.segments), 1, kFwdWarps);
+    const int at_once = pow2_between(groups, 1, warps);
+    const int parts = min(pow2_between(a.segments, 1, kFwdWarps), warps / at_once);
+    if (batches > 1) warps = at_once * parts;  // others would take more samples
     batches = max(int64_t(1), ceil_div(N, warps / parts * samples));
     const int64_t most = 65535;  // blocks along y
     a.outs = outs;

@@ -85,6 +85,31 @@ def test_layouts(impl, device, dtype, shape, layout):
         assert dweight.is_contiguous(memory_format=torch.channels_last)
 
 
+# weight, samples, multiprocessors: from 1 to 8 output channels a block, sums of several warps, more
+# channels or samples than a block has at a time.
+PLANS = {
+    **{f"outs_{n}": ((40, 136, 3, 3), 9, n) for n in (1, 10, 20, 132)},
+    "odd_outs": ((7, 67, 3, 3), 6, 2),
+    "warps": ((5, 516, 3, 3), 5, 2),
+    "channels": ((2, 2060, 3, 3), 3, 132),
+    "odd_channels": ((2, 2051, 1, 1), 9, 132),
+    "samples": ((3, 12, 1, 1), 150, 1),
+    "free_multiprocessors": ((3, 512, 1, 1), 18, 132),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "f64"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_plans(impl, device, plan, dtype, layout):
+    if impl != "simt":
+        pytest.skip("of a GPU with so many multiprocessors")
+    shape, samples, multiprocessors = PLANS[plan]
+    tensors = inputs(shape, samples, device, (DTYPES[dtype],) * 2, layout)
+    with harness.gpu_of(multiprocessors, impl):
+        compare(*ops(impl), tensors, what=plan, roundings=max(4, tensors[0][:1].numel() ** 0.5 / 4))
+
+
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize("shape", ["3x3", "odd", "1x1", "many_samples"])
 def test_second_gradients(impl, device, dtype, shape):

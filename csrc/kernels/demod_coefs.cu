@@ -2,11 +2,13 @@
 // gradient. With g[n,o] = -d³ dd,
 //   dW[o,i,k] = W[o,i,k] Σ_n g[n,o] s[n,i]²        ds[n,i] = s[n,i] Σ_o g[n,o] q[o,i].
 //
-// Forward: a block takes up to eight output channels, for which it reads the styles once: a
-// twentieth of StyleGAN2's weights then. All of its weights are under way at once; their squares go
-// through shared memory, from which a thread sums the k of a channel and keeps q for the backward.
-// Of q, in shared memory too, each warp takes the products with one sample's styles. Where k is the
+// Forward: a block takes from one to eight output channels: as few as keep each multiprocessor
+// busy, more where with them the styles, which each block reads, add at most a twentieth to what is
+// moved. A warp copies the weights of some neighbouring channels to shared memory, all at once, and
+// reads them there, so that only the warp waits; from q, in shared memory too, each warp then takes
+// the products with some samples' styles, which have been under way since before. Where k is the
 // outer dimension (channels-last), or too long for that, a thread reads the k itself.
+//
 // Backward: one launch, in which some blocks each take a tile of ds and the others a tile of dW. q
 // makes them independent: without it ds would need sums over blocks, or few and large blocks, and a
 // gradient in the styles alone would read the weights.
@@ -99,11 +101,19 @@ struct Shape {
 // --- Forward.
 
 constexpr int kFwdThreads = 512, kFwdWarps = kFwdThreads / 32;
-constexpr int kOuts = 8;   // most output channels of a block: a sector of d
-constexpr int kSteps = 2;  // channels of a chunk whose k a thread sums
+// Most output channels of a block, by elements of a pack; 8: a sector of d. More spill where styles
+// are read one by one.
+template <int N>
+constexpr int kOuts = N == 1 ? 2 : 8;
+constexpr int kSegment = 128;  // channels of a sample that a warp takes at a time, four a lane
+template <typename T>
+constexpr int kStage = 2304 / sizeof(T);  // weights of a warp: of 64 channels of 3x3 in float32
 template <typename A>
-constexpr int kStage = 36864 / sizeof(A);  // squares: 1024 channels of 3x3 in float32
-constexpr int kStylesAhead = 4;            // of a thread
+constexpr int kSquares = 8192 / sizeof(A);  // numbers of q that a block has at a time
+template <int O>
+constexpr int kSamplesOf = O == 8 ? 2 : 4;  // of a warp, of which it has O products each
+template <int N>
+constexpr int kSums = N == 1 ? 8 : 16;  // of a warp, at most
 
 template <typename T>
 struct Forward {
@@ -113,197 +123,392 @@ struct Forward {
   const T* w;
   A *d, *q;
   Shape shape;
-  // Of a block: threads side by side along the channels, output channels, samples at a time.
-  int log_columns, log_outs, log_samples;
-  int chunk;               // channels at a time, kSteps for each of these threads or fewer
-  int64_t i_step, k_step;  // of the weights, where they are not staged
+  int outs, samples;  // of a block
+  int64_t weights;    // of a block: outs * I * K
+  int log_outs;
+  int log_parts;  // warps that share a sample's channels
+  int chunk;      // channels at a time; all of them where a block has several output channels
+  int unit;       // channels whose weights a warp copies at a time
+  int segments, reciprocal;  // of a chunk; 2**16 over their number
+  int64_t i_step, k_step;    // of the weights, where they are not copied
   A eps;
 };
 
-// Some channels' styles, as they are in memory: numbers only when they are used, so that nothing
-// waits for them before.
-template <typename A>
+// Four channels of some samples' styles, as they are in memory: numbers only when they are used, so
+// that nothing waits for them before.
+template <typename A, bool kPacked>
 struct RawStyles {
-  using Raw = std::conditional_t<sizeof(A) == 8, double, unsigned>;
-  Raw raw[kStylesAhead];
+  using Word = std::conditional_t<sizeof(A) == 8, double, unsigned>;
+  static constexpr int kLines = kSamplesOf<1>;
+  Word raw[kLines][4];
 
-  // At `at`, at + step, ...: `count` of them.
-  __device__ __forceinline__ void load(const Styles<A>& from, int64_t at, int step, int count) {
+  // From `at` on those of `samples` samples; `left` channels are left there, of which the lane
+  // takes the next four or every 32nd.
+  __device__ __forceinline__ void load(const Styles<A>& from, int64_t at, int I, int samples,
+                                       int left) {
+    if constexpr (kPacked) {
+      const int lines = left > 0 ? samples : 0;
+      if (from.is_f32) {
+        const float* p = static_cast<const float*>(from.p) + at;
 #pragma unroll
-    for (int j = 0; j < kStylesAhead; j++, at += step) {
-      forget(at);
-      raw[j] = Raw(0);
-      if (j >= count) continue;
-      if constexpr (sizeof(A) == 8)
-        raw[j] = static_cast<const double*>(from.p)[at];
-      else if (from.is_f32)
-        raw[j] = static_cast<const unsigned*>(from.p)[at];
-      else
-        raw[j] = static_cast<const unsigned short*>(from.p)[at];
+        for (int n = 0; n < kLines; n++, p += I) {
+          uint4 v = {};
+          if (n < lines) v = *reinterpret_cast<const uint4*>(p);
+          raw[n][0] = v.x, raw[n][1] = v.y, raw[n][2] = v.z, raw[n][3] = v.w;
+        }
+      } else {
+        const Half16* p = static_cast<const Half16*>(from.p) + at;
+#pragma unroll
+        for (int n = 0; n < kLines; n++, p += I) {
+          uint2 v = {};
+          if (n < lines) v = *reinterpret_cast<const uint2*>(p);
+          raw[n][0] = v.x, raw[n][1] = v.y, raw[n][2] = raw[n][3] = 0;
+        }
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < kLines; n++, at += I) {
+        forget(at);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          raw[n][j] = Word(0);
+          if (n >= samples || j * 32 >= left) continue;
+          if constexpr (sizeof(A) == 8)
+            raw[n][j] = static_cast<const double*>(from.p)[at + j * 32];
+          else if (from.is_f32)
+            raw[n][j] = static_cast<const unsigned*>(from.p)[at + j * 32];
+          else
+            raw[n][j] = static_cast<const unsigned short*>(from.p)[at + j * 32];
+        }
+      }
     }
   }
-  __device__ __forceinline__ A at(const Styles<A>& from, int j) const {
-    if constexpr (sizeof(A) == 8)
-      return raw[j];
-    else
-      return from.is_f32 ? __uint_as_float(raw[j])
-                         : to_acc(Half16{static_cast<unsigned short>(raw[j])}, from.format);
+  __device__ __forceinline__ void squares(const Styles<A>& from, A (&out)[kLines][4]) const {
+    constexpr int kAll = 4 * kLines;
+    A v[kAll];
+    if constexpr (sizeof(A) == 8) {
+#pragma unroll
+      for (int e = 0; e < kAll; e++) v[e] = raw[e / 4][e % 4];
+    } else if (from.is_f32) {
+#pragma unroll
+      for (int e = 0; e < kAll; e++) v[e] = __uint_as_float(raw[e / 4][e % 4]);
+    } else {
+      Pack<Half16, kAll> halves;
+#pragma unroll
+      for (int e = 0; e < kAll; e++)
+        halves.v[e].bits = static_cast<unsigned short>(kPacked ? raw[e / 4][e % 4 / 2] >> e % 2 * 16
+                                                               : raw[e / 4][e % 4]);
+      widen(halves, from.format, v);
+    }
+#pragma unroll
+    for (int e = 0; e < kAll; e++) out[e / 4][e % 4] = v[e] * v[e];
   }
 };
 
-// The squares of a chunk of weights [I, K] to shared memory, by the threads side by side.
-template <typename T, int N>
-__device__ __forceinline__ void stage_rows(const Forward<T>& a, const T* from, int column,
-                                           int packs, Acc<T>* stage) {
-  constexpr int kLoads = N == 1 ? 4 : (kSteps * 9 + N - 1) / N;
-  const int columns = 1 << a.log_columns;
-  for (int first = column; first < packs; first += kLoads * columns) {
-    Raw<T, N> x[kLoads];
+// Begins to copy packs, `step` elements apart, of which those from `count` on are left out; the
+// thread has what it began after copied().
+template <int kPacks, typename T, int N>
+__device__ __forceinline__ void copy(T* to, const T* from, int step, int count) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(T) * N == 16) {
+    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
 #pragma unroll
-    for (int j = 0; j < kLoads; j++) {
-      const int p = first + j * columns;
-      if (p < packs) x[j] = load_raw<T, N>(from + p * N);
-    }
+    for (int j = 0; j < kPacks; j++)
+      if (j * step < count)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                         at + j * step * static_cast<unsigned>(sizeof(T))),
+                     "l"(from + j * step)
+                     : "memory");
+    return;
+  }
+#endif
+  constexpr int kUnderWay = N == 1 ? kPacks : 2;  // more spill on sm_75
 #pragma unroll
-    for (int j = 0; j < kLoads; j++) {
-      const int p = first + j * columns;
-      if (p >= packs) continue;
-      Acc<T> squares[N];
-      widen(reinterpret_cast<const Pack<T, N>&>(x[j]), a.format, squares);
+  for (int first = 0; first < kPacks; first += kUnderWay) {
+    Raw<T, N> x[kUnderWay];
 #pragma unroll
-      for (int e = 0; e < N; e++) squares[e] *= squares[e];
-      store_parts<N>(stage + p * N, squares);
-    }
+    for (int j = 0; j < kUnderWay; j++)
+      if (first + j < kPacks && (first + j) * step < count)
+        x[j] = load_raw<T, N>(from + (first + j) * step);
+#pragma unroll
+    for (int j = 0; j < kUnderWay; j++)
+      if (first + j < kPacks && (first + j) * step < count)
+        *reinterpret_cast<Raw<T, N>*>(to + (first + j) * step) = x[j];
   }
 }
 
-// Of other weights: the sums over k of the thread's channels, N neighbours and `other` further on.
+__device__ __forceinline__ void copied() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// q of `channels` neighbours, of weights [channels, K].
 template <typename T, int N>
-__device__ __forceinline__ void sum_columns(const Forward<T>& a, const T* from, int channel,
-                                            int channels, int other, Acc<T> (&q)[kSteps]) {
-  constexpr int kTaps = N == 1 ? 5 : 9;
-  int64_t at = channel * a.i_step;
-  for (int k0 = 0; k0 < a.shape.K; k0 += kTaps) {
-    Pack<T, N> x[kTaps][kSteps / N] = {};
-    forget(at);
+struct Rows {
+  using A = Acc<T>;
+  static constexpr int kLoads = N == 1 ? 4 : (kStage<T> / N + 31) / 32;
+  const Forward<T>& a;
+  const T* w;
+  T* stage;  // of the warp
+  A* q;
+  int channels, first;
+
+  __device__ __forceinline__ Rows(const Forward<T>& a, const T* w, A* q, int channels, T* stages)
+      : a(a),
+        w(w),
+        stage(stages + threadIdx.x / 32 * kStage<T>),
+        q(q),
+        channels(channels),
+        first(threadIdx.x / 32 * a.unit) {}
+
+  // Begins to copy the weights of the warp's next channels, if it has any.
+  __device__ __forceinline__ void start() const {
+    constexpr int kStep = 32 * N;
+    const int mine = threadIdx.x % 32 * N, K = a.shape.K;
+    const T* from = w + first * K + mine;
+    int left = min(a.unit, channels - first) * K - mine;
+    for (T* to = stage + mine; left > 0; left -= kLoads * kStep)
+      copy<kLoads, T, N>(to, from, kStep, left), to += kLoads * kStep, from += kLoads * kStep;
+  }
+  __device__ __forceinline__ void sum(bool keep, A* squares) {
+    while (first < channels) {
+      copied();
+      __syncwarp();
+      if (N > 1 && a.shape.K == 9)
+        sum_3x3(keep, squares);
+      else
+        sum_any(keep, squares);
+      first += blockDim.x / 32 * a.unit;
+      if (first >= channels) break;
+      __syncwarp();
+      start();
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void sum_3x3(bool keep, A* squares) const {
+    constexpr int kSide = N == 1 ? 1 : 8 / sizeof(T);  // neighbouring channels of a lane
+    const int mine = threadIdx.x % 32 * kSide, c = first + mine;
+    if (mine >= a.unit || c >= channels) return;
+    Pack<A, kSide> sums = {};
 #pragma unroll
-    for (int t = 0; t < kTaps; t++, at += a.k_step)
+    for (int k = 0; k < 9; k++) {
+      A w[kSide];
+      widen(load_pack<T, kSide>(stage + mine * 9 + k * kSide), a.format, w);
 #pragma unroll
-      for (int j = 0; j < kSteps / N; j++)
-        if (channel + j * other < channels && k0 + t < a.shape.K)
-          x[t][j] = load_pack<T, N>(from + at + j * other * a.i_step);
-#pragma unroll
-    for (int t = 0; t < kTaps; t++)
-#pragma unroll
-      for (int j = 0; j < kSteps / N; j++) {
-        Acc<T> w[N];
-        widen(x[t][j], a.format, w);
-#pragma unroll
-        for (int e = 0; e < N; e++) q[j * N + e] += w[e] * w[e];
+      for (int e = 0; e < kSide; e++) sums.v[(k * kSide + e) / 9] += w[e] * w[e];
+    }
+    if (keep) store_pack<A, kSide>(q + c, sums);
+    store_pack<A, kSide>(squares + c, sums);
+  }
+  __device__ __forceinline__ void sum_any(bool keep, A* squares) const {
+    const int K = a.shape.K, end = min(a.unit, channels - first);
+#pragma unroll 1
+    for (int c = threadIdx.x % 32; c < end; c += 32) {
+      A sum = A(0);
+#pragma unroll 4
+      for (int k = 0; k < K; k++) {
+        const A v = to_acc(stage[c * K + k], a.format);
+        sum += v * v;
       }
+      if (keep) q[first + c] = sum;
+      squares[first + c] = sum;
+    }
+  }
+};
+
+// The same of weights [outs, K, I], of `channels` in each.
+template <typename T, int N>
+__device__ __forceinline__ void sum_columns(const Forward<T>& a, const T* from, Acc<T>* q, int outs,
+                                            int channels, bool keep, Acc<T>* squares) {
+  using A = Acc<T>;
+  constexpr int kTaps = N == 1           ? 3
+                        : sizeof(T) == 2 ? 5
+                                         : 9,
+                kAcross = 4 / N, kApart = N == 1 ? 32 : 0;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, I = a.shape.I, K = a.shape.K;
+  for (int item = warp; item < outs * a.segments; item += blockDim.x / 32) {
+    const int o = item * a.reciprocal >> 16;
+    const int c = (item - o * a.segments) * kSegment + lane * N;
+    int64_t to = static_cast<int64_t>(o) * I * K + c * a.i_step;
+    A sums[kAcross][N] = {};
+    for (int k0 = 0; k0 < K; k0 += kTaps) {
+      Pack<T, N> x[kTaps][kAcross] = {};
+      forget(to);
+#pragma unroll
+      for (int t = 0; t < kTaps; t++, to += a.k_step)
+#pragma unroll
+        for (int j = 0; j < kAcross; j++)
+          if (k0 + t < K && c + j * kApart < channels)
+            x[t][j] = load_pack<T, N>(from + to + j * kApart * a.i_step);
+#pragma unroll
+      for (int t = 0; t < kTaps; t++)
+#pragma unroll
+        for (int j = 0; j < kAcross; j++) {
+          A w[N];
+          widen(x[t][j], a.format, w);
+#pragma unroll
+          for (int e = 0; e < N; e++) sums[j][e] += w[e] * w[e];
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < kAcross; j++) {
+      if (c + j * kApart >= channels) continue;
+      Pack<A, N> out;
+#pragma unroll
+      for (int e = 0; e < N; e++) out.v[e] = sums[j][e];
+      if (keep) store_pack<A, N>(q + static_cast<int64_t>(o) * I + c + j * kApart, out);
+      store_pack<A, N>(squares + o * a.chunk + c + j * kApart, out);
+    }
   }
 }
 
-// N: elements of a pack of weights; 1 or kSteps where they are not staged.
-template <typename T, int N, bool kStaged>
+// The sum over the warp of one of the first N values: that of number lane / (32 / N).
+template <int N, int M, typename A>
+__device__ __forceinline__ A fold(const A (&values)[M], int offset = 16) {
+  if constexpr (N == 1) {
+    return warp_sum(values[0], 2 * offset);
+  } else {
+    A first[N], sums[N / 2];
+#pragma unroll
+    for (int j = 0; j < N; j++) first[j] = values[j];
+    halve(first, sums, threadIdx.x & offset, offset);
+    return fold<N / 2>(sums, offset / 2);
+  }
+}
+
+// Adds the products of samples' squared styles with O output channels' q, from `from` on: sum n * O
+// + o is that of sample n with channel o. `left`: as in RawStyles.
+template <int O, int N, typename T>
+__device__ __forceinline__ void multiply(const Forward<T>& a, const Acc<T> (&s)[kSamplesOf<1>][4],
+                                         const Acc<T>* from, int outs, int left,
+                                         Acc<T> (&sums)[kSums<N>]) {
+  using A = Acc<T>;
+#pragma unroll
+  for (int o = 0; o < O; o++) {
+    if (o >= outs) break;
+    A q[4] = {};
+    if constexpr (N > 1) {
+      if (left > 0) {
+        const Pack<A, 4> pack = load_pack<A, 4>(from + o * a.chunk);
+#pragma unroll
+        for (int j = 0; j < 4; j++) q[j] = pack.v[j];
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+        if (j * 32 < left) q[j] = from[o * a.chunk + j * 32];
+    }
+#pragma unroll
+    for (int n = 0; n < kSamplesOf<O>; n++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) sums[n * O + o] += s[n][j] * q[j];
+  }
+}
+
+// f(output channels of a block), as a type.
+template <int kMost, int kFirst = 1, typename F>
+__device__ __forceinline__ void by_outs(int outs, F f) {
+  if constexpr (kFirst < kMost) {
+    if (outs > kFirst) return by_outs<kMost, 2 * kFirst>(outs, f);
+  }
+  f(std::integral_constant<int, kFirst>{});
+}
+
+// N: elements of a pack of weights.
+template <typename T, int N, bool kRows>
 __global__ void __launch_bounds__(kFwdThreads, sizeof(T) == 8 ? 1 : 2)
     demod_coefs_fwd_kernel(Forward<T> a) {
   using A = Acc<T>;
-  __shared__ __align__(16) A stage[kStaged ? kStage<A> : 1];
-  __shared__ __align__(16) A squares[kSteps * kFwdThreads];  // q, [outs][kSteps * columns]
-  __shared__ A of_warps[kFwdWarps * kOuts];                  // [warps of a sample][samples][kOuts]
-  const int I = a.shape.I, K = a.shape.K, lane = threadIdx.x % 32;
-  const int columns = 1 << a.log_columns, outs = 1 << a.log_outs, samples = 1 << a.log_samples;
-  const int line = kSteps * columns;
-  const unsigned o0 = blockIdx.x << a.log_outs;  // under 2**31
-  // Until q is there a thread is of an output channel, then of a sample.
-  const int out = threadIdx.x >> a.log_columns, column = threadIdx.x & (columns - 1);
-  const int64_t row = static_cast<int64_t>(o0 + out) * I;
-  constexpr int kSide = kStaged ? 1 : N;  // neighbouring channels of a thread
-  const int first = kSide * column;
-  const int lanes = blockDim.x >> a.log_samples;  // of a sample
-  const int sample = threadIdx.x / 32 >> (a.log_columns + a.log_outs - a.log_samples - 5);
-  const int mine = threadIdx.x & (lanes - 1);
-  for (int n0 = 0; n0 == 0 || n0 < a.shape.N; n0 += samples) {
-    A sums[kOuts] = {};
-    for (int i0 = 0; i0 < I; i0 += a.chunk) {
-      const int channels = min(a.chunk, I - i0);
-      RawStyles<A> styles;
-      const auto load = [&](int c) {
-        const int64_t at = static_cast<int64_t>(n0 + sample) * I + i0 + c;
-        const int left = (channels - c + lanes - 1) >> (a.log_columns + a.log_outs - a.log_samples);
-        styles.load(a.styles, at, lanes, n0 + sample < a.shape.N ? left : 0);
-      };
-      // As early as there are registers for them.
-      constexpr bool kLate = !kStaged && N == 1;
-      const bool staging = kStaged && n0 == 0;
-      if (!kLate && !staging) load(mine);
-      if (n0 == 0 || I > a.chunk) {
-        A q[kSteps] = {};
-        if (n0 + i0 > 0) __syncthreads();  // what is in shared memory has been read
-        const bool active = o0 + out < a.shape.O;
-        if (staging) {
-          A* const own = stage + out * a.chunk * K;
-          if (active) stage_rows<T, N>(a, a.w + (row + i0) * K, column, channels * K / N, own);
-          load(mine);
-          __syncthreads();
-#pragma unroll
-          for (int j = 0; j < kSteps; j++)
-            if (active && column + j * columns < channels)
-#pragma unroll 3
-              for (int e = 0; e < K; e++) q[j] += own[(column + j * columns) * K + e];
-        } else if (!kStaged && n0 == 0) {
-          if (active)
-            sum_columns<T, kStaged ? 1 : N>(a, a.w + row * K + i0 * a.i_step, first, channels,
-                                            columns, q);
-        }
-#pragma unroll
-        for (int j = 0; j < kSteps; j += kSide) {
-          const int c = first + j * columns;
-          Pack<A, kSide> side;
-#pragma unroll
-          for (int e = 0; e < kSide; e++) side.v[e] = q[j + e];
-          if (active && c < channels) {
-            if (n0 > 0)
-              side = load_pack<A, kSide>(a.q + row + i0 + c);
-            else
-              store_pack<A, kSide>(a.q + row + i0 + c, side);
-          }
-          store_pack<A, kSide>(squares + out * line + c, side);
-        }
-        __syncthreads();
-      }
-      if (kLate) load(mine);
-#pragma unroll 1
-      for (int c = mine; c < channels; c += kStylesAhead * lanes) {
-#pragma unroll
-        for (int j = 0; j < kStylesAhead; j++) {
-          if (c + j * lanes >= channels) break;
-          const A style = styles.at(a.styles, j);
-          const A* from = squares + c + j * lanes;
-#pragma unroll
-          for (int o = 0; o < kOuts; o++)
-            if (o < outs) sums[o] += style * style * from[o * line];
-        }
-        load(c + kStylesAhead * lanes);
-      }
+  constexpr bool kPacked = N > 1;
+  __shared__ __align__(16) T stage[kRows ? kFwdWarps * kStage<T> : 1];
+  __shared__ __align__(16) A squares[kSquares<A>];  // q, [outs][chunk]
+  __shared__ A of_warps[kFwdWarps * kSums<N>];      // [parts][groups of samples][samples][outs]
+  const int I = a.shape.I, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const unsigned o0 = blockIdx.x * a.outs;  // under 2**31
+  const int outs = min(a.outs, static_cast<int>(a.shape.O - o0));
+  const int group = warp >> a.log_parts, part = warp & ((1 << a.log_parts) - 1);
+  const int log_sums = min(a.log_outs + 2, 4), log_samples = log_sums - a.log_outs;
+  const unsigned batch = blockIdx.z * gridDim.y + blockIdx.y;
+  const unsigned n0 = batch * a.samples, n = n0 + (group << log_samples);
+  const int samples = min(1 << log_samples, static_cast<int>(a.shape.N - n));
+  const T* from = a.w + blockIdx.x * a.weights;
+  A* q = a.q + static_cast<int64_t>(o0) * I;
+  // Of the samples' sums with the output channels the thread has this one in the end.
+  const int parts = 1 << a.log_parts;
+  const bool whole = parts == 1;
+  const int own = whole ? (group << log_sums) + (lane >> (5 - log_sums)) : threadIdx.x;
+  const unsigned sample = n0 + (own >> a.log_outs);
+  const int out = own & (a.outs - 1);
+  const bool leads = (lane & ((32 >> log_sums) - 1)) == 0;
+  const bool writes = (whole ? leads : own < a.samples << a.log_outs) &&
+                      sample < static_cast<unsigned>(a.shape.N) && out < outs;
+  A* const d = a.d + (sample * a.shape.O + o0 + out);
+  A sum = A(0);
+  for (int i0 = 0; i0 < I; i0 += a.chunk) {
+    const int channels = min(a.chunk, I - i0);
+    if (i0 > 0) {
+      __syncthreads();  // what is in shared memory has been read
+      from += a.chunk * a.i_step, q += a.chunk;
     }
-    A four[4], two[2], one[1];
-    halve(sums, four, lane >> 4 & 1, 16);
-    halve(four, two, lane >> 3 & 1, 8);
-    halve(two, one, lane >> 2 & 1, 4);
-    one[0] = warp_sum(one[0], 4);
-    if (n0 > 0) __syncthreads();  // the sums of the samples before have been read
-    const int part = mine / 32;
-    if (lane % 4 == 0) of_warps[((part << a.log_samples) + sample) * kOuts + lane / 4] = one[0];
+    Rows<T, N> rows(a, from, q, outs > 1 ? outs * I : channels, stage);
+    if constexpr (kRows) rows.start();
+    RawStyles<A, kPacked> raw;
+    int segment = part, c = part * kSegment + lane * (kPacked ? 4 : 1);
+    const auto load = [&] {
+      raw.load(a.styles, static_cast<int64_t>(n) * I + i0 + c, I, samples, channels - c);
+    };
+    if (kPacked) load();  // else there are no registers for them yet
+    if constexpr (kRows)
+      rows.sum(batch == 0, squares);
+    else
+      sum_columns<T, N>(a, from, q, outs, channels, batch == 0, squares);
     __syncthreads();
-    const int m = threadIdx.x / kOuts, o = threadIdx.x % kOuts;
-    if (m < samples && n0 + m < a.shape.N && o < outs && o0 + o < a.shape.O) {
-      A total = A(0);
-      for (int p = 0; p < lanes / 32; p++) total += of_warps[(p * samples + m) * kOuts + o];
-      a.d[static_cast<int64_t>(n0 + m) * a.shape.O + o0 + o] = rsqrt_(total + a.eps);
+    if (samples <= 0) continue;
+    if (!kPacked) load();
+    A sums[kSums<N>] = {};
+    while (true) {
+      A s[kSamplesOf<1>][4];
+      raw.squares(a.styles, s);
+      by_outs<kOuts<N>>(a.outs, [&](auto o) {
+        multiply<decltype(o)::value, N>(a, s, squares + c, outs, channels - c, sums);
+      });
+      segment += parts, c += parts * kSegment;
+      if (segment >= a.segments) break;
+      load();
     }
+    by_outs<kOuts<N>>(a.outs, [&](auto o) {
+      constexpr int kO = decltype(o)::value;
+      sum += fold<kO * kSamplesOf<kO>>(sums);
+    });
   }
+  if (!whole) {
+    const int all = a.samples << a.log_outs;
+    if (leads) of_warps[part * all + (group << log_sums) + (lane >> (5 - log_sums))] = sum;
+    __syncthreads();
+    sum = A(0);
+    if (own < all)
+#pragma unroll 4
+      for (int p = 0; p < parts; p++) sum += of_warps[p * all + own];
+  }
+  if (writes) *d = rsqrt_(sum + a.eps);
+}
+
+// Output channels of a block: as few as give each multiprocessor a block, but more if with them the
+// styles, which each block reads, add at most a twentieth to what is moved.
+template <typename T>
+int outs_of(const Shape& shape, int style_bytes) {
+  const auto blocks = [&](int outs) { return ceil_div(shape.O, outs); };
+  // For each input channel.
+  const int64_t styles = static_cast<int64_t>(shape.N) * style_bytes;
+  const int64_t all = shape.O * (shape.K * int64_t(sizeof(T)) + sizeof(Acc<T>)) + styles;
+  int most = shape.packed ? kOuts<8> : kOuts<1>;
+  while (most > 1 && int64_t(most) * shape.I > kSquares<Acc<T>>) most /= 2;
+  int outs = pow2_between(ceil_div(shape.O, sm_count()), 1, most);
+  if (20 * (blocks(most) - 1) * styles > all) return outs;
+  while (20 * (blocks(outs) - 1) * styles > all) outs *= 2;
+  return outs;
 }
 
 // --- Backward.
@@ -649,27 +854,48 @@ int demod_coefs(int dtype, int styles_dtype, const void* w, const void* styles, 
     a.q = static_cast<A*>(q);
     a.shape = shape_of<T>(w, q, N, O, I, K, channels_last);
     a.eps = static_cast<A>(eps);
-    const int columns = pow2_between(ceil_div(I, kSteps), 32, kFwdThreads / 2);
-    int outs = min(kOuts, kFwdThreads / columns);
+    a.chunk = static_cast<int>(max(int64_t(1), min(int64_t(kSquares<A>), I)));
+    a.segments = static_cast<int>(ceil_div(a.chunk, kSegment));
+    a.reciprocal = static_cast<int>(ceil_div(1 << 16, a.segments));
     a.i_step = a.shape.rows ? K : 1;
     a.k_step = a.shape.rows ? 1 : I;
-    a.chunk = static_cast<int>(max(int64_t(1), min(int64_t(kSteps * columns), I)));
-    if (a.shape.rows) {
-      // A multiple of 8 channels, so that each chunk begins with a whole pack.
-      const int64_t fitting = kStage<A> / K / 8 * 8;
-      while (outs > 1 && outs * int64_t(a.chunk) > kStage<A> / K) outs /= 2;
-      a.shape.rows = fitting > 0;
-      a.shape.packed = a.shape.packed && a.shape.rows;
-      if (a.shape.rows) a.chunk = static_cast<int>(min(int64_t(a.chunk), fitting));
-    }
-    a.log_columns = log2_of(columns);
+    // A multiple of 8 channels, so that each copy begins with a whole pack.
+    a.unit = kSegment;
+    if (a.shape.rows) a.unit = static_cast<int>(min(int64_t(kSegment), kStage<T> / K / 8 * 8));
+    a.shape.packed = a.shape.packed && I % 4 == 0 && aligned16(styles);
+    if (a.unit == 0) a.shape.packed = a.shape.packed && !a.shape.rows, a.shape.rows = false;
+    const int style_bytes = styles_dtype == kF64 ? 8 : styles_dtype == kF32 ? 4 : 2;
+    const int outs = outs_of<T>(a.shape, style_bytes);
+    const int samples = outs == 8 ? kSamplesOf<8> : kSamplesOf<1>;
+    // Samples go to several blocks while multiprocessors are free and the weights, which each of
+    // these reads, are fewer bytes than their styles; or where they are too many for a block.
+    const int64_t across = ceil_div(O, outs);
+    int64_t batches = 1;
+    while (2 * batches * across <= sm_count() &&
+           N * style_bytes > batches * outs * K * int64_t(sizeof(T)))
+      batches *= 2;
+    batches = max(batches, ceil_div(N, kFwdWarps * samples));
+    const int64_t groups = ceil_div(ceil_div(N, batches), samples);
+    const int64_t copies =
+        a.shape.rows ? ceil_div(int64_t(outs) * a.chunk, a.unit) : int64_t(outs) * a.segments;
+    int warps = pow2_between(max(copies, groups * a.segments), 1, kFwdWarps);
+    const int at_once = pow2_between(groups, 1, warps);
+    const int parts = min(pow2_between(a.segments, 1, kFwdWarps), warps / at_once);
+    if (batches > 1) warps = at_once * parts;  // others would take more samples
+    batches = max(int64_t(1), ceil_div(N, warps / parts * samples));
+    const int64_t most = 65535;  // blocks along y
+    a.outs = outs;
+    a.weights = outs * I * K;
+    a.samples = warps / parts * samples;
     a.log_outs = log2_of(outs);
-    a.log_samples = log2_of(pow2_between(N, 1, min(kSamples, columns * outs / 32)));
+    a.log_parts = log2_of(parts);
     by_shape<T>(a.shape, [&](auto n, auto rows) {
-      constexpr bool kStaged = decltype(rows)::value;
+      constexpr bool kRows = decltype(rows)::value;
       constexpr int kWide = decltype(n)::value;
-      GK_LAUNCH((demod_coefs_fwd_kernel < T, kStaged || kWide == 1 ? kWide : kSteps, kStaged >),
-                dim3(static_cast<unsigned>(ceil_div(O, outs))), dim3(columns * outs), 0, stream, a);
+      GK_LAUNCH((demod_coefs_fwd_kernel < T, kRows || kWide == 1 ? kWide : 4, kRows >),
+                dim3(static_cast<unsigned>(across), static_cast<unsigned>(min(batches, most)),
+                     static_cast<unsigned>(ceil_div(batches, most))),
+                dim3(32 * warps), 0, stream, a);
     });
     return static_cast<int>(cudaGetLastError());
   });

@@ -236,6 +236,24 @@ def test_large_tiles(impl, device, layout, taps, factors, dtype):
         assert harness.max_error(y, exact) <= (8 if dtype == "f32" else 2) * eps * size
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("factors", [(1, 1), (2, 1), (1, 2)], ids=str)
+def test_lines_of_channels(impl, device, factors, dtype):
+    """Parts of 128 and of 64 bytes of channels, whole and not, where a GPU has enough of them."""
+    up, down = factors
+    for channels, separable in itertools.product((24, 32, 56, 64), (True, False)):
+        channels = channels // 2 if dtype == "f32" else channels
+        x = harness.lay_out(harness.randn(1, channels, 23, 41).to(DTYPES[dtype]), "channels_last")
+        f = torch.linspace(-1, 2, 4) if separable else harness.randn(4, 4, seed=1).float()
+        with harness.gpu_of(1, impl):
+            y = upfirdn2d(x.to(device), f.to(device), up, down, 2, impl=impl)
+        exact = upfirdn2d(x.double(), f.double(), up, down, 2, impl="reference")
+        all_of_a_sign = (x.double().abs(), f.double().abs(), up, down, 2)
+        size = upfirdn2d(*all_of_a_sign, impl="reference").max().item()
+        eps = torch.finfo(x.dtype).eps
+        assert harness.max_error(y.cpu(), exact) <= (8 if dtype == "f32" else 2) * eps * size
+
+
 def test_offsets_beyond_32_bits(impl, device):
     """The last corner of an image of over 2**31 elements; the rest is never touched."""
     if impl == "reference" or device != "cpu":

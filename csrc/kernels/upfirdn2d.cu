@@ -8,10 +8,11 @@
 //   planes: NCHW, factors 1, 2, 4 and 2 to 12 taps compiled in. A thread makes 4 columns; columns
 //     are kept split into phases, so that a warp reads and writes them without bank conflicts.
 //     Separable filters of 8 and 12 taps take two passes through shared memory.
-//   walk: channels-last, 4 taps, factors 1 and 2. A block walks down a strip of 128 bytes of
-//   channels. strips: channels-last, separable filters of more than 6 taps, in two passes. pixels:
-//   channels-last, every other filter. A block has a tile of 32 bytes of channels. any: every other
-//   filter, factor, layout and dtype.
+//   walk: channels-last, 4 taps, factors 1 and 2. A block walks down a strip for 128 bytes of
+//     channels, and copies the next rows while it filters.
+//   strips: channels-last, separable filters of more than 6 taps, in two passes.
+//   pixels: channels-last, every other filter. A block has a tile of 32 bytes of channels.
+//   any: every other filter, factor, layout and dtype.
 #include "upfirdn2d_march.cuh"
 #include "upfirdn2d_pixels.cuh"
 #include "upfirdn2d_planes.cuh"

@@ -28,7 +28,6 @@ struct Args {
   int in_rows;                         // rows of it
   int phase;                           // planes: floats of a phase of the tile
   int vectors;                         // read for a row of the tile
-  int rows;                            // pixels: outputs of a thread along y
   int threads_y, magic_x, magic_row;   // planes: rows of threads; see quotient()
   int dtype;
   bool separable, flip;

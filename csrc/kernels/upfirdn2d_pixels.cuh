@@ -97,15 +97,14 @@ int launch_pixels(Args p, void* stream) {
   int x = pow2_between(p.w.out, 8, 32);
   int y = kPixelThreads / (kLanes * x);
   // The largest tile that fits: the squarer, the smaller its halo.
-  p.rows = 2;
-  y = pow2_between(ceil_div(p.h.out, p.rows), 1, y);
+  y = pow2_between(ceil_div(p.h.out, 2), 1, y);
   const int64_t wanted = sm_count();
   p.chunks = static_cast<int>(ceil_div(p.channels, 2 * N));
   int64_t shared = 0, tiles_h = 0;
   for (;;) {
     while (x * y * kLanes < 32) y *= 2;
     p.tile_w = x;
-    p.tile_h = y * p.rows;
+    p.tile_h = y * 2;
     p.tiles_w = static_cast<int>(ceil_div(p.w.out, p.tile_w));
     p.columns = samples_for(p.w, p.tile_w) + (p.w.up > 1);
     p.vectors = p.pitch = 2 * p.columns;

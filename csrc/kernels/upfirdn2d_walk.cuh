@@ -191,59 +191,56 @@ int launch_walk(Args p, void* stream) {
   while (chunk > 32 && 8 * ceil_div(bytes, chunk) * chunk > 9 * ceil_div(bytes, 32) * 32)
     chunk /= 2;
   const int64_t height = p.h.out + kUp - 1;
-  int most = kWalkThreads;
+  int threads = kWalkThreads;
   int64_t shared = 0, strips = ceil_div(height, kWalkHeight);
+  Strides s{};
   for (;;) {
     const int lanes = chunk / static_cast<int>(4 * sizeof(T)), granules = chunk / 16;
     // At least a warp, and a pixel of each phase for half of the threads.
     const int fewest = max(32, 2 * W::kPhases * granules);
     const int x = pow2_between(ceil_div(p.w.out, W::kColumns), max(fewest / lanes, 1),
-                               max(most, fewest) / lanes);
+                               max(threads, fewest) / lanes);
+    threads = x * lanes;
     p.log2_c = log2_of(lanes);
-    p.threads_y = x * lanes;
     p.chunks = static_cast<int>(ceil_div(bytes, chunk));
     p.tile_w = x * W::kColumns;
     p.tiles_w = static_cast<int>(ceil_div(p.w.out, p.tile_w));
     p.columns = samples_for(p.w, p.tile_w);
-    // Phases lie so that copies of neighbouring pixels meet all banks.
-    int phase = static_cast<int>(ceil_div(p.columns, W::kPhases));
-    const int apart = max(8 / W::kPhases, granules);
-    while (W::kPhases > 1 && granules < 8 && phase * granules % (2 * apart) != apart) phase++;
-    p.phase = phase * granules;
-    p.pitch = W::kPhases * p.phase;
-    shared = int64_t(16) * 2 * kStages * p.pitch + 64;
     p.tile_h = static_cast<int>(ceil_div(height, strips * kUp)) * kUp;
     strips = ceil_div(height, p.tile_h);
+    // Phases lie so that copies of neighbouring pixels meet all banks.
+    int pixels = static_cast<int>(ceil_div(p.columns, W::kPhases));
+    const int apart = max(8 / W::kPhases, granules);
+    while (W::kPhases > 1 && granules < 8 && pixels * granules % (2 * apart) != apart) pixels++;
+    s.pixel = chunk, s.phase = pixels * chunk, s.row = W::kPhases * s.phase;
+    shared = 64 + int64_t(2) * kStages * s.row;
     // Long strips only where their blocks fill the multiprocessors.
     const int64_t blocks = strips * p.tiles_w * p.images * p.chunks;
     const int filled = p.tile_h > 34 ? 1024 : p.tile_h > 17 ? 512 : p.tile_h > 9 ? 256 : 0;
-    const bool enough = blocks >= sms && blocks * p.threads_y >= filled * sms;
-    const bool least = p.threads_y == fewest && p.tile_h == kUp && chunk == 32;
+    const bool least = threads == fewest && p.tile_h == kUp && chunk == 32;
+    const bool enough = blocks >= sms && blocks * threads >= filled * sms;
     if (shared <= kSharedBytes && (least || enough)) break;
     if (least) return -1;
-    if (shared > kSharedBytes)
-      most /= 2;
-    else if (p.tile_h > 9)
+    if (shared <= kSharedBytes && p.tile_h > 9)
       strips *= 2;
-    else if (chunk > 32)
-      chunk /= 2;
-    else if (p.tile_h > kUp)
+    else if (shared <= kSharedBytes && chunk > 32)
+      chunk /= 2, threads = kWalkThreads;
+    else if (shared <= kSharedBytes && p.tile_h > kUp)
       strips *= 2;
     else
-      most = p.threads_y / 2;
+      threads /= 2;
   }
   if (strips > 65535 || p.chunks > 65535) return -1;
-  Strides s{};
-  s.pixel = chunk, s.phase = 16 * p.phase, s.row = 16 * p.pitch, s.last = 2 * (kStages - 1) * s.row;
-  s.across = p.threads_y / 2 * 16 / chunk;
+  s.last = 2 * (kStages - 1) * s.row;
+  s.across = threads / 2 * 16 / chunk;
   s.copy_ring = s.across / W::kPhases * chunk, s.copy_x = s.across * bytes;
   s.stage_x = 2 * p.w.in * bytes;
   s.pixel_y = bytes, s.row_y = p.w.out * bytes;
   return by_images(p, [&](const Args& q) {
     const dim3 grid(static_cast<unsigned>(q.tiles_w), static_cast<unsigned>(q.images * q.chunks),
                     static_cast<unsigned>(strips));
-    GK_LAUNCH((upfirdn2d_walk_kernel<T, kUp, kDown>), grid, dim3(q.threads_y),
-              static_cast<int>(shared), stream, q, s);
+    GK_LAUNCH((upfirdn2d_walk_kernel<T, kUp, kDown>), grid, dim3(threads), static_cast<int>(shared),
+              stream, q, s);
   });
 }
 

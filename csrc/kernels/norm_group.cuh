@@ -115,7 +115,7 @@ __device__ __forceinline__ int gather_lines(const A* from, int rows, int log_row
 #pragma unroll
     for (int i = 0; i < kLoads; i++) {
       words[i] = {};
-      const A* at = from + (static_cast<int64_t>(row + i * count) << log_row) * kSide;
+      const A* at = from + ((row + i * count) << log_row) * kSide;
       if (row + i * count < rows)
         *reinterpret_cast<uint4*>(&words[i]) = __ldcg(reinterpret_cast<const uint4*>(at));
     }
@@ -191,17 +191,16 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
     return V == 1 ? slice : slice * inner + min(first_column + c, inner - 1);
   };
   const int batch = (steps + 4 * kBatches - 1) / (4 * kBatches) * 4;
-  int64_t base;
-  int mine;  // steps of this thread
-
-  A sums[V][Op::kSums];
-  int looks = kLooks;
-#pragma unroll 1
-  for (int part = own, known_there = 0;;) {
+  int64_t base;  // this thread's first element of a part, and its steps
+  int mine;
+  const auto find = [&](int part) {
     const int64_t begin = static_cast<int64_t>(part) * steps * ty_count;
     const int64_t left = inside ? length - begin - ty + ty_count - 1 : 0;
     mine = static_cast<int>(min(static_cast<int64_t>(steps), left >> (kLogThreads - log_tx)));
     base = (slice * length + begin + ty) * inner + column;
+  };
+  const auto fetch = [&](int part) {
+    find(part);
     const T* from[Op::kIn];
 #pragma unroll
     for (int a = 0; a < Op::kIn; a++) from[a] = op.in[a] + base;
@@ -216,22 +215,27 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
           copy_pack<T, N>(to + a * kLine, from[a]);
       copy_batch();
     }
-    if (!known_there) {
-      known_there = 1;
-      if (threadIdx.x == 0 && parts > 1) *next = atomicExch(claims + own, 1) == 0 ? own : -1;
-      if (threadIdx.x < vectors) styles[threadIdx.x] = op.style(vector(threadIdx.x));
-      if constexpr (Op::kPivot) {
-        Params pivots[V] = {};
-        const int64_t first = slice * length * inner + column;
-        if (ty == 0 && inside) load_pivot<Op, N>(op, first, first + length / 2 * inner, pivots);
+  };
+
+  fetch(own);
+  if (threadIdx.x == 0 && parts > 1) *next = atomicExch(claims + own, 1) == 0 ? own : -1;
+  if (threadIdx.x < vectors) styles[threadIdx.x] = op.style(vector(threadIdx.x));
+  if constexpr (Op::kPivot) {
+    Params pivots[V] = {};
+    const int64_t first = slice * length * inner + column;
+    if (ty == 0 && inside) load_pivot<Op, N>(op, first, first + length / 2 * inner, pivots);
 #pragma unroll
-        for (int j = 0; j < V; j++)
-          if (ty == 0) known[tx * V + j] = pivots[j];
-      } else {
-        if (threadIdx.x < vectors) known[threadIdx.x] = op.params(vector(threadIdx.x));
-      }
-      __syncthreads();
-    }
+    for (int j = 0; j < V; j++)
+      if (ty == 0) known[tx * V + j] = pivots[j];
+  } else {
+    if (threadIdx.x < vectors) known[threadIdx.x] = op.params(vector(threadIdx.x));
+  }
+  __syncthreads();
+
+  A sums[V][Op::kSums];
+  int looks = kLooks;
+#pragma unroll 1
+  for (int part = own;;) {
     Params params[V];
 #pragma unroll
     for (int j = 0; j < V; j++) {
@@ -265,8 +269,8 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
     }
     if (parts == 1) break;
     store_lines<Op::kSums>(sums, log_tx, lines);
-    sum_lines<Op::kSums, V>(lines, column_lines(log_tx), log_tx, [&](int e, int, const A* s) {
-      A* to = V == 1 ? stats + part : stats + static_cast<int64_t>(part) * row + e;
+    sum_lines<Op::kSums, V, true>(lines, kThreads / 32, log_tx, [&](int e, int, const A* s) {
+      A* to = V == 1 ? stats + part : stats + part * row + e;
 #pragma unroll
       for (int i = 0; i < Op::kSums; i++) {
         if constexpr (V == 1) found[i] = s[i];
@@ -287,10 +291,10 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
       }
       __syncthreads();
       if (next[1]) {
-        const int count = gather_lines<kThreads>(stats + static_cast<int64_t>(first) * row, size,
+        const int count = gather_lines<kThreads>(stats + first * row, size,
                                                  log_tx + kLogRow, lines);
-        A* to = stats + static_cast<int64_t>(parts + team) * row;
-        sum_lines<Op::kSums, V>(lines, count, log_tx, [&](int e, int, const A* s) {
+        A* to = stats + (parts + team) * row;
+        sum_lines<Op::kSums, V, true>(lines, count, log_tx, [&](int e, int, const A* s) {
 #pragma unroll
           for (int i = 0; i < Op::kSums; i++) to[i * vectors + e] = s[i];
         });
@@ -308,12 +312,12 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
     const int claimed = *next;
     if (claimed < 0 && part == own) break;
     part = claimed < 0 ? own : claimed;  // at the end its own again, to be mapped
+    fetch(part);
   }
 
-  int count = column_lines(log_tx);
+  int count = kThreads / 32;
   if (V > 1 && parts > 1) {
-    count = gather_lines<kThreads>(stats + static_cast<int64_t>(parts) * row, teams,
-                                   log_tx + kLogRow, lines);
+    count = gather_lines<kThreads>(stats + parts * row, teams, log_tx + kLogRow, lines);
   } else {
     if (parts > 1) {  // a thread for each part; its own is at hand
       if (ty == own) load_columns(sums, log_tx, found);
@@ -324,7 +328,7 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
     store_lines<Op::kSums>(sums, log_tx, lines);
   }
   const A inv_length = A(1) / A(length * kEach);
-  sum_lines<Op::kSums, V>(lines, count, log_tx, [&](int e, int c, const A* s) {
+  sum_lines<Op::kSums, V, true>(lines, count, log_tx, [&](int e, int c, const A* s) {
     A f[Op::kFactors];
     op.finish(vector(c), s, known[c], styles[c], inv_length, f,
               own == 0 && (V == 1 || first_column + c < inner));
@@ -334,6 +338,9 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
   A factors[V][Op::kFactors];
   load_columns(factors, log_tx, found);
 
+  int again = own;  // to be found again, not kept all the time
+  forget(again);
+  find(again);
   with_format(op, [&](const Op& known) {
     const T* at = own_stage;
     T* to[Op::kOut];

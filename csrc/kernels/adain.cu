@@ -1,11 +1,11 @@
 // adain: y = scale * (x - mean) * rstd + shift for each sample's channel, and its gradient.
 // With rstd = rsqrt(var + eps), h = (x - mean) rstd and P pixels,
 //   dshift = Σ dy,   dscale = Σ dy h,   dx = scale rstd (dy - Σ dy / P - h Σ dy h / P).
-// Both maps are linear in the elements. Those of 16 bits are mapped as such, `kFolded`: what the mean
-// costs of float32's accuracy is below their own.
-// The sums over a plane are the only coupling between elements: csrc/kernels/norm.cuh, and for
-// planes that no multiprocessor can hold csrc/kernels/norm_group.cuh. mean and rstd go from the
-// forward to the backward, so that it takes its sums in one pass.
+// Both maps are linear in the elements. Those of 16 bits are mapped as such, `kFolded`: what the
+// mean costs of float32's accuracy is below their own. The sums over a plane are the only coupling
+// between elements: csrc/kernels/norm.cuh, and for planes that no multiprocessor can hold
+// csrc/kernels/norm_group.cuh. mean and rstd go from the forward to the backward, so that it takes
+// its sums in one pass.
 #include "norm_launch.cuh"
 
 namespace gankern {
@@ -19,7 +19,8 @@ struct Forward {
   using Elem = T;
   using A = Acc<T>;
   static constexpr bool kFolded = sizeof(T) == 2;
-  static constexpr int kIn = 1, kOut = 1, kSums = 2, kFactors = kFolded ? 2 : 3, kHold = sizeof(T) == 2 ? 4 : 8;
+  static constexpr int kIn = 1, kOut = 1, kSums = 2, kFactors = kFolded ? 2 : 3,
+                       kHold = sizeof(T) == 2 ? 4 : 8;
   static constexpr int kColumnHold = sizeof(T) == 2 ? 4 : 8, kColumnBytes = 8;
   static constexpr bool kPivot = true;
   static constexpr int kGroupBytes = sizeof(T) == 8 ? 0 : 16;

@@ -404,15 +404,18 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const A inv_length = A(1) / A(length);
   store_lines<Op::kSums>(sums, log_tx, scratch);
   A* found = scratch + column_lines(log_tx) * Op::kSums * columns;
-  sum_lines<Op::kSums, N, false>(scratch, column_lines(log_tx), log_tx, [&](int e, int c, const A* s) {
-    const int64_t i = vector(first_column + c);
-    typename Op::Params p = op.params(i);
-    if constexpr (Op::kPivot) p.pivot = shared[(c % N << log_tx) + c / N];
-    A f[Op::kFactors];
-    op.finish(i, s, p, inv_length, f, first_column + c < inner);
+  sum_lines<Op::kSums, N, false>(scratch, column_lines(log_tx), log_tx,
+                                 [&](int e, int c, const A* s) {
+                                   const int64_t i = vector(first_column + c);
+                                   typename Op::Params p = op.params(i);
+                                   if constexpr (Op::kPivot)
+                                     p.pivot = shared[(c % N << log_tx) + c / N];
+                                   A f[Op::kFactors];
+                                   op.finish(i, s, p, inv_length, f, first_column + c < inner);
 #pragma unroll
-    for (int k = 0; k < Op::kFactors; k++) found[k * columns + e] = f[k];
-  });
+                                   for (int k = 0; k < Op::kFactors; k++)
+                                     found[k * columns + e] = f[k];
+                                 });
   A factors[N][Op::kFactors];
   load_columns(factors, log_tx, found);
   forget(base);

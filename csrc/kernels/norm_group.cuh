@@ -18,8 +18,8 @@
 namespace gankern {
 namespace {
 
-// Several blocks a multiprocessor: some move data while others wait. A thread of columns has sums of
-// its own to hand over, so that few threads with many pixels each take fewer instructions.
+// Several blocks a multiprocessor: some move data while others wait. A thread of columns has sums
+// of its own to hand over, so that few threads with many pixels each take fewer instructions.
 constexpr int kGroupBlocks = 4;
 template <int V>
 constexpr int kGroupThreads = V == 1 ? 256 : 128;
@@ -49,8 +49,8 @@ __device__ __forceinline__ int look(int* counter) {
 #endif
 }
 
-// What this block knows of others' writes, by a counter, or has written, is known behind it. (It is
-// all that a counter needs; __threadfence() would also put the fences of all blocks in one order.)
+// Before a counter tells others of this block's writes, and after one has told of theirs. As
+// __threadfence(), which also puts all fences of all blocks in one order, but takes less time.
 __device__ __forceinline__ void fence() {
 #ifdef GANKERN_SIMT
   __threadfence();
@@ -61,7 +61,8 @@ __device__ __forceinline__ void fence() {
 
 // The part that this block is to sum up next, or -1 when the sums of all teams are there. looks:
 // those left to it before it claims.
-__device__ __forceinline__ int next_part(int* claims, int* published, int parts, int teams, int& looks) {
+__device__ __forceinline__ int next_part(int* claims, int* published, int parts, int teams,
+                                         int& looks) {
   for (; look(published) < teams; __nanosleep(kNanoseconds)) {
     if (looks > 0) {
       looks--;
@@ -167,13 +168,13 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
   GK_DYNAMIC_SHARED(T, stage);
   const int vectors = V << log_tx, tx = threadIdx.x & ((1 << log_tx) - 1);
   const int ty = threadIdx.x >> log_tx, ty_count = kThreads >> log_tx;
-  // In shared memory: what is kept, the next part and whether it ends its team, what add() and
-  // finish() must know of each vector, sums, factors.
+  // In shared memory: what is kept, the next part and whether it ends its team, what finish()
+  // and add() must know of each vector, sums, factors.
   T* own_stage = stage + threadIdx.x * N;
   int* next = reinterpret_cast<int*>(stage + steps * Op::kIn * kLine);
-  Params* known = reinterpret_cast<Params*>(next + 4);
-  Style* styles = reinterpret_cast<Style*>(known + vectors);
-  A* lines = reinterpret_cast<A*>(styles + vectors);
+  Style* styles = reinterpret_cast<Style*>(next + 4);
+  Params* known = reinterpret_cast<Params*>(styles + vectors);
+  A* lines = reinterpret_cast<A*>(known + vectors);
   A* found = lines + kGroupLines;
 
   const int parts = gridDim.x, own = blockIdx.x;
@@ -182,8 +183,7 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
   int* claims = exchange.claims + group * parts;
   int* published = exchange.published + group;
   const int row = Op::kSums * vectors;  // of columns' sums
-  A* stats = exchange.sums +
-             static_cast<int64_t>(group) * row * (V == 1 ? parts : parts + teams);
+  A* stats = exchange.sums + static_cast<int64_t>(group) * row * (V == 1 ? parts : parts + teams);
   const int64_t slice = blockIdx.z, first_column = static_cast<int64_t>(blockIdx.y) * (N << log_tx);
   const int64_t column = first_column + tx * N, step = ty_count * inner;
   const bool inside = column < inner;
@@ -193,11 +193,11 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
   const int batch = (steps + 4 * kBatches - 1) / (4 * kBatches) * 4;
   int64_t base;  // this thread's first element of a part, and its steps
   int mine;
+  const int whole =
+      inside ? static_cast<int>((length - ty + ty_count - 1) >> (kLogThreads - log_tx)) : 0;
   const auto find = [&](int part) {
-    const int64_t begin = static_cast<int64_t>(part) * steps * ty_count;
-    const int64_t left = inside ? length - begin - ty + ty_count - 1 : 0;
-    mine = static_cast<int>(min(static_cast<int64_t>(steps), left >> (kLogThreads - log_tx)));
-    base = (slice * length + begin + ty) * inner + column;
+    mine = min(steps, whole - part * steps);
+    base = (slice * length + ty) * inner + column + part * steps * step;
   };
   const auto fetch = [&](int part) {
     find(part);
@@ -291,8 +291,8 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
       }
       __syncthreads();
       if (next[1]) {
-        const int count = gather_lines<kThreads>(stats + first * row, size,
-                                                 log_tx + kLogRow, lines);
+        const int count =
+            gather_lines<kThreads>(stats + first * row, size, log_tx + kLogRow, lines);
         A* to = stats + (parts + team) * row;
         sum_lines<Op::kSums, V, true>(lines, count, log_tx, [&](int e, int, const A* s) {
 #pragma unroll

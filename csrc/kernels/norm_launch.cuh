@@ -127,6 +127,7 @@ class Group {
     constexpr int kPack = N * sizeof(typename Op::Elem);
     const int tx = V == 1 ? 1 : pow2_between(ceil_div(inner_, N), 1, max(1, bytes / kPack));
     const bool line = V > 1 && tx * kPack > 64, wide = V > 1 && tx * kPack > 32;
+    if (line && inner_ % (tx * N) != 0) return;
     vectors_ = V * tx;
     log_tx_ = log2_of(tx);
     columns_ = ceil_div(inner_, tx * N);
@@ -136,8 +137,8 @@ class Group {
     const int side = line ? tx / 2 : tx;
     if (length_ <= int64_t(held) * (groups < sms ? kMaxThreads : kMaxThreads / 2) / side) return;
     scratch_ = 16 + kGroupLines * static_cast<int>(sizeof(A)) +
-               vectors_ * static_cast<int>(sizeof(typename Op::Params) + sizeof(typename Op::Style) +
-                                           Op::kFactors * sizeof(A));
+               vectors_ * static_cast<int>(sizeof(typename Op::Params) +
+                                           sizeof(typename Op::Style) + Op::kFactors * sizeof(A));
     const int64_t all = ceil_div(length_, kThreads / tx);
     int64_t parts = ceil_div(all, int64_t((shared_of_block(kGroupBlocks) - scratch_) / kStep));
     // What fewer blocks of a multiprocessor can keep needs no other.
@@ -150,10 +151,11 @@ class Group {
     // read twice.
     const int64_t round = kGroupBlocks * sms;
     bool fits = parts <= (V == 1 ? min(int64_t(kThreads), round) : round);
-    // Whole cache lines where several groups find room, one to move data while others wait, and
+    // Whole cache lines where several groups find room, some to move data while others wait, and
     // where half a line would have parts as well.
     if (line && parts > 1) fits = parts > 3 && 3 * parts <= round;
-    // Each block reads the sums of all teams: a twentieth of its bytes at most, or of fewer columns.
+    // Each block reads the sums of all teams: a twentieth of its bytes at most, or of fewer
+    // columns.
     const int64_t moved = int64_t(steps_) * kStep / Op::kIn * (Op::kIn + Op::kOut);
     const int64_t read = teams(parts) * vectors_ * Op::kSums * static_cast<int64_t>(sizeof(A));
     if (wide && parts > 1 && read * 20 > moved) return;

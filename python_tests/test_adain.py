@@ -28,6 +28,7 @@ SHARED = {
     "columns": ((1, 20, 112, 120), "channels_last", "f32"),
     "half_rows": ((1, 1, 512, 400), "contiguous", "f16"),
     "half_columns": ((2, 24, 96, 100), "channels_last", "f16"),
+    "half_lines": ((1, 64, 96, 100), "channels_last", "f16"),
 }
 
 

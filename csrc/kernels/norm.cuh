@@ -325,12 +325,13 @@ __device__ __forceinline__ void store_lines(A (&s)[N][kSums], int log_tx, A* lin
 }
 
 // f(e, column of the block, sums) for the e-th value of each sum's columns, between barriers.
-template <int kSums, int N, typename A, typename F>
+// kOnce: there are no more columns than threads.
+template <int kSums, int N, bool kOnce, typename A, typename F>
 __device__ __forceinline__ void sum_lines(const A* lines, int count, int log_tx, F f) {
   const int columns = N << log_tx;
   __syncthreads();
 #pragma unroll 1
-  for (int e = threadIdx.x; e < columns; e += blockDim.x) {
+  for (int e = threadIdx.x; e < columns; e += kOnce ? columns : blockDim.x) {
     A total[kSums] = {};
 #pragma unroll 4
     for (int line = 0; line < count; line++)
@@ -403,15 +404,18 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const A inv_length = A(1) / A(length);
   store_lines<Op::kSums>(sums, log_tx, scratch);
   A* found = scratch + column_lines(log_tx) * Op::kSums * columns;
-  sum_lines<Op::kSums, N>(scratch, column_lines(log_tx), log_tx, [&](int e, int c, const A* s) {
-    const int64_t i = vector(first_column + c);
-    typename Op::Params p = op.params(i);
-    if constexpr (Op::kPivot) p.pivot = shared[(c % N << log_tx) + c / N];
-    A f[Op::kFactors];
-    op.finish(i, s, p, inv_length, f, first_column + c < inner);
+  sum_lines<Op::kSums, N, false>(scratch, column_lines(log_tx), log_tx,
+                                 [&](int e, int c, const A* s) {
+                                   const int64_t i = vector(first_column + c);
+                                   typename Op::Params p = op.params(i);
+                                   if constexpr (Op::kPivot)
+                                     p.pivot = shared[(c % N << log_tx) + c / N];
+                                   A f[Op::kFactors];
+                                   op.finish(i, s, p, inv_length, f, first_column + c < inner);
 #pragma unroll
-    for (int k = 0; k < Op::kFactors; k++) found[k * columns + e] = f[k];
-  });
+                                   for (int k = 0; k < Op::kFactors; k++)
+                                     found[k * columns + e] = f[k];
+                                 });
   A factors[N][Op::kFactors];
   load_columns(factors, log_tx, found);
   forget(base);

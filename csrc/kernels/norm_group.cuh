@@ -49,8 +49,8 @@ __device__ __forceinline__ int look(int* counter) {
 #endif
 }
 
-// What this block knows of others' writes, by a counter, or has written, is known behind it. (It is
-// all that a counter needs; __threadfence() would also put the fences of all blocks in one order.)
+// Before a counter tells others of this block's writes, and after one has told of theirs. As
+// __threadfence(), which also puts all fences of all blocks in one order, but takes less time.
 __device__ __forceinline__ void fence() {
 #ifdef GANKERN_SIMT
   __threadfence();
@@ -90,7 +90,7 @@ __device__ __forceinline__ int gather_lines(const A* from, int rows, int log_row
 #pragma unroll
     for (int i = 0; i < kLoads; i++) {
       words[i] = {};
-      const A* at = from + (static_cast<int64_t>(row + i * count) << log_row) * kSide;
+      const A* at = from + ((row + i * count) << log_row) * kSide;
       if (row + i * count < rows)
         *reinterpret_cast<uint4*>(&words[i]) = __ldcg(reinterpret_cast<const uint4*>(at));
     }
@@ -142,13 +142,13 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
   GK_DYNAMIC_SHARED(T, stage);
   const int vectors = V << log_tx, tx = threadIdx.x & ((1 << log_tx) - 1);
   const int ty = threadIdx.x >> log_tx, ty_count = kThreads >> log_tx;
-  // In shared memory: what is kept, the next part and whether it ends its team, what add() and
-  // finish() must know of each vector, sums, factors.
+  // In shared memory: what is kept, the next part and whether it ends its team, what finish()
+  // and add() must know of each vector, sums, factors.
   T* own_stage = stage + threadIdx.x * N;
   int* next = reinterpret_cast<int*>(stage + steps * Op::kIn * kLine);
-  Params* known = reinterpret_cast<Params*>(next + 4);
-  Style* styles = reinterpret_cast<Style*>(known + vectors);
-  A* lines = reinterpret_cast<A*>(styles + vectors);
+  Style* styles = reinterpret_cast<Style*>(next + 4);
+  Params* known = reinterpret_cast<Params*>(styles + vectors);
+  A* lines = reinterpret_cast<A*>(known + vectors);
   A* found = lines + kGroupLines;
 
   const int parts = gridDim.x, own = blockIdx.x;
@@ -165,17 +165,16 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
     return V == 1 ? slice : slice * inner + min(first_column + c, inner - 1);
   };
   const int batch = (steps + 4 * kBatches - 1) / (4 * kBatches) * 4;
-  int64_t base;
-  int mine;  // steps of this thread
-
-  A sums[V][Op::kSums];
-  int looks = kLooks;
-#pragma unroll 1
-  for (int part = own, known_there = 0;;) {
-    const int64_t begin = static_cast<int64_t>(part) * steps * ty_count;
-    const int64_t left = inside ? length - begin - ty + ty_count - 1 : 0;
-    mine = static_cast<int>(min(static_cast<int64_t>(steps), left >> (kLogThreads - log_tx)));
-    base = (slice * length + begin + ty) * inner + column;
+  int64_t base;  // this thread's first element of a part, and its steps
+  int mine;
+  const int whole =
+      inside ? static_cast<int>((length - ty + ty_count - 1) >> (kLogThreads - log_tx)) : 0;
+  const auto find = [&](int part) {
+    mine = min(steps, whole - part * steps);
+    base = (slice * length + ty) * inner + column + part * steps * step;
+  };
+  const auto fetch = [&](int part) {
+    find(part);
     const T* from[Op::kIn];
 #pragma unroll
     for (int a = 0; a < Op::kIn; a++) from[a] = op.in[a] + base;
@@ -190,22 +189,27 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
           copy_pack<T, N>(to + a * kLine, from[a]);
       copy_batch();
     }
-    if (!known_there) {
-      known_there = 1;
-      if (threadIdx.x == 0 && parts > 1) *next = atomicExch(claims + own, 1) == 0 ? own : -1;
-      if (threadIdx.x < vectors) styles[threadIdx.x] = op.style(vector(threadIdx.x));
-      if constexpr (Op::kPivot) {
-        Params pivots[V] = {};
-        const int64_t first = slice * length * inner + column;
-        if (ty == 0 && inside) load_pivot<Op, N>(op, first, first + length / 2 * inner, pivots);
+  };
+
+  fetch(own);
+  if (threadIdx.x == 0 && parts > 1) *next = atomicExch(claims + own, 1) == 0 ? own : -1;
+  if (threadIdx.x < vectors) styles[threadIdx.x] = op.style(vector(threadIdx.x));
+  if constexpr (Op::kPivot) {
+    Params pivots[V] = {};
+    const int64_t first = slice * length * inner + column;
+    if (ty == 0 && inside) load_pivot<Op, N>(op, first, first + length / 2 * inner, pivots);
 #pragma unroll
-        for (int j = 0; j < V; j++)
-          if (ty == 0) known[tx * V + j] = pivots[j];
-      } else {
-        if (threadIdx.x < vectors) known[threadIdx.x] = op.params(vector(threadIdx.x));
-      }
-      __syncthreads();
-    }
+    for (int j = 0; j < V; j++)
+      if (ty == 0) known[tx * V + j] = pivots[j];
+  } else {
+    if (threadIdx.x < vectors) known[threadIdx.x] = op.params(vector(threadIdx.x));
+  }
+  __syncthreads();
+
+  A sums[V][Op::kSums];
+  int looks = kLooks;
+#pragma unroll 1
+  for (int part = own;;) {
     Params params[V];
 #pragma unroll
     for (int j = 0; j < V; j++) {
@@ -239,8 +243,8 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
     }
     if (parts == 1) break;
     store_lines<Op::kSums>(sums, log_tx, lines);
-    sum_lines<Op::kSums, V>(lines, column_lines(log_tx), log_tx, [&](int e, int, const A* s) {
-      A* to = V == 1 ? stats + part : stats + static_cast<int64_t>(part) * row + e;
+    sum_lines<Op::kSums, V, true>(lines, kThreads / 32, log_tx, [&](int e, int, const A* s) {
+      A* to = V == 1 ? stats + part : stats + part * row + e;
 #pragma unroll
       for (int i = 0; i < Op::kSums; i++) {
         if constexpr (V == 1) found[i] = s[i];
@@ -261,10 +265,10 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
       }
       __syncthreads();
       if (next[1]) {
-        const int count = gather_lines<kThreads>(stats + static_cast<int64_t>(first) * row, size,
-                                                 log_tx + kLogRow, lines);
-        A* to = stats + static_cast<int64_t>(parts + team) * row;
-        sum_lines<Op::kSums, V>(lines, count, log_tx, [&](int e, int, const A* s) {
+        const int count =
+            gather_lines<kThreads>(stats + first * row, size, log_tx + kLogRow, lines);
+        A* to = stats + (parts + team) * row;
+        sum_lines<Op::kSums, V, true>(lines, count, log_tx, [&](int e, int, const A* s) {
 #pragma unroll
           for (int i = 0; i < Op::kSums; i++) to[i * vectors + e] = s[i];
         });
@@ -282,12 +286,12 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
     const int claimed = *next;
     if (claimed < 0 && part == own) break;
     part = claimed < 0 ? own : claimed;  // at the end its own again, to be mapped
+    fetch(part);
   }
 
-  int count = column_lines(log_tx);
+  int count = kThreads / 32;
   if (V > 1 && parts > 1) {
-    count = gather_lines<kThreads>(stats + static_cast<int64_t>(parts) * row, teams,
-                                   log_tx + kLogRow, lines);
+    count = gather_lines<kThreads>(stats + parts * row, teams, log_tx + kLogRow, lines);
   } else {
     if (parts > 1) {  // a thread for each part; its own is at hand
       if (ty == own) load_columns(sums, log_tx, found);
@@ -298,7 +302,7 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
     store_lines<Op::kSums>(sums, log_tx, lines);
   }
   const A inv_length = A(1) / A(length * kEach);
-  sum_lines<Op::kSums, V>(lines, count, log_tx, [&](int e, int c, const A* s) {
+  sum_lines<Op::kSums, V, true>(lines, count, log_tx, [&](int e, int c, const A* s) {
     A f[Op::kFactors];
     op.finish(vector(c), s, known[c], styles[c], inv_length, f,
               own == 0 && (V == 1 || first_column + c < inner));
@@ -308,6 +312,9 @@ __global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<
   A factors[V][Op::kFactors];
   load_columns(factors, log_tx, found);
 
+  int again = own;  // to be found again, not kept all the time
+  forget(again);
+  find(again);
   with_format(op, [&](const Op& known) {
     const T* at = own_stage;
     T* to[Op::kOut];

@@ -127,6 +127,7 @@ class Group {
     constexpr int kPack = N * sizeof(typename Op::Elem);
     const int tx = V == 1 ? 1 : pow2_between(ceil_div(inner_, N), 1, max(1, bytes / kPack));
     const bool line = V > 1 && tx * kPack > 64, wide = V > 1 && tx * kPack > 32;
+    if (line && inner_ % (tx * N) != 0) return;
     vectors_ = V * tx;
     log_tx_ = log2_of(tx);
     columns_ = ceil_div(inner_, tx * N);
@@ -150,7 +151,7 @@ class Group {
     // read twice.
     const int64_t round = kGroupBlocks * sms;
     bool fits = parts <= (V == 1 ? min(int64_t(kThreads), round) : round);
-    // Whole cache lines where several groups find room, one to move data while others wait, and
+    // Whole cache lines where several groups find room, some to move data while others wait, and
     // where half a line would have parts as well.
     if (line && parts > 1) fits = parts > 3 && 3 * parts <= round;
     // Each block reads the sums of all teams: a twentieth of its bytes at most, or of fewer

@@ -54,7 +54,7 @@ struct Args {
   int threads, step, channels, packs_log2;
   int xs, dys, parked, sources, noises, x_stage, dy_stage, noise_stage;
   int packs, x_apart, dy_packs, dy_apart, dy_magic, noise_magic;
-  int x_step, dy_step;  // packs of the images between steps
+  int x_step, dy_step;                // packs of the images between steps
   int64_t out_line, x_jump, dy_jump;  // bytes
   int f32;
   Acc<T> filter_gain;

@@ -263,8 +263,8 @@ def measure(
     return times
 
 
-def captured(f: Callable[[], Any]) -> Callable[[], None]:
-    """GRAPH_CALLS calls of f as one CUDA graph: the GPU's time, whatever a launch costs the CPU."""
+def captured(f: Callable[[], Any], calls: int = GRAPH_CALLS) -> Callable[[], None]:
+    """So many calls of f as one CUDA graph: the GPU's time, whatever a launch costs the CPU."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -273,7 +273,7 @@ def captured(f: Callable[[], Any]) -> Callable[[], None]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(GRAPH_CALLS):
+        for _ in range(calls):
             f()
     return graph.replay
 

@@ -4,6 +4,7 @@
     python benchmarks/steps.py --model stylegan2-64 --step G R1 --compile
     OMP_NUM_THREADS=1 python benchmarks/steps.py --cpu-time   on a machine that others load
     python benchmarks/steps.py --breakdown              where the time of each step goes
+    python benchmarks/steps.py --cuda-graphs            each step as one CUDA graph, on a GPU
     python benchmarks/steps.py --scaling                img/s over batch, size, channels, ranks
     python benchmarks/steps.py --json steps.jsonl       also appends one JSON line a row
 
@@ -14,7 +15,9 @@ differentiate twice), and the floor: the step's convolutions and matrix products
 backward as the reference runs them, by PyTorch, each in the faster of the two memory formats. Our
 own convolutions may undercut it. Peak memory is what the step allocates, above what was there.
 With --keep-memory freed memory stays with the process, as in `gankern train`: no column then pays
-for fresh pages, which the reference touches most of.
+for fresh pages, which the reference touches most of. On a GPU the CPU may not keep up with its
+launches: --cuda-graphs replays every column's step as one graph, as `gankern train --cuda-graphs`
+does, and leaves out torch.compile.
 
 --scaling runs iterations of G's and D's steps of a small StyleGAN2 of one width, changing one size
 at a time; ranks are processes of one thread that average their gradients as training does. With
@@ -42,7 +45,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from ops import figures, machine, measure, seconds
+from ops import captured, figures, machine, measure, seconds
 
 from gankern.memory import keep_memory
 from gankern.models import dcgan, stylegan, stylegan2
@@ -226,6 +229,7 @@ def rows(
     batch: int,
     rounds: int,
     compiled: bool,
+    graphs: bool,
     device: str,
     clock: Callable[[], float],
 ) -> Iterator[dict[str, Any]]:
@@ -248,12 +252,14 @@ def rows(
             _with("reference", ours, step)
         columns["floor"] = floor(recorder.calls, torch.device(device))
         memory = {c: peak_memory(f) for c, f in columns.items() if c in ("ours", "reference")}
+        if graphs:
+            columns = {c: captured(f, 1) for c, f in columns.items()}
         times = measure(columns, rounds, device, clock)
         for column, values in times.items():
             found = figures(values, times["ours"], 0, 1.0)
             yield {
                 "model": name, "step": step, "batch": batch, "impl": column, "ms": found["ms"],
-                "ms_10": found["ms_10"], "ms_90": found["ms_90"],
+                "ms_10": found["ms_10"], "ms_90": found["ms_90"], "graphs": graphs,
                 "ratio": statistics.median(
                     v / o for v, o in zip(values, times["ours"], strict=True)
                 ),
@@ -363,6 +369,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="also torch.compile(reference)")
+    parser.add_argument("--cuda-graphs", action="store_true", help="each step as a CUDA graph")
     parser.add_argument("--cpu-time", action="store_true", help="seconds of CPU, not of the clock")
     parser.add_argument("--scaling", action="store_true", help="img/s as work grows instead")
     parser.add_argument("--breakdown", action="store_true", help="profile instead")
@@ -371,6 +378,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.keep_memory:
         keep_memory()
+    if args.cuda_graphs and (on == "cpu" or args.compile):
+        parser.error("--cuda-graphs needs a GPU, and no --compile")
     about = machine(on)
     print(" ".join(f"{k} {v}" for k, v in about.items()))
     if args.scaling:
@@ -385,7 +394,9 @@ def main() -> int:
             breakdown(name, args.step, args.batch, on)
             continue
         clock = time.process_time if args.cpu_time else time.perf_counter
-        for row in rows(name, args.step, args.batch, args.rounds, args.compile, on, clock):
+        for row in rows(
+            name, args.step, args.batch, args.rounds, args.compile, args.cuda_graphs, on, clock
+        ):
             memory = f"{row['memory'] / 2**20:8.1f} MiB" if row["memory"] else ""
             print(f"{name:14} {row['step']:9} {row['impl']:10} {row['ms']:9.2f} ms "
                   f"[{row['ms_10']:8.2f} {row['ms_90']:8.2f}]  / ours {row['ratio']:5.2f} {memory}",

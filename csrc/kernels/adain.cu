@@ -83,7 +83,7 @@ struct Backward {
     A mean;
   };
   struct Style {
-    A scale, rstd;
+    A rstd, scale;
   };
   Format<T> format;
   const T* in[2];
@@ -95,7 +95,7 @@ struct Backward {
 
   __device__ Params params(int64_t i) const { return {mean[i]}; }
   __device__ Style style(int64_t i) const {
-    return {load_param<T>(scale, style_f32, i, format), rstd[i]};
+    return {rstd[i], load_param<T>(scale, style_f32, i, format)};
   }
   __device__ static void add(const A* v, const Params& p, A* s) {
     s[0] += v[0];

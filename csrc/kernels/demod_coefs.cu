@@ -211,14 +211,9 @@ template <int kPacks, typename T, int N>
 __device__ __forceinline__ void copy(T* to, const T* from, int step, int count) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   if constexpr (sizeof(T) * N == 16) {
-    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
 #pragma unroll
     for (int j = 0; j < kPacks; j++)
-      if (j * step < count)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                         at + j * step * static_cast<unsigned>(sizeof(T))),
-                     "l"(from + j * step)
-                     : "memory");
+      if (j * step < count) copy_pack<T, N>(to + j * step, from + j * step);
     return;
   }
 #endif
@@ -238,16 +233,14 @@ __device__ __forceinline__ void copy(T* to, const T* from, int step, int count) 
 }
 
 __device__ __forceinline__ void copied() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
+  copy_batch();
+  copy_wait<0>();
 }
 
 // q of `channels` neighbours, of weights [channels, K].
 template <typename T, int N>
 struct Rows {
   using A = Acc<T>;
-  static constexpr int kLoads = N == 1 ? 4 : (kStage<T> / N + 31) / 32;
   const Forward<T>& a;
   const T* w;
   T* stage;  // of the warp
@@ -264,7 +257,7 @@ struct Rows {
 
   // Begins to copy the weights of the warp's next channels, if it has any.
   __device__ __forceinline__ void start() const {
-    constexpr int kStep = 32 * N;
+    constexpr int kStep = 32 * N, kLoads = N == 1 ? 4 : (kStage<T> / N + 31) / 32;
     const int mine = threadIdx.x % 32 * N, K = a.shape.K;
     const T* from = w + first * K + mine;
     int left = min(a.unit, channels - first) * K - mine;

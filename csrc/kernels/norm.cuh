@@ -204,7 +204,9 @@ __global__ void __launch_bounds__(kShortThreads, kMaxThreads / kShortThreads)
     for (int a = 0; a < Op::kIn; a++) forget_values(x[r][a]);
     A factors[1][Op::kFactors];
     if (r * side >= mine) continue;
-    op.finish(row + r * side, sums[r], params[r], inv_length, factors[0], lane == 0);
+    // What can be loaded again is not kept over the sums.
+    const auto known = Op::kPivot ? params[r] : op.params(row + r * side);
+    op.finish(row + r * side, sums[r], known, inv_length, factors[0], lane == 0);
     map_pack<Op, N, 1>(op, x[r], factors);
     store_outputs<Op, N>(op, base + r * step, x[r]);
   }

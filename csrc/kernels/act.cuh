@@ -137,14 +137,14 @@ struct Pwl {
   __device__ __forceinline__ explicit Pwl(const ActArgs<A>& p)
       : gain(p.gain),
         negative(p.negative),
-        clamp(p.clamp),
+        clamp(p.clamp < A(0) ? A(INFINITY) : p.clamp),
         relu(p.act == kRelu),
         free(p.clamp < A(0)) {}
   __device__ __forceinline__ float slope(float v) const { return v > 0.f ? gain : negative; }
   __device__ __forceinline__ float value(float v) const {
     float y = v * slope(v);
     if (relu & (v <= 0.f)) y = 0.f;
-    return !free & (fabsf(y) > clamp) ? copysignf(clamp, y) : y;
+    return fabsf(y) > clamp ? copysignf(clamp, y) : y;
   }
   // The gradient in v, from v or from what has its sign, and y.
   __device__ __forceinline__ float grad(float dy, float v, float y) const {

@@ -14,14 +14,8 @@ namespace gankern {
 namespace {
 
 constexpr int kPixelThreads = 256;
-// Blocks on a multiprocessor: four leave 64 registers, with which Blackwell's compiler spills.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <typename T>
-constexpr int kPixelBlocks = sizeof(T) == 8 ? 1 : 3;
-#else
-template <typename T>
-constexpr int kPixelBlocks = sizeof(T) == 8 ? 1 : 4;
-#endif
+constexpr int kPixelBlocks = sizeof(T) == 8 ? 1 : 4;  // on a multiprocessor
 
 // Threads, and channels, of a pixel at most.
 template <typename T>
@@ -74,14 +68,16 @@ struct PixelRows {
   // The same where packs are not aligned, or not whole.
   __device__ __forceinline__ void copy_slowly(T* to, const Args<T>& a, int n, int c0, int top,
                                               int left, int count) const {
-    const int elements = packs * V;
+    const int channels_log2 = a.packs_log2 + (V == 8 ? 3 : V == 4 ? 2 : 1);
 #pragma unroll 1
-    for (int i = static_cast<int>(thread_again()); i < count * elements; i += a.threads) {
-      const int r = i / elements, e = i - r * elements, row = top + r;
-      const int col = left + e / a.channels, c = c0 + e % a.channels;
-      const bool inside = row >= 0 && row < h && col >= 0 && col < w && c < a.C;
-      to[i] = inside ? image[offset<true>(a.C, n, c, h, w, row, col)] : T{};
-    }
+    for (int r = 0; r < count; r++, to += packs * V)
+#pragma unroll 1
+      for (int e = static_cast<int>(thread_again()); e < packs * V; e += a.threads) {
+        const int row = top + r, col = left + (e >> channels_log2);
+        const int c = c0 + (e & ((1 << channels_log2) - 1));
+        const bool inside = row >= 0 && row < h && col >= 0 && col < w && c < a.C;
+        to[e] = inside ? image[offset<true>(a.C, n, c, h, w, row, col)] : T{};
+      }
   }
 };
 
@@ -108,10 +104,10 @@ __device__ __forceinline__ void copy_noise(Acc<T>* to, const Args<T>& a, int n, 
 // three. This takes a row, of which read(k) gives the samples that the filter's column k meets; the
 // result that it makes whole is `out`.
 template <typename A, int K, typename Read>
-__device__ __forceinline__ void take_row(A (&sums)[kHalo][K], const Taps<A>& taps, bool separable,
-                                         Read read, A (&out)[K]) {
+__device__ __forceinline__ void take_row(A (&sums)[kHalo][K], const Taps<A>& taps, Read read,
+                                         A (&out)[K]) {
   const auto pack = [](const A* p) { return *reinterpret_cast<const Pack<A, kTaps>*>(p); };
-  if (separable) {
+  if (taps.separable) {
     A passed[K];
     {
       const auto x = pack(taps.x);
@@ -235,13 +231,12 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
       if (there) {
         const T* line = xs(stage) + static_cast<int>(threadIdx.x) * K;
         const A* z_at = noises(stage) + col;
-        const bool separable = taps.separable;
         const int behind = min(row + a.step, all);
 #pragma unroll 1
         for (int r = row; r < behind; r++) {
           A u[K];
           take_row(
-              waiting, taps, separable,
+              waiting, taps,
               [&](int k, A(&v)[K]) { widen(load_pack<T, K>(line + k * channels), format, v); }, u);
           if (r >= kHalo) {
             A v[K];
@@ -359,7 +354,6 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
         const int t = static_cast<int>(thread_again()), col = t >> a.lanes_log2;
         if (t == 0) strip.row[1] = row, strip.stage[1] = stage;
         int ch = (t & ((1 << a.lanes_log2) - 1)) * K, left = min(a.step, strip.all - row);
-        const bool separable = taps.separable;
         const T* line = xs(stage) + t * K;
         const T* dy = dys(stage) + t * K;
         const A* z_at = noises(stage) + col;
@@ -374,13 +368,13 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
           for (; left > 0; left--) {
             A u[K];
             take_row(
-                waiting, taps, separable,
+                waiting, taps,
                 [&](int k, A(&v)[K]) { widen(load_pack<T, K>(line + k * a.channels), format, v); },
                 u);
-            const A z = a.noise ? *z_at : A(0);
+            const auto z = [&] { return a.noise ? *z_at : A(0); };
             A v[K], dv[K];
             forget(ch);  // else registers hold the parameters
-            affine<T>(v, u, params + ch, z);
+            affine<T>(v, u, params + ch, z());
             widen(load_pack<T, K>(dy), format, dv);
             if constexpr (kPwl) {
               const Pwl pwl(p);
@@ -394,7 +388,7 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
               for (int e = 0; e < K; e++) {
                 turned[0][e] += dv[e] * u[e];
                 turned[1][e] += dv[e];
-                turned[2][e] += dv[e] * z;
+                turned[2][e] += dv[e] * z();
               }
             const auto d = load_pack<A, K>(params + ch);
             Pack<A, K> piece;
@@ -415,7 +409,6 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
         if (t == 0) strip.row[0] = row + a.step, strip.stage[0] = 1 - strip.stage[1];
         const int c = strip.c0 + (t & ((1 << a.lanes_log2) - 1)) * K, count = a.C - c;
         const int behind = min(row + a.step, strip.all);
-        const bool separable = taps.separable;
         const A* du = dus + t * K;
         T* out = a.out + offset<true>(a.C, strip.tile.n, c, a.H, a.W, strip.top - kHalo + row,
                                       strip.tile.col0 + col);
@@ -424,7 +417,7 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
           for (int r = row; r < behind; r++) {
             A dx[K];
             take_row(
-                turned, adjoint, separable,
+                turned, adjoint,
                 [&](int k, A(&v)[K]) {
                   const auto piece = load_pack<A, K>(du + k * a.channels);
 #pragma unroll

@@ -148,6 +148,23 @@ def test_tiles_of_few_channels(impl, device, f, act, processors, dtype):
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
+@pytest.mark.parametrize("channels", [3, 8, 24, 40])
+@pytest.mark.parametrize("f", [F4, randn(3, 4)], ids=["outer product", "any"])
+def test_strips(impl, device, f, channels, dtype):
+    """Channels-last images of several strips: whole parts of the channels, parts of one, odd ones."""
+    if impl not in ("simt", "cuda"):
+        pytest.skip("for the strips of the CUDA kernels")
+    x, d, z, s, b = make_inputs((1, channels, 133, 35), f, 2, dtype, "channels_last")
+    x, d, z, s, b = (t.to(device) for t in (x, d, z, s, b))
+    with gpu_of(1, impl):
+        compare(
+            lambda x, d, s, b: runner(impl, f, 2)(x, d, z, s, b),
+            lambda x, d, s, b: runner("reference", f, 2)(x, d, z, s, b),
+            [x, d, s, b],
+        )
+
+
 @pytest.mark.parametrize("act", ["lrelu", "swish"])
 @pytest.mark.parametrize("name", ["up_layer", "no_filter"])
 def test_gradgradcheck(impl, device, name, act):

@@ -150,7 +150,7 @@ def test_tiles_of_few_channels(impl, device, f, act, processors, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
 @pytest.mark.parametrize("channels", [3, 8, 24, 40])
-@pytest.mark.parametrize("f", [F4, randn(3, 4)], ids=["outer product", "any"])
+@pytest.mark.parametrize("f", [F4, randn(3, 4).float()], ids=["outer product", "any"])
 def test_strips(impl, device, f, channels, dtype):
     """Channels-last images of several strips: whole parts of the channels, parts of one, odd ones."""
     if impl not in ("simt", "cuda"):

@@ -57,9 +57,10 @@ ROWS = [row for row in ops.ROWS if row.name not in REPEATED] + [
 # Channels by memory format: channels-last needs enough of them to fill a warp's sectors.
 SIDE, CHANNELS = 256, {"nchw": 4, "nhwc": 16}
 PLANES, PROCESSORS = 4 * 64, 132  # batch times channels of StyleGAN2-256, on an H100
-GROUPED = {
+# Rows with other channels.
+OTHERS = {
     "adain": {"nchw": 8, "nhwc": 64},  # so that a group of blocks finds room
-    "synthesis_epilogue up 2": {"nchw": 4, "nhwc": 32},  # 64 bytes
+    "synthesis_epilogue up 2": {"nchw": 4, "nhwc": 32},  # 64 bytes in 16 bits
 }
 # Rows of full size: batch and channels.
 WHOLE = {"pixel_norm latent": (8, 1), "minibatch_stddev": (8, 1), "demod_coefs": (4, 64)}
@@ -121,7 +122,7 @@ def count(case: Case) -> list[Counted] | str:
 
 def passes(row: Row, layout: str, dtype: str) -> Iterator[Counted]:
     simt = simt_build.module()
-    channels = GROUPED.get(row.name, CHANNELS)[layout]
+    channels = OTHERS.get(row.name, CHANNELS)[layout]
     batch, channels = WHOLE.get(row.name, (1, channels))
     part = 1 if row.name in WHOLE else channels / PLANES
     simt.processors(max(1, round(PROCESSORS * part)))

@@ -31,6 +31,7 @@ from gankern.ops import (
 
 F4 = setup_filter([1, 3, 3, 1])
 LOPSIDED = torch.outer(torch.tensor([1.0, 3, 2, 1.5]), torch.tensor([0.5, 3, 3, 1])) / 40
+WIDTHS = (*range(18, 32), *range(45, 63), 100, 120, 128, 256)
 # x, filter, padding
 SHAPES = {
     "up_layer": ((2, 3, 9, 17), F4, 1),
@@ -152,7 +153,7 @@ def test_tiles_of_few_channels(impl, device, f, act, processors, dtype):
 @pytest.mark.parametrize("channels", [3, 8, 24, 40])
 @pytest.mark.parametrize("f", [F4, randn(3, 4).float()], ids=["outer product", "any"])
 def test_strips(impl, device, f, channels, dtype):
-    """Channels-last images of several strips: whole parts of the channels, parts of one, odd ones."""
+    """Channels-last images of several strips; parts of the channels, and odd ones."""
     if impl not in ("simt", "cuda"):
         pytest.skip("for the strips of the CUDA kernels")
     x, d, z, s, b = make_inputs((1, channels, 133, 35), f, 2, dtype, "channels_last")
@@ -163,6 +164,24 @@ def test_strips(impl, device, f, channels, dtype):
             lambda x, d, s, b: runner("reference", f, 2)(x, d, z, s, b),
             [x, d, s, b],
         )
+
+
+@pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("noise", ["shared", "none"])
+def test_shared_memory_of_any_width(impl, device, noise, dtype, kilobytes):
+    """With what the kernels' own arrays take, a block asks for no more than a GPU has."""
+    if impl != "simt":
+        pytest.skip("only csrc/simt can be any GPU")
+    for channels, widths in [(2, (117, 125, 202, 243, 252)), (8, (54, 60, 77, 111)), (32, WIDTHS)]:
+        for width in widths:
+            shape = (1, channels, 2, width)
+            x, d, z, s, b = make_inputs(shape, F4, 2, dtype, "channels_last", noise)
+            s = None if z is None else s
+            with gpu_of(1, impl, kilobytes * 1024):
+                outputs_and_grads(
+                    lambda x, d, s, b, z=z: runner(impl, F4, 2)(x, d, z, s, b), [x, d, s, b]
+                )
 
 
 @pytest.mark.parametrize("act", ["lrelu", "swish"])

@@ -256,6 +256,12 @@ __device__ __forceinline__ void store_param(void* p, bool is_f32, int64_t i, Acc
     static_cast<T*>(p)[i] = from_acc<T>(v, format);
 }
 
+// n / d for n < 4096, d <= 4096 with n d < 2^20; magic = magic_of(d).
+__device__ __forceinline__ int quotient(int n, int magic) {
+  return static_cast<int>(static_cast<unsigned>(n) * static_cast<unsigned>(magic) >> 20);
+}
+inline int magic_of(int d) { return ((1 << 20) + d - 1) / d; }
+
 // f(0), ..., f(N - 1), each with an instruction of its own wherever this is compiled.
 template <int N, typename F>
 __device__ __forceinline__ void unrolled(F f) {

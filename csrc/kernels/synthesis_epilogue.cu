@@ -101,10 +101,11 @@ Plan plan_pixels(int dtype, bool backward, bool noise, int64_t N, int64_t C, int
   t.across = t.tile_w + halo;
   t.threads = threads_of(max(t.across * t.lanes, (t.across + kHalo) * packs));
   // Steps as long as there is room for four blocks on a multiprocessor, or else for fewer.
-  constexpr int kOthers = 3 * 1024;  // what a block has besides
+  constexpr int kFixed =
+      1024;  // more than the kernels' own arrays, and what a block's system takes
   const auto fits = [&](int blocks) {
     const int shared = PixelShared(t, bytes, backward, noise).all;
-    return blocks * (shared + kOthers) <= shared_limit() + kOthers;
+    return blocks * (shared + 2 * kFixed) <= shared_limit() + kFixed;
   };
   int blocks = 4 * kPixelThreads / t.threads;
   for (t.step = 4; blocks > 1 && !fits(blocks); t.step--)
@@ -241,8 +242,6 @@ int unit_of(int dtype, bool last, bool backward) {
   return dtype == kF64 ? 1 : last && backward ? 4 : vec_of(dtype);
 }
 
-int magic_of(int n) { return ((1 << 20) + n - 1) / n; }
-
 template <typename T>
 struct Launcher {
   Args<T> a;
@@ -265,7 +264,8 @@ struct Launcher {
 
   template <typename Kernel, typename... Rest>
   int launch(Kernel kernel, int shared, const Rest&... rest) {
-    if (shared > 48 * 1024) {
+    if (shared >
+        44 * 1024) {  // of the 48 that need no attribute, the kernels' own arrays take some
       const cudaError_t e =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
       if (e != cudaSuccess) return static_cast<int>(e);
@@ -326,8 +326,11 @@ struct Launcher {
                   0, w);
   }
 
-  // Whether offsets in a tile have 32 bits.
+  // Whether offsets in a tile have 32 bits, and with a filter, channels-last, 16 bytes in a sample.
   bool fits() const {
+    constexpr int64_t kMost = int64_t(INT32_MAX) * kVec<T>;
+    if (filtered && last && a.C * (max(a.H, a.out_h) + int64_t(16)) * max(a.W, a.out_w) > kMost)
+      return false;
     if (filtered) return plan.tiles() * a.N <= INT32_MAX;
     return !loops || !last || static_cast<int64_t>(min(plan.tile_w, a.out_w)) * a.C <= INT32_MAX;
   }
@@ -395,6 +398,7 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
     const int64_t x_line = W * C, y_line = out_w * C, size = sizeof(T);
     a.out_line = (backward ? x_line : y_line) * size;
     a.x_jump = a.x_apart * x_line * size, a.dy_jump = a.dy_apart * y_line * size;
+    a.x_sample = H * x_line * size, a.dy_sample = out_h * y_line * size;
     a.x_step = static_cast<int>(a.step * x_line / V);
     a.dy_step = static_cast<int>(a.step * y_line / V);
     const PixelShared s(t, sizeof(T), backward, noise != nullptr);

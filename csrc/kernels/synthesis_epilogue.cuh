@@ -54,25 +54,22 @@ struct Args {
   int threads, step, channels, packs_log2;
   int xs, dys, parked, sources, noises, x_stage, dy_stage, noise_stage;
   int packs, x_apart, dy_packs, dy_apart, dy_magic, noise_magic;
-  int x_step, dy_step;                // packs of the images between steps
-  int64_t out_line, x_jump, dy_jump;  // bytes
+  int x_step, dy_step;                                     // packs of the images between steps
+  int64_t out_line, x_jump, dy_jump, x_sample, dy_sample;  // bytes
   int f32;
   Acc<T> filter_gain;
   bool separable, flip, one_noise, one_strength, vec_x, vec_out, vec_noise;
   Format<T> format{kF32};
 };
 
-// Without a filter: where a thread stands: column and row of its pixels in the tile, half of a
-// channels-last sector.
+// Without a filter, NCHW: column and row of a thread's pixels in the tile.
 struct Place {
-  int lx, gy, half;
+  int lx, gy;
 };
-template <bool kLast, typename T>
+template <typename T>
 __device__ __forceinline__ Place place(const Args<T>& a) {
-  const int t = static_cast<int>(threadIdx.x) >> (kLast ? 1 : 0);
-  const int lx = t & ((1 << a.lanes_log2) - 1), gy = t >> a.lanes_log2;
-  if (kLast) return {lx, gy, static_cast<int>(threadIdx.x) & 1};
-  return {lx, gy, 0};
+  const int t = static_cast<int>(threadIdx.x);
+  return {t & ((1 << a.lanes_log2) - 1), t >> a.lanes_log2};
 }
 
 // threadIdx.x, read again where it is asked for.
@@ -154,31 +151,6 @@ template <typename T>
 __device__ __forceinline__ void store_some(T* p, const Acc<T> (&in)[kVec<T>], bool vec, int count,
                                            Format<T> format) {
   store_packed<T, kVec<T>>(p, narrow<T, kVec<T>>(in, format), vec, count);
-}
-
-// The noise of a thread's pixels: V of a row (NCHW), or one.
-template <typename T, bool kLast>
-__device__ __forceinline__ void load_noise(Acc<T> (&out)[kLast ? 1 : kVec<T>], const Args<T>& a,
-                                           int n, int row, int col, int count) {
-  constexpr int V = kVec<T>;
-  const int64_t i = offset<false>(1, a.one_noise ? 0 : n, 0, a.out_h, a.out_w, row, col);
-  const bool is_f32 = a.f32 & 2;
-  if constexpr (kLast) {
-    out[0] = count > 0 ? load_param<T>(a.noise, is_f32, i, a.format) : Acc<T>(0);
-  } else if (!is_f32) {
-    widen(load_packed<T>(static_cast<const T*>(a.noise) + i, a.vec_noise, count), a.format, out);
-  } else if (a.vec_noise && count >= V && V >= 4) {
-#pragma unroll
-    for (int e = 0; e < V; e += 4) {
-      const Pack<float, 4> v = load_pack<float, 4>(static_cast<const float*>(a.noise) + i + e);
-#pragma unroll
-      for (int k = 0; k < 4; k++) out[min(e + k, V - 1)] = v.v[k];
-    }
-  } else {
-#pragma unroll
-    for (int e = 0; e < V; e++)
-      out[e] = e < count ? Acc<T>(static_cast<const float*>(a.noise)[i + e]) : Acc<T>(0);
-  }
 }
 
 // Rows of tile_w pixels in shared memory of which a thread has V: they lie in pieces of kPiece,

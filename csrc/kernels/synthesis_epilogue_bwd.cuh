@@ -1,4 +1,4 @@
-// The backward kernel of synthesis_epilogue with a filter, and the sums of both backward kernels.
+// The backward kernel of synthesis_epilogue with a filter, NCHW, and the sums of both of them.
 #pragma once
 
 #include "synthesis_epilogue_march.cuh"
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
         A u[kRows][kRun];
         {
           const auto x_rows = t.x_rows(a, c);
-          filter_rows<1>(u, taps, [&](int q, A(&v)[kRun + kHalo]) {
+          filter_rows(u, taps, [&](int q, A(&v)[kRun + kHalo]) {
             const int row = min(run.first + q, height + 2 * kHalo - 1);
             read_run(v, xs + row * a.pitch + x_rows.shift(row) + run.at);
           });
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     A dx[kRows][kRun];
     {
       const auto dy_rows = t.dy_rows(a, c);
-      filter_rows<1>(dx, adjoint, [&](int q, A(&v)[kRun + kHalo]) {
+      filter_rows(dx, adjoint, [&](int q, A(&v)[kRun + kHalo]) {
         const int row = min(run.first + q, height + kHalo - 1);
         read_run(v, dus + row * a.pitch + dy_rows.shift(row) + run.at);
       });

@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
   constexpr int V = kVec<T>;
   __shared__ A params[3 * kFlatChannels];
   __shared__ __align__(16) A noises[32 * V + 32];
-  const Place at = place<false>(a);
+  const Place at = place(a);
   const int first = blockIdx.x * a.tile_w, col = first + at.lx * V;
   const int span = a.groups * a.tile_h, c_block = static_cast<int>(blockIdx.y) * span;
   for (int n = blockIdx.z; n < a.N; n += gridDim.z) {

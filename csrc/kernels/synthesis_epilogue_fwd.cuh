@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
     const Run run(a, kRows);
     if (run.first_of_warp >= height) continue;
     A u[kRows][kRun];
-    filter_rows<1>(u, taps, [&](int q, A(&v)[kRun + kHalo]) {
+    filter_rows(u, taps, [&](int q, A(&v)[kRun + kHalo]) {
       const int row = min(run.first + q, height + kHalo - 1);
       read_run(v, xs + row * a.pitch + x_rows.shift(row) + run.at);
     });

@@ -74,22 +74,22 @@ __device__ __forceinline__ void share_taps(Taps<Acc<T>>* taps, Taps<Acc<T>>* adj
   }
 }
 
-// out = kRows rows of the filter's result, each of N values, of which those that are kApart apart
-// are neighbours; read(q, v): the N + 3 * kApart values of row q of the input.
-template <int kApart, int kRows, int N, typename A, typename Read>
+// out = kRows rows of the filter's result, each of N values; read(q, v): the N + 3 values of row q
+// of the input.
+template <int kRows, int N, typename A, typename Read>
 __device__ __forceinline__ void filter_rows(A (&out)[kRows][N], const Taps<A>& taps, Read read) {
   const auto pack = [](const A* p) { return *reinterpret_cast<const Pack<A, kTaps>*>(p); };
   if (taps.separable) {
     const auto x = pack(taps.x), y = pack(taps.y);
 #pragma unroll
     for (int q = 0; q < kRows + kHalo; q++) {
-      A v[N + kHalo * kApart];
+      A v[N + kHalo];
       read(q, v);
 #pragma unroll
       for (int e = 0; e < N; e++) {
         A h = x.v[0] * v[e];
 #pragma unroll
-        for (int k = 1; k < kTaps; k++) h += x.v[k] * v[e + k * kApart];
+        for (int k = 1; k < kTaps; k++) h += x.v[k] * v[e + k];
 #pragma unroll
         for (int r = 0; r < kRows; r++)
           if (q == r)
@@ -101,7 +101,7 @@ __device__ __forceinline__ void filter_rows(A (&out)[kRows][N], const Taps<A>& t
   } else {
 #pragma unroll
     for (int q = 0; q < kRows + kHalo; q++) {
-      A v[N + kHalo * kApart];
+      A v[N + kHalo];
       read(q, v);
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
@@ -111,7 +111,7 @@ __device__ __forceinline__ void filter_rows(A (&out)[kRows][N], const Taps<A>& t
         for (int e = 0; e < N; e++) {
           out[r][e] = q == r ? x.v[0] * v[e] : out[r][e] + x.v[0] * v[e];
 #pragma unroll
-          for (int k = 1; k < kTaps; k++) out[r][e] += x.v[k] * v[e + k * kApart];
+          for (int k = 1; k < kTaps; k++) out[r][e] += x.v[k] * v[e + k];
         }
       }
     }

@@ -36,27 +36,25 @@ struct PixelRows {
   static constexpr int V = kVec<T>;
   const T* image;
   int h, w, packs, magic, apart;  // see magic_of()
-  int64_t jump;                   // from a row to the next that a thread copies
+  int64_t jump, sample;           // bytes from a row to the next that a thread copies; of a sample
 
-  // The pack that a thread copies first, of the rows from (top, left) on, counted in the image; or
-  // none.
+  // The pack that a thread copies first, of the rows from (top, left) on, counted in its
+  // sample; or none.
   static constexpr int kNone = -2147483647 - 1;
-  __device__ __forceinline__ int first(const Args<T>& a, int n, int c0, int top, int left) const {
+  __device__ __forceinline__ int first(const Args<T>& a, int c0, int top, int left) const {
     const int t = static_cast<int>(thread_again()), r = row(t);
     const int q = t - r * packs, col = left + (q >> a.packs_log2);
     const int c = c0 + (q & ((1 << a.packs_log2) - 1)) * V;
     const bool there = a.vec_x && r < apart && col >= 0 && col < w && c < a.C;
-    return there ? static_cast<int>(offset<true>(a.C, n, c, h, w, top + r, col) / V) : kNone;
+    return there ? static_cast<int>(offset<true>(a.C, 0, c, h, w, top + r, col) / V) : kNone;
   }
-  __device__ __forceinline__ int row(int t) const {
-    return static_cast<int>(static_cast<unsigned>(t) * static_cast<unsigned>(magic) >> 20);
-  }
+  __device__ __forceinline__ int row(int t) const { return quotient(t, magic); }
 
   // `count` rows, the first of which is `top` of the image.
-  __device__ __forceinline__ void copy(T* to, int pack, int top, int count) const {
+  __device__ __forceinline__ void copy(T* to, int n, int pack, int top, int count) const {
     if (pack == kNone) return;
     const int t = static_cast<int>(thread_again());
-    const T* from = image + static_cast<int64_t>(pack) * V;
+    const T* from = beyond(image, n * sample) + static_cast<int64_t>(pack) * V;
     T* at = to + t * V;
 #pragma unroll 1
     for (int r = row(t); r < count; r += apart) {
@@ -87,8 +85,7 @@ __device__ __forceinline__ void copy_noise(Acc<T>* to, const Args<T>& a, int n, 
                                            int rows) {
 #pragma unroll 1
   for (int i = static_cast<int>(thread_again()); i < rows * a.across; i += a.threads) {
-    const int r =
-        static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(a.noise_magic) >> 20);
+    const int r = quotient(i, a.noise_magic);
     const int row = row0 + r, col = col0 + i - r * a.across;
     const bool inside = row >= 0 && row < a.out_h && col >= 0 && col < a.out_w;
     const int64_t at = offset<false>(1, a.one_noise ? 0 : n, 0, a.out_h, a.out_w, row, col);
@@ -161,10 +158,10 @@ __device__ __forceinline__ void swap(A* parked, int threads, A (&values)[3][K]) 
   }
 }
 
-// Zeros in shared memory.
-template <typename T>
-__device__ __forceinline__ void clear(T* s, int count) {
-  for (int i = threadIdx.x; i < count; i += blockDim.x) s[i] = T{};
+// Zeros in shared memory, 16 bytes at a time.
+__device__ __forceinline__ void clear(char* s, int bytes) {
+  for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16)
+    store_pack<int, 4>(reinterpret_cast<int*>(s + i), Pack<int, 4>{});
 }
 
 // v = u * d + noise * s + b, of a thread's channels.
@@ -188,7 +185,7 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
   __shared__ __align__(16) A params[3 * kMostChannels<T>];
   __shared__ Tile tile;
   const int channels = a.channels, c0 = static_cast<int>(blockIdx.y) * channels;
-  const PixelRows<T> x_rows{a.x, a.H, a.W, a.packs, a.magic, a.x_apart, a.x_jump};
+  const PixelRows<T> x_rows{a.x, a.H, a.W, a.packs, a.magic, a.x_apart, a.x_jump, a.x_sample};
   const auto xs = [&](int stage) { return reinterpret_cast<T*>(shared + stage * a.x_stage); };
   const auto noises = [&](int stage) {
     return reinterpret_cast<A*>(shared + (a.noises + stage * a.noise_stage));
@@ -199,14 +196,14 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
   if (threadIdx.x < 32) share_taps<T>(&taps, nullptr, a);
   share_params<T, kMostChannels<T>>(params, a, tile.n, c0, threadIdx.x, channels);
   const int all = min(a.tile_h, a.out_h - tile.row0) + kHalo;
-  int source = x_rows.first(a, tile.n, c0, tile.row0 - a.y0, tile.col0 - a.x0);
+  int source = x_rows.first(a, c0, tile.row0 - a.y0, tile.col0 - a.x0);
   // Rows of the strip from `row` on, to a stage.
   const auto begin = [&](int stage, int row) {
     const int count = min(a.step, all - row);
     if (count > 0) {
       const TileAt t(tile);
       if (a.vec_x)
-        x_rows.copy(xs(stage), source, t.row0 - a.y0 + row, count);
+        x_rows.copy(xs(stage), t.n, source, t.row0 - a.y0 + row, count);
       else
         x_rows.copy_slowly(xs(stage), a, t.n, c0, t.row0 - a.y0 + row, t.col0 - a.x0, count);
       if (a.noise) copy_noise(noises(stage), a, t.n, t.row0 + row - kHalo, t.col0, count);
@@ -306,8 +303,9 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
   const auto noises = [&](int stage) {
     return reinterpret_cast<A*>(shared + (a.noises + stage * a.noise_stage));
   };
-  const PixelRows<T> x_rows{a.x, a.H, a.W, a.packs, a.magic, a.x_apart, a.x_jump};
-  const PixelRows<T> dy_rows{a.dy, a.out_h, a.out_w, a.dy_packs, a.dy_magic, a.dy_apart, a.dy_jump};
+  const PixelRows<T> x_rows{a.x, a.H, a.W, a.packs, a.magic, a.x_apart, a.x_jump, a.x_sample};
+  const PixelRows<T> dy_rows{a.dy,       a.out_h,    a.out_w,   a.dy_packs,
+                             a.dy_magic, a.dy_apart, a.dy_jump, a.dy_sample};
   using Sources = Pack<int, 2>;  // what a thread copies next of x and of dy
   const auto sources = [&] {
     return reinterpret_cast<int*>(shared + a.sources) + thread_again() * 2;
@@ -317,8 +315,8 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
     if (count > 0) {
       if (a.vec_x) {
         Sources next = load_pack<int, 2>(sources());
-        x_rows.copy(xs(stage), next.v[0], strip.top + row, count);
-        dy_rows.copy(dys(stage), next.v[1], strip.dy_top + row, count);
+        x_rows.copy(xs(stage), strip.tile.n, next.v[0], strip.top + row, count);
+        dy_rows.copy(dys(stage), strip.tile.n, next.v[1], strip.dy_top + row, count);
         if (next.v[0] != x_rows.kNone) next.v[0] += a.x_step;
         if (next.v[1] != dy_rows.kNone) next.v[1] += a.dy_step;
         store_pack<int, 2>(sources(), next);
@@ -338,9 +336,8 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
   __syncthreads();
   if (threadIdx.x < 32) share_taps(&taps, &adjoint, a);
   share_params<T, kStep>(params, a, strip.tile.n, strip.c0, threadIdx.x, a.channels);
-  store_pack<int, 2>(
-      sources(), Sources{{x_rows.first(a, strip.tile.n, strip.c0, strip.top, strip.left),
-                          dy_rows.first(a, strip.tile.n, strip.c0, strip.dy_top, strip.dy_left)}});
+  store_pack<int, 2>(sources(), Sources{{x_rows.first(a, strip.c0, strip.top, strip.left),
+                                         dy_rows.first(a, strip.c0, strip.dy_top, strip.dy_left)}});
   begin(0, 0);
   begin(1, a.step);
   A waiting[kHalo][K] = {};

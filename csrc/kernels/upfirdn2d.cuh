@@ -28,17 +28,11 @@ struct Args {
   int in_rows;                         // rows of it
   int phase;                           // planes: floats of a phase of the tile
   int vectors;                         // read for a row of the tile
-  int threads_y, magic_x, magic_row;   // planes: rows of threads; see quotient()
+  int threads_y, magic_x, magic_row;   // rows of threads; see quotient()
   int dtype;
   bool separable, flip;
   double gain;
 };
-
-// n / d for n < 4096, d <= 4096 with n d < 2^20; magic = magic_of(d).
-__device__ __forceinline__ int quotient(int n, int magic) {
-  return static_cast<int>(static_cast<unsigned>(n) * static_cast<unsigned>(magic) >> 20);
-}
-inline int magic_of(int d) { return ((1 << 20) + d - 1) / d; }
 
 // The first sample that output o meets, and its tap.
 __host__ __device__ __forceinline__ int first_sample(const Axis& a, int64_t o) {

@@ -164,6 +164,8 @@ PYBIND11_MODULE(simt, m) {
   m.def(
       "processors", [](int count) { simt::processors = count; }, py::arg("count"),
       "Sets the multiprocessors that kernels' launchers see: fewer for less work.");
+  m.def("max_shared", &simt::set_max_shared, py::arg("bytes"),
+        "Sets the bytes of shared memory that a block can ask for, as smaller GPUs have them.");
   m.def("empty", &simt::empty, py::arg("shape"), py::arg("dtype"),
         "A NaN-filled array; reading it before a kernel wrote it is an error (race build).");
   m.def("copy", &simt::copy, py::arg("array"),

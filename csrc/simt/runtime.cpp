@@ -302,7 +302,8 @@ static bool run_block() {
 
 // Blocks that the GPU holds at once, as far as threads and shared memory limit them.
 static size_t most_blocks(const Launch& what) {
-  const size_t by_shared = kSharedOfProcessor / (what.smem + kSharedReserved);
+  const size_t by_shared =
+      static_cast<size_t>(max_shared + kSharedReserved) / (what.smem + kSharedReserved);
   return processors *
          std::max(size_t(1), std::min({size_t(32), size_t(2048 / running.count), by_shared}));
 }
@@ -387,10 +388,10 @@ static void check_launch(const Launch& launch, size_t fixed) {
   const auto limit = shared_limits.find(launch.kernel);
   const bool raised = limit != shared_limits.end();
   const size_t most = raised ? limit->second : kMaxSharedDefault - fixed;
-  if (launch.smem > most || (raised && most + fixed > kMaxSharedOptIn))
+  if (launch.smem > most || (raised && most + fixed > static_cast<size_t>(max_shared)))
     wrong = "dynamic shared memory is limited to " + std::to_string(most) +
-            " bytes (cudaFuncSetAttribute raises it to " + std::to_string(kMaxSharedOptIn) +
-            "), less " + std::to_string(fixed) + " of static arrays";
+            " bytes (cudaFuncSetAttribute raises it to " + std::to_string(max_shared) + "), less " +
+            std::to_string(fixed) + " of static arrays";
   if (!wrong.empty())
     throw Error("invalid launch: " + wrong + "\n  kernel " + function_name(launch.kernel) +
                 ", grid " + show(g) + ", block " + show(b) + ", " + std::to_string(launch.smem) +
@@ -488,9 +489,12 @@ cudaError_t get_device(int* device) {
   return cudaSuccess;
 }
 
-int processors = 132;
+int processors = 132, max_shared = 227 << 10;
 
-// The figures of an H100, `processors` aside.
+// Another GPU has been told nothing about its kernels.
+void set_max_shared(int bytes) { max_shared = bytes, shared_limits.clear(); }
+
+// The figures of an H100, these two aside.
 cudaError_t get_attribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
@@ -502,9 +506,9 @@ cudaError_t get_attribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMaxSharedMemoryPerBlock:
       return *value = kMaxSharedDefault, cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      return *value = kMaxSharedOptIn, cudaSuccess;
+      return *value = max_shared, cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      return *value = kSharedOfProcessor, cudaSuccess;
+      return *value = max_shared + kSharedReserved, cudaSuccess;
     case cudaDevAttrMaxGridDimX:
       return *value = 0x7fffffff, cudaSuccess;
     case cudaDevAttrMaxGridDimY:
@@ -531,7 +535,7 @@ cudaError_t memset_async(void* p, int value, size_t bytes, void*) {
 
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value < 0 || value > kMaxSharedOptIn) return cudaErrorInvalidValue;
+  if (value < 0 || value > max_shared) return cudaErrorInvalidValue;
   shared_limits[kernel] = value;
   return cudaSuccess;
 }

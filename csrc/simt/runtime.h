@@ -12,8 +12,7 @@
 namespace simt {
 
 constexpr int kMaxThreads = 1024;
-constexpr int kMaxSharedDefault = 48 << 10, kMaxSharedOptIn = 227 << 10;
-constexpr int kSharedOfProcessor = 228 << 10, kSharedReserved = 1 << 10;  // of each block
+constexpr int kMaxSharedDefault = 48 << 10, kSharedReserved = 1 << 10;  // of each block
 constexpr int kPatience = 4096;  // turns of blocks that all wait, before that is a deadlock
 
 struct Error : std::runtime_error {
@@ -59,6 +58,8 @@ struct Running {
 };
 extern Running running;
 extern int processors;  // multiprocessors of the simulated GPU
+extern int max_shared;  // bytes that a block of it can ask for; see set_max_shared()
+void set_max_shared(int bytes);
 
 // Ends the launch with an error that starts with `what` and names kernel, block and thread.
 [[noreturn]] void fail(const std::string& what, const void* place = nullptr);

@@ -55,8 +55,8 @@ MUTATIONS = [
     ),
     Mutation(
         "bias_act", "barrier: sums of a column are read at once", "bias_act.cu",
-        "shared[j * kThreads + slot] = sums[j];\n  __syncthreads();",
-        "shared[j * kThreads + slot] = sums[j];",
+        "(threadIdx.x, j), piece);\n    }\n  }\n  __syncthreads();",
+        "(threadIdx.x, j), piece);\n    }\n  }",
         "race",
     ),
     Mutation(
@@ -87,8 +87,8 @@ MUTATIONS = [
     ),
     Mutation(
         "adain", "barrier: threads' sums are read at once", "norm.cuh",
-        "  __syncthreads();\n  A* factors = shared",
-        "  A* factors = shared",
+        "columns = N << log_tx;\n  __syncthreads();",
+        "columns = N << log_tx;",
         "race",
     ),
     Mutation(
@@ -104,8 +104,8 @@ MUTATIONS = [
     ),
     Mutation(
         "adain", "constant: the plane's mean about the pivot alone", "adain.cu",
-        "f[0] = p.pivot + d;",
-        "f[0] = d;",
+        "m = p.pivot + d;",
+        "m = d;",
     ),
     Mutation(
         "minibatch_stddev", "index: the group's last sample is left out", "minibatch_stddev.cu",
@@ -140,6 +140,13 @@ MUTATIONS = [
         "product[i] = found.x;",
     ),
     Mutation(
+        "upfirdn2d", "barrier, channels-last: a stage is read while it is copied",
+        "upfirdn2d_walk.cuh",
+        "copy_wait<kStages - 2>();\n      __syncthreads();",
+        "copy_wait<kStages - 2>();",
+        "race",
+    ),
+    Mutation(
         "demod_coefs", "index: a chunk's last output channel is left out", "demod_coefs.cu",
         "if (o + t * kLines < chunk) {",
         "if (o + t * kLines < chunk - 1) {",
@@ -163,8 +170,21 @@ MUTATIONS = [
     Mutation(
         "synthesis_epilogue", "barrier: partial sums are read at once",
         "synthesis_epilogue_bwd.cuh",
-        "constexpr int kStep = kChannels<T, kLast>;\n  __syncthreads();",
-        "constexpr int kStep = kChannels<T, kLast>;",
+        "int c0, int step, int tile) {\n  __syncthreads();",
+        "int c0, int step, int tile) {",
+        "race",
+    ),
+    Mutation(
+        "synthesis_epilogue", "index, channels-last: the noise of the next row",
+        "synthesis_epilogue_pixels.cuh",
+        "strip.tile.n, strip.dy_top + row, strip.dy_left, count);\n    }\n    copy_batch();",
+        "strip.tile.n, strip.dy_top + row + 1, strip.dy_left, count);\n    }\n    copy_batch();",
+    ),
+    Mutation(
+        "synthesis_epilogue", "barrier, channels-last: du is read at once",
+        "synthesis_epilogue_pixels.cuh",
+        "turned);\n      __syncthreads();",
+        "turned);",
         "race",
     ),
     Mutation(

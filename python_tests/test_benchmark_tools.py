@@ -14,8 +14,17 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compare  # noqa: E402
 import external  # noqa: E402
+import mutate  # noqa: E402
 import plots  # noqa: E402
 import steps  # noqa: E402
+
+# --- Mutations.
+
+
+@pytest.mark.parametrize("mutation", mutate.MUTATIONS, ids=lambda m: f"{m.op}: {m.name}")
+def test_mutations_apply(mutation):
+    assert mutation.old in (ROOT / "csrc/kernels" / mutation.file).read_text()
+
 
 # --- External.
 

@@ -43,7 +43,7 @@ TESTS = {
     "adain": "(test_layouts and f32 and planes) or test_planes_of_several_blocks",
     "minibatch_stddev": "test_layouts and f32",
     "demod_coefs": "test_layouts and f32 and (3x3 or odd)",
-    "upfirdn2d": "test_forward_and_gradients and f32 and not strided",
+    "upfirdn2d": "(test_forward_and_gradients and f32 and not strided) or (test_lines and f32)",
     "synthesis_epilogue": "test_against_reference and f32 and (up_layer or no_filter)",
 }
 

@@ -100,9 +100,9 @@ Plan plan_pixels(int dtype, bool backward, bool noise, int64_t N, int64_t C, int
   }
   t.across = t.tile_w + halo;
   t.threads = threads_of(max(t.across * t.lanes, (t.across + kHalo) * packs));
-  // Steps as long as there is room for four blocks on a multiprocessor, or else for fewer.
-  constexpr int kFixed =
-      1024;  // more than the kernels' own arrays, and what a block's system takes
+  // Steps as long as there is room for four blocks on a multiprocessor, or else for fewer. kFixed:
+  // more than the kernels' own arrays, and what the system takes of a block.
+  constexpr int kFixed = 1024;
   const auto fits = [&](int blocks) {
     const int shared = PixelShared(t, bytes, backward, noise).all;
     return blocks * (shared + 2 * kFixed) <= shared_limit() + kFixed;
@@ -264,8 +264,8 @@ struct Launcher {
 
   template <typename Kernel, typename... Rest>
   int launch(Kernel kernel, int shared, const Rest&... rest) {
-    if (shared >
-        44 * 1024) {  // of the 48 that need no attribute, the kernels' own arrays take some
+    // Of the 48 KiB that need no attribute, the kernels' own arrays take some.
+    if (shared > 44 * 1024) {
       const cudaError_t e =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
       if (e != cudaSuccess) return static_cast<int>(e);

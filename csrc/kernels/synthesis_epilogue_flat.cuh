@@ -159,14 +159,10 @@ __device__ __forceinline__ Pack<T, M> piece_of(const Raw<T, N>& raw, int at) {
 // f(format), with code of its own for float16 and for bfloat16 where it is short.
 template <bool kShort, typename T, typename F>
 __device__ __forceinline__ void by_format(Format<T> format, F f) {
-  if constexpr (kShort && std::is_same<T, Half16>::value) {
-    if (format.bf16)
-      f(Format<T>(kBF16));
-    else
-      f(Format<T>(kF16));
-  } else {
+  if constexpr (kShort)
+    with_format(format, f);
+  else
     f(format);
-  }
 }
 
 // Without a filter, NCHW: rows of threads have channels of their own. x is under way while noise

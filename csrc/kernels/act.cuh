@@ -129,22 +129,41 @@ __device__ __forceinline__ A clamped(A v, A clamp) {
   return v < -clamp ? -clamp : v;
 }
 
+// The smaller and the larger of two; NaN where either is.
+__device__ __forceinline__ float min_nan(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float v;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+  return v;
+#else
+  return a != a || a < b ? a : b;
+#endif
+}
+__device__ __forceinline__ float max_nan(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float v;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+  return v;
+#else
+  return a != a || a > b ? a : b;
+#endif
+}
+
 // The piecewise linear activations in few instructions. relu(-inf) is 0.
 struct Pwl {
-  float gain, negative, clamp;  // negative: the slope below 0
-  bool relu, free;              // free: of a clamp
+  float gain, negative, clamp, floor;  // negative: the slope below 0; floor: the least that counts
+  bool free;                           // of a clamp
   template <typename A>
   __device__ __forceinline__ explicit Pwl(const ActArgs<A>& p)
       : gain(p.gain),
         negative(p.negative),
         clamp(p.clamp < A(0) ? A(INFINITY) : p.clamp),
-        relu(p.act == kRelu),
+        floor(p.act == kRelu ? 0.f : -INFINITY),
         free(p.clamp < A(0)) {}
   __device__ __forceinline__ float slope(float v) const { return v > 0.f ? gain : negative; }
   __device__ __forceinline__ float value(float v) const {
-    float y = v * slope(v);
-    if (relu & (v <= 0.f)) y = 0.f;
-    return fabsf(y) > clamp ? copysignf(clamp, y) : y;
+    v = max_nan(v, floor);
+    return max_nan(min_nan(v * slope(v), clamp), -clamp);
   }
   // The gradient in v, from v or from what has its sign, and y.
   __device__ __forceinline__ float grad(float dy, float v, float y) const {

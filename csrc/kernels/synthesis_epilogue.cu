@@ -1,11 +1,12 @@
 // synthesis_epilogue: y = clamp(act(filter(x) * d + noise * strength + b) * gain) and its gradient.
 //
-// With a filter, of 4x4 taps (fewer are padded with zeros), a block brings a tile of its input to
-// shared memory, in whole sectors, and filters it by rows and columns where the taps are of rank
-// one. The backward filters twice, and between them keeps dL/d(filter(x)) in shared memory. NCHW: a
-// thread makes a patch of 9 columns; rows keep their alignment, and a warp stores its rows
-// together; a block has several channels one after another, so that the noise is read once for all
-// of them. Channels-last: a block walks down a strip, a thread down a column of it.
+// With a filter, of 4x4 taps (fewer are padded with zeros), a block walks down strips of its input
+// and filters by rows and columns where the taps are of rank one. The backward filters twice, and
+// between them keeps dL/d(filter(x)) in shared memory. NCHW (lines): a thread has a column, and
+// with 16 bits two, of a plane; a block has several channels, some at once and some one after
+// another, so that the noise is read once for all of them. Channels-last (pixels): a thread has
+// some channels of a column.
+#include "synthesis_epilogue_lines.cuh"
 #include "synthesis_epilogue_pixels.cuh"
 #include "synthesis_epilogue_second.cuh"
 
@@ -15,33 +16,16 @@ namespace {
 // A tile of lanes x rows of threads; each thread has per_thread rows.
 struct Plan {
   int lanes, rows, per_thread, tile_w, tile_h, tiles_x, tiles_y, threads, groups;
-  // With a filter: threads, or columns, of a row, words of a row in shared memory, rows of a step,
-  // and bytes.
-  int across, pitch, step, shared;
+  // With a filter, channels-last: columns, rows of a step, and bytes.
+  int across, step, shared;
   int span;  // without a filter: channels of a block; groups is the number of such spans there
+  LinePlan lines;  // with a filter, NCHW; groups: channels of a block
   int64_t tiles() const { return static_cast<int64_t>(tiles_x) * tiles_y; }
 };
 
 constexpr int vec_of(int dtype) { return dtype == kF64 ? 2 : dtype == kF32 ? 4 : 8; }
 
-// Channels that a block has one after another, so that it reads the noise once for all.
-int shared_groups(const Plan& t, bool noise, int64_t planes, int channels) {
-  int groups = 1;
-  while (noise && groups < 8 && groups < channels &&
-         t.tiles() * planes / (2 * groups) >= sm_count())
-    groups *= 2;
-  return groups;
-}
-
 int threads_of(int n) { return static_cast<int>(ceil_div(n, 32)) * 32; }
-
-// Bytes that a block can have: 64 KiB on Turing, 99 and more since.
-int shared_limit() {
-  int device = 0, most = 48 * 1024;
-  if (cudaGetDevice(&device) == cudaSuccess)
-    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return most;
-}
 
 // The height of tiles: rows of a multiple of `unit`, as high as `longest` and as there are enough.
 void cut_rows(Plan& t, int64_t planes, int height, int longest, int unit) {
@@ -116,38 +100,12 @@ Plan plan_pixels(int dtype, bool backward, bool noise, int64_t N, int64_t C, int
   return t;
 }
 
-// NCHW with a filter: whole rows as far as the lanes of a warp reach, and as many as shared memory
-// holds, but fewer where there would be too few tiles.
-Plan plan_planes(int V, bool backward, bool pwl, bool noise, int64_t planes, int channels,
-                 int width, int height) {
-  const int limit = shared_limit(), sector = 2 * V, rows_of = pwl && V > 2 ? kManyRows<float> : 1;
-  const int word = V == 2 ? 8 : 4, halo = backward ? kHalo : 0;
+Plan of_lines(const LinePlan& lines) {
   Plan t{};
-  t.tiles_x = width <= 32 * kRun - halo ? 1 : static_cast<int>(ceil_div(width, 31 * kRun));
-  t.tile_w = static_cast<int>(ceil_div(width, t.tiles_x));
-  if (t.tiles_x > 1) t.tile_w = static_cast<int>(ceil_div(t.tile_w, kRun)) * kRun;
-  t.across = static_cast<int>(ceil_div(t.tile_w + halo, kRun));
-  t.lanes = pow2_between(t.across, 1, 32);
-  t.pitch = static_cast<int>(ceil_div(t.across * kRun + kHalo + sector - 1, sector)) * sector;
-  // At least four warps, which bring small tiles to shared memory.
-  const auto threads = [&](int rows, int per_thread) {
-    return max(128, threads_of(static_cast<int>(ceil_div(rows + halo, per_thread)) * t.lanes));
-  };
-  // Rows of x, of dy or, forward, what warps store, and of the noise.
-  const auto shared = [&](int rows, int per_thread) {
-    const int others = backward ? rows + halo : threads(rows, per_thread) / t.lanes;
-    return word * ((rows + kHalo + halo + others) * t.pitch +
-                   (noise ? (rows + halo) * t.across * kRun : 0));
-  };
-  const int most = limit < 128 * 1024 ? limit - 3 * 1024 : backward ? limit / 2 - 3 * 1024 : limit;
-  int longest = backward ? 64 : 18;
-  while (longest > 1 && (shared(longest, rows_of) > most ||
-                         threads(longest, rows_of) > (V == 2 ? 256 : kMaxThreads)))
-    longest--;
-  cut_rows(t, planes, height, longest, 1);
-  t.per_thread = (t.tile_h + halo) * t.lanes > 256 ? rows_of : 1;
-  t.threads = threads(t.tile_h, t.per_thread), t.shared = shared(t.tile_h, t.per_thread);
-  t.groups = shared_groups(t, noise, planes, channels);
+  t.lines = lines;
+  t.tile_w = lines.tile_w, t.tile_h = lines.tile_h;
+  t.tiles_x = lines.tiles_x, t.tiles_y = lines.tiles_y;
+  t.threads = lines.threads(), t.groups = lines.channels, t.shared = lines.shared;
   return t;
 }
 
@@ -226,15 +184,16 @@ Plan plan_workers(int unit, bool last, bool noise, int64_t N, int64_t C, int are
   return t;
 }
 
-// pwl: the activation is piecewise linear; unit: see plan_workers().
-Plan make_plan(int dtype, bool last, bool backward, bool filtered, bool pwl, bool noise, int unit,
-               int64_t N, int64_t C, int64_t H, int64_t W) {
+// H, W: of the result; w, out_w: of rows of x and y; unit: see plan_workers().
+Plan make_plan(int dtype, bool last, bool backward, bool filtered, bool noise, int unit, int64_t N,
+               int64_t C, int64_t H, int64_t W, int64_t w, int64_t out_w, bool aligned) {
   const int V = vec_of(dtype), channels = static_cast<int>(C);
   const int width = static_cast<int>(W), height = static_cast<int>(H);
   if (!filtered && (last || backward)) return plan_workers(unit, last, noise, N, C, width * height);
   if (!filtered) return plan_flat(V, noise, N * channels, channels, width * height);
   if (last) return plan_pixels(dtype, backward, noise, N, C, width, height);
-  return plan_planes(V, backward, pwl, noise, N * channels, channels, width, height);
+  return of_lines(plan_lines(16 / V, backward, noise, N, C, width, height, static_cast<int>(w),
+                             static_cast<int>(out_w), aligned, shared_limit()));
 }
 
 // Elements of a worker's unit, where rows of them are aligned.
@@ -293,8 +252,8 @@ struct Launcher {
         return launch(pwl() ? synthesis_epilogue_flat_planes_kernel<T, kFast<T>>
                             : synthesis_epilogue_flat_planes_kernel<T, false>,
                       0);
-      return launch(plan.per_thread > 1 ? synthesis_epilogue_fwd_planes_kernel<T, kManyRows<T>>
-                                        : synthesis_epilogue_fwd_planes_kernel<T, 1>,
+      return launch(pwl() ? synthesis_epilogue_fwd_lines_kernel<T, kFast<T>>
+                          : synthesis_epilogue_fwd_lines_kernel<T, false>,
                     plan.shared);
     }
   }
@@ -302,7 +261,6 @@ struct Launcher {
   template <bool kLast>
   int backward() {
     constexpr int N = kUnit<T, kLast, true>;
-    constexpr int kRows = kManyRows<T>;
     if (!filtered)
       return launch(!packed ? synthesis_epilogue_bwd_kernel<T, kLast, false, 1>
                     : pwl() ? synthesis_epilogue_bwd_kernel<T, kLast, kFast<T>, N>
@@ -313,8 +271,8 @@ struct Launcher {
                           : synthesis_epilogue_bwd_pixels_kernel<T, false>,
                     plan.shared);
     else
-      return launch(plan.per_thread > 1 ? synthesis_epilogue_bwd_planes_kernel<T, kRows>
-                                        : synthesis_epilogue_bwd_planes_kernel<T, 1>,
+      return launch(pwl() ? synthesis_epilogue_bwd_lines_kernel<T, kFast<T>>
+                          : synthesis_epilogue_bwd_lines_kernel<T, false>,
                     plan.shared);
   }
 
@@ -371,8 +329,8 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
   l.loops = !f && (last || backward);
   l.packed = (last ? C : H * W) % unit == 0 && aligned16(x) && aligned16(dy) && aligned16(out);
   const Plan t = l.plan =
-      make_plan(dtype, last, backward, l.filtered, act <= kLrelu, noise != nullptr,
-                l.packed ? unit : 1, N, C, backward ? H : out_h, backward ? W : out_w);
+      make_plan(dtype, last, backward, l.filtered, noise != nullptr, l.packed ? unit : 1, N, C,
+                backward ? H : out_h, backward ? W : out_w, W, out_w, aligned16(out));
   Args<T>& a = l.a;
   a.x = static_cast<const T*>(x), a.x_end = a.x + N * C * H * W, a.out = static_cast<T*>(out);
   a.f = static_cast<const float*>(f);
@@ -386,11 +344,11 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
   a.tiles = static_cast<int>(t.tiles()), a.tiles_x = t.tiles_x;
   a.tile_h = t.tile_h, a.tile_w = t.tile_w, a.groups = t.groups;
   while ((1 << a.lanes_log2) < t.lanes) a.lanes_log2++;
-  a.across = t.across, a.pitch = t.pitch;
+  a.lines = t.lines;
   if (l.filtered && last) {
     const int packs = max(t.lanes * kPiece<T> / V, 1);
     while ((1 << a.packs_log2) < packs) a.packs_log2++;
-    a.threads = t.threads, a.step = t.step, a.channels = t.lanes * kPiece<T>;
+    a.across = t.across, a.threads = t.threads, a.step = t.step, a.channels = t.lanes * kPiece<T>;
     a.packs = (a.across + kHalo) * packs, a.dy_packs = a.across * packs;
     a.magic = magic_of(a.packs), a.dy_magic = magic_of(a.dy_packs);
     a.noise_magic = magic_of(a.across);
@@ -404,8 +362,6 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
     const PixelShared s(t, sizeof(T), backward, noise != nullptr);
     a.xs = s.xs, a.dys = s.dys, a.parked = s.parked, a.sources = s.sources, a.noises = s.noises;
     a.x_stage = s.x_stage, a.dy_stage = s.dy_stage, a.noise_stage = s.noise_stage;
-  } else if (l.filtered) {
-    a.magic = magic_of(t.pitch / (sizeof(A) == 8 ? 4 : 8));
   }
   a.f32 = f32;
   a.format = Format<T>(dtype);
@@ -452,12 +408,12 @@ int64_t synthesis_epilogue_bwd_workspace(int dtype, int64_t N, int64_t C, int64_
                                          bool filtered, bool noise, bool channels_last) {
   if (N * C * H * W == 0) return 0;
   int64_t bytes = 0;
-  for (const int unit : {1, unit_of(dtype, channels_last, true)})
-    for (const bool pwl : {false, true}) {
-      const Plan t = make_plan(dtype, channels_last, true, filtered, pwl, noise, unit, N, C, H, W);
-      const int64_t tickets = filtered ? C : (N + 1) * t.groups;
-      bytes = max(bytes, 3 * N * C * t.tiles() * (dtype == kF64 ? 8 : 4) + tickets * 4);
-    }
+  for (const int unit : {1, unit_of(dtype, channels_last, true)}) {
+    const Plan t =
+        make_plan(dtype, channels_last, true, filtered, noise, unit, N, C, H, W, W, W, true);
+    const int64_t tickets = filtered ? C : (N + 1) * t.groups;
+    bytes = max(bytes, 3 * N * C * t.tiles() * (dtype == kF64 ? 8 : 4) + tickets * 4);
+  }
   return bytes;
 }
 

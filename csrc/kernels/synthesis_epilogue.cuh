@@ -2,25 +2,13 @@
 #pragma once
 
 #include "act.cuh"
+#include "lines.cuh"
 
 namespace gankern {
 namespace {
 
-constexpr int kTaps = 4, kHalo = kTaps - 1;
-constexpr int kMaxThreads = 512;
 // Channels whose parameters a block of the flat kernels shares, at most.
 constexpr int kFlatChannels = 64;
-
-// float64 is for checks: fewer threads, with registers enough.
-template <typename T>
-constexpr int kThreads = sizeof(T) == 8 ? 256 : kMaxThreads;
-
-// Blocks of as many threads on a multiprocessor: Turing's holds 1024 threads, others twice that.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr int kBlocks = 1;
-#else
-constexpr int kBlocks = 2;
-#endif
 
 template <typename T>
 constexpr int kVec = 16 / static_cast<int>(sizeof(T));
@@ -47,11 +35,10 @@ struct Args {
   int N, C, H, W, out_h, out_w;
   int taps_y, taps_x, x0, y0;
   int tiles, tiles_x, tile_h, tile_w, groups, lanes_log2;
-  // With a filter: words of a row in shared memory (NCHW); threads, or columns, of a row.
-  int pitch, across, magic;
-  // With a filter, channels-last: threads, rows of a step, channels of a block, 16 bytes of a
-  // pixel; bytes from the begin of shared memory, and of a stage; see PixelRows for the rest.
-  int threads, step, channels, packs_log2;
+  // With a filter, channels-last: columns of a row, threads, rows of a step, channels of a block,
+  // 16 bytes of a pixel; bytes from the begin of shared memory, and of a stage; see PixelRows for
+  // the rest.
+  int across, magic, threads, step, channels, packs_log2;
   int xs, dys, parked, sources, noises, x_stage, dy_stage, noise_stage;
   int packs, x_apart, dy_packs, dy_apart, dy_magic, noise_magic;
   int x_step, dy_step;                                     // packs of the images between steps
@@ -60,6 +47,7 @@ struct Args {
   Acc<T> filter_gain;
   bool separable, flip, one_noise, one_strength, vec_x, vec_out, vec_noise;
   Format<T> format{kF32};
+  LinePlan lines;  // with a filter, NCHW
 };
 
 // Without a filter, NCHW: column and row of a thread's pixels in the tile.
@@ -70,17 +58,6 @@ template <typename T>
 __device__ __forceinline__ Place place(const Args<T>& a) {
   const int t = static_cast<int>(threadIdx.x);
   return {t & ((1 << a.lanes_log2) - 1), t >> a.lanes_log2};
-}
-
-// threadIdx.x, read again where it is asked for.
-__device__ __forceinline__ unsigned thread_again() {
-#ifdef GANKERN_SIMT
-  return threadIdx.x;
-#else
-  unsigned t;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
-  return t;
-#endif
 }
 
 // d, b and strength of a block's channels lie in shared memory, so that global memory gives them
@@ -175,6 +152,11 @@ __device__ __forceinline__ void share_noise(Acc<T>* shared, const Args<T>& a, in
   for (int e = threadIdx.x; e < a.tile_w; e += blockDim.x)
     shared[piece_at<T>(e, pitch)] =
         first + e < a.out_w ? load_param<T>(a.noise, a.f32 & 2, i + e, a.format) : Acc<T>(0);
+}
+
+template <bool kPwl, typename A>
+__device__ __forceinline__ A value(A u, A d, A noise, A s, A b, const ActArgs<A>& p) {
+  return clamped(act_value<kPwl>(u * d + (noise * s + b), p) * p.gain, p.clamp);
 }
 
 // V values of a row from pixel `at` on.

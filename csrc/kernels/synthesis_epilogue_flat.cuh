@@ -6,12 +6,19 @@
 #pragma once
 
 #include "synthesis_epilogue_bwd.cuh"
-#include "synthesis_epilogue_fwd.cuh"
 
 namespace gankern {
 namespace {
 
 constexpr int kFlatThreads = 256;
+// The forward in NCHW.
+template <typename T>
+constexpr int kThreads = sizeof(T) == 8 ? 256 : 512;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kBlocks = 1;
+#else
+constexpr int kBlocks = 2;
+#endif
 template <typename T>
 constexpr int kFlatBlocks = sizeof(T) == 8 ? 2 : 4;
 

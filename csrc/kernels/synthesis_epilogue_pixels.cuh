@@ -29,6 +29,24 @@ __device__ __forceinline__ T* beyond(T* p, int64_t bytes) {
   return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes));
 }
 
+// The tile of y or dx that a block makes. It lies in shared memory, since registers are short, and
+// is read anew for each phase.
+struct Tile {
+  int n, row0, col0, index;
+  template <typename T>
+  __device__ __forceinline__ void set(const Args<T>& a) {
+    n = static_cast<int>(blockIdx.x) / a.tiles;
+    index = static_cast<int>(blockIdx.x) - n * a.tiles;
+    const int y = index / a.tiles_x;
+    row0 = y * a.tile_h, col0 = (index - y * a.tiles_x) * a.tile_w;
+  }
+};
+
+struct TileAt {
+  int n, row0, col0;
+  __device__ __forceinline__ TileAt(const volatile Tile& t) : n(t.n), row0(t.row0), col0(t.col0) {}
+};
+
 // Rows of an image on their way to shared memory, pixel after pixel of a block's channels, zeros
 // outside of it: `packs` of 16 bytes a row, of which a thread copies one of every `apart`-th row.
 template <typename T>
@@ -97,53 +115,6 @@ __device__ __forceinline__ void copy_noise(Acc<T>* to, const Args<T>& a, int n, 
   }
 }
 
-// `sums` are results of a column that wait for the rows below: sums[0] lacks one of them, sums[2]
-// three. This takes a row, of which read(k) gives the samples that the filter's column k meets; the
-// result that it makes whole is `out`.
-template <typename A, int K, typename Read>
-__device__ __forceinline__ void take_row(A (&sums)[kHalo][K], const Taps<A>& taps, Read read,
-                                         A (&out)[K]) {
-  const auto pack = [](const A* p) { return *reinterpret_cast<const Pack<A, kTaps>*>(p); };
-  if (taps.separable) {
-    A passed[K];
-    {
-      const auto x = pack(taps.x);
-#pragma unroll
-      for (int k = 0; k < kTaps; k++) {
-        A v[K];
-        read(k, v);
-#pragma unroll
-        for (int e = 0; e < K; e++) passed[e] = k ? passed[e] + x.v[k] * v[e] : x.v[k] * v[e];
-      }
-    }
-    const auto y = pack(taps.y);
-#pragma unroll
-    for (int e = 0; e < K; e++) {
-      out[e] = sums[0][e] + y.v[3] * passed[e];
-      sums[0][e] = sums[1][e] + y.v[2] * passed[e];
-      sums[1][e] = sums[2][e] + y.v[1] * passed[e];
-      sums[2][e] = y.v[0] * passed[e];
-    }
-  } else {
-#pragma unroll
-    for (int e = 0; e < K; e++) {
-      out[e] = sums[0][e], sums[0][e] = sums[1][e], sums[1][e] = sums[2][e], sums[2][e] = A(0);
-    }
-#pragma unroll
-    for (int k = 0; k < kTaps; k++) {
-      A v[K];
-      read(k, v);
-#pragma unroll
-      for (int e = 0; e < K; e++) {
-        out[e] += taps.all[3][k] * v[e];
-        sums[0][e] += taps.all[2][k] * v[e];
-        sums[1][e] += taps.all[1][k] * v[e];
-        sums[2][e] += taps.all[0][k] * v[e];
-      }
-    }
-  }
-}
-
 // `values` to shared memory, where a thread has a place of its own, and what was there to them.
 template <typename A, int K>
 __device__ __forceinline__ void swap(A* parked, int threads, A (&values)[3][K]) {
@@ -193,7 +164,7 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
   clear(shared, a.noises);
   if (threadIdx.x == 0) tile.set(a);
   __syncthreads();
-  if (threadIdx.x < 32) share_taps<T>(&taps, nullptr, a);
+  if (threadIdx.x < 32) share_taps<A>(&taps, nullptr, a);
   share_params<T, kMostChannels<T>>(params, a, tile.n, c0, threadIdx.x, channels);
   const int all = min(a.tile_h, a.out_h - tile.row0) + kHalo;
   int source = x_rows.first(a, c0, tile.row0 - a.y0, tile.col0 - a.x0);
@@ -334,7 +305,7 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
   clear(shared + a.xs, a.sources - a.xs);
   if (threadIdx.x == 0) strip.set(a);
   __syncthreads();
-  if (threadIdx.x < 32) share_taps(&taps, &adjoint, a);
+  if (threadIdx.x < 32) share_taps<A>(&taps, &adjoint, a);
   share_params<T, kStep>(params, a, strip.tile.n, strip.c0, threadIdx.x, a.channels);
   store_pack<int, 2>(sources(), Sources{{x_rows.first(a, strip.c0, strip.top, strip.left),
                                          dy_rows.first(a, strip.c0, strip.dy_top, strip.dy_left)}});

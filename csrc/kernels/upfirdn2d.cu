@@ -5,6 +5,8 @@
 // inserted zero is loaded or multiplied. Filters of 4 taps that are outer products are applied
 // along x, then along y. The kernels, from the most special:
 //   march: NCHW, 4 taps, factors 1 and 2, rows of whole vectors. A thread walks down the image.
+//   lines: NCHW, 4 taps at one rate, other rows of the result. A block walks down, and copies the
+//     next rows as they lie while it filters.
 //   planes: NCHW, factors 1, 2, 4 and 2 to 12 taps compiled in. A thread makes 4 columns; columns
 //     are kept split into phases, so that a warp reads and writes them without bank conflicts.
 //     Separable filters of 8 and 12 taps take two passes through shared memory.
@@ -13,6 +15,7 @@
 //   strips: channels-last, separable filters of more than 6 taps, in two passes.
 //   pixels: channels-last, every other filter. A block has a tile of 32 bytes of channels.
 //   any: every other filter, factor, layout and dtype.
+#include "upfirdn2d_lines.cuh"
 #include "upfirdn2d_march.cuh"
 #include "upfirdn2d_pixels.cuh"
 #include "upfirdn2d_planes.cuh"
@@ -180,6 +183,9 @@ int try_planes(const Args& p, void* stream) {
                                           : try_march<Half16, kUp, kDown>(p, stream);
         if (error >= 0) return error;
       }
+      if constexpr (kUp == 1 && kDown == 1)
+        if (p.w.out % 4)
+          return p.dtype == kF32 ? launch_lines<float>(p, stream) : launch_lines<Half16>(p, stream);
       return launch_planes<kUp, kDown, 4, false>(p, stream);
     case 6:
       if constexpr (kUp < 4) return launch_planes<kUp, kDown, 6, false>(p, stream);

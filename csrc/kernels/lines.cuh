@@ -1,0 +1,587 @@
+// Filters of 4x4 taps at one rate on NCHW planes of any width, as upfirdn2d and synthesis_epilogue
+// have them.
+//
+// A block walks down a strip of some planes, kLineRows rows at a time. Rows of the input are copied
+// to shared memory as they are, by asynchronous copies of aligned packs, a step ahead. There rows
+// lie a pitch apart that equals their length modulo a pack, so that they keep the alignment that
+// they have in global memory, whatever it is; what belongs to the neighbours of a plane's columns
+// is cleared by the thread that copied it. A thread has a word of columns; of each row it takes the
+// sum along x once, and adds it to the three results below that wait for it in registers: no row is
+// filtered twice, none is read twice but at a strip's ends. Result rows of odd length are stored
+// through shared memory, in whole packs.
+#pragma once
+
+#include "taps.cuh"
+
+namespace gankern {
+namespace {
+
+template <typename T>
+constexpr int kLineColumns = sizeof(T) == 8 ? 1 : 2;  // of a thread: see LineColumns
+template <typename T>
+constexpr int kLineRows = sizeof(T) == 8 ? 4 : 8;  // of a step of the forward
+template <typename T>
+constexpr int kGradRows = sizeof(T) == 2 ? 8 : 4;  // and of the backward, which has more to hold
+template <typename T>
+constexpr int kLineThreads = sizeof(T) == 8 ? 288 : 512;  // at most
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <typename T>
+constexpr int kLineBlocks = 1;  // on a multiprocessor
+#else
+template <typename T>
+constexpr int kLineBlocks = sizeof(T) == 8 ? 1 : 2;
+#endif
+
+constexpr int kLineSlot = 56;  // bytes of a LineSlot, at most
+
+// Rows of an image in shared memory.
+struct LineImage {
+  int pitch, packs, magic;  // elements from a row to the next; packs of a row; see quotient()
+  int at, stage;            // bytes from the begin of a plane's share; of a step
+};
+
+struct LinePlan {
+  int tile_w, tile_h, tiles_x, tiles_y;
+  int across;                      // columns that are filtered: the backward has a halo
+  int lanes, magic, planes;        // threads of a plane; see quotient(); planes of a block at once
+  int channels;                    // of a block
+  LineImage x, dy;                 // backward: both
+  int dus, du_pitch, sums;         // backward: bytes, elements, bytes
+  int outs, out_stage, out_pitch;  // where rows are stored through shared memory: out_stage > 0
+  int share, slots, noises, shared;  // bytes of a plane; where slots and noise are; of a block
+  int threads() const { return lanes * planes; }
+  int64_t tiles() const { return static_cast<int64_t>(tiles_x) * tiles_y; }
+};
+
+// Bytes that a block can have: 64 KiB on Turing, 99 and more since.
+inline int shared_limit() {
+  int device = 0, most = 48 * 1024;
+  if (cudaGetDevice(&device) == cudaSuccess)
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return most;
+}
+
+// bytes: of an element; width, height: of the result, forward y and backward dx; w, out_w: of rows
+// of x and y; aligned: so is the result; limit: bytes of shared memory that a block can have. The
+// backward's tiles depend on the sizes of the result alone.
+inline LinePlan plan_lines(int bytes, bool backward, bool noise, int64_t N, int64_t C, int width,
+                           int height, int w, int out_w, bool aligned, int limit) {
+  const int K = bytes == 8 ? 1 : 2;
+  const int rows_of_step = bytes == 8 || (backward && bytes == 4) ? 4 : 8;
+  const int V = 16 / bytes, copies = max(1, rows_of_step * K / V);
+  const int most = bytes == 8 ? 288 : 512, halo = backward ? kHalo : 0, P = 16 / bytes;
+  const int word = bytes == 8 ? 8 : 4, row = backward ? w : out_w;
+  const auto up_to = [](int64_t n, int unit) { return static_cast<int>(ceil_div(n, unit)) * unit; };
+  // Of a row, whole sectors of them.
+  const auto packs = [&](int columns) { return up_to(ceil_div(columns + 2 * V - 1, V), 2); };
+  LinePlan t{};
+  for (t.tiles_x = 1;; t.tiles_x++) {
+    t.tile_w = static_cast<int>(ceil_div(width, t.tiles_x));
+    if (t.tiles_x > 1) t.tile_w = up_to(t.tile_w, 32 / bytes);
+    t.across = up_to(t.tile_w + halo, K);
+    t.x.packs = packs(t.across + kHalo);
+    const int64_t lanes = max(ceil_div(t.across, K),
+                              ceil_div(rows_of_step * static_cast<int64_t>(t.x.packs), copies));
+    t.lanes = lanes <= 32 ? pow2_between(lanes, 4, 32) : up_to(lanes, 32);
+    if (t.lanes <= most) break;
+  }
+  t.tiles_x = static_cast<int>(ceil_div(width, t.tile_w));
+  t.magic = magic_of(t.lanes);
+
+  // Shared memory of a plane. Pitches equal the images' rows modulo a pack.
+  const auto pitch = [](int least, int like, int unit) {
+    return least + ((like - least) % unit + unit) % unit;
+  };
+  const auto place = [&](int& at, int64_t size) {
+    at = t.share;
+    t.share += up_to(size, 16);
+  };
+  const auto image = [&](LineImage& i, int columns, int like) {
+    i.packs = packs(columns), i.magic = magic_of(i.packs);
+    i.pitch = pitch(columns + 2 * V - 2, like, V);
+    i.stage = up_to((rows_of_step * (columns + 3 * V - 3) + 2 * V) * bytes, 16);  // of any image
+    place(i.at, 2 * i.stage);
+  };
+  image(t.x, t.across + kHalo, w);
+  if (backward) {
+    image(t.dy, t.across, out_w);
+    t.du_pitch = up_to(t.across + kHalo, 2);
+    place(t.dus, rows_of_step * t.du_pitch * word);
+    place(t.sums, 3 * t.lanes * word);
+  }
+  t.out_pitch = t.tiles_x == 1 ? row : pitch(t.tile_w + 2 * P - 2, row, P);
+  t.out_stage = up_to((rows_of_step * t.out_pitch + 2 * P) * bytes, 16);
+  const bool whole = aligned && row * bytes % 32 == 0;
+  if (backward || !whole) place(t.outs, (backward ? 1 : 2) * t.out_stage);
+  if (whole) t.out_stage = 0;
+
+  // Several planes at once, with noise as many as share it; rows as there is room for two blocks.
+  const int64_t sms = sm_count();
+  const int room = limit < 128 * 1024 ? limit - 3 * 1024 : limit / 2 - 3 * 1024;
+  const int least = max(1, 32 / t.lanes);
+  const auto noise_bytes = [&](int rows) { return noise ? (rows + halo) * t.across * word : 0; };
+  t.share += 2 * kLineSlot;
+  t.planes = max(1, (noise ? most : 256) / t.lanes);
+  t.planes = max(min(t.planes, up_to(C, least)), least) / least * least;
+  while (t.planes > least && t.planes * t.share + noise_bytes(32) > room) t.planes -= least;
+  int longest = 64;
+  while (longest > 4 && t.planes * t.share + noise_bytes(longest) > room) longest--;
+  const auto blocks = [&] {
+    t.tiles_y = static_cast<int>(ceil_div(height, t.tile_h));
+    return t.tiles() * N * ceil_div(C, t.channels);
+  };
+  t.channels = t.planes;
+  for (int strips = static_cast<int>(ceil_div(height, longest));; strips *= 2) {
+    t.tile_h = static_cast<int>(ceil_div(height, strips));
+    if (4 * blocks() >= 3 * sms || t.tile_h <= 4) break;
+  }
+  while (t.planes > least && 4 * blocks() < 3 * sms) t.channels = t.planes -= least;
+  while (noise && t.channels < 8 && t.channels < C && blocks() >= 2 * sms) t.channels *= 2;
+  while (ceil_div(C, t.channels) > 65535) t.channels *= 2;
+  blocks();
+  t.shared = t.planes * t.share + noise_bytes(t.tile_h);
+  t.share -= 2 * kLineSlot;
+  t.slots = t.planes * t.share, t.noises = t.slots + t.planes * 2 * kLineSlot;
+  return t;
+}
+
+// The packs that a thread copies of each step's R rows of an image. Rows' alignment returns with
+// every step, or with every second one.
+template <typename T, int R>
+struct LineCopies {
+  static constexpr int V = 16 / static_cast<int>(sizeof(T));
+  static constexpr int kCount = R * kLineColumns<T> / V > 1 ? R * kLineColumns<T> / V : 1;
+  static constexpr int kTurns = V > R ? V / R : 1;
+  static constexpr unsigned kNeeded = 1u << 31, kOutside = 1u << 30, kCareful = 1u << 29;
+  // Its place in packs, its row << 12, elements to be cleared << 15; kOutside: none is of the
+  // image; kCareful: it may reach beyond the tensor.
+  unsigned what[kTurns][kCount];
+
+  // Columns [left, left + columns) of rows, the first of which begins at `begin` there; careful:
+  // see near_end().
+  __device__ __forceinline__ void plan(const LineImage& m, const T* begin, int lane, int lanes,
+                                       int left, int columns, int width, bool careful) {
+#pragma unroll
+    for (int of = 0; of < kTurns * kCount; of++) {
+      const int k = of % kCount, turn = of / kCount;
+      const T* const first = begin + static_cast<int64_t>(turn * R) * width;
+      const int i = lane + k * lanes, q = quotient(i, m.magic);
+      const int start = low_of(first) + q * m.pitch;
+      // From the begin of a sector on, if it is one in every step.
+      const uintptr_t there = reinterpret_cast<uintptr_t>(first + static_cast<int64_t>(q) * width);
+      const int at = (start & -V) + (i - q * m.packs) * V - (there & 16 ? V : 0);
+      const int c = at - start;
+      // A bit for each of the pack's elements: of [c, c + V), those in [from, behind).
+      const auto those = [c](int from, int behind) {
+        const auto below = [](int n) { return (1u << min(max(n, 0), V)) - 1; };
+        return below(behind - c) & ~below(from - c);
+      };
+      const unsigned wanted = those(0, columns), inside = wanted & those(-left, width - left);
+      what[turn][k] = at / V | q << 12 | (wanted & ~inside) << 15 | kNeeded |
+                      (inside ? 0u : kOutside) | (careful ? kCareful : 0u);
+      if (i >= R * m.packs || !wanted) what[turn][k] = 0;
+    }
+  }
+  // Whether packs of a plane may reach beyond the tensor.
+  static __device__ __forceinline__ bool near_end(int64_t plane, int64_t planes, int h, int w) {
+    const int64_t area = static_cast<int64_t>(h) * w;
+    return plane * area < V || (planes - 1 - plane) * area < V;
+  }
+  __device__ __forceinline__ void none() {
+#pragma unroll
+    for (auto& turn : what)
+#pragma unroll
+      for (unsigned& w : turn) w = 0;
+  }
+  // Where p lies behind the begin of a pack.
+  static __device__ __forceinline__ int low_of(const T* p) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(p) / sizeof(T)) & (V - 1);
+  }
+  // What it copies in a step.
+  __device__ __forceinline__ unsigned in_step(int step, int k) const {
+    return kTurns == 1 || step % kTurns == 0 ? what[0][k] : what[kTurns - 1][k];
+  }
+  // Rows from `top` on of the image's first `height`; row: column `left` of the first of them.
+  __device__ __forceinline__ void copy(const LineImage& m, T* stage, int step, const T* row,
+                                       int top, int height, int width, const T* begin,
+                                       const T* end) const {
+    const int low = low_of(row);
+#pragma unroll
+    for (int k = 0; k < kCount; k++) {
+      const unsigned w = in_step(step, k);
+      if (!(w & kNeeded)) continue;
+      const int q = static_cast<int>(w >> 12 & 7), at = static_cast<int>(w & 0xfff) * V;
+      const bool inside =
+          !(w & kOutside) && static_cast<unsigned>(top + q) < static_cast<unsigned>(height);
+      const T* const p = row + (at - low + q * (width - m.pitch));
+      if ((w & kCareful) && inside && (p < begin || p + V > end)) {
+#pragma unroll 1
+        for (int e = 0; e < V; e++) stage[at + e] = p + e >= begin && p + e < end ? p[e] : T{};
+      } else {
+        copy_pack<T, V>(stage + at, p, inside);
+      }
+    }
+  }
+  // Clears what is not of the image in packs that have come.
+  __device__ __forceinline__ void clear(T* stage, int step) const {
+#pragma unroll
+    for (int k = 0; k < kCount; k++) {
+      const unsigned w = in_step(step, k), foreign = w >> 15 & ((1u << V) - 1);
+      if (!foreign) continue;
+      for (int e = 0; e < V; e++)
+        if (foreign >> e & 1) stage[(w & 0xfff) * V + e] = T{};
+    }
+  }
+};
+
+// A thread's columns, of `across`: neighbours where two are a word, else as far apart as there are
+// lanes, so that lanes meet different banks. `at` is where they lie in a row; those that do not
+// exist are read at another's place.
+template <typename T>
+struct LineColumns {
+  static constexpr int K = kLineColumns<T>;
+  static constexpr bool kNeighbours = sizeof(T) == 2;
+  int at[K];
+  __device__ __forceinline__ LineColumns(const LinePlan& m, int lane) {
+#pragma unroll
+    for (int e = 0; e < K; e++)
+      at[e] = kNeighbours ? lane * K + e : min(lane + e * m.lanes, m.across - 1);
+  }
+  // Whether column e exists among `columns`.
+  __device__ __forceinline__ bool has(const LinePlan& m, int lane, int e, int columns) const {
+    return (kNeighbours ? lane * K + e : lane + e * m.lanes) < columns;
+  }
+};
+
+// What the filter meets of a row, kWide columns for each of a thread's: from a stage of T, or from
+// results of the filter.
+template <typename T, int kWide>
+struct LineWindow {
+  using A = Acc<T>;
+  using Columns = LineColumns<T>;
+  static constexpr int K = Columns::K;
+  A v[Columns::kNeighbours ? 1 : K][Columns::kNeighbours ? K + kWide - 1 : kWide];
+  __device__ __forceinline__ A operator()(int e, int k) const {
+    return Columns::kNeighbours ? v[0][e + k] : v[e][k];
+  }
+  __device__ __forceinline__ void read(const T* stage, int at, const Columns& columns,
+                                       Format<T> format) {
+    if constexpr (Columns::kNeighbours) {  // whole words, and from them the elements
+      constexpr int N = K + kWide - 1, kWords = N / 2 + 1;
+      at += columns.at[0];
+      const int shift = (at & 1) * 16;
+      unsigned w[kWords];
+#pragma unroll
+      for (int i = 0; i < kWords; i++) {
+        w[i] = 0;
+        if (i + 1 < kWords || N % 2 || shift)  // not what none of the elements lies in
+          w[i] = *reinterpret_cast<const unsigned*>(stage + ((at & ~1) + 2 * i));
+      }
+#pragma unroll
+      for (int i = 0; i < (N + 1) / 2; i++) {
+        const uint64_t both = w[i] | static_cast<uint64_t>(i + 1 < kWords ? w[i + 1] : 0u) << 32;
+        const unsigned pair = static_cast<unsigned>(both >> shift);
+#pragma unroll
+        for (int e = 2 * i; e < 2 * i + 2 && e < N; e++)
+          v[0][e] = to_acc(Half16{static_cast<unsigned short>(e % 2 ? pair >> 16 : pair & 0xffff)},
+                           format);
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < K; e++)
+#pragma unroll
+        for (int k = 0; k < kWide; k++) v[e][k] = stage[at + columns.at[e] + k];
+    }
+  }
+  // Of numbers as the filter reckons with. They are aligned where columns are neighbours.
+  __device__ __forceinline__ void read(const A* row, const Columns& columns) {
+#pragma unroll
+    for (int e = 0; e < (Columns::kNeighbours ? 1 : K); e++) {
+      constexpr int N = Columns::kNeighbours ? K + kWide - 1 : kWide;
+      constexpr int P = Columns::kNeighbours ? K : 1;
+#pragma unroll
+      for (int k = 0; k < N; k += P) {
+        const auto pack = load_pack<A, P>(row + columns.at[e] + k);
+#pragma unroll
+        for (int j = 0; j < P && k + j < N; j++) v[e][k + j] = pack.v[j];
+      }
+    }
+  }
+};
+
+// Where p lies in its 16 bytes.
+template <typename T>
+__device__ __forceinline__ int first_of(const T* p) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(p) / sizeof(T)) &
+         (16 / static_cast<int>(sizeof(T)) - 1);
+}
+
+// `length` neighbours from shared memory, which have the alignment there that they have at `to`, by
+// thread i of `threads`: whole packs, and what lies beside them one by one.
+template <typename T>
+__device__ __forceinline__ void store_line(T* to, const T* s, int length, int i, int threads) {
+  constexpr int P = 16 / static_cast<int>(sizeof(T));
+  // From the begin of a sector on.
+  const int low = static_cast<int>(reinterpret_cast<uintptr_t>(to) / sizeof(T)) & (2 * P - 1);
+  for (int e = i * P - low; e < length; e += threads * P) {
+    if (e >= 0 && e + P <= length) {
+      store_whole<T, P>(to + e, load_pack<T, P>(s + e));
+    } else {
+#pragma unroll 1
+      for (int j = max(e, 0); j < min(e + P, length); j++) to[j] = s[j];
+    }
+  }
+}
+
+// Rows [lo, hi) of a step's results; first: where the step's first row begins, `width` the length
+// of rows there, `columns` how many of them are stored.
+template <typename T>
+__device__ __forceinline__ void store_lines(const LinePlan& m, T* first, const T* outs, int lo,
+                                            int hi, int width, int columns, int lane) {
+  const T* s = outs + first_of(first);
+  if (m.tiles_x == 1) {  // rows follow each other
+    store_line(first + static_cast<int64_t>(lo) * width, s + lo * width, (hi - lo) * width, lane,
+               m.lanes);
+    return;
+  }
+  for (int q = lo + lane / 32; q < hi; q += m.lanes / 32)
+    store_line(first + static_cast<int64_t>(q) * width, s + q * m.out_pitch, columns, lane % 32,
+               32);
+}
+
+constexpr int64_t kNoPlane = INT64_MIN;
+
+// What belongs to a channel, by the plane of the block that has it.
+template <typename T>
+struct alignas(8) LineSlot {
+  Acc<T> params[3];
+  // Elements of the tensors where the strip's first rows begin; of the result kNoPlane.
+  int64_t x, dy, out;
+};
+static_assert(sizeof(LineSlot<double>) <= kLineSlot, "a plan counts on it");
+
+// The strip that a block makes. It lies in shared memory, since registers are short, and is read
+// anew where it is needed.
+struct LineStrip {
+  int n, index, row0, col0, c0, end;  // end: behind the last channel
+  int rows, columns;                  // of the result
+  int all, steps, rounds;             // rows of x; steps of a plane; planes one after another
+  int top, left, dy_top, dy_left;     // of the images
+  int own_first, own_last, own_cols;  // backward: of dv, what is part of no other strip
+  template <typename Args>
+  __device__ __forceinline__ void set(const Args& a, bool backward, int rows_of_step) {
+    const LinePlan& m = a.lines;
+    const int tiles = m.tiles_x * m.tiles_y;
+    n = static_cast<int>(blockIdx.x) / tiles, index = static_cast<int>(blockIdx.x) - n * tiles;
+    const int y = index / m.tiles_x;
+    row0 = y * m.tile_h, col0 = (index - y * m.tiles_x) * m.tile_w;
+    c0 = static_cast<int>(blockIdx.y) * m.channels, end = min(a.C, c0 + m.channels);
+    rows = min(m.tile_h, (backward ? a.H : a.out_h) - row0);
+    columns = min(m.tile_w, (backward ? a.W : a.out_w) - col0);
+    all = rows + (backward ? 2 * kHalo : kHalo);
+    steps = (all + rows_of_step - 1) / rows_of_step;
+    rounds = (end - c0 + m.planes - 1) / m.planes;
+    top = row0 - (backward ? kHalo : a.y0), left = col0 - (backward ? kHalo : a.x0);
+    dy_top = top + a.y0 - kHalo, dy_left = left + a.x0;
+    own_first = max(kHalo, -dy_top);
+    own_last = min(row0 + m.tile_h < a.H ? m.tile_h + kHalo : all, a.out_h - dy_top);
+    own_cols = min(col0 + m.tile_w < a.W ? m.tile_w : m.across, a.out_w - dy_left);
+  }
+};
+
+// Where a block is: in which step of which round of planes. One register, since these are short.
+struct LineCursor {
+  unsigned at = 0;  // the step, the round << 16, and what turns with every step << 31
+  __device__ __forceinline__ int step() const { return static_cast<int>(at & 0xffff); }
+  __device__ __forceinline__ int round() const { return static_cast<int>(at >> 16 & 0x7fff); }
+  __device__ __forceinline__ int turn() const { return static_cast<int>(at >> 31); }
+  __device__ __forceinline__ LineCursor next(int steps) const {
+    LineCursor then;
+    then.at = step() + 1 == steps ? (at & ~0xffffu) + 0x10000 : at + 1;
+    then.at ^= 1u << 31;
+    return then;
+  }
+};
+
+// A thread's place: which of the block's planes, and which lane of it.
+struct LanePlace {
+  int plane, lane;
+  __device__ __forceinline__ explicit LanePlace(const LinePlan& m) {
+    const int t = static_cast<int>(thread_again());
+    plane = quotient(t, m.magic), lane = t - plane * m.lanes;
+  }
+};
+
+// Where a block has what in shared memory.
+template <typename T>
+struct LineShared {
+  char* shared;
+  const LinePlan& m;
+  __device__ __forceinline__ T* xs(int plane, int turn) const {
+    return reinterpret_cast<T*>(shared + (plane * m.share + m.x.at + turn * m.x.stage));
+  }
+  __device__ __forceinline__ T* dys(int plane, int turn) const {
+    return reinterpret_cast<T*>(shared + (plane * m.share + m.dy.at + turn * m.dy.stage));
+  }
+  __device__ __forceinline__ Acc<T>* dus(int plane) const {
+    return reinterpret_cast<Acc<T>*>(shared + (plane * m.share + m.dus));
+  }
+  // A lane's sums lie m.lanes apart.
+  __device__ __forceinline__ Acc<T>* sums(int plane) const {
+    return reinterpret_cast<Acc<T>*>(shared + (plane * m.share + m.sums));
+  }
+  __device__ __forceinline__ T* outs(int plane, int turn) const {
+    return reinterpret_cast<T*>(shared + (plane * m.share + m.outs + turn * m.out_stage));
+  }
+  __device__ __forceinline__ Acc<T>* noises() const {
+    return reinterpret_cast<Acc<T>*>(shared + m.noises);
+  }
+  __device__ __forceinline__ LineSlot<T>& slot(int plane, int round) const {
+    return reinterpret_cast<LineSlot<T>*>(shared + m.slots)[2 * plane + (round & 1)];
+  }
+};
+
+// y = op(filter(x)). Op: param(n, c, which) is a parameter of a channel; noise(shared, strip) puts
+// the strip's noise into shared memory; finish(u, params, read, z) makes results of filtered
+// samples and, once read() has read it, their noise. kUnroll: rows at a time.
+template <typename T, int kUnroll, typename Args, typename Op>
+__device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
+  using A = Acc<T>;
+  constexpr int K = kLineColumns<T>, R = kLineRows<T>;
+  using Copies = LineCopies<T, R>;
+  GK_DYNAMIC_SHARED(char, shared);
+  __shared__ Taps<A> taps;
+  __shared__ LineStrip in_shared;
+  const volatile LineStrip& strip = in_shared;
+  const LinePlan& m = a.lines;
+  const LineShared<T> s{shared, m};
+  if (threadIdx.x == 0) in_shared.set(a, false, R);
+  __syncthreads();
+
+  Copies copies;
+  const auto begin = [&](LineCursor cursor) {
+    const int round = cursor.round(), step = cursor.step();
+    const LanePlace me(m);
+    LineSlot<T>& slot = s.slot(me.plane, round);
+    int64_t x;
+    if (step == 0) {
+      const int c = strip.c0 + me.plane + round * m.planes;
+      const int64_t plane = static_cast<int64_t>(strip.n) * a.C + c;
+      x = (plane * a.H + strip.top) * a.W + strip.left;
+      copies.plan(m.x, a.x + x, me.lane, m.lanes, strip.left, m.across + kHalo, a.W,
+                  Copies::near_end(plane, static_cast<int64_t>(a.N) * a.C, a.H, a.W));
+      if (c >= strip.end) copies.none();
+      if (me.lane < 3 && c < strip.end) slot.params[me.lane] = op.param(strip.n, c, me.lane);
+      if (me.lane == 3) {
+        slot.x = x;
+        slot.out = c < strip.end ? (plane * a.out_h + strip.row0 - kHalo) * a.out_w + strip.col0
+                                 : kNoPlane;
+      }
+    } else {
+      x = slot.x + static_cast<int64_t>(step * R) * a.W;
+    }
+    copies.copy(m.x, s.xs(me.plane, cursor.turn()), step, a.x + x, strip.top + step * R,
+                min(a.H, strip.top + strip.all), a.W, a.x, a.x_end);
+  };
+  begin({});
+  copy_batch();
+  op.noise(s.noises(), in_shared);
+  if (threadIdx.x < 32) share_taps<A>(&taps, nullptr, a);
+
+  const auto walk = [&](Format<T> format) {
+    A waiting[kHalo][K];
+    LineCursor cursor;
+#pragma unroll 1
+    for (;;) {
+      copy_wait<0>();
+      {
+        const LanePlace me(m);
+        copies.clear(s.xs(me.plane, cursor.turn()), cursor.step());
+      }
+      __syncthreads();
+      if (m.out_stage && cursor.at) {  // the results of the step before
+        const LanePlace me(m);
+        const int row = (cursor.step() ? cursor.step() - 1 : strip.steps - 1) * R, o = row - kHalo;
+        const int64_t out =
+            s.slot(me.plane, cursor.step() ? cursor.round() : cursor.round() - 1).out;
+        if (out != kNoPlane)
+          store_lines(m, a.out + (out + static_cast<int64_t>(row) * a.out_w),
+                      s.outs(me.plane, 1 - cursor.turn()), max(0, -o), min(R, strip.rows - o),
+                      a.out_w, strip.columns, me.lane);
+      }
+      if (cursor.round() == strip.rounds) break;
+      const LineCursor next = cursor.next(strip.steps);
+      if (next.round() < strip.rounds) {
+        begin(next);
+      } else {
+        copies.none();
+      }
+      copy_batch();
+      if (cursor.step() == 0)
+#pragma unroll
+        for (int j = 0; j < kHalo; j++)
+#pragma unroll
+          for (int e = 0; e < K; e++) waiting[j][e] = A(0);
+      const LanePlace me(m);
+      const LineSlot<T>& slot = s.slot(me.plane, cursor.round());
+      const int64_t out = slot.out;
+      const LineColumns<T> columns(m, me.lane);
+      bool has[K];
+#pragma unroll
+      for (int e = 0; e < K; e++) has[e] = columns.has(m, me.lane, e, strip.columns);
+      if (out != kNoPlane && has[0]) {
+        const A params[3] = {slot.params[0], slot.params[1], slot.params[2]};
+        const T* const stage = s.xs(me.plane, cursor.turn());
+        T* to = a.out + (out + static_cast<int64_t>(cursor.step() * R) * a.out_w);
+        T* kept = s.outs(me.plane, cursor.turn()) + first_of(to);
+        const int rows = strip.rows, o0 = cursor.step() * R - kHalo;
+        const int at0 =
+            Copies::low_of(a.x + (slot.x + static_cast<int64_t>(cursor.step() * R) * a.W));
+        const A* noise = s.noises() + o0 * m.across;
+        with_taps<(kUnroll > 1)>(taps, [&](auto filter) {
+          const auto walk_rows = [&](auto whole, auto stores) {
+            int at = at0;
+#pragma unroll kUnroll
+            for (int q = 0; q < R; q++) {
+              LineWindow<T, kTaps> window;
+              window.read(stage, at, columns, format);
+              A u[K];
+              filter(waiting, window, u);
+              if (decltype(whole)::value ||
+                  static_cast<unsigned>(o0 + q) < static_cast<unsigned>(rows)) {
+                LineWindow<T, 1> z;
+                op.finish(u, params, [&] { z.read(noise, columns); }, z);
+                const Pack<T, K> result = narrow<T, K>(u, format);
+                if constexpr (decltype(stores)::value && sizeof(T) == 2) {
+                  store_pack<T, K>(to + columns.at[0], result);
+                } else {
+#pragma unroll
+                  for (int e = 0; e < K; e++)
+                    if (e == 0 || has[e])
+                      (decltype(stores)::value ? to : kept)[columns.at[e]] = result.v[e];
+                }
+              }
+              at += m.x.pitch, noise += m.across;
+              if constexpr (decltype(stores)::value)
+                to += a.out_w;
+              else
+                kept += m.out_pitch;
+            }
+          };
+          const bool whole = o0 >= 0 && o0 + R <= rows;
+          if (m.out_stage)
+            whole ? walk_rows(std::true_type{}, std::false_type{})
+                  : walk_rows(std::false_type{}, std::false_type{});
+          else
+            whole ? walk_rows(std::true_type{}, std::true_type{})
+                  : walk_rows(std::false_type{}, std::true_type{});
+        });
+      }
+      cursor = cursor.next(strip.steps);
+    }
+  };
+  with_format(a.format, walk);
+}
+
+}  // namespace
+}  // namespace gankern

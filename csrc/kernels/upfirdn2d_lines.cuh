@@ -1,0 +1,76 @@
+// upfirdn2d in NCHW with 4 taps at one rate, where rows of the result are not whole vectors: see
+// lines.cuh.
+#pragma once
+
+#include "lines.cuh"
+#include "upfirdn2d.cuh"
+
+namespace gankern {
+namespace {
+
+// As filter_lines() takes it: x0 and y0 are the padding, planes the channels of one sample.
+template <typename T>
+struct LineFilter {
+  const T *x, *x_end;
+  T* out;
+  const float* f;
+  int N, C, H, W, out_h, out_w, taps_y, taps_x, x0, y0;
+  bool separable, flip;
+  float filter_gain;
+  Format<T> format{kF32};
+  LinePlan lines;
+};
+
+struct LineResult {  // the filter's, as it is
+  __device__ __forceinline__ float param(int, int, int) const { return 0.f; }
+  __device__ __forceinline__ void noise(float*, const LineStrip&) const {}
+  template <typename U, typename Read, typename Noise>
+  __device__ __forceinline__ void finish(U&, const float (&)[3], Read, const Noise&) const {}
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
+    upfirdn2d_lines_kernel(LineFilter<T> a) {
+  filter_lines<T, 2>(a, LineResult{});
+}
+
+template <typename T>
+int launch_lines(const Args& p, void* stream) {
+  if (p.images > INT32_MAX || p.h.taps > kTaps || p.w.taps > kTaps) return -1;
+  const LinePlan t = plan_lines(sizeof(T), false, false, 1, p.images, p.w.out, p.h.out, p.w.in,
+                                p.w.out, aligned16(p.y), shared_limit());
+  if (t.tiles() > INT32_MAX) return -1;
+  const T* x = static_cast<const T*>(p.x);
+  const LineFilter<T> a{x,
+                        x + p.images * p.h.in * p.w.in,
+                        static_cast<T*>(p.y),
+                        static_cast<const float*>(p.f),
+                        1,
+                        static_cast<int>(p.images),
+                        p.h.in,
+                        p.w.in,
+                        p.h.out,
+                        p.w.out,
+                        p.h.taps,
+                        p.w.taps,
+                        p.w.pad,
+                        p.h.pad,
+                        p.separable,
+                        p.flip,
+                        static_cast<float>(p.gain),
+                        Format<T>(p.dtype),
+                        t};
+  if (t.shared > 44 * 1024) {
+    const cudaError_t e = cudaFuncSetAttribute(
+        upfirdn2d_lines_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, t.shared);
+    if (e != cudaSuccess) return static_cast<int>(e);
+  }
+  GK_LAUNCH(
+      (upfirdn2d_lines_kernel<T>),
+      dim3(static_cast<unsigned>(t.tiles()), static_cast<unsigned>(ceil_div(p.images, t.channels))),
+      dim3(t.threads()), t.shared, stream, a);
+  return static_cast<int>(cudaGetLastError());
+}
+
+}  // namespace
+}  // namespace gankern

@@ -163,9 +163,32 @@ MUTATIONS = [
         "* (d * d);",
     ),
     Mutation(
-        "synthesis_epilogue", "index: the noise of the next row", "synthesis_epilogue_fwd.cuh",
-        "stage_noise(noises, a, t.n, t.row0, t.col0, a.tile_h, a.across * kRun)",
-        "stage_noise(noises, a, t.n, t.row0 + 1, t.col0, a.tile_h, a.across * kRun)",
+        "upfirdn2d", "lines: what lies beside a row is not cleared", "lines.cuh",
+        "if (!foreign) continue;",
+        "continue;",
+    ),
+    Mutation(
+        "synthesis_epilogue", "index: the noise of the next row", "synthesis_epilogue_lines.cuh",
+        "line_noise(shared, a, strip.n, strip.row0, strip.col0, strip.rows)",
+        "line_noise(shared, a, strip.n, strip.row0 + 1, strip.col0, strip.rows)",
+    ),
+    Mutation(
+        "synthesis_epilogue", "barrier: a stage is read while it is copied", "lines.cuh",
+        "step());\n      }\n      __syncthreads();",
+        "step());\n      }",
+        "race",
+    ),
+    Mutation(
+        "synthesis_epilogue", "barrier: du is read at once", "synthesis_epilogue_lines.cuh",
+        "      __syncthreads();\n      const LanePlace me(m);\n      const int64_t out",
+        "      const LanePlace me(m);\n      const int64_t out",
+        "race",
+    ),
+    Mutation(
+        "synthesis_epilogue", "index: the sums of one more row of dv",
+        "lines.cuh",
+        "own_last = min(row0 + m.tile_h < a.H ? m.tile_h + kHalo : all",
+        "own_last = min(row0 + m.tile_h < a.H ? m.tile_h + kHalo + 1 : all",
     ),
     Mutation(
         "synthesis_epilogue", "barrier: partial sums are read at once",

@@ -166,17 +166,41 @@ def test_strips(impl, device, f, channels, dtype):
         )
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(2, 5, 3, 9), (1, 3, 70, 33), (1, 2, 9, 1100), (2, 3, 5, 261)], ids=str
+)
+def test_lines(impl, device, shape, dtype):
+    """Planes that are cut across or down, or share a block; rows that begin anywhere in memory."""
+    if impl not in ("simt", "cuda"):
+        pytest.skip("for the strips of the CUDA kernels")
+    n, c, h, w = shape
+    for offset, f in ((0, F4), (1, LOPSIDED), (3, F4)):
+        memory = randn(n * c * h * w + offset, seed=offset).to(dtype)
+        _, d, z, s, b = make_inputs(shape, f, (1, 2), dtype)
+        x, d, z, s, b = (t.to(device) for t in (memory[offset:].view(shape), d, z, s, b))
+        with gpu_of(1, impl):
+            compare(
+                lambda x, d, s, b, f=f, z=z: runner(impl, f, (1, 2))(x, d, z, s, b),
+                lambda x, d, s, b, f=f, z=z: runner("reference", f, (1, 2))(x, d, z, s, b),
+                [x, d, s, b],
+            )
+
+
 @pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("noise", ["shared", "none"])
-def test_shared_memory_of_any_width(impl, device, noise, dtype, kilobytes):
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_shared_memory_of_any_width(impl, device, layout, noise, dtype, kilobytes):
     """With what the kernels' own arrays take, a block asks for no more than a GPU has."""
     if impl != "simt":
         pytest.skip("only csrc/simt can be any GPU")
-    for channels, widths in [(2, (117, 125, 202, 243, 252)), (8, (54, 60, 77, 111)), (32, WIDTHS)]:
+    last = [(2, (117, 125, 202, 243, 252)), (8, (54, 60, 77, 111)), (32, WIDTHS)]
+    planes = [(2, (515, 1030)), (9, (3, 30, 65, 129, 257))]
+    for channels, widths in last if layout == "channels_last" else planes:
         for width in widths:
             shape = (1, channels, 2, width)
-            x, d, z, s, b = make_inputs(shape, F4, 2, dtype, "channels_last", noise)
+            x, d, z, s, b = make_inputs(shape, F4, 2, dtype, layout, noise)
             s = None if z is None else s
             with gpu_of(1, impl, kilobytes * 1024):
                 outputs_and_grads(

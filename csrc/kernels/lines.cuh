@@ -33,6 +33,8 @@ constexpr int kLineBlocks = sizeof(T) == 8 ? 1 : 2;
 #endif
 
 constexpr int kLineSlot = 56;  // bytes of a LineSlot, at most
+// Of a round's channels, while those of the round before are stored and the next ones are begun.
+constexpr int kLineSlots = 4;
 
 // Rows of an image in shared memory.
 struct LineImage {
@@ -48,7 +50,7 @@ struct LinePlan {
   LineImage x, dy;                 // backward: both
   int dus, du_pitch, sums;         // backward: bytes, elements, bytes
   int outs, out_stage, out_pitch;  // where rows are stored through shared memory: out_stage > 0
-  int share, slots, noises, shared;  // bytes of a plane; where slots and noise are; of a block
+  int share, noises, shared;       // bytes of a plane; where the noise is; of a block
   int threads() const { return lanes * planes; }
   int64_t tiles() const { return static_cast<int64_t>(tiles_x) * tiles_y; }
 };
@@ -74,27 +76,17 @@ inline LinePlan plan_lines(int bytes, bool backward, bool noise, int64_t N, int6
   const auto up_to = [](int64_t n, int unit) { return static_cast<int>(ceil_div(n, unit)) * unit; };
   // Of a row, whole sectors of them.
   const auto packs = [&](int columns) { return up_to(ceil_div(columns + 2 * V - 1, V), 2); };
+  const int64_t sms = sm_count();
+  // Of a block's shared memory, what is left for another block.
+  const int room = limit < 128 * 1024 ? limit - 3 * 1024 : limit / 2 - 3 * 1024;
   LinePlan t{};
-  for (t.tiles_x = 1;; t.tiles_x++) {
-    t.tile_w = static_cast<int>(ceil_div(width, t.tiles_x));
-    if (t.tiles_x > 1) t.tile_w = up_to(t.tile_w, 32 / bytes);
-    t.across = up_to(t.tile_w + halo, K);
-    t.x.packs = packs(t.across + kHalo);
-    const int64_t lanes = max(ceil_div(t.across, K),
-                              ceil_div(rows_of_step * static_cast<int64_t>(t.x.packs), copies));
-    t.lanes = lanes <= 32 ? pow2_between(lanes, 4, 32) : up_to(lanes, 32);
-    if (t.lanes <= most) break;
-  }
-  t.tiles_x = static_cast<int>(ceil_div(width, t.tile_w));
-  t.magic = magic_of(t.lanes);
-
-  // Shared memory of a plane. Pitches equal the images' rows modulo a pack.
-  const auto pitch = [](int least, int like, int unit) {
-    return least + ((like - least) % unit + unit) % unit;
-  };
   const auto place = [&](int& at, int64_t size) {
     at = t.share;
     t.share += up_to(size, 16);
+  };
+  // Pitches equal the images' rows modulo a pack.
+  const auto pitch = [](int least, int like, int unit) {
+    return least + ((like - least) % unit + unit) % unit;
   };
   const auto image = [&](LineImage& i, int columns, int like) {
     i.packs = packs(columns), i.magic = magic_of(i.packs);
@@ -102,25 +94,36 @@ inline LinePlan plan_lines(int bytes, bool backward, bool noise, int64_t N, int6
     i.stage = up_to((rows_of_step * (columns + 3 * V - 3) + 2 * V) * bytes, 16);  // of any image
     place(i.at, 2 * i.stage);
   };
-  image(t.x, t.across + kHalo, w);
-  if (backward) {
-    image(t.dy, t.across, out_w);
-    t.du_pitch = up_to(t.across + kHalo, 2);
-    place(t.dus, rows_of_step * t.du_pitch * word);
-    place(t.sums, 3 * t.lanes * word);
+  const auto noise_bytes = [&](int rows) { return noise ? (rows + halo) * t.across * word : 0; };
+  // Whole rows, as far as there are threads and memory.
+  for (t.tiles_x = 1;; t.tiles_x++) {
+    t.tile_w = static_cast<int>(ceil_div(width, t.tiles_x));
+    if (t.tiles_x > 1) t.tile_w = up_to(t.tile_w, 32 / bytes);
+    t.across = up_to(t.tile_w + halo, K);
+    const int64_t lanes =
+        max(ceil_div(t.across, K),
+            ceil_div(rows_of_step * static_cast<int64_t>(packs(t.across + kHalo)), copies));
+    t.lanes = lanes <= 32 ? pow2_between(lanes, 4, 32) : up_to(lanes, 32);
+    t.share = kLineSlots * kLineSlot;  // they come first
+    image(t.x, t.across + kHalo, w);
+    if (backward) {
+      image(t.dy, t.across, out_w);
+      t.du_pitch = up_to(t.across + kHalo, 2);
+      place(t.dus, rows_of_step * t.du_pitch * word);
+      place(t.sums, 3 * t.lanes * word);
+    }
+    t.out_pitch = t.tiles_x == 1 ? row : pitch(t.tile_w + 2 * P - 2, row, P);
+    t.out_stage = up_to((rows_of_step * t.out_pitch + 2 * P) * bytes, 16);
+    const bool whole = aligned && row * bytes % 32 == 0;
+    if (backward || !whole) place(t.outs, (backward ? 1 : 2) * t.out_stage);
+    if (whole) t.out_stage = 0;
+    if (t.lanes <= most && max(1, 32 / t.lanes) * t.share + noise_bytes(8) <= room) break;
   }
-  t.out_pitch = t.tiles_x == 1 ? row : pitch(t.tile_w + 2 * P - 2, row, P);
-  t.out_stage = up_to((rows_of_step * t.out_pitch + 2 * P) * bytes, 16);
-  const bool whole = aligned && row * bytes % 32 == 0;
-  if (backward || !whole) place(t.outs, (backward ? 1 : 2) * t.out_stage);
-  if (whole) t.out_stage = 0;
+  t.tiles_x = static_cast<int>(ceil_div(width, t.tile_w));
+  t.magic = magic_of(t.lanes);
 
   // Several planes at once, with noise as many as share it; rows as there is room for two blocks.
-  const int64_t sms = sm_count();
-  const int room = limit < 128 * 1024 ? limit - 3 * 1024 : limit / 2 - 3 * 1024;
   const int least = max(1, 32 / t.lanes);
-  const auto noise_bytes = [&](int rows) { return noise ? (rows + halo) * t.across * word : 0; };
-  t.share += 2 * kLineSlot;
   t.planes = max(1, (noise ? most : 256) / t.lanes);
   t.planes = max(min(t.planes, up_to(C, least)), least) / least * least;
   while (t.planes > least && t.planes * t.share + noise_bytes(32) > room) t.planes -= least;
@@ -140,8 +143,7 @@ inline LinePlan plan_lines(int bytes, bool backward, bool noise, int64_t N, int6
   while (ceil_div(C, t.channels) > 65535) t.channels *= 2;
   blocks();
   t.shared = t.planes * t.share + noise_bytes(t.tile_h);
-  t.share -= 2 * kLineSlot;
-  t.slots = t.planes * t.share, t.noises = t.slots + t.planes * 2 * kLineSlot;
+  t.noises = t.planes * t.share;
   return t;
 }
 
@@ -437,7 +439,7 @@ struct LineShared {
     return reinterpret_cast<Acc<T>*>(shared + m.noises);
   }
   __device__ __forceinline__ LineSlot<T>& slot(int plane, int round) const {
-    return reinterpret_cast<LineSlot<T>*>(shared + m.slots)[2 * plane + (round & 1)];
+    return reinterpret_cast<LineSlot<T>*>(shared + plane * m.share)[round & (kLineSlots - 1)];
   }
 };
 

@@ -188,10 +188,6 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
           // Rows of dv that count, and whether its columns do.
           const int own_first = strip.own_first;
           const unsigned own = max(strip.own_last - own_first, 0);
-          const auto owned_row = [&](int row) {  // registers are short
-            return kPwl ? static_cast<unsigned>(row - own_first) < own
-                        : row >= strip.own_first && row < strip.own_last;
-          };
           bool has[K], owned[K];
 #pragma unroll
           for (int e = 0; e < K; e++) {
@@ -205,7 +201,7 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
           with_taps<false>(taps, [&](auto filter) {
 #pragma unroll 1
             do {
-              A u[K], v[K], dv[K], z[K] = {};
+              A u[K], v[K], dv[K], z[K];
               {
                 LineWindow<T, kTaps> window;
                 window.read(stage, at, columns, format);
@@ -217,12 +213,16 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
 #pragma unroll
                 for (int e = 0; e < K; e++) dv[e] = window(e, 0);
               }
-              if (static_cast<unsigned>(row - kHalo) < noisy) {
+              const auto read_noise = [&] {
+#pragma unroll
+                for (int e = 0; e < K; e++) z[e] = A(0);
+                if (static_cast<unsigned>(row - kHalo) >= noisy) return;
                 LineWindow<T, 1> window;
                 window.read(noise, columns);
 #pragma unroll
                 for (int e = 0; e < K; e++) z[e] = window(e, 0);
-              }
+              };
+              read_noise();
 #pragma unroll
               for (int e = 0; e < K; e++) v[e] = u[e] * d + (z[e] * strength + b);
               if constexpr (kPwl) {
@@ -231,8 +231,9 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
                 for (int e = 0; e < K; e++) dv[e] = pwl.grad(dv[e], v[e]);
               } else {
                 grad<false>(dv, v, p);
+                read_noise();  // again, since registers are short
               }
-              if (owned_row(row)) {
+              if (static_cast<unsigned>(row - own_first) < own) {
 #pragma unroll
                 for (int e = 0; e < K; e++) {
                   const A mine = owned[e] ? dv[e] : A(0);

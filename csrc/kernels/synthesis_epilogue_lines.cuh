@@ -168,10 +168,13 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
       }
       copy_batch();
       if (cursor.step() == 0) {
+        const LanePlace me(m);
 #pragma unroll
-        for (int j = 0; j < kHalo; j++)
+        for (int j = 0; j < kHalo; j++) {
+          s.sums(me.plane)[j * m.lanes + me.lane] = A(0);
 #pragma unroll
           for (int e = 0; e < K; e++) waiting[j][e] = du_waiting[j][e] = A(0);
+        }
       }
       {
         const LanePlace me(m);
@@ -255,12 +258,9 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
               at += m.x.pitch, dy_at += m.dy.pitch, du += m.du_pitch, noise += m.across;
             } while (++row & (R - 1));
           });
-          A* parked = s.sums(me.plane) + me.lane;  // registers are short
 #pragma unroll
-          for (int k = 0; k < 3; k++) {
-            A* const sum = parked + k * m.lanes;
-            *sum = (cursor.step() ? *sum : A(0)) + sums[k];
-          }
+          for (int k = 0; k < 3; k++)  // registers are short
+            s.sums(me.plane)[k * m.lanes + me.lane] += sums[k];
         }
       }
       __syncthreads();
@@ -307,9 +307,7 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
         const int width = min(m.lanes, 32);
 #pragma unroll
         for (int k = 0; k < 3; k++) {
-          const A own = out != kNoPlane && LineColumns<T>(m, me.lane).has(m, me.lane, 0, m.across)
-                            ? s.sums(me.plane)[k * m.lanes + me.lane]
-                            : A(0);
+          const A own = s.sums(me.plane)[k * m.lanes + me.lane];
           const A sum = warp_sum(own, width);
           if (me.lane % 32 == 0) scratch[me.plane * max(1, m.lanes / 32) + me.lane / 32][k] = sum;
         }

@@ -211,9 +211,9 @@ MUTATIONS = [
         "race",
     ),
     Mutation(
-        "synthesis_epilogue", "gain: left out of the gradient", "synthesis_epilogue_bwd.cuh",
-        "from > A(0) ? p.gain : p.gain * p.alpha",
-        "from > A(0) ? A(1) : p.alpha",
+        "synthesis_epilogue", "gain: left out above 0", "act.cuh",
+        "return v > 0.f ? gain : negative; }",
+        "return v > 0.f ? 1.f : negative; }",
     ),
 ]  # fmt: skip
 

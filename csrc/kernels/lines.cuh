@@ -5,10 +5,10 @@
 // to shared memory as they are, by asynchronous copies of aligned packs, a step ahead. There rows
 // lie a pitch apart that equals their length modulo a pack, so that they keep the alignment that
 // they have in global memory, whatever it is; what belongs to the neighbours of a plane's columns
-// is cleared by the thread that copied it. A thread has a word of columns; of each row it takes the
-// sum along x once, and adds it to the three results below that wait for it in registers: no row is
-// filtered twice, none is read twice but at a strip's ends. Result rows of odd length are stored
-// through shared memory, in whole packs.
+// is cleared by the thread that copied it. A thread has two columns (of float64 one); of each row
+// it takes the sum along x once, and adds it to the three results below that wait for it in
+// registers: no row is filtered twice, none is read twice but at a strip's ends. Result rows of odd
+// length are stored through shared memory, in whole packs.
 #pragma once
 
 #include "taps.cuh"
@@ -77,7 +77,7 @@ inline LinePlan plan_lines(int bytes, bool backward, bool noise, int64_t N, int6
   // Of a row, whole sectors of them.
   const auto packs = [&](int columns) { return up_to(ceil_div(columns + 2 * V - 1, V), 2); };
   const int64_t sms = sm_count();
-  // Of a block's shared memory, what is left for another block.
+  // What a block may have, with room for another one where there is that much.
   const int room = limit < 128 * 1024 ? limit - 3 * 1024 : limit / 2 - 3 * 1024;
   LinePlan t{};
   const auto place = [&](int& at, int64_t size) {
@@ -96,7 +96,7 @@ inline LinePlan plan_lines(int bytes, bool backward, bool noise, int64_t N, int6
   };
   const auto noise_bytes = [&](int rows) { return noise ? (rows + halo) * t.across * word : 0; };
   // Whole rows, as far as there are threads and memory.
-  for (t.tiles_x = 1;; t.tiles_x++) {
+  for (t.tiles_x = static_cast<int>(ceil_div(width, K * most));; t.tiles_x++) {
     t.tile_w = static_cast<int>(ceil_div(width, t.tiles_x));
     if (t.tiles_x > 1) t.tile_w = up_to(t.tile_w, 32 / bytes);
     t.across = up_to(t.tile_w + halo, K);
@@ -122,7 +122,7 @@ inline LinePlan plan_lines(int bytes, bool backward, bool noise, int64_t N, int6
   t.tiles_x = static_cast<int>(ceil_div(width, t.tile_w));
   t.magic = magic_of(t.lanes);
 
-  // Several planes at once, with noise as many as share it; rows as there is room for two blocks.
+  // Several planes at once, with noise as many as share it; as many rows as there is room for.
   const int least = max(1, 32 / t.lanes);
   t.planes = max(1, (noise ? most : 256) / t.lanes);
   t.planes = max(min(t.planes, up_to(C, least)), least) / least * least;
@@ -147,30 +147,28 @@ inline LinePlan plan_lines(int bytes, bool backward, bool noise, int64_t N, int6
   return t;
 }
 
-// The packs that a thread copies of each step's R rows of an image. Rows' alignment returns with
-// every step, or with every second one.
+// The packs that a thread copies of each step's R rows of an image: rows' alignment returns with
+// every step.
 template <typename T, int R>
 struct LineCopies {
   static constexpr int V = 16 / static_cast<int>(sizeof(T));
   static constexpr int kCount = R * kLineColumns<T> / V > 1 ? R * kLineColumns<T> / V : 1;
-  static constexpr int kTurns = V > R ? V / R : 1;
+  static_assert(V <= R, "else a pack's place differs from step to step");
   static constexpr unsigned kNeeded = 1u << 31, kOutside = 1u << 30, kCareful = 1u << 29;
   // Its place in packs, its row << 12, elements to be cleared << 15; kOutside: none is of the
   // image; kCareful: it may reach beyond the tensor.
-  unsigned what[kTurns][kCount];
+  unsigned what[kCount];
 
   // Columns [left, left + columns) of rows, the first of which begins at `begin` there; careful:
   // see near_end().
   __device__ __forceinline__ void plan(const LineImage& m, const T* begin, int lane, int lanes,
                                        int left, int columns, int width, bool careful) {
 #pragma unroll
-    for (int of = 0; of < kTurns * kCount; of++) {
-      const int k = of % kCount, turn = of / kCount;
-      const T* const first = begin + static_cast<int64_t>(turn * R) * width;
+    for (int k = 0; k < kCount; k++) {
       const int i = lane + k * lanes, q = quotient(i, m.magic);
-      const int start = low_of(first) + q * m.pitch;
+      const int start = low_of(begin) + q * m.pitch;
       // From the begin of a sector on, if it is one in every step.
-      const uintptr_t there = reinterpret_cast<uintptr_t>(first + static_cast<int64_t>(q) * width);
+      const uintptr_t there = reinterpret_cast<uintptr_t>(begin + static_cast<int64_t>(q) * width);
       const int at = (start & -V) + (i - q * m.packs) * V - (there & 16 ? V : 0);
       const int c = at - start;
       // A bit for each of the pack's elements: of [c, c + V), those in [from, behind).
@@ -179,9 +177,9 @@ struct LineCopies {
         return below(behind - c) & ~below(from - c);
       };
       const unsigned wanted = those(0, columns), inside = wanted & those(-left, width - left);
-      what[turn][k] = at / V | q << 12 | (wanted & ~inside) << 15 | kNeeded |
-                      (inside ? 0u : kOutside) | (careful ? kCareful : 0u);
-      if (i >= R * m.packs || !wanted) what[turn][k] = 0;
+      what[k] = at / V | q << 12 | (wanted & ~inside) << 15 | kNeeded | (inside ? 0u : kOutside) |
+                (careful ? kCareful : 0u);
+      if (i >= R * m.packs || !wanted) what[k] = 0;
     }
   }
   // Whether packs of a plane may reach beyond the tensor.
@@ -191,31 +189,24 @@ struct LineCopies {
   }
   __device__ __forceinline__ void none() {
 #pragma unroll
-    for (auto& turn : what)
-#pragma unroll
-      for (unsigned& w : turn) w = 0;
+    for (unsigned& w : what) w = 0;
   }
   // Where p lies behind the begin of a pack.
   static __device__ __forceinline__ int low_of(const T* p) {
     return static_cast<int>(reinterpret_cast<uintptr_t>(p) / sizeof(T)) & (V - 1);
   }
-  // What it copies in a step.
-  __device__ __forceinline__ unsigned in_step(int step, int k) const {
-    return kTurns == 1 || step % kTurns == 0 ? what[0][k] : what[kTurns - 1][k];
-  }
   // Rows from `top` on of the image's first `height`; row: column `left` of the first of them.
-  __device__ __forceinline__ void copy(const LineImage& m, T* stage, int step, const T* row,
-                                       int top, int height, int width, const T* begin,
-                                       const T* end) const {
+  __device__ __forceinline__ void copy(const LineImage& m, T* stage, const T* row, int top,
+                                       int height, int width, const T* begin, const T* end) const {
     const int low = low_of(row);
 #pragma unroll
     for (int k = 0; k < kCount; k++) {
-      const unsigned w = in_step(step, k);
+      const unsigned w = what[k];
       if (!(w & kNeeded)) continue;
       const int q = static_cast<int>(w >> 12 & 7), at = static_cast<int>(w & 0xfff) * V;
       const bool inside =
           !(w & kOutside) && static_cast<unsigned>(top + q) < static_cast<unsigned>(height);
-      const T* const p = row + (at - low + q * (width - m.pitch));
+      const T* const p = row + (at - low + static_cast<int64_t>(q) * (width - m.pitch));
       if ((w & kCareful) && inside && (p < begin || p + V > end)) {
 #pragma unroll 1
         for (int e = 0; e < V; e++) stage[at + e] = p + e >= begin && p + e < end ? p[e] : T{};
@@ -225,10 +216,10 @@ struct LineCopies {
     }
   }
   // Clears what is not of the image in packs that have come.
-  __device__ __forceinline__ void clear(T* stage, int step) const {
+  __device__ __forceinline__ void clear(T* stage) const {
 #pragma unroll
     for (int k = 0; k < kCount; k++) {
-      const unsigned w = in_step(step, k), foreign = w >> 15 & ((1u << V) - 1);
+      const unsigned w = what[k], foreign = w >> 15 & ((1u << V) - 1);
       if (!foreign) continue;
       for (int e = 0; e < V; e++)
         if (foreign >> e & 1) stage[(w & 0xfff) * V + e] = T{};
@@ -377,7 +368,7 @@ struct LineStrip {
     n = static_cast<int>(blockIdx.x) / tiles, index = static_cast<int>(blockIdx.x) - n * tiles;
     const int y = index / m.tiles_x;
     row0 = y * m.tile_h, col0 = (index - y * m.tiles_x) * m.tile_w;
-    c0 = static_cast<int>(blockIdx.y) * m.channels, end = min(a.C, c0 + m.channels);
+    c0 = static_cast<int>(blockIdx.y) * m.channels, end = c0 + min(m.channels, a.C - c0);
     rows = min(m.tile_h, (backward ? a.H : a.out_h) - row0);
     columns = min(m.tile_w, (backward ? a.W : a.out_w) - col0);
     all = rows + (backward ? 2 * kHalo : kHalo);
@@ -482,8 +473,8 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
     } else {
       x = slot.x + static_cast<int64_t>(step * R) * a.W;
     }
-    copies.copy(m.x, s.xs(me.plane, cursor.turn()), step, a.x + x, strip.top + step * R,
-                min(a.H, strip.top + strip.all), a.W, a.x, a.x_end);
+    copies.copy(m.x, s.xs(me.plane, cursor.turn()), a.x + x, strip.top + step * R,
+                max(0, min(a.H, strip.top + strip.all)), a.W, a.x, a.x_end);
   };
   begin({});
   copy_batch();
@@ -498,7 +489,7 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
       copy_wait<0>();
       {
         const LanePlace me(m);
-        copies.clear(s.xs(me.plane, cursor.turn()), cursor.step());
+        copies.clear(s.xs(me.plane, cursor.turn()));
       }
       __syncthreads();
       if (m.out_stage && cursor.at) {  // the results of the step before

@@ -81,22 +81,6 @@ __device__ __forceinline__ void share_params(Acc<T>* params, const Args<T>& a, i
     if (t % kStride < count) params[t] = param(a, t / kStride, n, c0 + t % kStride);
 }
 
-template <typename T, bool kLast, int kStride>
-struct Params {
-  const Acc<T>* shared;  // of this thread's channels
-  Acc<T> d0 = 0, b0 = 0, s0 = 0;
-  __device__ __forceinline__ Params(const Acc<T>* params) : shared(params) {
-    if (!kLast) d0 = shared[0], b0 = shared[kStride], s0 = shared[2 * kStride];
-  }
-  __device__ __forceinline__ Acc<T> d(int e) const { return kLast ? get(0, e) : d0; }
-  __device__ __forceinline__ Acc<T> b(int e) const { return kLast ? get(1, e) : b0; }
-  __device__ __forceinline__ Acc<T> s(int e) const { return kLast ? get(2, e) : s0; }
-  // volatile: fetched when needed, since the registers do not hold all.
-  __device__ __forceinline__ Acc<T> get(int k, int e) const {
-    return const_cast<const volatile Acc<T>*>(shared)[k * kStride + e];
-  }
-};
-
 // Offset of pixel (row, col) of a plane (NCHW), or of channel c of that pixel.
 template <bool kLast>
 __device__ __forceinline__ int64_t offset(int C, int n, int c, int h, int w, int row, int col) {

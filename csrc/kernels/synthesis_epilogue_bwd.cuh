@@ -62,20 +62,14 @@ __device__ __forceinline__ void finish(const Args<T>& a, int span) {
   }
 }
 
-// dL/dv from dy, in its place, with v = u * d + noise * s + b.
-template <bool kPwl, typename A, int N>
+// dL/dv from dy, in its place, with v = u * d + noise * s + b, of any activation.
+template <typename A, int N>
 __device__ __forceinline__ void grad(A (&dy)[N], A (&v)[N], const ActArgs<A>& p) {
-  each<kPwl, 1>(
+  each<false, 1>(
       [&](int, A& to, A from) {
-        A y, dv;
-        if (kPwl) {
-          const A slope = from > A(0) ? p.gain : p.gain * p.alpha;
-          y = from * slope, dv = to * slope;
-        } else {
-          const A act = act_value<kPwl>(from, p);
-          y = act * p.gain, dv = to * p.gain * act_slope<kPwl>(act, from, p);
-        }
-        to = p.clamp >= A(0) && !(abs_(y) < p.clamp) ? A(0) : dv;
+        const A act = act_value<false>(from, p);
+        const A dv = to * p.gain * act_slope<false>(act, from, p);
+        to = p.clamp >= A(0) && !(abs_(act * p.gain) < p.clamp) ? A(0) : dv;
       },
       dy, v);
 }

@@ -199,11 +199,11 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks)
       const Pack<T, V> x = next;
       if (g + 1 < a.groups) next = load_packed<T>(a.x + i + i_step, a.vec_x, count(c + a.tile_h));
       if (count(c) <= 0) continue;
-      const Params<T, false, kFlatChannels> k(params + c - c_block);
+      const A* of = params + (c - c_block);
+      const A d = of[0], b = of[kFlatChannels], s = of[2 * kFlatChannels];
       A u[V];
       widen(x, a.format, u);
-      each<kPwl, 2>([&](int e, A& v, A z) { v = value<kPwl>(v, k.d(e), z, k.s(e), k.b(e), p); }, u,
-                    noise);
+      each<kPwl, 2>([&](int, A& v, A z) { v = value<kPwl>(v, d, z, s, b, p); }, u, noise);
       store_some<T>(a.out + i, u, a.vec_out, count(c), a.format);
     }
   }
@@ -410,7 +410,7 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<T>)
 #pragma unroll
                 for (int e = 0; e < M; e++) dv[e] = pwl.grad(dv[e], v[e]);
               else
-                grad<false>(dv, v, p);
+                grad(dv, v, p);
 #pragma unroll
               for (int e = 0; e < M; e++) {
                 const int k = kLast ? e : 0;

@@ -109,10 +109,10 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
       x = slot.x + static_cast<int64_t>(row) * a.W,
       dy = slot.dy + static_cast<int64_t>(row) * a.out_w;
     }
-    x_copies.copy(m.x, s.xs(me.plane, cursor.turn()), step, a.x + x, strip.top + row,
-                  min(a.H, strip.top + strip.all), a.W, a.x, a.x_end);
-    dy_copies.copy(m.dy, s.dys(me.plane, cursor.turn()), step, a.dy + dy, strip.dy_top + row,
-                   min(a.out_h, strip.dy_top + strip.all), a.out_w, a.dy, a.dy_end);
+    x_copies.copy(m.x, s.xs(me.plane, cursor.turn()), a.x + x, strip.top + row,
+                  max(0, min(a.H, strip.top + strip.all)), a.W, a.x, a.x_end);
+    dy_copies.copy(m.dy, s.dys(me.plane, cursor.turn()), a.dy + dy, strip.dy_top + row,
+                   max(0, min(a.out_h, strip.dy_top + strip.all)), a.out_w, a.dy, a.dy_end);
   };
   begin({});
   copy_batch();
@@ -134,8 +134,8 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
       copy_wait<0>();
       {
         const LanePlace me(m);
-        x_copies.clear(s.xs(me.plane, cursor.turn()), cursor.step()),
-            dy_copies.clear(s.dys(me.plane, cursor.turn()), cursor.step());
+        x_copies.clear(s.xs(me.plane, cursor.turn())),
+            dy_copies.clear(s.dys(me.plane, cursor.turn()));
       }
       __syncthreads();
       if (m.out_stage && cursor.at) {  // the results of the step before
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
 #pragma unroll
                 for (int e = 0; e < K; e++) dv[e] = pwl.grad(dv[e], v[e]);
               } else {
-                grad<false>(dv, v, p);
+                grad(dv, v, p);
                 read_noise();  // again, since registers are short
               }
               if (static_cast<unsigned>(row - own_first) < own) {

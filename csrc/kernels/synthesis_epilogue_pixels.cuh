@@ -349,7 +349,7 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
 #pragma unroll
               for (int e = 0; e < K; e++) dv[e] = pwl.grad(dv[e], v[e]);
             } else {
-              grad<false>(dv, v, p);
+              grad(dv, v, p);
             }
             if (static_cast<unsigned>(left - before - 1) < static_cast<unsigned>(owned))
 #pragma unroll

@@ -33,7 +33,7 @@ __device__ __forceinline__ void slopes(A (&m)[M], A (&v)[M], const ActArgs<A>& p
     else
       m[e] = A(1);
   }
-  if constexpr (sizeof(A) == 8) grad<false>(m, v, p);
+  if constexpr (sizeof(A) == 8) grad(m, v, p);
 }
 
 template <typename T, bool kLast, int N>

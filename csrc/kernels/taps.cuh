@@ -17,7 +17,8 @@ struct alignas(16) Taps {
 };
 
 // The taps by lanes 0 to 15 of a warp, and in `adjoint` reversed. Factors come through the smallest
-// tap, so that those of whole numbers are exact; rank one means up to a few roundings of each tap.
+// tap, so that those of whole numbers are exact; rank one means up to a few roundings of each tap,
+// and that no factor is so large that sums of the other would underflow.
 template <typename A, typename Filter>
 __device__ __forceinline__ void share_taps(Taps<A>* taps, Taps<A>* adjoint, const Filter& a) {
   const int lane = threadIdx.x % 32, t = lane % (kTaps * kTaps), ky = t / kTaps, kx = t % kTaps;
@@ -40,7 +41,8 @@ __device__ __forceinline__ void share_taps(Taps<A>* taps, Taps<A>* adjoint, cons
   const A in_row = __shfl_sync(0xffffffffu, tap, where / kTaps * kTaps + kx);
   const A in_col = __shfl_sync(0xffffffffu, tap, ky * kTaps + where % kTaps) / least;
   const A few = sizeof(A) == 8 ? A(1e-15) : A(5e-7);
-  const bool separable = __all_sync(0xffffffffu, size(in_row * in_col - tap) <= few * size(tap));
+  const bool separable = __all_sync(
+      0xffffffffu, size(in_row * in_col - tap) <= few * size(tap) && size(in_col) <= A(65536));
   if (lane >= kTaps * kTaps) return;
   for (Taps<A>* to : {taps, adjoint}) {
     if (!to) continue;

@@ -32,7 +32,7 @@ template <typename T>
 constexpr int kLineBlocks = sizeof(T) == 8 ? 1 : 2;
 #endif
 
-constexpr int kLineSlot = 56;  // bytes of a LineSlot, at most
+constexpr int kLineSlot = 48;  // bytes of a LineSlot, at most
 // Of a round's channels, while those of the round before are stored and the next ones are begun.
 constexpr int kLineSlots = 4;
 
@@ -63,16 +63,15 @@ inline int shared_limit() {
   return most;
 }
 
-// bytes: of an element; width, height: of the result, forward y and backward dx; w, out_w: of rows
+// width, height: of the result, forward y and backward dx; w, out_w: of rows
 // of x and y; aligned: so is the result; limit: bytes of shared memory that a block can have. The
 // backward's tiles depend on the sizes of the result alone.
-inline LinePlan plan_lines(int bytes, bool backward, bool noise, int64_t N, int64_t C, int width,
-                           int height, int w, int out_w, bool aligned, int limit) {
-  const int K = bytes == 8 ? 1 : 2;
-  const int rows_of_step = bytes == 8 || (backward && bytes == 4) ? 4 : 8;
-  const int V = 16 / bytes, copies = max(1, rows_of_step * K / V);
-  const int most = bytes == 8 ? 288 : 512, halo = backward ? kHalo : 0, P = 16 / bytes;
-  const int word = bytes == 8 ? 8 : 4, row = backward ? w : out_w;
+template <typename T>
+LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, int height, int w,
+                    int out_w, bool aligned, int limit) {
+  constexpr int bytes = sizeof(T), word = sizeof(Acc<T>), V = 16 / bytes, K = kLineColumns<T>;
+  const int rows_of_step = backward ? kGradRows<T> : kLineRows<T>, copies = rows_of_step * K / V;
+  const int halo = backward ? kHalo : 0, row = backward ? w : out_w;
   const auto up_to = [](int64_t n, int unit) { return static_cast<int>(ceil_div(n, unit)) * unit; };
   // Of a row, whole sectors of them.
   const auto packs = [&](int columns) { return up_to(ceil_div(columns + 2 * V - 1, V), 2); };
@@ -96,7 +95,7 @@ inline LinePlan plan_lines(int bytes, bool backward, bool noise, int64_t N, int6
   };
   const auto noise_bytes = [&](int rows) { return noise ? (rows + halo) * t.across * word : 0; };
   // Whole rows, as far as there are threads and memory.
-  for (t.tiles_x = static_cast<int>(ceil_div(width, K * most));; t.tiles_x++) {
+  for (t.tiles_x = static_cast<int>(ceil_div(width, K * kLineThreads<T>));; t.tiles_x++) {
     t.tile_w = static_cast<int>(ceil_div(width, t.tiles_x));
     if (t.tiles_x > 1) t.tile_w = up_to(t.tile_w, 32 / bytes);
     t.across = up_to(t.tile_w + halo, K);
@@ -112,19 +111,20 @@ inline LinePlan plan_lines(int bytes, bool backward, bool noise, int64_t N, int6
       place(t.dus, rows_of_step * t.du_pitch * word);
       place(t.sums, 3 * t.lanes * word);
     }
-    t.out_pitch = t.tiles_x == 1 ? row : pitch(t.tile_w + 2 * P - 2, row, P);
-    t.out_stage = up_to((rows_of_step * t.out_pitch + 2 * P) * bytes, 16);
+    t.out_pitch = t.tiles_x == 1 ? row : pitch(t.tile_w + 2 * V - 2, row, V);
+    t.out_stage = up_to((rows_of_step * t.out_pitch + 2 * V) * bytes, 16);
     const bool whole = aligned && row * bytes % 32 == 0;
     if (backward || !whole) place(t.outs, (backward ? 1 : 2) * t.out_stage);
     if (whole) t.out_stage = 0;
-    if (t.lanes <= most && max(1, 32 / t.lanes) * t.share + noise_bytes(8) <= room) break;
+    if (t.lanes <= kLineThreads<T> && max(1, 32 / t.lanes) * t.share + noise_bytes(8) <= room)
+      break;
   }
   t.tiles_x = static_cast<int>(ceil_div(width, t.tile_w));
   t.magic = magic_of(t.lanes);
 
   // Several planes at once, with noise as many as share it; as many rows as there is room for.
   const int least = max(1, 32 / t.lanes);
-  t.planes = max(1, (noise ? most : 256) / t.lanes);
+  t.planes = max(1, (noise ? kLineThreads<T> : 256) / t.lanes);
   t.planes = max(min(t.planes, up_to(C, least)), least) / least * least;
   while (t.planes > least && t.planes * t.share + noise_bytes(32) > room) t.planes -= least;
   int longest = 64;
@@ -147,6 +147,13 @@ inline LinePlan plan_lines(int bytes, bool backward, bool noise, int64_t N, int6
   return t;
 }
 
+// Where p lies in its 16 bytes.
+template <typename T>
+__device__ __forceinline__ int first_of(const T* p) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(p) / sizeof(T)) &
+         (16 / static_cast<int>(sizeof(T)) - 1);
+}
+
 // The packs that a thread copies of each step's R rows of an image: rows' alignment returns with
 // every step.
 template <typename T, int R>
@@ -166,7 +173,7 @@ struct LineCopies {
 #pragma unroll
     for (int k = 0; k < kCount; k++) {
       const int i = lane + k * lanes, q = quotient(i, m.magic);
-      const int start = low_of(begin) + q * m.pitch;
+      const int start = first_of(begin) + q * m.pitch;
       // From the begin of a sector on, if it is one in every step.
       const uintptr_t there = reinterpret_cast<uintptr_t>(begin + static_cast<int64_t>(q) * width);
       const int at = (start & -V) + (i - q * m.packs) * V - (there & 16 ? V : 0);
@@ -191,14 +198,10 @@ struct LineCopies {
 #pragma unroll
     for (unsigned& w : what) w = 0;
   }
-  // Where p lies behind the begin of a pack.
-  static __device__ __forceinline__ int low_of(const T* p) {
-    return static_cast<int>(reinterpret_cast<uintptr_t>(p) / sizeof(T)) & (V - 1);
-  }
   // Rows from `top` on of the image's first `height`; row: column `left` of the first of them.
   __device__ __forceinline__ void copy(const LineImage& m, T* stage, const T* row, int top,
                                        int height, int width, const T* begin, const T* end) const {
-    const int low = low_of(row);
+    const int low = first_of(row);
 #pragma unroll
     for (int k = 0; k < kCount; k++) {
       const unsigned w = what[k];
@@ -301,13 +304,6 @@ struct LineWindow {
     }
   }
 };
-
-// Where p lies in its 16 bytes.
-template <typename T>
-__device__ __forceinline__ int first_of(const T* p) {
-  return static_cast<int>(reinterpret_cast<uintptr_t>(p) / sizeof(T)) &
-         (16 / static_cast<int>(sizeof(T)) - 1);
-}
 
 // `length` neighbours from shared memory, which have the alignment there that they have at `to`, by
 // thread i of `threads`: whole packs, and what lies beside them one by one.
@@ -528,8 +524,7 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
         T* to = a.out + (out + static_cast<int64_t>(cursor.step() * R) * a.out_w);
         T* kept = s.outs(me.plane, cursor.turn()) + first_of(to);
         const int rows = strip.rows, o0 = cursor.step() * R - kHalo;
-        const int at0 =
-            Copies::low_of(a.x + (slot.x + static_cast<int64_t>(cursor.step() * R) * a.W));
+        const int at0 = first_of(a.x + (slot.x + static_cast<int64_t>(cursor.step() * R) * a.W));
         const A* noise = s.noises() + o0 * m.across;
         with_taps<(kUnroll > 1)>(taps, [&](auto filter) {
           const auto walk_rows = [&](auto whole, auto stores) {

@@ -191,8 +191,12 @@ Plan make_plan(int dtype, bool last, bool backward, bool filtered, bool noise, i
   if (!filtered && (last || backward)) return plan_workers(unit, last, noise, N, C, width * height);
   if (!filtered) return plan_flat(V, noise, N * channels, channels, width * height);
   if (last) return plan_pixels(dtype, backward, noise, N, C, width, height);
-  return of_lines(plan_lines(16 / V, backward, noise, N, C, width, height, static_cast<int>(w),
-                             static_cast<int>(out_w), aligned, shared_limit()));
+  const auto lines = [&](auto zero) {
+    return of_lines(plan_lines<decltype(zero)>(backward, noise, N, C, width, height,
+                                               static_cast<int>(w), static_cast<int>(out_w),
+                                               aligned, shared_limit()));
+  };
+  return dtype == kF64 ? lines(double{}) : dtype == kF32 ? lines(float{}) : lines(Half16{});
 }
 
 // Elements of a worker's unit, where rows of them are aligned.

@@ -186,8 +186,8 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
                                                                     s.dys(me.plane, cursor.turn());
           A* du = s.dus(me.plane);
           int row = cursor.step() * R;
-          int at = Copies::low_of(a.x + (slot.x + static_cast<int64_t>(row) * a.W));
-          int dy_at = Copies::low_of(a.dy + (slot.dy + static_cast<int64_t>(row) * a.out_w));
+          int at = first_of(a.x + (slot.x + static_cast<int64_t>(row) * a.W));
+          int dy_at = first_of(a.dy + (slot.dy + static_cast<int64_t>(row) * a.out_w));
           // Rows of dv that count, and whether its columns do.
           const int own_first = strip.own_first;
           const unsigned own = max(strip.own_last - own_first, 0);

@@ -174,8 +174,8 @@ MUTATIONS = [
     ),
     Mutation(
         "synthesis_epilogue", "barrier: a stage is read while it is copied", "lines.cuh",
-        "step());\n      }\n      __syncthreads();",
-        "step());\n      }",
+        "copies.clear(s.xs(me.plane, cursor.turn()));\n      }\n      __syncthreads();",
+        "copies.clear(s.xs(me.plane, cursor.turn()));\n      }",
         "race",
     ),
     Mutation(

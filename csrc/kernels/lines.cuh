@@ -1,7 +1,7 @@
 // Filters of 4x4 taps at one rate on NCHW planes of any width, as upfirdn2d and synthesis_epilogue
 // have them.
 //
-// A block walks down a strip of some planes, kLineRows rows at a time. Rows of the input are copied
+// A block walks down a strip of some planes, a step of rows at a time. Rows of the input are copied
 // to shared memory as they are, by asynchronous copies of aligned packs, a step ahead. There rows
 // lie a pitch apart that equals their length modulo a pack, so that they keep the alignment that
 // they have in global memory, whatever it is; what belongs to the neighbours of a plane's columns

@@ -12,9 +12,9 @@
 namespace gankern {
 namespace {
 
-// A tile of lanes x rows of threads; each thread has per_thread rows.
+// A tile of lanes x rows of threads.
 struct Plan {
-  int lanes, rows, per_thread, tile_w, tile_h, tiles_x, tiles_y, threads, groups;
+  int lanes, rows, tile_w, tile_h, tiles_x, tiles_y, threads, groups;
   // With a filter, channels-last: columns, rows of a step, and bytes.
   int across, step, shared;
   int span;  // without a filter: channels of a block; groups is the number of such spans there
@@ -95,7 +95,7 @@ Plan plan_pixels(int dtype, bool backward, bool noise, int64_t N, int64_t C, int
     if (t.step == 3) t.step = 5, blocks--;
   while (t.step > 1 && !fits(1)) t.step--;
   t.shared = PixelShared(t, bytes, backward, noise).all;
-  t.per_thread = t.groups = 1;
+  t.groups = 1;
   return t;
 }
 
@@ -112,7 +112,7 @@ Plan of_lines(const LinePlan& lines) {
 Plan plan_flat(int V, bool noise, int64_t planes, int channels, int area) {
   const int sms = sm_count();
   Plan t{};
-  t.per_thread = t.tiles_y = t.groups = 1;
+  t.tiles_y = t.groups = 1;
   const auto blocks = [&] { return ceil_div(area, t.lanes * V) * planes / max(t.rows, 1); };
   t.lanes = pow2_between(ceil_div(area, V), 1, noise ? 32 : 128);
   while (t.lanes > 32 && blocks() < sms) t.lanes /= 2;
@@ -135,7 +135,7 @@ Plan plan_workers(int unit, bool last, bool noise, int64_t N, int64_t C, int are
   constexpr int kRun = 4;  // units of a worker that are worth a block
   const int sms = sm_count(), units = last ? area : area / unit;
   Plan t{};
-  t.per_thread = t.tiles_y = t.groups = 1;
+  t.tiles_y = t.groups = 1;
   if (last) {
     t.lanes = pow2_between(ceil_div(C, unit), 1, 32);
     t.threads = pow2_between(ceil_div(units, kRun) * t.lanes, 64, kFlatThreads);

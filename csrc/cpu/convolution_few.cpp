@@ -6,26 +6,34 @@
 namespace gankern::cpu::GANKERN_ISA {
 namespace {
 
-constexpr int64_t kTaps = 16, kSome = 8 * kTall;  // pixels of a piece of work
+constexpr int64_t kLine = 16, kTaps = 16, kSome = 8 * kTall;  // pixels of a piece of work
+
+// From one tap's weights to the next's: odd in cache lines, so that all taps of a channel do not
+// meet in one set of the cache.
+int64_t tap_stride(int64_t I) { return (I * kWide / kLine | 1) * kLine; }
 
 // u[panel][tap][i][kWide]; channels beyond O are zero.
 void pack(float* u, const Weights& w, int64_t O, int64_t I) {
   parallel((O + kWide - 1) / kWide, 1, [&](int64_t first, int64_t last) {
     for (int64_t panel = first; panel < last; panel++)
-      for (int64_t i = 0; i < I; i++) {
-        float taps[kTaps][kWide] = {};
-        for (int64_t o = 0; o < kWide && panel * kWide + o < O; o++) {
-          const float* from = w.data + (panel * kWide + o) * w.out_stride + i * w.in_stride;
-          for (int64_t k = 0; k < kTaps; k++) taps[k][o] = from[k];
-        }
-        for (int64_t k = 0; k < kTaps; k++)
-          memcpy(u + ((panel * kTaps + k) * I + i) * kWide, taps[k], sizeof taps[k]);
-      }
+      for (int64_t i = 0; i < I; i++)
+        for (int64_t o = 0; o < kWide; o += kLanes)
+          for (int64_t k = 0; k < kTaps; k += kLanes) {
+            vf taps[kLanes];
+            for (int64_t r = 0; r < kLanes; r++) {
+              const int64_t at = panel * kWide + o + r;
+              taps[r] = at < O ? load(w.data + at * w.out_stride + i * w.in_stride + k) : vf{};
+            }
+            transpose(taps);
+            for (int64_t r = 0; r < kLanes; r++)
+              store(u + (panel * kTaps + k + r) * tap_stride(I) + i * kWide + o, taps[r]);
+          }
   });
 }
 
 // Output pixels that meet the same taps: all of a convolution, every other row and column of a
-// transposed one. Pixel t of [N, rows, columns] is at (step * row + y, step * column + x).
+// transposed one. Pixel t of [rows, columns, N] is at (step * row + y, step * column + x): pixels
+// in a row are those of several samples, which meet the edge of the image together.
 struct Phase {
   int64_t y, x, step, rows, columns, count;
   Phase(int64_t y, int64_t x, bool transposed, const Images& out)
@@ -50,21 +58,24 @@ void sum_up(float* y, const float* x, const float* u, const float* zeros, const 
     int64_t n[kTall], row[kTall], column[kTall];
     for (int64_t r = 0; r < kTall; r++) {
       const int64_t at = t + r < stop ? t + r : stop - 1;
-      column[r] = p.step * (at % p.columns) + p.x;
-      row[r] = p.step * (at / p.columns % p.rows) + p.y;
-      n[r] = at / (p.columns * p.rows);
+      n[r] = at % out.N;
+      column[r] = p.step * (at / out.N % p.columns) + p.x;
+      row[r] = p.step * (at / (out.N * p.columns)) + p.y;
     }
     vf sum[kTall][2] = {};
     for (int64_t ky = 0; ky < 4; ky++)
       for (int64_t kx = 0; kx < 4; kx++) {
         if (!p.meets(p.y, ky) || !p.meets(p.x, kx)) continue;
         const float* from[kTall];
+        bool any = false;
         for (int64_t r = 0; r < kTall; r++) {
           const int64_t i = p.sample(row[r], ky), j = p.sample(column[r], kx);
           const bool inside = i >= 0 && i < in.H && j >= 0 && j < in.W;
           from[r] = inside ? x + ((n[r] * in.H + i) * in.W + j) * in.C : zeros;
+          any |= inside;
         }
-        const float* w = u + (ky * 4 + kx) * in.C * kWide;
+        if (!any) continue;
+        const float* w = u + (ky * 4 + kx) * tap_stride(in.C);
         vf part[kTall][2] = {};
         for (int64_t c = 0; c < in.C; c++, w += kWide) {
           const vf a = load(w), b = load(w + kLanes);
@@ -90,63 +101,106 @@ void sum_up(float* y, const float* x, const float* u, const float* zeros, const 
 }
 
 // --- The weight gradient: dw[o][i][tap] = Σ over pixels t of the lower resolution of
-// m[t][o] v[the sample that t meets with tap][i].
+// m[t][o] v[the sample that t meets with tap][i]. t runs over [rows, columns, N].
 
-constexpr int64_t kPixels = 256;  // that are read before their products are added up
+constexpr int64_t kPixels = 256;  // about, that are read before their products are added up
 
-// to[t][kWide]: channels [c, c + kWide) of the samples that pixels [begin, stop) meet with a tap.
-void gather(float* to, const float* v, const Images& in, const Images& out, int64_t ky, int64_t kx,
-            int64_t c, int64_t begin, int64_t stop) {
-  const Phase p(0, 0, false, out);
+// The places of `size` whose samples with tap k are among `samples`.
+struct Meeting {
+  int64_t begin, end;
+  Meeting(int64_t k, int64_t size, int64_t samples)
+      : begin(k == 0), end((samples + 2 - k) / 2 < size ? (samples + 2 - k) / 2 : size) {}
+};
+
+// to[pixel][kWide]: channels [c, c + kWide) of the samples that rows [first, last) meet with a tap,
+// those outside the image left out.
+void gather(float* to, const float* v, const Images& in, int64_t ky, const Meeting& columns,
+            int64_t kx, int64_t c, int64_t first, int64_t last) {
   const int64_t left = in.C - c < kWide ? in.C - c : kWide;
-  for (int64_t t = begin; t < stop; t++, to += kWide) {
-    const int64_t i = p.sample(t / p.columns % p.rows, ky), j = p.sample(t % p.columns, kx);
-    const bool inside = i >= 0 && i < in.H && j >= 0 && j < in.W;
-    if (!inside || left < kWide) memset(to, 0, kWide * sizeof(float));
-    if (!inside) continue;
-    const float* from = v + ((t / (p.columns * p.rows) * in.H + i) * in.W + j) * in.C + c;
-    if (left == kWide)
-      memcpy(to, from, kWide * sizeof(float));
-    else
-      memcpy(to, from, static_cast<size_t>(left) * sizeof(float));
+  for (int64_t row = first; row < last; row++)
+    for (int64_t column = columns.begin; column < columns.end; column++) {
+      const float* from = v + ((2 * row + ky - 1) * in.W + 2 * column + kx - 1) * in.C + c;
+      for (int64_t n = 0; n < in.N; n++, to += kWide, from += in.H * in.W * in.C) {
+        if (left == kWide) {
+          memcpy(to, from, kWide * sizeof(float));
+        } else {
+          memset(to, 0, kWide * sizeof(float));
+          memcpy(to, from, static_cast<size_t>(left) * sizeof(float));
+        }
+      }
+    }
+}
+
+// sums[r][kWide] (rows kTaps apart) = Σ a[pixel][r] b[pixel]: `rows` runs of `run` pixels each,
+// which lie one after another in b, and `apart` pixels from each other in a.
+void sum_products(float* sums, const float* a, const float* b, int64_t rows, int64_t run,
+                  int64_t apart) {
+  vf sum[kTall][2] = {};
+  for (int64_t row = 0; row < rows; row++, a += apart * kTall) {
+    const float* p = a;
+    for (int64_t t = 0; t < run; t++, p += kTall, b += kWide) {
+      const vf v = load(b), w = load(b + kLanes);
+      for (int64_t r = 0; r < kTall; r++) {
+        sum[r][0] += v * p[r];
+        sum[r][1] += w * p[r];
+      }
+    }
   }
+  for (int64_t r = 0; r < kTall; r++)
+    for (int64_t j = 0; j < 2; j++) store(sums + r * kTaps * kWide + j * kLanes, sum[r][j]);
 }
 
 void weight_gradient(float* dw, const float* m, const float* v, const Images& out,
                      const Images& in) {
-  const int64_t count = out.N * out.H * out.W, groups = (out.C + kTall - 1) / kTall;
-  const int64_t panels = (in.C + kWide - 1) / kWide, parts = (groups + 10) / 11;
+  const int64_t width = out.W * out.N, count = out.H * width, pixels = out.H * out.W;
+  const int64_t groups = (out.C + kTall - 1) / kTall, panels = (in.C + kWide - 1) / kWide;
+  const int64_t parts = (groups + 10) / 11, step = width < kPixels ? kPixels / width : 1;
   Buffer<float> a(groups * count * kTall);  // [group][t][kTall]
   parallel(groups, 1, [&](int64_t first, int64_t last) {
     for (int64_t g = first; g < last; g++)
       for (int64_t t = 0; t < count; t++)
         for (int64_t r = 0; r < kTall; r++) {
-          const int64_t o = g * kTall + r;
-          a[(g * count + t) * kTall + r] = o < out.C ? m[t * out.C + o] : 0.f;
+          const int64_t o = g * kTall + r, at = t % out.N * pixels + t / out.N;
+          a[(g * count + t) * kTall + r] = o < out.C ? m[at * out.C + o] : 0.f;
         }
   });
   parallel(panels * parts, 1, [&](int64_t first, int64_t last) {
-    Buffer<float> b(kTaps * kPixels * kWide), sums(kTall * kTaps * kWide);
+    Buffer<float> b(kTaps * step * width * kWide), sums(kTall * kTaps * kWide);
     for (int64_t item = first; item < last; item++) {
       const int64_t c = item / parts * kWide, part = item % parts;
-      const int64_t width = in.C - c < kWide ? in.C - c : kWide;
-      for (int64_t t = 0; t < count; t += kPixels) {
-        const int64_t stop = t + kPixels < count ? t + kPixels : count;
-        for (int64_t k = 0; k < kTaps; k++)
-          gather(&b[k * kPixels * kWide], v, in, out, k / 4, k % 4, c, t, stop);
+      const int64_t left = in.C - c < kWide ? in.C - c : kWide;
+      for (int64_t begin = 0; begin < out.H; begin += step) {
+        // Of each tap, what it meets of rows [begin, begin + step).
+        struct Met {
+          int64_t first, rows, column, run;
+          float* samples;
+        } met[kTaps];
+        for (int64_t k = 0; k < kTaps; k++) {
+          const Meeting rows(k / 4, out.H, in.H), columns(k % 4, out.W, in.W);
+          const int64_t from = begin < rows.begin ? rows.begin : begin;
+          const int64_t stop = begin + step < rows.end ? begin + step : rows.end;
+          met[k] = {from, stop - from, columns.begin, (columns.end - columns.begin) * out.N,
+                    &b[k * step * width * kWide]};
+          gather(met[k].samples, v, in, k / 4, columns, k % 4, c, from, stop);
+        }
         for (int64_t g = part * groups / parts; g < (part + 1) * groups / parts; g++) {
-          for (int64_t k = 0; k < kTaps; k++)
-            register_tile<kTall, 2, false>(&sums[k * kWide], kTaps * kWide, kLanes,
-                                           &a[(g * count + t) * kTall], 1, kTall,
-                                           &b[k * kPixels * kWide], kWide, kLanes, stop - t);
+          for (int64_t k = 0; k < kTaps; k++) {
+            const Met& p = met[k];
+            const int64_t t = p.first * width + p.column * out.N;
+            sum_products(&sums[k * kWide], &a[(g * count + t) * kTall], p.samples, p.rows, p.run,
+                         width);
+          }
           for (int64_t r = 0; r < kTall && g * kTall + r < out.C; r++)
-            for (int64_t i = 0; i < width; i++) {
-              float* to = dw + ((g * kTall + r) * in.C + c + i) * kTaps;
-              for (int64_t k = 0; k < kTaps; k++) {
-                const float sum = sums[(r * kTaps + k) * kWide + i];
-                to[k] = t == 0 ? sum : to[k] + sum;
+            for (int64_t i = 0; i < left; i += kLanes)
+              for (int64_t k = 0; k < kTaps; k += kLanes) {
+                vf taps[kLanes];
+                for (int64_t j = 0; j < kLanes; j++)
+                  taps[j] = load(&sums[(r * kTaps + k + j) * kWide + i]);
+                transpose(taps);
+                float* to = dw + ((g * kTall + r) * in.C + c + i) * kTaps + k;
+                for (int64_t j = 0; j < kLanes && i + j < left; j++, to += kTaps)
+                  store(to, begin == 0 ? taps[j] : load(to) + taps[j]);
               }
-            }
         }
       }
     }
@@ -159,24 +213,23 @@ int convolution_few(int, const void* x, const void* w, void* y, int64_t N, int64
                     int64_t W, int64_t O, int64_t out_h, int64_t out_w, int64_t w_out, int64_t w_in,
                     bool transposed) {
   const Images in{N, I, H, W}, out{N, O, out_h, out_w};
-  const int64_t panels = (O + kWide - 1) / kWide, panel = kTaps * I * kWide;
+  const int64_t panels = (O + kWide - 1) / kWide, panel = kTaps * tap_stride(I);
   Buffer<float> u(panels * panel), zeros(I);
   for (int64_t i = 0; i < I; i++) zeros[i] = 0;
   pack(&u[0], {static_cast<const float*>(w), w_out, w_in, false}, O, I);
-  // A panel's weights stay in the cache while a thread goes through its pixels.
-  for (int64_t y0 = 0; y0 < (transposed ? 2 : 1); y0++)
-    for (int64_t x0 = 0; x0 < (transposed ? 2 : 1); x0++) {
-      const Phase p(y0, x0, transposed, out);
-      const int64_t parts = (p.count + kSome - 1) / kSome;
-      parallel(panels * parts, 1, [&](int64_t first, int64_t last) {
-        for (int64_t item = first; item < last; item++) {
-          const int64_t o = item / parts, begin = item % parts * kSome;
-          const int64_t stop = begin + kSome < p.count ? begin + kSome : p.count;
-          sum_up(static_cast<float*>(y), static_cast<const float*>(x), &u[o * panel], &zeros[0], in,
-                 out, p, o * kWide, begin, stop);
-        }
-      });
+  // A panel's weights stay in the cache while a thread goes through the pixels of a phase.
+  const int64_t phases = transposed ? 4 : 1;
+  const int64_t parts = (Phase(0, 0, transposed, out).count + kSome - 1) / kSome;
+  parallel(phases * panels * parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t item = first; item < last; item++) {
+      const int64_t phase = item / (panels * parts), o = item / parts % panels;
+      const Phase p(phase / 2, phase % 2, transposed, out);
+      const int64_t begin = item % parts * kSome;
+      const int64_t stop = begin + kSome < p.count ? begin + kSome : p.count;
+      sum_up(static_cast<float*>(y), static_cast<const float*>(x), &u[o * panel], &zeros[0], in,
+             out, p, o * kWide, begin, stop);
     }
+  });
   return 0;
 }
 

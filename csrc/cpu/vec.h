@@ -216,6 +216,16 @@ GK_INLINE void zip(V even, V odd, V& a, V& b) {
   b = __builtin_shuffle(even, odd, hi);
 }
 
+// Row i of kLanes vectors becomes lane i of each.
+GK_INLINE void transpose(vf* rows) {
+  for (int n = 1; n < kLanes; n *= 2) {
+    vf turned[kLanes];
+    for (int i = 0; i < kLanes / 2; i++)
+      zip(rows[i], rows[i + kLanes / 2], turned[2 * i], turned[2 * i + 1]);
+    for (int i = 0; i < kLanes; i++) rows[i] = turned[i];
+  }
+}
+
 // --- exp and its relatives, within 2 units in the last place of float32.
 
 GK_INLINE vf exp_(vf x) {

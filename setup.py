@@ -42,7 +42,7 @@ ISA_FLAGS = {
 }
 
 # The convolutions of a GPU are cuDNN's.
-CPU_ALONE = {"convolution", "convolution_last", "convolution_few"}
+CPU_ALONE = {"convolution", "convolution_last", "convolution_few", "convolution_image"}
 
 COMMON_FLAGS = f"-std=c++17 -O3 -DGANKERN_NS=gankern -I{ROOT / 'csrc'}"
 # gcc 12 takes the payload of an empty std::optional<Tensor> for one that is used.

@@ -27,7 +27,7 @@ from gankern.ops.bias_act import ACTS
 from gankern.ops.convolution import (
     FEWEST_TILES,
     Form,
-    _four_taps,
+    _kernels,
     _ours,
     convolution,
     has_own_kernels,
@@ -312,13 +312,48 @@ def test_four_taps_of_few_images(form, shape, layout, isa, monkeypatch):
     monkeypatch.setitem(SHAPES, "many pixels", (3, 16, 70, 25, 40))  # of a weight gradient
     x, w = inputs_of(shape, form, 4)
     inputs = [lay_out(x, layout), w]
-    assert not _ours(w, inputs[0], None, form)
-    assert _four_taps(w, inputs[0], None, form) == "few"
+    assert _kernels(w, inputs[0], None, form) == "few"
     with instruction_set(isa):
         y, *_ = compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs)
         assert y.is_contiguous(memory_format=torch.channels_last)
         if shape == "odd":
             compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs, second_grads)
+
+
+IMAGES = {  # N, channels of the smaller grid and of the images, H, W of the smaller grid
+    "rgb": (2, 16, 3, 8, 8),
+    "grey": (3, 24, 1, 9, 13),
+    "many bands": (2, 70, 3, 33, 5),
+    "as many as there are": (1, 40, 15, 20, 37),
+    "one row": (2, 16, 4, 1, 6),
+    "none": (0, 16, 3, 4, 4),
+}
+
+
+@pytest.mark.parametrize("isa", [0, 1, 2], ids=["base", "avx2", "avx512"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", IMAGES)
+@pytest.mark.parametrize("form", FORMS_4X4.values(), ids=FORMS_4X4)
+def test_four_taps_of_images(form, shape, layout, isa):
+    """Images of few channels, of which odd sides may be more than the weights reach."""
+    n, many, few, h, w = IMAGES[shape]
+    size = (many, h, w) if form.transposed else (few, 2 * h + 1, 2 * w)
+    weight = randn(many, few, 4, 4, seed=1).float() / many**0.5
+    inputs = [lay_out(randn(n, *size).float(), layout), weight]
+    assert _kernels(weight, inputs[0], None, form) == ("image" if n else "")
+    with instruction_set(isa):
+        y, *_ = compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs)
+        last = torch.contiguous_format if form.transposed else torch.channels_last
+        assert not n or y.is_contiguous(memory_format=last)
+        if shape == "grey":
+            compare(lambda x, w: convolution(x, w, form), of_torch(form), inputs, second_grads)
+
+
+def test_few_channels_of_the_smaller_grid_are_pytorchs():
+    x, w = randn(2, 16, 8, 8).float(), randn(3, 16, 4, 4, seed=1).float()
+    form = FORMS_4X4["down"]
+    assert _kernels(w, x, None, form) == ""
+    assert torch.equal(convolution(x, w, form), of_torch(form)(x, w))
 
 
 def of_product(form: Form):
@@ -445,6 +480,12 @@ def test_opcheck():
         torch.library.opcheck(ops.convolution_few.default, args, test_utils=checks)
     torch.library.opcheck(
         ops.convolution_few_weight_gradient.default, tuple(last), test_utils=checks
+    )
+    image = (x[:, :3], four[:, :3], False, 0, 0), (last[0], four[:, :3], True, 1, 0)
+    for args in image:
+        torch.library.opcheck(ops.convolution_image.default, args, test_utils=checks)
+    torch.library.opcheck(
+        ops.convolution_image_weight_gradient.default, (last[0], x[:, :3]), test_utils=checks
     )
     torch.library.opcheck(
         ops.convolution.default, (last[1], four, None, 2, 1, 1, False, 0, 0), test_utils=checks

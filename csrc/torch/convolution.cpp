@@ -25,6 +25,15 @@ GANKERN_KERNEL(int, convolution_few, int dtype, const void* x, const void* w, vo
 GANKERN_KERNEL(int, convolution_few_weight_gradient, int dtype, const void* dy, const void* x,
                void* dw, int64_t N, int64_t O, int64_t out_h, int64_t out_w, int64_t I, int64_t H,
                int64_t W)
+GANKERN_KERNEL(int, convolution_image, int dtype, const void* x, const void* w, void* y, int64_t N,
+               int64_t I, int64_t H, int64_t W, int64_t O, int64_t out_h, int64_t out_w,
+               int64_t w_out, int64_t w_in, bool planes)
+GANKERN_KERNEL(int, convolution_image_transposed, int dtype, const void* x, const void* w, void* y,
+               int64_t N, int64_t I, int64_t H, int64_t W, int64_t O, int64_t out_h, int64_t out_w,
+               int64_t w_out, int64_t w_in)
+GANKERN_KERNEL(int, convolution_image_weight_gradient, int dtype, const void* dy, const void* x,
+               void* dw, int64_t N, int64_t O, int64_t out_h, int64_t out_w, int64_t I, int64_t H,
+               int64_t W, bool planes)
 
 namespace gankern {
 namespace {
@@ -133,18 +142,45 @@ bool by_channels(const Tensor& t) {
   return is_channels_last(t) || (t.is_contiguous() && t.size(2) * t.size(3) == 1);
 }
 
-// 4x4 taps, stride 2 and padding 1, by plain sums.
-Tensor few(const Tensor& x, const Tensor& w, bool transposed, int64_t rest_y, int64_t rest_x) {
-  const Convolution c(x, w, std::nullopt, 2, 1, 1, transposed, rest_y, rest_x,
-                      by_channels(checked("x", x)));
-  STD_TORCH_CHECK(w.size(3) == 4, kOp, ": few images want 4x4 taps, got ", w.size(3), "x",
+// The checked operands of 4x4 taps, stride 2 and padding 1.
+Convolution four_taps(const Tensor& x, const Tensor& w, bool transposed, int64_t rest_y,
+                      int64_t rest_x, bool last) {
+  const Convolution c(x, w, std::nullopt, 2, 1, 1, transposed, rest_y, rest_x, last);
+  STD_TORCH_CHECK(w.size(3) == 4, kOp, ": these kernels want 4x4 taps, got ", w.size(3), "x",
                   w.size(3));
+  return c;
+}
+
+// By plain sums.
+Tensor few(const Tensor& x, const Tensor& w, bool transposed, int64_t rest_y, int64_t rest_x) {
+  const Convolution c = four_taps(x, w, transposed, rest_y, rest_x, by_channels(checked("x", x)));
   Tensor y = fresh_images(x, c.N, c.O, c.out_h, c.out_w, true);
   if (y.numel())
     kernels::convolution_few(kF32, c.x.const_data_ptr(), c.w.const_data_ptr(), y.mutable_data_ptr(),
                              c.N, x.size(1), x.size(2), x.size(3), c.O, c.out_h, c.out_w,
                              c.w.stride(transposed ? 1 : 0), c.w.stride(transposed ? 0 : 1),
                              transposed);
+  return y;
+}
+
+// Between images of few channels, in either memory format but written contiguous, and
+// channels-last memory of many.
+Tensor image(const Tensor& x_in, const Tensor& w, bool transposed, int64_t rest_y, int64_t rest_x) {
+  const bool last = by_channels(checked("x", x_in));
+  const Tensor x = last ? x_in : row_major(x_in);
+  STD_TORCH_CHECK(last || !transposed, kOp, ": 4x4 taps take images in channels-last memory");
+  const Convolution c = four_taps(x, w, transposed, rest_y, rest_x, true);
+  Tensor y = fresh_images(x, c.N, c.O, c.out_h, c.out_w, !transposed);
+  if (y.numel() == 0) return y;
+  const auto run = [&](const auto& kernel, auto... rest) {
+    kernel(kF32, x.const_data_ptr(), c.w.const_data_ptr(), y.mutable_data_ptr(), c.N, x.size(1),
+           x.size(2), x.size(3), c.O, c.out_h, c.out_w, c.w.stride(transposed ? 1 : 0),
+           c.w.stride(transposed ? 0 : 1), rest...);
+  };
+  if (transposed)
+    run([](auto... args) { kernels::convolution_image_transposed(args...); });
+  else
+    run([](auto... args) { kernels::convolution_image(args...); }, !last);
   return y;
 }
 
@@ -230,12 +266,10 @@ Tensor weight_gradient(const Tensor& dy_in, const Tensor& x_in, const MaybeTenso
   return dw;
 }
 
-Tensor few_weight_gradient(const Tensor& dy, const Tensor& x) {
-  checked("dy", dy);
-  checked("x", x);
+// Of 4x4 taps; run(dw, N, O, out_h, out_w, I, H, W).
+template <typename F>
+Tensor four_taps_weight_gradient(const Tensor& dy, const Tensor& x, const F& run) {
   const int64_t N = x.size(0), O = dy.size(1), I = x.size(1);
-  STD_TORCH_CHECK(by_channels(dy) && by_channels(x), kOp,
-                  ": 4x4 taps take images in channels-last memory");
   STD_TORCH_CHECK(dy.size(0) == N && dy.size(2) == out_size(x.size(2), 4, 2, 1, false, 0) &&
                       dy.size(3) == out_size(x.size(3), 4, 2, 1, false, 0),
                   kOp, ": dy must have the shape of the convolution's output");
@@ -243,10 +277,30 @@ Tensor few_weight_gradient(const Tensor& dy, const Tensor& x) {
   if (dy.numel() == 0)
     torch::stable::zero_(dw);
   else
-    kernels::convolution_few_weight_gradient(kF32, dy.const_data_ptr(), x.const_data_ptr(),
-                                             dw.mutable_data_ptr(), N, O, dy.size(2), dy.size(3), I,
-                                             x.size(2), x.size(3));
+    run(dw.mutable_data_ptr(), N, O, dy.size(2), dy.size(3), I, x.size(2), x.size(3));
   return dw;
+}
+
+Tensor few_weight_gradient(const Tensor& dy, const Tensor& x) {
+  checked("dy", dy);
+  checked("x", x);
+  STD_TORCH_CHECK(by_channels(dy) && by_channels(x), kOp,
+                  ": 4x4 taps take images in channels-last memory");
+  return four_taps_weight_gradient(dy, x, [&](auto... args) {
+    kernels::convolution_few_weight_gradient(kF32, dy.const_data_ptr(), x.const_data_ptr(),
+                                             args...);
+  });
+}
+
+Tensor image_weight_gradient(const Tensor& dy, const Tensor& x_in) {
+  checked("dy", dy);
+  const bool last = by_channels(checked("x", x_in));
+  const Tensor x = last ? x_in : row_major(x_in);
+  STD_TORCH_CHECK(by_channels(dy), kOp, ": 4x4 taps take images in channels-last memory");
+  return four_taps_weight_gradient(dy, x, [&](auto... args) {
+    kernels::convolution_image_weight_gradient(kF32, dy.const_data_ptr(), x.const_data_ptr(),
+                                               args..., !last);
+  });
 }
 
 }  // namespace
@@ -263,6 +317,8 @@ GANKERN_SCHEMAS(m) {
       "-> Tensor");
   m.def("convolution_few(Tensor x, Tensor w, bool transposed, int rest_y, int rest_x) -> Tensor");
   m.def("convolution_few_weight_gradient(Tensor dy, Tensor x) -> Tensor");
+  m.def("convolution_image(Tensor x, Tensor w, bool transposed, int rest_y, int rest_x) -> Tensor");
+  m.def("convolution_image_weight_gradient(Tensor dy, Tensor x) -> Tensor");
   m.def(
       "convolution_scaled_backward(Tensor dy, Tensor w, Tensor x, Tensor d, int stride, int pad_y, "
       "int pad_x, bool transposed, int rest_y, int rest_x) -> (Tensor, Tensor)");
@@ -276,6 +332,8 @@ GANKERN_IMPLS(m) {
   m.impl("convolution_epilogue", TORCH_BOX(&with_epilogue));
   m.impl("convolution_few", TORCH_BOX(&few));
   m.impl("convolution_few_weight_gradient", TORCH_BOX(&few_weight_gradient));
+  m.impl("convolution_image", TORCH_BOX(&image));
+  m.impl("convolution_image_weight_gradient", TORCH_BOX(&image_weight_gradient));
   m.impl("convolution_scaled_backward", TORCH_BOX(&scaled_backward));
   m.impl("convolution_weight_gradient", TORCH_BOX(&weight_gradient));
 }

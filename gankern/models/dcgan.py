@@ -23,7 +23,7 @@ from gankern.nn.batch_norm import BatchNorm
 from gankern.nn.layers import Upsample
 from gankern.ops import bias_act
 from gankern.ops.conv2d_resample import to_conv_dtype
-from gankern.ops.convolution import Form, convolution, has_own_kernels
+from gankern.ops.convolution import MIN_CHANNELS, Form, convolution, has_own_kernels
 
 
 def grid_and_doublings(resolution: tuple[int, int]) -> tuple[tuple[int, int], int]:
@@ -214,7 +214,7 @@ class UpConvolution(nn.ConvTranspose2d):
 def halve_or_double(x: Tensor, w: Tensor, transposed: bool) -> Tensor:
     form = Form(2, (1, 1), transposed, (0, 0), 1, has_own_kernels(x, None))
     x, w = to_conv_dtype(x, w)
-    if form.own:
+    if form.own and x.shape[1] >= MIN_CHANNELS:
         x = x.contiguous(memory_format=torch.channels_last)
     return convolution(x, w, form)
 

@@ -3,7 +3,8 @@
 A convolution and its two gradients are each other's gradients, so that every order is one of three
 calls; PyTorch's own second order takes slower ones, and loses channels-last. On the CPU 3x3
 convolutions in float32, and 4x4 ones of stride 2, run in kernels of our own, most of which need
-half of the products; all others, and all on a GPU, are PyTorch's.
+half of the products; all others, and all on a GPU, are PyTorch's. Ours of 4x4 taps return
+channels-last memory, but images of less than `MIN_CHANNELS` channels contiguous.
 """
 
 from __future__ import annotations
@@ -95,65 +96,64 @@ def _records(x: Tensor, w: Tensor) -> bool:
 
 
 def _ours(w: Tensor, small: Tensor, large: Tensor | None, form: Form) -> bool:
-    """Whether our kernels are to run; small: the images of a convolution, or of a weight gradient
-    those of the lower resolution; large: the others of a weight gradient, else None."""
-    if w.shape[2:] == (4, 4):
-        return _four_taps(w, small, large, form) == "kernels"
-    formats = _formats(w, small, large, form)
-    kind = form.stride - 1 if large is None else 2
-    return bool(formats) and _tiles(small) >= FEWEST_TILES[formats[0]][kind]
+    return _kernels(w, small, large, form) == "tiles"
 
 
-def _tiles(x: Tensor) -> int:
-    return x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
+def _kernels(w: Tensor, small: Tensor, large: Tensor | None, form: Form) -> str:
+    """Which kernels of ours are to run: "tiles", by minimal filtering; of 4x4 taps also "few", for
+    small images, and "image", for those of few channels; "" for PyTorch's.
 
-
-def _four_taps(w: Tensor, small: Tensor, large: Tensor | None, form: Form) -> str:
-    """What computes a 4x4 convolution: our "kernels", those for "few" small images, or ""."""
-    if w.shape[2:] != (4, 4) or not _formats(w, small, large, form):
+    small: the images of a convolution, or of a weight gradient those of the lower resolution;
+    large: the others of a weight gradient, else None.
+    """
+    images = (small,) if large is None else (small, large)
+    if not form.own or form.groups != 1 or any(t.dtype != torch.float32 for t in images):
         return ""
-    tiles = _tiles(small)
+    outer, inner, *taps = w.shape
+    if outer < MIN_CHANNELS:
+        return ""
+    four = taps == [4, 4]
+    if four and (form.stride != 2 or tuple(form.padding) != (1, 1)):
+        return ""
+    if four and inner < MIN_CHANNELS:
+        reached = form.transposed or min(images[-1].shape[2:]) > 1
+        return "image" if reached and small.numel() else ""
+    if inner < MIN_CHANNELS:
+        return ""
+    if not four and (taps != [3, 3] or form.stride > 2):
+        return ""
+    if not four and max(form.padding) > (2 if form.stride == 1 else 0):
+        return ""
+    for layout, fewest in FEWEST_TILES.items():
+        # torch.compile reads no generator here
+        if all([t.is_contiguous(memory_format=layout) for t in images]):
+            break
+    else:
+        return ""
+    tiles = small.shape[0] * ((small.shape[2] + 1) // 2) * ((small.shape[3] + 1) // 2)
+    if not four:
+        return "tiles" if tiles >= fewest[form.stride - 1 if large is None else 2] else ""
     if large is None and not form.transposed:  # small is the larger side
         tiles = 0 if min(small.shape[2:]) < 2 else tiles // 4
     if tiles == 0:
         return ""
     if w.numel() > tiles * MOST_WEIGHTS_4X4[large is not None]:
         return "few"
-    contiguous = small.is_contiguous() or (large is not None and large.is_contiguous())
-    return "" if contiguous else "kernels"
-
-
-def _formats(
-    w: Tensor, small: Tensor, large: Tensor | None, form: Form
-) -> list[torch.memory_format]:
-    """Those of the images, where the convolution is one that kernels of ours could take."""
-    if not form.own or form.groups != 1 or min(w.shape[:2]) < MIN_CHANNELS:
-        return []
-    if w.shape[2:] == (4, 4):
-        fits = form.stride == 2 and tuple(form.padding) == (1, 1)
-    else:
-        fits = w.shape[2:] == (3, 3) and form.stride <= 2
-        fits = fits and max(form.padding) <= (2 if form.stride == 1 else 0)
-    formats = list(FEWEST_TILES) if fits else []
-    for t in (small,) if large is None else (small, large):
-        # torch.compile reads no generator here
-        formats = [m for m in formats if t.is_contiguous(memory_format=m)]
-        if t.dtype != torch.float32:
-            return []
-    return formats
+    return "" if any([t.is_contiguous() for t in images]) else "tiles"
 
 
 def _last(x: Tensor) -> Tensor:
-    """x as the kernels for few images take it."""
+    """x as the kernels of many channels take it."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def _forward(x: Tensor, w: Tensor, form: Form, factors: Tensor | None = None) -> Tensor:
-    if w.dtype == x.dtype and _ours(w, x, None, form):
+    kind = _kernels(w, x, None, form) if w.dtype == x.dtype else ""
+    if kind == "tiles":
         return _impl.op("cpu", OP)(x, w, factors, *form.place())
-    if w.dtype == x.dtype and factors is None and _four_taps(w, x, None, form) == "few":
-        few = _impl.op("cpu", OP + "_few")
-        return few(_last(x), w, form.transposed, *form.output_padding)
+    if kind and factors is None:
+        x = x if kind == "image" and not form.transposed else _last(x)
+        return _impl.op("cpu", f"{OP}_{kind}")(x, w, form.transposed, *form.output_padding)
     return torch.convolution(x, w, None, *form.arguments())
 
 
@@ -165,10 +165,11 @@ def _gradients(
     left = list(wanted)
     if wanted[0]:
         adjoint = form.adjoint(x, dy, w)
-        if _ours(w, dy, None, adjoint) or _four_taps(w, dy, None, adjoint):
+        if _kernels(w, dy, None, adjoint):
             found[0], left[0] = _forward(dy, w, adjoint), False
     small, large = (x, dy) if form.transposed else (dy, x)
-    if wanted[1] and _ours(w, small, large, form):
+    kind = _kernels(w, small, large, form) if wanted[1] else ""
+    if kind == "tiles":
         by = (factors, None) if form.transposed else (None, factors)
         gradient = _impl.op("cpu", OP + "_weight_gradient")
         place = (w.shape[2], form.stride, *form.padding)
@@ -176,8 +177,9 @@ def _gradients(
     if left[1] and factors is not None:
         x = x * factors[:, :, None, None]
         small, large = (x, dy) if form.transposed else (dy, x)
-    if left[1] and _four_taps(w, small, large, form) == "few":
-        found[1] = _impl.op("cpu", OP + "_few_weight_gradient")(_last(small), _last(large))
+    if left[1] and kind:
+        large = large if kind == "image" else _last(large)
+        found[1] = _impl.op("cpu", f"{OP}_{kind}_weight_gradient")(_last(small), large)
         left[1] = False
     if any(left):
         backward = torch.ops.aten.convolution_backward
@@ -329,7 +331,14 @@ def _fake_few_weight_gradient(dy, x):
     return x.new_empty((dy.shape[1], x.shape[1], 4, 4))
 
 
+def _fake_image(x, w, transposed, rest_y, rest_x):
+    y = _fake_few(x, w, transposed, rest_y, rest_x)
+    return y.contiguous() if transposed else y
+
+
 _impl.register_fake(OP, _fake)
 _impl.register_fake(OP + "_weight_gradient", _fake_weight_gradient)
 _impl.register_fake(OP + "_few", _fake_few)
 _impl.register_fake(OP + "_few_weight_gradient", _fake_few_weight_gradient)
+_impl.register_fake(OP + "_image", _fake_image)
+_impl.register_fake(OP + "_image_weight_gradient", _fake_few_weight_gradient)

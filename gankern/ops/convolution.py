@@ -124,22 +124,32 @@ def _kernels(w: Tensor, small: Tensor, large: Tensor | None, form: Form) -> str:
         return ""
     if not four and max(form.padding) > (2 if form.stride == 1 else 0):
         return ""
-    for layout, fewest in FEWEST_TILES.items():
-        # torch.compile reads no generator here
-        if all([t.is_contiguous(memory_format=layout) for t in images]):
-            break
-    else:
+    layout = _layout(images)
+    if layout is None:
         return ""
     tiles = small.shape[0] * ((small.shape[2] + 1) // 2) * ((small.shape[3] + 1) // 2)
     if not four:
-        return "tiles" if tiles >= fewest[form.stride - 1 if large is None else 2] else ""
+        fewest = FEWEST_TILES[layout][form.stride - 1 if large is None else 2]
+        return "tiles" if tiles >= fewest else ""
     if large is None and not form.transposed:  # small is the larger side
         tiles = 0 if min(small.shape[2:]) < 2 else tiles // 4
     if tiles == 0:
         return ""
     if w.numel() > tiles * MOST_WEIGHTS_4X4[large is not None]:
         return "few"
-    return "" if any([t.is_contiguous() for t in images]) else "tiles"
+    contiguous = small.is_contiguous() or (large is not None and large.is_contiguous())
+    return "" if contiguous else "tiles"
+
+
+def _layout(images: tuple[Tensor, ...]) -> torch.memory_format | None:
+    """The memory format that all images are in."""
+    for layout in FEWEST_TILES:
+        fits = [
+            t.is_contiguous(memory_format=layout) for t in images
+        ]  # torch.compile: no generator
+        if all(fits):
+            return layout
+    return None
 
 
 def _last(x: Tensor) -> Tensor:

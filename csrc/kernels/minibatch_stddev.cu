@@ -360,6 +360,12 @@ __device__ __forceinline__ Acc<T> copy_flat(const T* x, T* y, const Layout& a, c
   return total;
 }
 
+// Whether the statistic of a sample is whole packs of N, aligned as y is.
+template <int N>
+__device__ __forceinline__ bool in_packs(const Layout& a) {
+  return N > 1 && a.plane_p == 1 && a.pixels % N == 0;
+}
+
 template <typename T, int N, bool kFlat, bool kSmall>
 __global__ void __launch_bounds__(32 * kMostWarps<T, kFlat>, 32 / kMostWarps<T, kFlat>)
     minibatch_stddev_fwd_kernel(const T* x, T* y, Layout a, Format<T> format, Acc<T>* partials,
@@ -392,29 +398,60 @@ __global__ void __launch_bounds__(32 * kMostWarps<T, kFlat>, 32 / kMostWarps<T, 
   const T value = from_acc<T>(total / (A(a.L) * A(a.rows)), format);
   T* plane = y + at.m * a.y_sample + a.F * a.L + at.f * a.plane_f;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  Pack<T, N> pack;
+#pragma unroll
+  for (int j = 0; j < N; j++) pack.v[j] = value;
+  const bool whole = in_packs<N>(a);
 #pragma unroll 1
-  for (int k = warp; k < at.size; k += warps)
+  for (int k = warp; k < at.size; k += warps) {
+    T* to = plane + k * a.y_step;
+    if (whole) {
 #pragma unroll 1
-    for (int64_t p = lane; p < a.pixels; p += 32) plane[k * a.y_step + p * a.plane_p] = value;
+      for (int64_t p = lane * N; p < a.pixels; p += 32 * N) store_whole<T, N>(to + p, pack);
+      continue;
+    }
+#pragma unroll 1
+    for (int64_t p = lane; p < a.pixels; p += 32) to[p * a.plane_p] = value;
+  }
+}
+
+// This thread's part of Σ dy over the group's statistic, at `plane` of its first sample: a thread
+// takes a sample of four, neighbours take others; packs are under way four at a time, numbers two.
+template <typename T, int N>
+__device__ __forceinline__ Acc<T> sum_planes(const T* plane, const Layout& a, const Place& at,
+                                             Format<T> format) {
+  constexpr int kAhead = N > 1 ? 4 : 2, kUnroll = N > 1 ? 1 : 4;  // neither spills registers
+  Acc<T> sum = Acc<T>(0);
+  const int step = blockDim.x / kHold * N;
+  for (int k = threadIdx.x % kHold; k < at.size; k += kHold) {
+    const T* of_sample = plane + k * a.y_step;
+#pragma unroll kUnroll
+    for (int64_t p = threadIdx.x / kHold * N; p < a.pixels; p += kAhead * step) {
+      Pack<T, N> packs[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; i++)
+        packs[i] = p + i * step < a.pixels ? load_pack<T, N>(of_sample + (p + i * step) * a.plane_p)
+                                           : Pack<T, N>{};
+#pragma unroll
+      for (int i = 0; i < kAhead; i++) {
+        Acc<T> v[N];
+        widen(packs[i], format, v);
+#pragma unroll
+        for (int j = 0; j < N; j++) sum += v[j];
+      }
+    }
+  }
+  return sum;
 }
 
 // Σ dy over the group's statistic, over what it is divided by.
-template <typename T>
+template <typename T, int N>
 __device__ __forceinline__ Acc<T> slope_of(const T* dy, const Layout& a, const Place& at,
                                            Format<T> format, Acc<T> inv_size) {
   using A = Acc<T>;
-  A sum = A(0);
   const T* plane = dy + at.m * a.y_sample + a.F * a.L + at.f * a.plane_f;
-  // A thread takes a sample of four, neighbours take others; two numbers are under way at a time.
-  for (int k = threadIdx.x % kHold; k < at.size; k += kHold) {
-    const T* of_sample = plane + k * a.y_step;
-    const int step = blockDim.x / kHold;
-    for (int64_t p = threadIdx.x / kHold; p < a.pixels; p += 2 * step) {
-      const T first = of_sample[p * a.plane_p];
-      const T second = p + step < a.pixels ? of_sample[(p + step) * a.plane_p] : T{};
-      sum += to_acc(first, format) + to_acc(second, format);
-    }
-  }
+  const A sum = in_packs<N>(a) ? sum_planes<T, N>(plane, a, at, format)
+                               : sum_planes<T, 1>(plane, a, at, format);
   return block_sum(sum) * inv_size / (A(a.L) * A(a.rows));
 }
 
@@ -425,7 +462,7 @@ __device__ __forceinline__ void differentiate_rows(const T* dy, const T* x, T* d
   constexpr int kSegment = 32 * N;
   const int lane = threadIdx.x % 32;
   const A inv_size = A(1) / A(at.size);
-  const A slope = slope_of(dy, a, at, format, inv_size);
+  const A slope = slope_of<T, N>(dy, a, at, format, inv_size);
   for (Segment place(a, at.chunk); place.row < a.rows; place.advance(a)) {
     const int64_t begin = static_cast<int64_t>(place.segment) * kSegment + lane * N;
     const bool inside = begin < a.L;
@@ -485,7 +522,7 @@ __device__ __forceinline__ void differentiate_flat(const T* dy, const T* x, T* d
   using A = Acc<T>;
   constexpr int kBatch = kSmall ? kHold : 2;
   const A inv_size = A(1) / A(at.size);
-  const A slope = slope_of(dy, a, at, format, inv_size);
+  const A slope = slope_of<T, 1>(dy, a, at, format, inv_size);
   int mine = threadIdx.x * 4;
   forget(mine);
   const int64_t x_first = at.m * a.x_sample + at.f * a.L + mine;

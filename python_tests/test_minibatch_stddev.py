@@ -24,6 +24,7 @@ CASES = {
     "large_group": ((3, 8, 4, 4), 64, 4),
     "ones": ((3, 8, 4, 4), 1, 1),
     "large": ((5, 12, 31, 33), 2, 3),
+    "large_packed": ((5, 4, 32, 36), 2, 2),
     "latent": ((6, 40), 3, 2),
     "volume": ((4, 4, 2, 3, 4), 2, 2),
 }
@@ -50,7 +51,9 @@ def test_forward_and_gradients(impl, device, dtype, case):
 
 
 @pytest.mark.parametrize("layout", harness.LAYOUTS)
-@pytest.mark.parametrize("case", ["pixel", "odd", "uneven", "stylegan", "large_group", "large"])
+@pytest.mark.parametrize(
+    "case", ["pixel", "odd", "uneven", "stylegan", "large_group", "large", "large_packed"]
+)
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
 def test_layouts(impl, device, dtype, case, layout):
     shape, *args = CASES[case]

@@ -304,12 +304,13 @@ def test_layers_reach_the_kernels(name, monkeypatch):
 
 @pytest.mark.parametrize("isa", [0, 1, 2], ids=["base", "avx2", "avx512"])
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-@pytest.mark.parametrize("shape", [*SHAPES, "many pixels"])
+@pytest.mark.parametrize("shape", [*SHAPES, "many pixels", "odd channels"])
 @pytest.mark.parametrize("form", FORMS_4X4.values(), ids=FORMS_4X4)
 def test_four_taps_of_few_images(form, shape, layout, isa, monkeypatch):
     """By plain sums, in channels-last memory whatever x is in."""
     monkeypatch.setattr("gankern.ops.convolution.MOST_WEIGHTS_4X4", (0, 0))
     monkeypatch.setitem(SHAPES, "many pixels", (3, 16, 70, 25, 40))  # of a weight gradient
+    monkeypatch.setitem(SHAPES, "odd channels", (2, 19, 23, 5, 6))
     x, w = inputs_of(shape, form, 4)
     inputs = [lay_out(x, layout), w]
     assert _kernels(w, inputs[0], None, form) == "few"
@@ -528,3 +529,34 @@ def test_compile():
 def test_errors(args, text):
     with pytest.raises(RuntimeError, match=re.escape(text)):
         torch.ops.gankern.convolution(*args, False, 0, 0)
+
+
+LAST = torch.zeros(1, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", ["few", "image"])
+@pytest.mark.parametrize(
+    ("x", "w", "place", "text"),
+    [
+        (LAST, torch.zeros(16, 3, 4, 4), (True, 0, 2),
+         "convolution: output padding must be from 0 to 1, got 0 and 2"),
+        (LAST, torch.zeros(16, 16, 3, 3), (False, 0, 0),
+         "convolution: these kernels want 4x4 taps, got 3x3"),
+        (LAST.contiguous(), torch.zeros(16, 3, 4, 4), (True, 0, 0),
+         "convolution: 4x4 taps take images in channels-last memory"),
+        (LAST[:, :, :1, :1], torch.zeros(16, 16, 4, 4), (False, 0, 0),
+         "convolution: padding must leave an output, got 0x0"),
+    ],
+)  # fmt: skip
+def test_errors_of_four_taps(name, x, w, place, text):
+    with pytest.raises(RuntimeError, match=re.escape(text)):
+        getattr(torch.ops.gankern, f"convolution_{name}")(x, w, *place)
+
+
+@pytest.mark.parametrize("name", ["few", "image"])
+def test_errors_of_weight_gradients(name):
+    gradient = getattr(torch.ops.gankern, f"convolution_{name}_weight_gradient")
+    with pytest.raises(RuntimeError, match="dy must have the shape of the convolution's output"):
+        gradient(LAST, LAST)
+    with pytest.raises(RuntimeError, match="4x4 taps take images in channels-last memory"):
+        gradient(torch.zeros(1, 16, 2, 2), LAST)

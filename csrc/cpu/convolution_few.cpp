@@ -10,7 +10,7 @@ constexpr int64_t kLine = 16, kTaps = 16, kSome = 8 * kTall;  // pixels of a pie
 
 // From one tap's weights to the next's: odd in cache lines, so that all taps of a channel do not
 // meet in one set of the cache.
-int64_t tap_stride(int64_t I) { return (I * kWide / kLine | 1) * kLine; }
+int64_t tap_stride(int64_t I) { return ((I * kWide + kLine - 1) / kLine | 1) * kLine; }
 
 // u[panel][tap][i][kWide]; channels beyond O are zero.
 void pack(float* u, const Weights& w, int64_t O, int64_t I) {

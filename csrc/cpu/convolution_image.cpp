@@ -6,7 +6,9 @@
 namespace gankern::cpu::GANKERN_ISA {
 namespace {
 
-constexpr int64_t kTaps = 16, kBand = 16;  // rows of the smaller grid that a thread takes at once
+constexpr int64_t kTaps = 16;
+// Rows of the smaller grid that a thread takes at once: to it, and from it, where bands overlap.
+constexpr int64_t kRowsDown = 4, kRowsUp = 16;
 
 // Images [N, H, W, C] with a pixel of zeros above and to the left, as [2 rows + 2][2 columns + 2]
 // of the smaller grid take them; places of C numbers, or planes.
@@ -135,7 +137,6 @@ void products(float* patches, const float* x, const float* u, int64_t count, int
 int convolution_image(int, const void* x, const void* w, void* y, int64_t N, int64_t I, int64_t H,
                       int64_t W, int64_t O, int64_t out_h, int64_t out_w, int64_t w_out,
                       int64_t w_in, bool planes) {
-  constexpr int64_t kRows = 4;
   const Images out{N, O, out_h, out_w};
   const Patches p({N, I, H, W}, out, planes);
   const int64_t panels = (O + kWide - 1) / kWide, panel = p.count() * kWide;
@@ -146,8 +147,8 @@ int convolution_image(int, const void* x, const void* w, void* y, int64_t N, int
       u[o / kWide * panel + place * kWide + o % kWide] =
           static_cast<const float*>(w)[o * w_out + c * w_in + k];
     });
-  each_band(N, out_h, kRows, [&](int64_t n, int64_t first, int64_t last) {
-    Buffer<float> copy((2 * kRows + 2) * p.pitch);
+  each_band(N, out_h, kRowsDown, [&](int64_t n, int64_t first, int64_t last) {
+    Buffer<float> copy((2 * kRowsDown + 2) * p.pitch);
     p.copy(&copy[0], static_cast<const float*>(x), n, 2 * first, 2 * last + 2);
     for (int64_t row = first; row < last; row++)
       for (int64_t o = 0; o < panels; o++)
@@ -168,7 +169,7 @@ int convolution_image_transposed(int, const void* x, const void* w, void* y, int
     each_tap(O, [&](int64_t c, int64_t place, int64_t k) {
       u[i * K + place] = static_cast<const float*>(w)[i * w_in + c * w_out + k];
     });
-  each_band(N, H, kBand, [&](int64_t n, int64_t first, int64_t last) {
+  each_band(N, H, kRowsUp, [&](int64_t n, int64_t first, int64_t last) {
     // Rows of the grid that the band's rows of the image meet, those of the image from 2 begin on.
     const int64_t begin = first > 0 ? first - 1 : 0, end = last < H ? last + 1 : H;
     Buffer<float> patches(W * K), sums((2 * (end - begin) + 2) * p.pitch);

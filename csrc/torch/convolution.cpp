@@ -58,10 +58,11 @@ void check_form(int64_t taps, int64_t stride, int64_t pad_y, int64_t pad_x, bool
                   ": padding must be from ", least, " to ", most, ", got ", pad_y, " and ", pad_x);
 }
 
+// 0 where the padded side is shorter than the weights.
 int64_t out_size(int64_t in, int64_t taps, int64_t stride, int64_t pad, bool transposed,
                  int64_t rest) {
-  return transposed ? (in - 1) * stride + taps - 2 * pad + rest
-                    : (in + 2 * pad - taps) / stride + 1;
+  if (transposed) return (in - 1) * stride + taps - 2 * pad + rest;
+  return in + 2 * pad < taps ? 0 : (in + 2 * pad - taps) / stride + 1;
 }
 
 // Factors [N, C] of images t, row by row; null without.
@@ -102,6 +103,9 @@ struct Convolution {
     STD_TORCH_CHECK(w.size(in_dim()) == I && w.size(2) == taps, kOp, ": w must have ", I,
                     " channels in and square taps, got ", w.size(in_dim()), " and ", w.size(2), "x",
                     taps);
+    STD_TORCH_CHECK(0 <= std::min(rest_y, rest_x) && std::max(rest_y, rest_x) < stride, kOp,
+                    ": output padding must be from 0 to ", stride - 1, ", got ", rest_y, " and ",
+                    rest_x);
     N = x.size(0), O = w.size(1 - in_dim());
     out_h = out_size(x.size(2), taps, stride, pad_y, transposed, rest_y);
     out_w = out_size(x.size(3), taps, stride, pad_x, transposed, rest_x);
@@ -137,18 +141,18 @@ Tensor forward(const Tensor& x, const Tensor& w, const MaybeTensor& factors, int
       .run(nullptr);
 }
 
-// Channels-last, or of one pixel, which is that too.
+// Channels-last, or of one pixel or channel or empty, which is that too.
 bool by_channels(const Tensor& t) {
-  return is_channels_last(t) || (t.is_contiguous() && t.size(2) * t.size(3) == 1);
+  const bool either = t.size(2) * t.size(3) == 1 || t.size(1) == 1 || t.numel() == 0;
+  return is_channels_last(t) || (t.is_contiguous() && either);
 }
 
 // The checked operands of 4x4 taps, stride 2 and padding 1.
 Convolution four_taps(const Tensor& x, const Tensor& w, bool transposed, int64_t rest_y,
                       int64_t rest_x, bool last) {
-  const Convolution c(x, w, std::nullopt, 2, 1, 1, transposed, rest_y, rest_x, last);
-  STD_TORCH_CHECK(w.size(3) == 4, kOp, ": these kernels want 4x4 taps, got ", w.size(3), "x",
-                  w.size(3));
-  return c;
+  STD_TORCH_CHECK(checked("w", w).size(3) == 4, kOp, ": these kernels want 4x4 taps, got ",
+                  w.size(2), "x", w.size(3));
+  return {x, w, std::nullopt, 2, 1, 1, transposed, rest_y, rest_x, last};
 }
 
 // By plain sums.

@@ -331,19 +331,18 @@ def _fake_weight_gradient(dy, x, dy_factors, x_factors, taps, stride, pad_y, pad
     return x.new_empty((dy.shape[1], x.shape[1], taps, taps))
 
 
-def _fake_few(x, w, transposed, rest_y, rest_x):
+def _fake_few(x, w, transposed, rest_y, rest_x, memory_format=torch.channels_last):
     shape = output_shape(x, w, 2, 1, 1, transposed, rest_y, rest_x)
-    like = {"dtype": x.dtype, "device": x.device}
-    return torch.empty(shape, **like, memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+def _fake_image(x, w, transposed, rest_y, rest_x):
+    layout = torch.contiguous_format if transposed else torch.channels_last
+    return _fake_few(x, w, transposed, rest_y, rest_x, layout)
 
 
 def _fake_few_weight_gradient(dy, x):
     return x.new_empty((dy.shape[1], x.shape[1], 4, 4))
-
-
-def _fake_image(x, w, transposed, rest_y, rest_x):
-    y = _fake_few(x, w, transposed, rest_y, rest_x)
-    return y.contiguous() if transposed else y
 
 
 _impl.register_fake(OP, _fake)

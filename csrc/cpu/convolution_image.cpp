@@ -92,16 +92,25 @@ void sum_up(float* y, const float* x, const float* u, const Patches& p, const Im
   }
 }
 
-// sums[r][kWide] += Σ over the pixels of a sample of dy[o...] and the numbers `at[r]` of patches.
-template <typename Load>
+// Channels [o, o + kWide) of `count` pixels [count][C], as [count][kWide]; zeros beyond C.
+void take_panel(float* to, const float* from, int64_t count, int64_t C, int64_t o) {
+  for (int64_t t = 0; t < count; t++)
+    for (int64_t j = 0; j < 2; j++) {
+      const int64_t at = o + j * kLanes, left = C - at;
+      store(to + t * kWide + j * kLanes, left > 0 ? some(from + t * C + at, left) : vf{});
+    }
+}
+
+// sums[r][kWide] += Σ over the pixels of `rows` rows of dy[rows][columns][kWide] and the numbers
+// `at[r]` of their patches.
 void sum_products(float* sums, const float* dy, const float* x, const int64_t* at, const Patches& p,
-                  const Images& out, const Load& load_dy) {
+                  int64_t rows, int64_t columns) {
   vf sum[kTall][2] = {};
-  for (int64_t row = 0; row < out.H; row++) {
+  for (int64_t row = 0; row < rows; row++) {
     const float* from[kTall];
     for (int64_t r = 0; r < kTall; r++) from[r] = x + 2 * row * p.pitch + at[r];
-    for (int64_t k = 0; k < 2 * out.W * p.in.C; k += 2 * p.in.C, dy += out.C) {
-      const vf a = load_dy(dy, 0), b = load_dy(dy, 1);
+    for (int64_t k = 0; k < 2 * columns * p.in.C; k += 2 * p.in.C, dy += kWide) {
+      const vf a = load(dy), b = load(dy + kLanes);
       for (int64_t r = 0; r < kTall; r++) {
         sum[r][0] += a * from[r][k];
         sum[r][1] += b * from[r][k];
@@ -196,40 +205,39 @@ int convolution_image_weight_gradient(int, const void* dy, const void* x, void* 
                                       int64_t W, bool planes) {
   const Images out{N, O, out_h, out_w};
   const Patches p({N, I, H, W}, out, planes);
-  const int64_t K = p.count(), groups = (K + kTall - 1) / kTall, sample = p.rows * p.pitch;
+  const int64_t K = p.count(), sample = p.rows * p.pitch;
   Buffer<float> copy(N * sample);
   parallel(N, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; n++)
       p.copy(&copy[n * sample], static_cast<const float*>(x), n, 0, p.rows);
   });
-  parallel((O + kWide - 1) / kWide * groups, 1, [&](int64_t begin, int64_t end) {
-    Buffer<float> sums(kTall * kWide);
+  // A thread takes a panel of dy, some rows at a time that its first cache level holds, for kSome
+  // numbers of the patches.
+  constexpr int64_t kSome = 3 * kTall, kPixels = 128;
+  const int64_t rows = out_w < kPixels ? kPixels / out_w : 1, parts = (K + kSome - 1) / kSome;
+  parallel((O + kWide - 1) / kWide * parts, 1, [&](int64_t begin, int64_t end) {
+    Buffer<float> sums(kSome * kWide), panel(rows * out_w * kWide);
     for (int64_t item = begin; item < end; item++) {
-      const int64_t o = item / groups * kWide, group = item % groups * kTall, left = O - o;
-      int64_t at[kTall];
-      for (int64_t r = 0; r < kTall; r++) {
-        const int64_t k = group + r < K ? group + r : K - 1;
-        at[r] = k / p.run * p.pitch + k % p.run;
+      const int64_t o = item / parts * kWide, first = item % parts * kSome;
+      int64_t at[kSome];
+      for (int64_t i = 0; i < kSome; i++) {
+        const int64_t k = first + i < K ? first + i : K - 1;
+        at[i] = k / p.run * p.pitch + k % p.run;
       }
-      memset(&sums[0], 0, kTall * kWide * sizeof(float));
-      for (int64_t n = 0; n < N; n++) {
-        const float* from = static_cast<const float*>(dy) + n * out_h * out_w * O + o;
-        const auto add = [&](const auto& load_dy) {
-          sum_products(&sums[0], from, &copy[n * sample], at, p, out, load_dy);
-        };
-        if (left >= kWide)
-          add([](const float* d, int64_t j) { return load(d + j * kLanes); });
-        else
-          add([left](const float* d, int64_t j) {
-            const int64_t rest = left - j * kLanes;
-            return rest > 0 ? some(d + j * kLanes, rest) : vf{};
-          });
-      }
-      for (int64_t r = 0; r < kTall && group + r < K; r++)
-        for (int64_t j = 0; j < kWide && j < left; j++) {
-          const int64_t k = group + r;
-          static_cast<float*>(dw)[((o + j) * I + k % I) * kTaps + k / I] = sums[r * kWide + j];
+      memset(&sums[0], 0, kSome * kWide * sizeof(float));
+      for (int64_t n = 0; n < N; n++)
+        for (int64_t row = 0; row < out_h; row += rows) {
+          const int64_t count = row + rows < out_h ? rows : out_h - row;
+          take_panel(&panel[0], static_cast<const float*>(dy) + (n * out_h + row) * out_w * O,
+                     count * out_w, O, o);
+          const float* patches = &copy[n * sample + 2 * row * p.pitch];
+          for (int64_t i = 0; i < kSome && first + i < K; i += kTall)
+            sum_products(&sums[i * kWide], &panel[0], patches, at + i, p, count, out_w);
         }
+      for (int64_t k = first; k < first + kSome && k < K; k++)
+        for (int64_t j = 0; j < kWide && o + j < O; j++)
+          static_cast<float*>(dw)[((o + j) * I + k % I) * kTaps + k / I] =
+              sums[(k - first) * kWide + j];
     }
   });
   return 0;

@@ -163,7 +163,8 @@ void forward(const float* x, const Weights& w, float* y, const Images& in, const
   constexpr int kPlaces = A::kProducts * A::kProducts;
   const int64_t I = in.C, O = out.C, panels = (O + kTall - 1) / kTall;
   const Tiles tiles(in.N, out.H, out.W, A::kOut);
-  Buffer<float> u(kPlaces * panels * I * kTall);
+  const int64_t u_place = place_stride(panels * I * kTall);
+  Buffer<float> u(kPlaces * u_place);
   transform_weights<kMode, kTall>(&u[0], w, O, I);
   const int64_t m_place = panels * kTall * kRow;
   parallel((tiles.count + kTile - 1) / kTile, 1, [&](int64_t first, int64_t last) {
@@ -178,8 +179,8 @@ void forward(const float* x, const Weights& w, float* y, const Images& in, const
         to_panels<kPlaces>(&v[0], &channel[0], i, I);
       }
       for (int64_t place = 0; place < kPlaces; place++)
-        multiply(&m[place * m_place], &u[place * panels * I * kTall], &v[place * kTile * I], panels,
-                 I, stop - begin);
+        multiply(&m[place * m_place], &u[place * u_place], &v[place * kTile * I], panels, I,
+                 stop - begin);
       for (int64_t o = 0; o < O; o++)
         transform_output<kMode>(y, &m[o * kRow], m_place, &lines[0], out, tiles, o, block, begin,
                                 stop, end_of);

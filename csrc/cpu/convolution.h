@@ -21,12 +21,26 @@ struct Weights {
   bool flip;
 };
 
+// From a place's transformed weights to the next's: odd in cache lines, so that all places of a
+// channel do not meet in one set of the cache.
+inline int64_t place_stride(int64_t weights) { return ((weights + 15) / 16 | 1) * 16; }
+
+// 4x4 taps of kLanes outputs, `apart` from each other: to[tap * step + output].
+GK_INLINE void turn_taps(float* to, int64_t step, const float* from, int64_t apart, int64_t count) {
+  for (int64_t k = 0; k < 16; k += kLanes) {
+    vf taps[kLanes];
+    for (int64_t r = 0; r < kLanes; r++) taps[r] = r < count ? load(from + r * apart + k) : vf{};
+    transpose(taps);
+    for (int64_t r = 0; r < kLanes; r++) store(to + (k + r) * step, taps[r]);
+  }
+}
+
 // u[place][o / kWidth][i][o % kWidth]; channels beyond O are zero.
 template <int kMode, int kWidth>
 void transform_weights(float* u, const Weights& w, int64_t O, int64_t I) {
   using A = Axis<kMode>;
   constexpr int kP = A::kProducts, kT = A::kTaps, kAll = kT * kT;
-  const int64_t panels = (O + kWidth - 1) / kWidth, place = panels * I * kWidth;
+  const int64_t panels = (O + kWidth - 1) / kWidth, place = place_stride(panels * I * kWidth);
   parallel(panels, 1, [&](int64_t begin, int64_t end) {
     float taps[kAll][kWidth] = {}, rows[kP][kT][kWidth], all[kP][kWidth];
     // Axis::weight of kT rows, lane by lane: a loop that becomes vectors.
@@ -42,13 +56,18 @@ void transform_weights(float* u, const Weights& w, int64_t O, int64_t I) {
       for (int64_t i = 0; i < I; i++) {
         const float* from = w.data + panel * kWidth * w.out_stride + i * w.in_stride;
         const int64_t left = O - panel * kWidth, width = left < kWidth ? left : kWidth;
-        memset(taps, 0, sizeof taps);
-        for (int64_t o = 0; o < width; o++, from += w.out_stride)
-          for (int k = 0; k < kAll; k++) taps[k][o] = from[w.flip ? kAll - 1 - k : k];
+        if constexpr (kT == 4) {  // which are never flipped
+          for (int64_t o = 0; o < kWidth; o += kLanes)
+            turn_taps(taps[0] + o, kWidth, from + o * w.out_stride, w.out_stride, width - o);
+        } else {
+          memset(taps, 0, sizeof taps);
+          for (int64_t o = 0; o < width; o++, from += w.out_stride)
+            for (int k = 0; k < kAll; k++) taps[k][o] = from[w.flip ? kAll - 1 - k : k];
+        }
         for (int x = 0; x < kT; x++) turn(taps[x], kT * kWidth, rows[0][x], kT * kWidth);
         for (int p = 0; p < kP; p++) {
           turn(rows[p][0], kWidth, all[0], kWidth);
-          float* to = u + (p * kP * panels * I + panel * I + i) * kWidth;
+          float* to = u + p * kP * place + (panel * I + i) * kWidth;
           for (int q = 0; q < kP; q++) memcpy(to + q * place, all[q], sizeof all[q]);
         }
       }

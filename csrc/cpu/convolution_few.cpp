@@ -6,28 +6,19 @@
 namespace gankern::cpu::GANKERN_ISA {
 namespace {
 
-constexpr int64_t kLine = 16, kTaps = 16, kSome = 8 * kTall;  // pixels of a piece of work
-
-// From one tap's weights to the next's: odd in cache lines, so that all taps of a channel do not
-// meet in one set of the cache.
-int64_t tap_stride(int64_t I) { return ((I * kWide + kLine - 1) / kLine | 1) * kLine; }
+constexpr int64_t kTaps = 16, kSome = 8 * kTall;  // pixels of a piece of work
 
 // u[panel][tap][i][kWide]; channels beyond O are zero.
 void pack(float* u, const Weights& w, int64_t O, int64_t I) {
   parallel((O + kWide - 1) / kWide, 1, [&](int64_t first, int64_t last) {
     for (int64_t panel = first; panel < last; panel++)
       for (int64_t i = 0; i < I; i++)
-        for (int64_t o = 0; o < kWide; o += kLanes)
-          for (int64_t k = 0; k < kTaps; k += kLanes) {
-            vf taps[kLanes];
-            for (int64_t r = 0; r < kLanes; r++) {
-              const int64_t at = panel * kWide + o + r;
-              taps[r] = at < O ? load(w.data + at * w.out_stride + i * w.in_stride + k) : vf{};
-            }
-            transpose(taps);
-            for (int64_t r = 0; r < kLanes; r++)
-              store(u + (panel * kTaps + k + r) * tap_stride(I) + i * kWide + o, taps[r]);
-          }
+        for (int64_t o = 0; o < kWide; o += kLanes) {
+          const int64_t at = panel * kWide + o;
+          turn_taps(u + panel * kTaps * place_stride(I * kWide) + i * kWide + o,
+                    place_stride(I * kWide), w.data + at * w.out_stride + i * w.in_stride,
+                    w.out_stride, O - at);
+        }
   });
 }
 
@@ -75,7 +66,7 @@ void sum_up(float* y, const float* x, const float* u, const float* zeros, const 
           any |= inside;
         }
         if (!any) continue;
-        const float* w = u + (ky * 4 + kx) * tap_stride(in.C);
+        const float* w = u + (ky * 4 + kx) * place_stride(in.C * kWide);
         vf part[kTall][2] = {};
         for (int64_t c = 0; c < in.C; c++, w += kWide) {
           const vf a = load(w), b = load(w + kLanes);
@@ -213,7 +204,7 @@ int convolution_few(int, const void* x, const void* w, void* y, int64_t N, int64
                     int64_t W, int64_t O, int64_t out_h, int64_t out_w, int64_t w_out, int64_t w_in,
                     bool transposed) {
   const Images in{N, I, H, W}, out{N, O, out_h, out_w};
-  const int64_t panels = (O + kWide - 1) / kWide, panel = kTaps * tap_stride(I);
+  const int64_t panels = (O + kWide - 1) / kWide, panel = kTaps * place_stride(I * kWide);
   Buffer<float> u(panels * panel), zeros(I);
   for (int64_t i = 0; i < I; i++) zeros[i] = 0;
   pack(&u[0], {static_cast<const float*>(w), w_out, w_in, false}, O, I);

@@ -228,7 +228,8 @@ void forward(const float* x, const Weights& w, float* y, const Images& in, const
   constexpr int64_t kPlaces = Blocks<kMode>::kPlaces, kBlock = Blocks<kMode>::kMost;
   const int64_t I = in.C, v_row = whole(I, kLanes) + kLanes, m_row = whole(out.C, kWide);
   const Tiles tiles(in.N, out.H, out.W, Axis<kMode>::kOut);
-  Buffer<float> u(kPlaces * I * m_row);
+  const int64_t u_place = place_stride(I * m_row);
+  Buffer<float> u(kPlaces * u_place);
   transform_weights<kMode, kWide>(&u[0], w, out.C, I);
   const Blocks<kMode> blocks(tiles.count);
   parallel(blocks.count, 1, [&](int64_t first, int64_t last) {
@@ -242,7 +243,7 @@ void forward(const float* x, const Weights& w, float* y, const Images& in, const
       for (int64_t o = 0; o < out.C; o += kWide) {
         for (int64_t place = 0; place < kPlaces; place++)
           multiply(&m[place * kBlock * kWide], &v[place * kBlock * v_row],
-                   &u[place * I * m_row + o * I], stop - begin, v_row, I);
+                   &u[place * u_place + o * I], stop - begin, v_row, I);
         transform_output<kMode, kBlock>(y, &m[0], o, out, tiles, block, begin, stop, end);
       }
     }

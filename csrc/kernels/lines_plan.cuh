@@ -1,0 +1,141 @@
+// How lines.cuh cuts images into blocks, and a block's shared memory into what it holds.
+#pragma once
+
+#include "taps.cuh"
+
+namespace gankern {
+namespace {
+
+template <typename T>
+constexpr int kLineColumns = sizeof(T) == 8 ? 1 : 2;  // of a thread: see LineColumns
+template <typename T>
+constexpr int kLineRows = sizeof(T) == 8 ? 4 : 8;  // of a step of the forward
+template <typename T>
+constexpr int kGradRows = sizeof(T) == 2 ? 8 : 4;  // and of the backward, which has more to hold
+template <typename T>
+constexpr int kLineThreads = sizeof(T) == 8 ? 288 : 512;  // at most
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <typename T>
+constexpr int kLineBlocks = 1;  // on a multiprocessor
+#else
+template <typename T>
+constexpr int kLineBlocks = sizeof(T) == 8 ? 1 : 2;
+#endif
+
+constexpr int kLineSlot = 48;  // bytes of a LineSlot, at most
+// Of a round's channels, while those of the round before are stored and the next ones are begun.
+constexpr int kLineSlots = 4;
+
+// Rows of an image in shared memory.
+struct LineImage {
+  int pitch, packs, magic;  // elements from a row to the next; packs of a row; see quotient()
+  int at, stage;            // bytes from the begin of a plane's share; of a step
+};
+
+struct LinePlan {
+  int tile_w, tile_h, tiles_x, tiles_y;
+  int across;                      // columns that are filtered: the backward has a halo
+  int lanes, magic, planes;        // threads of a plane; see quotient(); planes of a block at once
+  int channels;                    // of a block
+  LineImage x, dy;                 // backward: both
+  int dus, du_pitch, sums;         // backward: bytes, elements, bytes
+  int outs, out_stage, out_pitch;  // where rows are stored through shared memory: out_stage > 0
+  int share, noises, shared;       // bytes of a plane; where the noise is; of a block
+  int threads() const { return lanes * planes; }
+  int64_t tiles() const { return static_cast<int64_t>(tiles_x) * tiles_y; }
+};
+
+// Bytes that a block can have: 64 KiB on Turing, 99 and more since.
+inline int shared_limit() {
+  int device = 0, most = 48 * 1024;
+  if (cudaGetDevice(&device) == cudaSuccess)
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return most;
+}
+
+// width, height: of the result, forward y and backward dx; w, out_w: of rows
+// of x and y; aligned: so is the result; limit: bytes of shared memory that a block can have. The
+// backward's tiles depend on the sizes of the result alone.
+template <typename T>
+LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, int height, int w,
+                    int out_w, bool aligned, int limit) {
+  constexpr int bytes = sizeof(T), word = sizeof(Acc<T>), V = 16 / bytes, K = kLineColumns<T>;
+  const int rows_of_step = backward ? kGradRows<T> : kLineRows<T>, copies = rows_of_step * K / V;
+  const int halo = backward ? kHalo : 0, row = backward ? w : out_w;
+  const auto up_to = [](int64_t n, int unit) { return static_cast<int>(ceil_div(n, unit)) * unit; };
+  // Of a row, whole sectors of them.
+  const auto packs = [&](int columns) { return up_to(ceil_div(columns + 2 * V - 1, V), 2); };
+  const int64_t sms = sm_count();
+  // What a block may have, with room for another one where there is that much.
+  const int room = limit < 128 * 1024 ? limit - 3 * 1024 : limit / 2 - 3 * 1024;
+  LinePlan t{};
+  const auto place = [&](int& at, int64_t size) {
+    at = t.share;
+    t.share += up_to(size, 16);
+  };
+  // Pitches equal the images' rows modulo a pack.
+  const auto pitch = [](int least, int like, int unit) {
+    return least + ((like - least) % unit + unit) % unit;
+  };
+  const auto image = [&](LineImage& i, int columns, int like) {
+    i.packs = packs(columns), i.magic = magic_of(i.packs);
+    i.pitch = pitch(columns + 2 * V - 2, like, V);
+    i.stage = up_to((rows_of_step * (columns + 3 * V - 3) + 2 * V) * bytes, 16);  // of any image
+    place(i.at, 2 * i.stage);
+  };
+  const auto noise_bytes = [&](int rows) { return noise ? (rows + halo) * t.across * word : 0; };
+  // Whole rows, as far as there are threads and memory.
+  for (t.tiles_x = static_cast<int>(ceil_div(width, K * kLineThreads<T>));; t.tiles_x++) {
+    t.tile_w = static_cast<int>(ceil_div(width, t.tiles_x));
+    if (t.tiles_x > 1) t.tile_w = up_to(t.tile_w, 32 / bytes);
+    t.across = up_to(t.tile_w + halo, K);
+    const int64_t lanes =
+        max(ceil_div(t.across, K),
+            ceil_div(rows_of_step * static_cast<int64_t>(packs(t.across + kHalo)), copies));
+    t.lanes = lanes <= 32 ? pow2_between(lanes, 4, 32) : up_to(lanes, 32);
+    t.share = kLineSlots * kLineSlot;  // they come first
+    image(t.x, t.across + kHalo, w);
+    if (backward) {
+      image(t.dy, t.across, out_w);
+      t.du_pitch = up_to(t.across + kHalo, 2);
+      place(t.dus, rows_of_step * t.du_pitch * word);
+      place(t.sums, 3 * t.lanes * word);
+    }
+    t.out_pitch = t.tiles_x == 1 ? row : pitch(t.tile_w + 2 * V - 2, row, V);
+    t.out_stage = up_to((rows_of_step * t.out_pitch + 2 * V) * bytes, 16);
+    const bool whole = aligned && row * bytes % 32 == 0;
+    if (backward || !whole) place(t.outs, (backward ? 1 : 2) * t.out_stage);
+    if (whole) t.out_stage = 0;
+    if (t.lanes <= kLineThreads<T> && max(1, 32 / t.lanes) * t.share + noise_bytes(8) <= room)
+      break;
+  }
+  t.tiles_x = static_cast<int>(ceil_div(width, t.tile_w));
+  t.magic = magic_of(t.lanes);
+
+  // Several planes at once, with noise as many as share it; as many rows as there is room for.
+  const int least = max(1, 32 / t.lanes);
+  t.planes = max(1, (noise ? kLineThreads<T> : 256) / t.lanes);
+  t.planes = max(min(t.planes, up_to(C, least)), least) / least * least;
+  while (t.planes > least && t.planes * t.share + noise_bytes(32) > room) t.planes -= least;
+  int longest = 64;
+  while (longest > 4 && t.planes * t.share + noise_bytes(longest) > room) longest--;
+  const auto blocks = [&] {
+    t.tiles_y = static_cast<int>(ceil_div(height, t.tile_h));
+    return t.tiles() * N * ceil_div(C, t.channels);
+  };
+  t.channels = t.planes;
+  for (int strips = static_cast<int>(ceil_div(height, longest));; strips *= 2) {
+    t.tile_h = static_cast<int>(ceil_div(height, strips));
+    if (4 * blocks() >= 3 * sms || t.tile_h <= 4) break;
+  }
+  while (t.planes > least && 4 * blocks() < 3 * sms) t.channels = t.planes -= least;
+  while (noise && t.channels < 8 && t.channels < C && blocks() >= 2 * sms) t.channels *= 2;
+  while (ceil_div(C, t.channels) > 65535) t.channels *= 2;
+  blocks();
+  t.shared = t.planes * t.share + noise_bytes(t.tile_h);
+  t.noises = t.planes * t.share;
+  return t;
+}
+
+}  // namespace
+}  // namespace gankern

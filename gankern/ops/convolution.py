@@ -107,7 +107,8 @@ def _kernels(w: Tensor, small: Tensor, large: Tensor | None, form: Form) -> str:
     large: the others of a weight gradient, else None.
     """
     images = (small,) if large is None else (small, large)
-    if not form.own or form.groups != 1 or any(t.dtype != torch.float32 for t in images):
+    dtypes = {small.dtype, images[-1].dtype}
+    if not form.own or form.groups != 1 or dtypes != {torch.float32}:
         return ""
     outer, inner, *taps = w.shape
     if outer < MIN_CHANNELS:
@@ -144,9 +145,8 @@ def _kernels(w: Tensor, small: Tensor, large: Tensor | None, form: Form) -> str:
 def _layout(images: tuple[Tensor, ...]) -> torch.memory_format | None:
     """The memory format that all images are in."""
     for layout in FEWEST_TILES:
-        fits = [
-            t.is_contiguous(memory_format=layout) for t in images
-        ]  # torch.compile: no generator
+        # A list: torch.compile reads no generator here.
+        fits = [t.is_contiguous(memory_format=layout) for t in images]
         if all(fits):
             return layout
     return None

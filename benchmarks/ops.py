@@ -2,14 +2,18 @@
 
     python benchmarks/ops.py                     what this machine can run, StyleGAN2-64, batch 8
     python benchmarks/ops.py --shapes 256 --impl cpu --op upfirdn2d --compile
+    python benchmarks/ops.py --shapes dcgan-64 64 256 1024 --dtype f32 bf16 --layout channels-last
     python benchmarks/ops.py --impl cpu --quick  small and short: does everything run
     python benchmarks/ops.py --json ops.jsonl    also appends one JSON line a row
     pytest benchmarks/ops.py --benchmark-json=ops.json
 
-First every implementation is compared with the reference. Then rounds go through reference,
-torch.compile (with --compile), the implementations and a plain copy, once each; printed are medians
-with the 10 % and 90 % quantiles, the median of the rounds' ratios reference / implementation, GB/s
-of the fewest bytes that the op must move, and their share of the copy's GB/s in the same rounds.
+Directions: forward; forward and backward; double-backward, which is forward, backward and the
+gradient of the squared length of the gradient in x, as in R1. First the results of every
+implementation in each are compared with the reference's. Then rounds go through reference,
+torch.compile (with --compile; it has no second derivative), the implementations and a plain copy,
+once each; printed are medians with the 10 % and 90 % quantiles, the median of the rounds' ratios
+reference / implementation, GB/s of the fewest bytes that the op must move, and their share of the
+copy's GB/s in the same rounds.
 On a GPU each column is a CUDA graph of eight calls; what a call costs the CPU is overhead.py's to
 tell. Tensors that fit the GPU's cache stay there between calls: --batch makes larger ones.
 With --keep-memory freed memory stays with the process, as in `gankern train`: no column then pays
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import platform
 import shutil
@@ -27,7 +32,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +45,13 @@ sys.path.insert(0, str(ROOT))
 
 from gankern import ops  # noqa: E402
 from gankern.memory import keep_memory  # noqa: E402
+from gankern.models import dcgan  # noqa: E402
 from gankern.ops import _impl  # noqa: E402
 
+WAYS = ("forward", "forward+backward", "double-backward")
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 F4 = ops.setup_filter([1, 3, 3, 1])
+LAYOUTS = ("nchw", "channels-last")
 GRAPH_CALLS = 8  # the gap between two replays is shared by so many
 
 
@@ -64,6 +72,7 @@ class Row:
     call: Callable[..., Tensor]  # of (*inputs, impl=)
     saved: str
     frozen: int = 0  # so many of the last inputs take no gradient
+    convolves: bool = False  # is composed of other ops and a convolution
     # Bytes that the op also writes in the forward, and reads in the backward.
     kept: Callable[[list[Tensor], Tensor], tuple[int, int]] = lambda inputs, y: (0, 0)
 
@@ -116,10 +125,23 @@ def layer(x, weight, styles, b, strength, noise, impl):
     return ops.synthesis_layer(x, weight, styles, b, noise, strength, up, 1, f, impl=impl)
 
 
+def to_rgb(x, weight, styles, impl):
+    return ops.modulated_conv2d(x, weight, styles, demodulate=False, impl=impl)
+
+
+def halving_layer(x, weight, b, f, impl):
+    return ops.conv2d_layer(x, weight, b, f, down=2, padding=1, act="lrelu", impl=impl)
+
+
+def strided(transposed: bool) -> Callable[..., Tensor]:
+    def call(x: Tensor, weight: Tensor, impl: str) -> Tensor:
+        return dcgan.halve_or_double(x, weight, transposed, impl)
+
+    return call
+
+
 def gemm(x, weight, styles, b, strength, noise, impl):
-    # Triton's products of float32 are exact, and are compared with cuDNN's that are so too.
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return ops.modulated_gemm(x, weight, styles, b, noise, strength, impl=impl)
+    return ops.modulated_gemm(x, weight, styles, b, noise, strength, impl=impl)
 
 
 def epilogue_inputs(m, res, c, pixels):
@@ -157,16 +179,55 @@ ROWS = [
     Row("synthesis_epilogue", "up 2", lambda m, res, c: epilogue_inputs(m, res, c, res + 1),
         epilogue, "x", frozen=1),
     Row("synthesis_layer", "", lambda m, res, c: layer_inputs(m, res, c, res, c),
-        layer, "x", frozen=1),
+        layer, "x", frozen=1, convolves=True),
     Row("synthesis_layer", "up 2", lambda m, res, c: layer_inputs(m, res, c, res // 2, 2 * c),
-        layer, "x", frozen=1),
+        layer, "x", frozen=1, convolves=True),
+    Row("modulated_conv2d", "to RGB",
+        lambda m, res, c: [m(c, res, res), m.tensor(3, c, 1, 1), m(c)],
+        to_rgb, "x", convolves=True),
+    Row("conv2d_layer", "down 2",
+        lambda m, res, c: [m(c, res, res), m.tensor(2 * c, c, 3, 3), m.vector(2 * c),
+                           F4.to(m.device)],
+        halving_layer, "x", frozen=1, convolves=True),
     # triton: one launch; the others: torch's convolution and their epilogue.
     Row("modulated_gemm", "", lambda m, res, c: layer_inputs(m, res, c, res, c),
-        gemm, "x", frozen=1),
+        gemm, "x", frozen=1, convolves=True),
+]  # fmt: skip
+# res: the image's side, c: the channels of the layer nearest to it.
+DCGAN_ROWS = [
+    Row("bias_act", "relu", lambda m, res, c: [m(c, res // 2, res // 2)],
+        lambda x, impl: ops.bias_act(x, act="relu", gain=1, impl=impl), "y"),
+    Row("bias_act", "lrelu", lambda m, res, c: [m(c, res // 2, res // 2), m.vector(c)],
+        lambda x, b, impl: ops.bias_act(x, b, act="lrelu", gain=1, impl=impl), "y"),
+    Row("bias_act", "tanh", lambda m, res, c: [m(3, res, res), m.vector(3)],
+        lambda x, b, impl: ops.bias_act(x, b, act="tanh", impl=impl), "y"),
+    Row("convolution", "halving RGB", lambda m, res, c: [m(3, res, res), m.tensor(c, 3, 4, 4)],
+        strided(False), "x", convolves=True),
+    Row("convolution", "halving",
+        lambda m, res, c: [m(c, res // 2, res // 2), m.tensor(2 * c, c, 4, 4)],
+        strided(False), "x", convolves=True),
+    Row("convolution", "doubling",
+        lambda m, res, c: [m(2 * c, res // 4, res // 4), m.tensor(2 * c, c, 4, 4)],
+        strided(True), "x", convolves=True),
+    Row("convolution", "doubling to RGB",
+        lambda m, res, c: [m(c, res // 2, res // 2), m.tensor(c, 3, 4, 4)],
+        strided(True), "x", convolves=True),
 ]  # fmt: skip
 
-# Batch, side, channels: StyleGAN2 with 16384 / side channels at the last resolution.
-SHAPES = {"64": (8, 64, 256), "256": (4, 256, 64), "quick": (2, 16, 8)}
+# Batch, side, channels: StyleGAN2 with 16384 / side channels at the last resolution, or, at 1024,
+# 32768; DCGAN with 64 at half the side.
+SHAPES = {
+    "dcgan-64": (64, 64, 64),
+    "64": (8, 64, 256),
+    "256": (4, 256, 64),
+    "1024": (1, 1024, 32),
+    "quick": (2, 16, 8),
+}
+
+
+def rows_of(shapes: str) -> list[Row]:
+    """Of a model, or of all."""
+    return {"dcgan-64": DCGAN_ROWS, "quick": ROWS + DCGAN_ROWS}.get(shapes, ROWS)
 
 
 @dataclass
@@ -200,23 +261,41 @@ def implementations(device: str) -> list[str]:
 
 def usable(row: Row, impl: str, device: str) -> str:
     """Why `impl` cannot run the row here, or ""."""
-    parts = {"synthesis_layer": "synthesis_epilogue"}
-    if impl != "triton":
-        parts["modulated_gemm"] = "synthesis_epilogue"
-    return _impl.why_not(impl, device, parts.get(row.op, row.op))
+    if row.op == "convolution":
+        return "" if impl == device == "cpu" else "it is PyTorch's"
+    part = row.op
+    if row.convolves and (row.op, impl) != ("modulated_gemm", "triton"):
+        part = "synthesis_epilogue"
+    return _impl.why_not(impl, device, part)
 
 
 # --- Measuring.
 
 
-def step(row: Row, inputs: list[Tensor], impl: str, dy: Tensor | None) -> Callable[[], Any]:
-    """Forward, or with dy forward and backward."""
+def direction(y: Tensor) -> Tensor:
+    """A gradient of y, of unit normal values, the same in every run."""
+    return torch.empty_like(y).normal_(generator=torch.Generator(y.device).manual_seed(1))
+
+
+def step(
+    row: Row, inputs: list[Tensor], impl: str, dy: Tensor | None, double: bool = False
+) -> Callable[[], Any]:
+    """Forward, or with dy forward and backward, or these and double backward."""
     run = functools.partial(row.call, impl=impl)
     if dy is None:
         return lambda: run(*inputs)
     leaves = [t.detach().requires_grad_() for t in row.leaves(inputs)]
     rest = inputs[len(leaves) :]
-    return lambda: torch.autograd.grad(run(*leaves, *rest), leaves, dy)
+    if not double:
+        return lambda: torch.autograd.grad(run(*leaves, *rest), leaves, dy)
+    into = dy.detach().requires_grad_()  # what the layers above made
+
+    def twice() -> tuple[Tensor | None, ...]:
+        y = run(*leaves, *rest)
+        (dx,) = torch.autograd.grad(y, leaves[:1], into, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), [into, *leaves], allow_unused=True)
+
+    return twice
 
 
 def compiled_step(row: Row, inputs: list[Tensor], dy: Tensor | None) -> Callable[[], Any]:
@@ -278,14 +357,37 @@ def captured(f: Callable[[], Any], calls: int = GRAPH_CALLS) -> Callable[[], Non
     return graph.replay
 
 
+def cudnn_products(exact: bool) -> Any:
+    """cuDNN's products of float32 within are exact, or as PyTorch has them elsewhere."""
+    tf32 = torch.backends.cudnn.allow_tf32 and not exact
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32)
+
+
 def check(row: Row, inputs: list[Tensor], impl: str) -> None:
-    """The output is the reference's, to a few roundings."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    """The output is the reference's, to a few roundings; gradients are so in the mean, for those
+    of an activation differ wholly where its argument rounds to another sign."""
+    with cudnn_products(exact=True):
         actual, expected = (row.call(*inputs, impl=i) for i in (impl, "reference"))
-    error = (actual.double() - expected.double()).abs().max().item()
-    bound = 64 * torch.finfo(expected.dtype).eps * expected.abs().max().item()
-    if not error <= bound or actual.shape != expected.shape:
-        raise SystemExit(f"ops: {row.name} {impl}: error {error:.3g} over {bound:.3g}")
+        error = (actual.double() - expected.double()).abs().max().item()
+        eps = torch.finfo(expected.dtype).eps
+        bound = 64 * eps * expected.abs().max().item()
+        if not error <= bound or actual.shape != expected.shape:
+            raise SystemExit(f"ops: {row.name} {impl}: error {error:.3g} over {bound:.3g}")
+        dy = direction(expected)
+        del actual, expected
+        for double in (False, True):
+            both = (step(row, inputs, i, dy, double)() for i in (impl, "reference"))
+            for k, (a, e) in enumerate(zip(*both, strict=True)):
+                if e is None or a is None:
+                    nought = all(t is None or not t.any() for t in (a, e))
+                    error, bound = float(not nought), 0.0
+                else:
+                    error = (a.double() - e.double()).norm().item()
+                    bound = 4 * eps**0.5 * e.double().norm().item()
+                if not error <= bound:
+                    order = "second " if double else ""
+                    raise SystemExit(f"ops: {row.name} {impl}: {order}gradient {k}: error "
+                                     f"{error:.3g} over {bound:.3g}")  # fmt: skip
 
 
 def quantile(values: list[float], q: float) -> float:
@@ -293,7 +395,13 @@ def quantile(values: list[float], q: float) -> float:
 
 
 def results(
-    row: Row, make: Make, shape: tuple[int, int], impls: list[str], rounds: int, compiled: bool
+    row: Row,
+    make: Make,
+    shape: tuple[int, int],
+    impls: list[str],
+    rounds: int,
+    compiled: bool,
+    ways: Sequence[str] = WAYS,
 ) -> Iterator[dict[str, Any]]:
     inputs = row.make(make, *shape)
     y = row.call(*inputs, impl="reference").detach()
@@ -303,15 +411,17 @@ def results(
     target, about = torch.empty_like(y), {"op": row.op, "case": row.case}
     about |= {"x": list(inputs[0].shape), "dtype": str(make.dtype)[6:]}
     about |= {"channels_last": make.channels_last}
-    for what, dy in (("forward", None), ("forward+backward", torch.ones_like(y))):
-        steps = {impl: step(row, inputs, impl, dy) for impl in names}
-        if compiled:
+    for what in ways:
+        dy, double = (None, False) if what == WAYS[0] else (direction(y), what == WAYS[2])
+        steps = {impl: step(row, inputs, impl, dy, double) for impl in names}
+        if compiled and not double:
             steps["compile"] = compiled_step(row, inputs, dy)
         # A GPU's copy of memory, which copy_ is, is slower than a kernel that reads and writes.
         copy = functools.partial(torch.neg, y, out=target)
         steps["copy"] = copy if make.device == "cuda" else functools.partial(target.copy_, y)
-        moved = row.forward_bytes(inputs, y)
-        moved += 0 if dy is None else row.backward_bytes(inputs, y)
+        moved = None if double else row.forward_bytes(inputs, y)
+        if moved is not None and dy is not None:
+            moved += row.backward_bytes(inputs, y)
         if make.device == "cuda":
             steps = {name: captured(f) for name, f in steps.items()}
         times = measure(steps, rounds, make.device)
@@ -325,16 +435,17 @@ def results(
 
 
 def figures(
-    values: list[float], reference: list[float], moved: int, copy_rate: float
-) -> dict[str, float]:
-    rate = moved / statistics.median(values)
+    values: list[float], reference: list[float], moved: int | None, copy_rate: float
+) -> dict[str, float | None]:
+    """moved: the fewest bytes, where they are known."""
+    rate = None if moved is None else moved / statistics.median(values)
     return {
         "ms": 1e3 * statistics.median(values),
         "ms_10": 1e3 * quantile(values, 0.1),
         "ms_90": 1e3 * quantile(values, 0.9),
         "ratio": statistics.median(r / v for r, v in zip(reference, values, strict=True)),
-        "gb_s": rate / 1e9,
-        "of_copy": rate / copy_rate,
+        "gb_s": rate and rate / 1e9,
+        "of_copy": rate and rate / copy_rate,
     }
 
 
@@ -354,22 +465,28 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def show(r: dict[str, Any]) -> None:
-    print(f"{r['op'] + ' ' + r['case']:26} {'x'.join(map(str, r['x'])):14} {r['what']:16} "
-          f"{r['impl']:9} {r['ms']:9.3f} [{r['ms_10']:8.3f} {r['ms_90']:8.3f}] {r['ratio']:6.2f}x "
-          f"{r['gb_s']:8.2f} {r['of_copy']:6.0%}", flush=True)  # fmt: skip
+    layout = "last" if r["channels_last"] else "nchw"
+    speed = "" if r["gb_s"] is None else f"{r['gb_s']:8.2f} {r['of_copy']:6.0%}"
+    print(f"{r['op'] + ' ' + r['case']:27} {'x'.join(map(str, r['x'])):15} {r['dtype']:8} {layout} "
+          f"{r['what']:16} {r['impl']:9} {r['ms']:9.3f} [{r['ms_10']:8.3f} {r['ms_90']:8.3f}] "
+          f"{r['ratio']:6.2f}x {speed}".rstrip(), flush=True)  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     on = "cuda" if torch.cuda.is_available() else "cpu"
-    names = list(dict.fromkeys(row.op for row in ROWS))
+    names = list(dict.fromkeys(row.op for row in ROWS + DCGAN_ROWS))
     parser.add_argument("--device", choices=["cpu", "cuda"], default=on)
     parser.add_argument("--impl", nargs="+", help="default: all of the device")
     parser.add_argument("--op", nargs="+", choices=names, default=names)
-    parser.add_argument("--shapes", nargs="+", choices=["64", "256"], default=["64"])
-    parser.add_argument("--batch", type=int, help="default: 8 of 64, 4 of 256")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="f32")
-    parser.add_argument("--channels-last", action="store_true")
+    known = [name for name in SHAPES if name != "quick"]
+    parser.add_argument("--shapes", nargs="+", choices=known, default=["64"],
+                        help="those of StyleGAN2 at a resolution, or of DCGAN")  # fmt: skip
+    batches = ", ".join(f"{SHAPES[name][0]} of {name}" for name in known)
+    parser.add_argument("--batch", type=int, help=f"default: {batches}")
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["f32"])
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=LAYOUTS[:1])
+    parser.add_argument("--way", nargs="+", choices=WAYS, default=WAYS, help="default: all")
     parser.add_argument("--compile", action="store_true", help="also torch.compile(reference)")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="small tensors, two rounds")
@@ -380,19 +497,25 @@ def main() -> int:
         keep_memory()
     about = machine(args.device)
     print(" ".join(f"{k} {v}" for k, v in about.items()))
-    print(f"{'op':26} {'x':14} {'what':16} {'impl':9} {'median ms':>9} [{'10 %':>8} {'90 %':>8}] "
-          f"{'ratio':>7} {'GB/s':>8} {'copy':>6}")  # fmt: skip
-    for shapes in ["quick"] if args.quick else args.shapes:
+    print(f"{'op':27} {'x':15} {'dtype':8} mem. {'what':16} {'impl':9} {'median ms':>9} "
+          f"[{'10 %':>8} {'90 %':>8}] {'ratio':>7} {'GB/s':>8} {'copy':>6}")  # fmt: skip
+    choices = itertools.product(args.dtype, args.layout)
+    impls = args.impl or implementations(args.device)
+    rounds = 2 if args.quick else args.rounds
+    for (dtype, layout), shapes in itertools.product(
+        choices, ["quick"] if args.quick else args.shapes
+    ):
         batch, *shape = SHAPES[shapes]
-        make = Make(args.batch or batch, DTYPES[args.dtype], args.device, args.channels_last)
-        for row in (row for row in ROWS if row.op in args.op):
-            impls = args.impl or implementations(args.device)
-            rounds = 2 if args.quick else args.rounds
-            for result in results(row, make, shape, impls, rounds, args.compile):
-                show(result)
-                if args.json:
-                    with args.json.open("a") as file:
-                        file.write(json.dumps(about | result) + "\n")
+        last = layout == LAYOUTS[1]
+        make = Make(args.batch or batch, DTYPES[dtype], args.device, last)
+        for row in (row for row in rows_of(shapes) if row.op in args.op):
+            # Triton's products of float32 are exact, and are compared with such ones.
+            with cudnn_products(exact=row.op == "modulated_gemm"):
+                for result in results(row, make, shape, impls, rounds, args.compile, args.way):
+                    show(result)
+                    if args.json:
+                        with args.json.open("a") as file:
+                            file.write(json.dumps(about | result) + "\n")
     return 0
 
 
@@ -402,22 +525,23 @@ def main() -> int:
 def pytest_generate_tests(metafunc: Any) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cases = [
-        (row, impl, device, backward)
-        for row in ROWS
+        (row, shapes, impl, device, way)
+        for shapes in ("64", "dcgan-64")
+        for row in rows_of(shapes)
         for impl in ("reference", *implementations(device))
-        for backward in (False, True)
-        if not usable(row, impl, device)
+        for way in WAYS
+        if impl == "reference" or not usable(row, impl, device)
     ]
-    ids = [f"{row.name}-{impl}-{'backward' if back else 'forward'}" for row, impl, _, back in cases]
-    metafunc.parametrize(("row", "impl", "device", "backward"), cases, ids=ids)
+    ids = [f"{shapes}-{row.name}-{impl}-{way}" for row, shapes, impl, _, way in cases]
+    metafunc.parametrize(("row", "shapes", "impl", "device", "way"), cases, ids=ids)
 
 
-def test_ops(benchmark: Any, row: Row, impl: str, device: str, backward: bool) -> None:
-    batch, res, channels = SHAPES["64"]
+def test_ops(benchmark: Any, row: Row, shapes: str, impl: str, device: str, way: str) -> None:
+    batch, res, channels = SHAPES[shapes]
     inputs = row.make(Make(batch, torch.float32, device), res, channels)
     y = row.call(*inputs, impl="reference").detach()
     check(row, inputs, impl)
-    run = step(row, inputs, impl, torch.ones_like(y) if backward else None)
+    run = step(row, inputs, impl, None if way == WAYS[0] else direction(y), way == WAYS[2])
     benchmark.extra_info["bytes"] = row.forward_bytes(inputs, y)
     if device == "cpu":
         benchmark(run)

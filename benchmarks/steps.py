@@ -3,7 +3,7 @@
     python benchmarks/steps.py                          StyleGAN2-64, StyleGAN-64 and DCGAN, batch 8
     python benchmarks/steps.py --model stylegan2-64 --step G R1 --compile
     OMP_NUM_THREADS=1 python benchmarks/steps.py --cpu-time   on a machine that others load
-    python benchmarks/steps.py --breakdown              where the time of each step goes
+    python benchmarks/steps.py --breakdown              where the time goes, in both
     python benchmarks/steps.py --cuda-graphs            each step as one CUDA graph, on a GPU
     python benchmarks/steps.py --scaling                img/s over batch, size, channels, ranks
     python benchmarks/steps.py --json steps.jsonl       also appends one JSON line a row
@@ -11,9 +11,10 @@
 Rounds go through all columns, once each, in one process; printed are the median, its quantiles and
 the median of the rounds' ratios. Columns: ours (the best implementations), the reference (plain
 PyTorch operations, same networks), torch.compile of the reference (not for the penalties, which
-differentiate twice), and the floor: the step's convolutions and matrix products alone, forward and
-backward as the reference runs them, by PyTorch, each in the faster of the two memory formats. Our
-own convolutions may undercut it. Peak memory is what the step allocates, above what was there.
+differentiate twice), and the floor: the step's dense convolutions and matrix products alone,
+forward and backward as the reference runs them, by PyTorch, each in the faster of the two memory
+formats; filters, which the reference runs as convolutions of a channel, are not among them. Our own
+convolutions may undercut it. Peak memory is what the step allocates, above what was there.
 With --keep-memory freed memory stays with the process, as in `gankern train`: no column then pays
 for fresh pages, which the reference touches most of. On a GPU the CPU may not keep up with its
 launches: --cuda-graphs replays every column's step as one graph, as `gankern train --cuda-graphs`
@@ -35,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +154,23 @@ class Recorder(TorchDispatchMode):
         self.calls: Counter[tuple[Any, ...]] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in self.DENSE:
+        if func in self.DENSE and not _filters(func, args):
             self.calls[(func, _frozen(args))] += 1
         return func(*args, **(kwargs or {}))
+
+
+def _filters(func: Any, args: Sequence[Any]) -> bool:
+    """Whether a recorded call is a filter's, not a dense convolution."""
+    if func not in (aten.convolution.default, aten.convolution_backward.default):
+        return False
+    x, w = args[:2] if func is aten.convolution.default else args[1:3]
+    return is_filter(x.shape, w.shape)
+
+
+def is_filter(x: Sequence[int], w: Sequence[int]) -> bool:
+    """Whether images and weights of these shapes are convolved to filter each channel, or for the
+    gradient of such a filter: PyTorch's double backward takes it unasked, channel by channel."""
+    return (w[1] == 1 < w[0] == x[1]) or x[0] == w[0] == 1
 
 
 def _frozen(value: Any) -> Any:
@@ -263,6 +278,7 @@ def rows(
                 "ratio": statistics.median(
                     v / o for v, o in zip(values, times["ours"], strict=True)
                 ),
+                "img_s": 1e3 * batch / found["ms"], "sec_kimg": found["ms"] / batch,
                 "memory": memory.get(column),
             }  # fmt: skip
 
@@ -272,10 +288,58 @@ def _with(impl: str, model: Model, step: str) -> None:
         model.run(step)
 
 
-def breakdown(name: str, steps: list[str], batch: int, device: str) -> None:
-    """The operations of each step by the time spent in themselves."""
+# --- Where the time goes.
+
+FUSED = "fused kernels"
+PARTS = ("convolutions", "matrix products", FUSED, "filters", "copies", "other operations",
+         "between them")  # fmt: skip
+CONVOLUTIONS = ("convolution", "conv2d", "cudnn", "conv_depthwise")
+PRODUCTS = ("mm", "addmm", "bmm", "addbmm", "baddbmm")
+COPIES = ("copy_", "cat", "clone", "contiguous", "_to_copy", "to", "empty", "empty_strided",
+          "empty_like", "resize_")  # fmt: skip
+
+
+def part_of(name: str, shapes: list[list[int]]) -> str:
+    """Which of PARTS an operation of PyTorch's profiler belongs to, by its inputs' shapes."""
+    namespace, _, op = name.rpartition("::")
+    if namespace.startswith("gankern"):
+        if op.startswith("convolution") or op == "modulated_gemm":
+            return "convolutions"
+        return "filters" if op == "upfirdn2d" else FUSED
+    if namespace != "aten":
+        return PARTS[-1]
+    if any(word in op for word in CONVOLUTIONS):
+        images = [shape for shape in shapes if len(shape) == 4]
+        x, w = images[-2:] if len(images) > 1 else ([0] * 4, [0] * 4)
+        return "filters" if is_filter(x, w) else "convolutions"
+    if op in PRODUCTS:
+        return "matrix products"
+    return "copies" if op in COPIES else "other operations"
+
+
+def parts(f: Callable[[], Any], device: str, rounds: int) -> dict[str, float]:
+    """Milliseconds of each part of f; on a GPU of its kernels, else of the calling thread. What
+    remains of the whole is Python, autograd and the dispatcher, or a GPU that waits for them."""
     from torch.profiler import profile
 
+    f()
+    taken = statistics.median(seconds(f, 1, device) for _ in range(rounds))
+    with profile(record_shapes=True) as profiler:
+        for _ in range(rounds):
+            f()
+    found = dict.fromkeys(PARTS, 0.0)
+    for event in profiler.key_averages(group_by_input_shape=True):
+        spent = getattr(event, f"self_{device if device == 'cpu' else 'device'}_time_total")
+        found[part_of(event.key, event.input_shapes)] += spent / 1e3 / rounds
+    found[PARTS[-1]] = 0.0
+    found[PARTS[-1]] = max(0.0, 1e3 * taken - sum(found.values()))
+    return found
+
+
+def breakdown(
+    name: str, steps: list[str], batch: int, rounds: int, device: str
+) -> Iterator[dict[str, Any]]:
+    """Where the time of each step goes, ours and the reference's."""
     make, known = MODELS[name]
     torch.manual_seed(0)
     G, D = (net.train().to(device) for net in make())
@@ -283,14 +347,10 @@ def breakdown(name: str, steps: list[str], batch: int, device: str) -> None:
     real = torch.rand(batch, *Model(G, D, z, z).generate().shape[1:], device=device) * 2 - 1
     model = Model(G, D, z, real)
     for step in (s for s in known if s in steps):
-        model.run(step)
-        with profile() as profiler:
-            model.run(step)
-        print(f"\n{name} {step}")
-        table = profiler.key_averages().table(
-            sort_by=f"self_{device}_time_total", row_limit=16, max_name_column_width=40
-        )
-        print(table)
+        for impl in ("ours", "reference"):
+            of = "" if impl == "ours" else impl
+            found = parts(lambda of=of, step=step: _with(of, model, step), device, rounds)
+            yield {"model": name, "step": step, "batch": batch, "impl": impl, "parts": found}
 
 
 # --- Cost as work grows.
@@ -372,7 +432,7 @@ def main() -> int:
     parser.add_argument("--cuda-graphs", action="store_true", help="each step as a CUDA graph")
     parser.add_argument("--cpu-time", action="store_true", help="seconds of CPU, not of the clock")
     parser.add_argument("--scaling", action="store_true", help="img/s as work grows instead")
-    parser.add_argument("--breakdown", action="store_true", help="profile instead")
+    parser.add_argument("--breakdown", action="store_true", help="where the time goes instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the results to FILE")
     parser.add_argument("--keep-memory", action="store_true", help="as the command gankern does")
     args = parser.parse_args()
@@ -391,7 +451,11 @@ def main() -> int:
         return 0
     for name in args.model:
         if args.breakdown:
-            breakdown(name, args.step, args.batch, on)
+            for row in breakdown(name, args.step, args.batch, args.rounds, on):
+                each = ", ".join(f"{part} {ms:.2f}" for part, ms in row["parts"].items())
+                print(f"{name:14} {row['step']:9} {row['impl']:10} ms: {each}", flush=True)
+                if args.json:
+                    append(args.json, about | row)
             continue
         clock = time.process_time if args.cpu_time else time.perf_counter
         for row in rows(
@@ -399,7 +463,8 @@ def main() -> int:
         ):
             memory = f"{row['memory'] / 2**20:8.1f} MiB" if row["memory"] else ""
             print(f"{name:14} {row['step']:9} {row['impl']:10} {row['ms']:9.2f} ms "
-                  f"[{row['ms_10']:8.2f} {row['ms_90']:8.2f}]  / ours {row['ratio']:5.2f} {memory}",
+                  f"[{row['ms_10']:8.2f} {row['ms_90']:8.2f}]  / ours {row['ratio']:5.2f} "
+                  f"{row['img_s']:8.1f} img/s {row['sec_kimg']:8.2f} s/kimg {memory}",
                   flush=True)  # fmt: skip
             if args.json:
                 append(args.json, about | row)

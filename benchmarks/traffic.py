@@ -47,9 +47,10 @@ BUDGET = Path(__file__).with_name("traffic_budget.json")
 LAST = torch.channels_last
 
 F12 = ops.ops.setup_filter([1, 3, 8, 15, 22, 26, 26, 22, 15, 8, 3, 1])
-# Composed of other rows, or the same passes: each way of resampling is the other's gradient.
-REPEATED = ("synthesis_layer", "synthesis_layer up 2", "modulated_gemm", "upfirdn2d down 2")
-ROWS = [row for row in ops.ROWS if row.name not in REPEATED] + [
+# Not what is composed of others, nor the same passes: of each way of resampling the gradient is
+# the other's.
+REPEATED = "upfirdn2d down 2"
+ROWS = [row for row in ops.ROWS if not row.convolves and row.name != REPEATED] + [
     Row("upfirdn2d", "up 2, 12 taps", lambda m, res, c: [m(c, res // 2, res // 2), F12],
         filtered(2, 1, [6, 5, 6, 5]), "", frozen=1),
 ]  # fmt: skip

@@ -211,8 +211,9 @@ class UpConvolution(nn.ConvTranspose2d):
         return halve_or_double(x, self.weight, True)
 
 
-def halve_or_double(x: Tensor, w: Tensor, transposed: bool) -> Tensor:
-    form = Form(2, (1, 1), transposed, (0, 0), 1, has_own_kernels(x, None))
+def halve_or_double(x: Tensor, w: Tensor, transposed: bool, impl: str | None = None) -> Tensor:
+    """The 4x4 convolution of stride 2 and padding 1, or its transpose; impl: as of the ops."""
+    form = Form(2, (1, 1), transposed, (0, 0), 1, has_own_kernels(x, impl))
     x, w = to_conv_dtype(x, w)
     if form.own and x.shape[1] >= MIN_CHANNELS:
         x = x.contiguous(memory_format=torch.channels_last)

@@ -125,6 +125,10 @@ def test_rules():
     assert len(sass.check([spilling], {})) == 2
     assert "occupancy 25%" in sass.check([kernel(registers=128)], {})[0]
     assert "no 128-bit global loads" in sass.check([kernel(code=sass.Code())], {})[0]
+    dividing = kernel()
+    dividing.code.loop_divisions = 2
+    assert "2 integer divisions" in sass.check([dividing], {})[0]
+    assert "not in the budget" in sass.check([kernel()], {"op: other": {}})[0]
 
 
 def test_local_memory_in_ptx():
@@ -139,7 +143,7 @@ def test_budget():
     assert found == "op: op_kernel<float, 4> sm_90: registers: 48, the budget has 32"
     looping = kernel()
     looping.code.loop_divisions = 2
-    assert "integer divisions in innermost loops: 2" in sass.check([looping], kept)[0]
+    assert "integer divisions in innermost loops: 2" in sass.check([looping], kept)[-1]
 
 
 def test_built_library():

@@ -1,0 +1,106 @@
+"""benchmarks/ops.py and steps.py: what they check before they time, and what they count."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "benchmarks/ops.py").exists():
+    pytest.skip("needs the source tree, for benchmarks/", allow_module_level=True)
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import ops  # noqa: E402
+import steps  # noqa: E402
+
+ROWS = ops.rows_of("quick")
+IDS = [f"{row.name}-{i}" for i, row in enumerate(ROWS)]
+
+
+def inputs_of(row: ops.Row, dtype: torch.dtype = torch.float32, last: bool = False) -> list:
+    batch, *shape = ops.SHAPES["quick"]
+    return row.make(ops.Make(batch, dtype, "cpu", last), *shape)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels-last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_check_passes(row, dtype, last) -> None:
+    ops.check(row, inputs_of(row, dtype, last), "cpu")
+
+
+@pytest.mark.parametrize("way", ops.WAYS)
+def test_check_sees_each_way_go_wrong(way) -> None:
+    """An implementation that is off in one of the ways alone."""
+
+    class Off(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, impl):
+            ctx.impl = impl
+            ctx.save_for_backward(x)
+            return x**3 * (1.01 if (impl, way) == ("cpu", ops.WAYS[0]) else 1)
+
+        @staticmethod
+        def backward(ctx, dy):
+            (x,) = ctx.saved_tensors
+            off = 1.01 if (ctx.impl, way) == ("cpu", ops.WAYS[1]) else 1
+            if (ctx.impl, way) == ("cpu", ops.WAYS[2]):
+                return 3 * x * x.detach() * dy, None  # right, but half of its slope
+            return 3 * x**2 * dy * off, None
+
+    row = ops.Row("cubed", "", lambda m, res, c: [m(c, res, res)],
+                  lambda x, impl: Off.apply(x, impl), "x")  # fmt: skip
+    wanted = {"forward": "cpu: error", "forward+backward": "cpu: gradient 0",
+              "double-backward": "cpu: second gradient"}[way]  # fmt: skip
+    with pytest.raises(SystemExit, match=wanted):
+        ops.check(row, inputs_of(row), "cpu")
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_reference_compiles_whole(monkeypatch, row) -> None:
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compile(f, **how, backend="eager"))
+    ops.compiled_step(row, inputs_of(row), None)()
+
+
+def test_results_have_every_way_and_bytes_where_they_are_known() -> None:
+    row = next(row for row in ROWS if row.name == "bias_act lrelu")
+    batch, *shape = ops.SHAPES["quick"]
+    make = ops.Make(batch, torch.float32, "cpu")
+    found = list(ops.results(row, make, (shape[0], shape[1]), ["cpu"], 1, False))
+    ways = Counter(result["what"] for result in found)
+    assert ways == dict.fromkeys(ops.WAYS, 2)
+    assert all((r["gb_s"] is None) == (r["what"] == ops.WAYS[2]) for r in found)
+
+
+def test_floor_is_the_dense_convolutions_alone() -> None:
+    x, w = torch.randn(2, 4, 8, 8), torch.randn(6, 4, 3, 3, requires_grad=True)
+    f = torch.ones(4, 1, 2, 2)
+    with steps.Recorder() as recorder:
+        y = torch.conv2d(torch.conv2d(x, f, groups=4), w)
+        y.sum().backward()
+        torch.conv2d(torch.randn(1, 2, 9, 9), torch.randn(1, 2, 8, 8))  # a filter's gradient
+        torch.randn(3, 4) @ torch.randn(4, 5)
+    names = Counter(func.name() for func, _ in recorder.calls.elements())
+    assert names == {"aten::convolution": 1, "aten::convolution_backward": 1, "aten::mm": 1}
+
+
+def test_parts_of_a_step() -> None:
+    dense, thin = [[2, 4, 8, 8], [6, 4, 3, 3]], [[2, 4, 8, 8], [4, 1, 3, 3]]
+    assert steps.part_of("aten::mkldnn_convolution", dense) == "convolutions"
+    assert steps.part_of("aten::mkldnn_convolution", thin) == "filters"
+    backward = [[2, 6, 6, 6], *dense]
+    assert steps.part_of("aten::convolution_backward", backward) == "convolutions"
+    assert steps.part_of("gankern::convolution_few", []) == "convolutions"
+    assert steps.part_of("gankern::upfirdn2d", []) == "filters"
+    assert steps.part_of("gankern::synthesis_epilogue_bwd", []) == "fused kernels"
+    assert steps.part_of("aten::addmm", []) == "matrix products"
+    assert steps.part_of("aten::copy_", []) == "copies"
+    assert steps.part_of("aten::mul", []) == "other operations"
+    assert steps.part_of("_EpilogueBackward", []) == "between them"
+    net = torch.nn.Linear(64, 64)
+    found = steps.parts(lambda: net(torch.randn(256, 64)), "cpu", 2)
+    assert set(found) == set(steps.PARTS) and found["matrix products"] > 0

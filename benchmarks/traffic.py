@@ -15,9 +15,12 @@ length differentiates twice in one kernel the second derivative:
   sectors     bytes used over the bytes of the 32-byte sectors touched
   banks       cycles of shared memory over those without bank conflicts
   launches    kernels started, and their threads a block and blocks
+  resident    share of an H100 multiprocessor's threads that the blocks' shared memory leaves room
+              for, as its launch asks for it; sass.py has what registers leave
 
 No GPU is needed. The bars: traffic at most 1.05 (filters with their halos 1.15 at 4 taps, 1.4 at
-12), sectors at least 0.95, banks at most 1.1, one launch.
+12), sectors at least 0.95, banks at most 1.1, one launch, resident at least 0.5 but where FULL says
+otherwise.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import argparse
 import concurrent.futures
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -39,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "python_tests"))
 
 import ops  # noqa: E402
+import sass  # noqa: E402
 import simt_build  # noqa: E402
 import torch  # noqa: E402
 from ops import DTYPES, Make, Row, filtered  # noqa: E402
@@ -70,11 +75,20 @@ SECOND = {"pixel_norm image": 1, "synthesis_epilogue": 2}
 PASSES = ("forward", "backward", "second")
 
 
+# Rows that keep in shared memory what they would read twice, and so fill it; their bars, by layout.
+FULL = {
+    "adain": {"nchw": 0.5, "nhwc": 0.25},  # a part of each plane
+    "upfirdn2d blur": {"nchw": 0.45, "nhwc": 0.5},  # rows, copied ahead
+    "synthesis_epilogue up 2": {"nchw": 0.3, "nhwc": 0.3},  # rows of two images, copied ahead
+}
+
+
 class Figures(NamedTuple):
     traffic: float
     sectors: float
     banks: float
     launches: int
+    resident: float
 
     @classmethod
     def of(cls, c: dict[str, Any], fewest: int) -> Figures:
@@ -84,11 +98,17 @@ class Figures(NamedTuple):
         conflicts = c["shared_load_conflicts"] + c["shared_store_conflicts"]
         banks = cycles / (cycles - conflicts) if cycles else 1.0
         ratios = used / fewest, used / max(1, 32 * sectors), banks
-        return cls(*(round(ratio, 3) for ratio in ratios), c["launches"])
+        room = min((resident(launch) for launch in c["launch_list"]), default=1.0)
+        return cls(*(round(ratio, 3) for ratio in ratios), c["launches"], round(room, 3))
 
 
-NAMES = ("traffic", "sectors used", "bank cycles", "launches")
-SIGNS = (1, -1, 1, 1)  # -1: more is better
+def resident(launch: dict[str, Any]) -> float:
+    """Of a multiprocessor's threads, with the shared memory that the launch asks for."""
+    return sass.occupancy("sm_90", 1, launch["smem"], math.prod(launch["block"]))
+
+
+NAMES = ("traffic", "sectors used", "bank cycles", "launches", "resident threads")
+SIGNS = (1, -1, 1, 1, -1)  # -1: more is better
 
 
 class Case(NamedTuple):
@@ -166,7 +186,9 @@ def passes(row: Row, layout: str, dtype: str) -> Iterator[Counted]:
 
 def bars(key: str) -> Figures:
     halo = "upfirdn2d" in key or key.startswith("synthesis_epilogue up")
-    return Figures((1.4 if "12 taps" in key else 1.15) if halo else 1.05, 0.95, 1.1, 1)
+    traffic = (1.4 if "12 taps" in key else 1.15) if halo else 1.05
+    least = next((of[key.split()[-1]] for name, of in FULL.items() if key.startswith(name)), 0.5)
+    return Figures(traffic, 0.95, 1.1, 1, least)
 
 
 def worse(now: Figures, than: Figures, slack: float = 0.0) -> list[tuple[str, float, float]]:
@@ -212,7 +234,7 @@ def write_budget(path: Path, budget: dict[str, Figures]) -> None:
 def show(c: Counted) -> None:
     f = c.figures
     grid, block = ("x".join(map(str, size)) for size in (c.grid, c.block))
-    columns = f"{f.traffic:7.3f} {f.sectors:7.3f} {f.banks:6.3f} {f.launches:8}"
+    columns = f"{f.traffic:7.3f} {f.sectors:7.3f} {f.banks:6.3f} {f.launches:8} {f.resident:8.0%}"
     print(f"{c.key:50} {columns} {grid:>11} {block:>8} {c.moved / 2**20:7.2f}", flush=True)
 
 
@@ -268,7 +290,7 @@ def main() -> int:
     if args.markdown:
         print(markdown(budget))
         return 0
-    head = f"{'traffic':>7} {'sectors':>7} {'banks':>6} launches"
+    head = f"{'traffic':>7} {'sectors':>7} {'banks':>6} launches resident"
     print(f"{'op':50} {head} {'grid':>11} {'block':>8} {'MiB':>7}")
     measured: dict[str, Figures] = {}
     found: list[str] = []

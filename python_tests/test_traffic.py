@@ -51,7 +51,7 @@ def test_check_fails_when_a_figure_gets_worse(tmp_path):
 
 def test_judging():
     assert judge("""
-good, key = traffic.Figures(1.0, 1.0, 1.0, 1), "bias_act lrelu forward f32 nchw"
+good, key = traffic.Figures(1.0, 1.0, 1.0, 1, 1.0), "bias_act lrelu forward f32 nchw"
 judge = lambda now, budget: print(*traffic.problems({key: now}, {key: budget}), sep="|")
 judge(good, good)
 judge(good._replace(sectors=0.96), good)

@@ -319,14 +319,13 @@ def part_of(name: str, shapes: list[list[int]]) -> str:
 
 def parts(f: Callable[[], Any], device: str, rounds: int) -> dict[str, float]:
     """Milliseconds of each part of f; on a GPU of its kernels, else of the calling thread. What
-    remains of the whole is Python, autograd and the dispatcher, or a GPU that waits for them."""
+    remains of the whole is Python, autograd, the dispatcher and the profiler, or a GPU that waits
+    for them."""
     from torch.profiler import profile
 
     f()
-    taken = statistics.median(seconds(f, 1, device) for _ in range(rounds))
     with profile(record_shapes=True) as profiler:
-        for _ in range(rounds):
-            f()
+        taken = seconds(f, rounds, device)
     found = dict.fromkeys(PARTS, 0.0)
     for event in profiler.key_averages(group_by_input_shape=True):
         spent = getattr(event, f"self_{device if device == 'cpu' else 'device'}_time_total")

@@ -4,6 +4,7 @@
     python benchmarks/launches.py --model stylegan2-64 --step G --by op
     python benchmarks/launches.py --dtype f16        the four highest levels in float16
     python benchmarks/launches.py --check            exit 1 if a bar is missed
+    python benchmarks/launches.py --json FILE        also appends one JSON line a step and path
     python benchmarks/launches.py --docs             writes docs/launches.md
 
 The steps run on meta tensors, which have shapes and strides but no values: no GPU is needed, and a
@@ -11,12 +12,19 @@ step takes seconds. Ours is the path of the CUDA kernels; the reference is PyTor
 
 A launch is every operation of PyTorch's that is not a view nor an allocation, and every one of
 ours. Those that start two kernels (a padding fills and copies) count as two, a convolution's
-backward as one for each gradient. Bytes are those of the operands read and written, each once, an
-expanded operand as it is stored; for ours times the traffic factor of
-benchmarks/traffic_budget.json where there is one. Dense convolutions, bound by arithmetic, have no
-bytes; those with one channel a group, which the reference filters with, have. Left out of launches
-and bytes, and shown apart, are the gradients of these filters: PyTorch's double backward takes them
-unasked, with a convolution for every channel. The optimiser's step is in neither.
+backward as one for each gradient. Where blocks share a sum, counters are filled with zeros first
+(cudaMemsetAsync): one more launch, without bytes. The gradients of synthesis_epilogue always do so;
+that of bias_act with its bias', minibatch_stddev and adain do where the GPU has room for several
+blocks, which no trace tells: each of their calls counts a fill, but of gradients of a few rows,
+which never have one. PyTorch's sums count one where they are so long and few that any large GPU
+shares them out.
+
+Bytes are those of the operands read and written, each once, an expanded operand as it is stored;
+for ours times the traffic factor of benchmarks/traffic_budget.json where there is one. Dense
+convolutions, bound by arithmetic, have no bytes; those with one channel a group, which the
+reference filters with, have. Left out of launches and bytes, and shown apart, are the gradients of
+these filters: PyTorch's double backward takes them unasked, with a convolution for every channel.
+The optimiser's step is in neither.
 """
 
 from __future__ import annotations
@@ -40,6 +48,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from ops import machine
 from steps import MODELS, STEPS, Model, implementation
 
 from gankern.ops import _impl
@@ -70,6 +79,15 @@ SHAPE_OF_FIRST = {
     aten.rand_like.default, aten.fill_.Scalar, aten.zero_.default, aten.normal_.default,
     aten.copy_.default,
 }  # fmt: skip
+# Ours that clear counters before the kernel, besides bias_act_bwd.
+CLEARING = {
+    "synthesis_epilogue_bwd", "synthesis_epilogue_bwd2", "minibatch_stddev", "adain", "adain_bwd",
+}  # fmt: skip
+# PyTorch's sums: blocks share an output of more than 256 values for each of 512 threads, if a GPU,
+# here of 64 multiprocessors, has room for two an output (ATen/native/cuda/Reduce.cuh).
+SUMS = {aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim}
+SHARED_VALUES, SHARED_OUTPUTS = 512 * 256, 128
+NO_IMAGE = "weights, styles, statistics, logits"
 CONVOLUTIONS = {aten.convolution.default: (0, 1), aten.convolution_backward.default: (1, 2)}
 
 
@@ -148,10 +166,26 @@ class Trace(TorchDispatchMode):
             return Count(2, moved(given, made + given))
         if func.namespace == "aten":
             read = given[1:] if func in SHAPE_OF_FIRST else given
-            return Count(1, moved(read, made))
+            return Count(1 + (func in SUMS and shared(*given, *made)), moved(read, made))
         copied = relaid(given)
         ratio = traffic_of(func._opname, args, given)
-        return Count(1 + len(copied), moved(given, made) * ratio + 2 * moved(copied, []))
+        launches = 1 + fills(func._opname, args) + len(copied)
+        return Count(launches, moved(given, made) * ratio + 2 * moved(copied, []))
+
+
+def shared(x: Tensor, y: Tensor) -> bool:
+    """Whether blocks of any large GPU share the sums y of x."""
+    outputs = y.numel()
+    return 0 < outputs <= SHARED_OUTPUTS and x.numel() >= SHARED_VALUES * outputs
+
+
+def fills(name: str, args: Any) -> int:
+    """Fills of counters in a call of our operation `name`, at most."""
+    if name == "bias_act_bwd":
+        (_, ref, *_), needs_db = args, args[-1]
+        few = ref.ndim == 2 and len(ref) <= 32 and ref.shape[1] % 8 == 0  # one block a column
+        return int(needs_db and not few)
+    return int(name in CLEARING)
 
 
 def traffic_of(name: str, args: Any, given: list[Tensor]) -> float:
@@ -197,29 +231,36 @@ def relaid(given: list[Tensor]) -> list[Tensor]:
 
 
 def level(tensors: list[Tensor]) -> str:
-    """b4, b8, ... of the largest image among the operands; "rest": weights, styles, logits."""
-    images = [(t.numel(), max(t.shape[-2:])) for t in tensors if t.ndim >= 4 and t.numel()]
+    """4x4, 8x8, ... of the largest image among the operands, or NO_IMAGE."""
+    images = [(t.numel(), min(t.shape[-2:])) for t in tensors if t.ndim >= 4 and t.numel()]
     images = [image for image in images if image[1] >= 4]
-    return f"b{2 ** int(math.log2(max(images)[1]))}" if images else "rest"
+    side = 2 ** int(math.log2(max(images)[1])) if images else 0
+    return f"{side}x{side}" if side else NO_IMAGE
 
 
 @functools.cache
 def traffic_factor(op: str, backward: bool, filtered: bool, dtype: str, layout: str) -> float:
-    """Bytes moved over the fewest: the worst of the budget's rows of an op; 1 without a row.
+    """Bytes moved over the fewest: the worst of the budget's rows of an op; 1 without a row."""
+    rows = budgeted(op, backward, filtered, dtype, layout)
+    return max([1.0, *(traffic for traffic, *_ in rows)])
+
+
+def budgeted(
+    op: str, backward: bool, filtered: bool, dtype: str, layout: str
+) -> Iterator[list[float]]:
+    """The budget's rows of an op: traffic, sectors, banks, launches, ...
 
     op is upfirdn2d both ways. filtered: the rows of synthesis_epilogue with a filter, or without.
     """
     budget = json.loads(TRAFFIC.read_text()) if TRAFFIC.exists() else {}
     ways = ("forward", "backward") if op == "upfirdn2d" else (("forward", "backward")[backward],)
-    ratios = [1.0]
-    for key, (ratio, *_) in budget.items():
+    for key, figures in budget.items():
         case, *what = key.rsplit(" ", 3)
         name, _, variant = case.partition(" ")
         if name != op or "12 taps" in variant or what not in [[w, dtype, layout] for w in ways]:
             continue
         if op != "synthesis_epilogue" or filtered == bool(variant):
-            ratios.append(ratio)
-    return max(ratios)
+            yield figures
 
 
 @contextlib.contextmanager
@@ -317,8 +358,19 @@ def detail_table(pair: Pair, by: str, least: float = 0) -> list[list[str]]:
     if others[0].launches + others[1].launches:
         shown["others"] = others
         names.append("others")
-    head = [by, "launches, ours", "reference", "MB, ours", "reference"]
+    what = "images" if by == "level" else by
+    head = [what, "launches, ours", "reference", "MB, ours", "reference"]
     return [head, *([name, *cells(*shown[name])] for name in names)]
+
+
+def json_lines(pairs: dict[str, Pair], about: dict[str, Any]) -> Iterator[str]:
+    """A line a step and path."""
+    for step, pair in pairs.items():
+        for impl, counts in zip(("ours", "reference"), pair, strict=True):
+            total = counts.total
+            row = {"step": step, "impl": impl, "launches": total.launches, "bytes": total.bytes}
+            row |= {"dense": total.dense, "unasked": counts.unasked}
+            yield json.dumps(about | {"kind": "counted"} | row) + "\n"
 
 
 def cells(ours: Count, reference: Count) -> list[str]:
@@ -349,7 +401,7 @@ def document(batch: int) -> str:
         parts += [f"## {title}", markdown(summary_table(pairs))]
         bars = missed(pairs)
         parts.append("Bars missed: " + "; ".join(bars) + "." if bars else "Every bar holds.")
-        parts += [f"An iteration of training in {title}, by level of the network:"]
+        parts += [f"An iteration of training in {title}, by the size of images:"]
         parts += [markdown(detail_table(pairs["training"], "level"))]
         if dtype == "f32":
             parts += [
@@ -359,14 +411,15 @@ def document(batch: int) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-_INTRODUCTION = """Written by `python benchmarks/launches.py --docs`; counted, not timed. Batch
-{batch}, 16384 channels over the resolution, at most 512. How each figure is counted stands at the
+_INTRODUCTION = f"""Written by `python benchmarks/launches.py --docs`; counted, not timed. Batch
+{{batch}}, 16384 channels over the resolution, at most 512. How each figure is counted stands at the
 top of that file. "training" is the mean iteration: G and D always, R1 one in 16, path length one in
 8. "its unasked" are launches that PyTorch starts for the reference in addition, and that are in no
 ratio: gradients of the constant filters, a convolution for every channel. "dense" are the launches
-that are dense convolutions. Level b256 holds the operations on images of 256x256 pixels, "rest"
-those on weights, styles and logits. Bars: at most half of the reference's launches, at most 45 % of
-its bytes in training."""
+that are dense convolutions. Fills of counters that precede a kernel are launches, ours also where
+it depends on the GPU. An operation counts with the largest image that it reads or writes, of
+256x256 pixels or one more a side; "{NO_IMAGE}" have none. Bars: at most
+half of the reference's launches, at most 45 % of its bytes in training."""
 
 
 def main() -> int:
@@ -377,6 +430,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["f32", "f16"], default="f32")
     parser.add_argument("--by", choices=["op", "level"], help="also a table of each step")
     parser.add_argument("--check", action="store_true", help="exit 1 if a bar is missed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the counts to FILE")
     parser.add_argument("--docs", action="store_true", help=f"write {DOCS.name}")
     args = parser.parse_args()
     if args.docs:
@@ -389,6 +443,10 @@ def main() -> int:
     print(text(summary_table(pairs)))
     for step, pair in pairs.items() if args.by else ():
         print(f"\n{step}\n{text(detail_table(pair, args.by))}")
+    if args.json:
+        about = machine("cpu") | {"model": args.model, "batch": args.batch, "dtype": args.dtype}
+        with args.json.open("a") as file:
+            file.writelines(json_lines(pairs, about))
     problems = missed(pairs)
     print("\n".join(problems) or "every bar holds")
     return int(bool(problems) and args.check)

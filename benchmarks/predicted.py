@@ -6,15 +6,18 @@
     python benchmarks/predicted.py --measured            real times beside it, on one of the GPUs
     python benchmarks/predicted.py --markdown            as the table of docs/benchmarks.md
 
-The time is the longest of two, and a launch for every kernel:
+The time is the longest of two, and a launch for every kernel that csrc/simt counted; the fills of
+counters that launches.py counts are left out:
 
   bytes         the fewest that the op must move, times the traffic that csrc/simt counted
                 (benchmarks/traffic_budget.json), over the GPU's bandwidth
   instructions  those of the compiled code for each byte that it loads and stores (the least among
                 the kernel's variants, benchmarks/sass.py), times these bytes, over the rate at
-                which all schedulers issue; without a compiled library they are left out
+                which all schedulers issue; without a compiled library they are left out. The
+                table has those of all threads
 
-Bandwidth is the data sheet's, which no kernel reaches: a copy takes about 1.1 times as long.
+Bandwidth is the data sheet's, which no kernel reaches: a copy takes about 1.1 times as long. What
+is measured is a CUDA graph of eight calls, as benchmarks/ops.py does.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +40,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import ops  # noqa: E402
 import sass  # noqa: E402
-from launches import traffic_factor  # noqa: E402
+from launches import budgeted, traffic_factor  # noqa: E402
 from ops import DTYPES, SHAPES, Make, Row  # noqa: E402
 
 
@@ -60,8 +63,6 @@ GPUS = {
 }
 LAUNCH = 2e-6  # seconds from a kernel to the next in a stream: an assumption, on no data sheet
 
-COMPOSED = ("synthesis_layer", "modulated_gemm")  # of the others and a convolution
-ROWS = [row for row in ops.ROWS if row.op not in COMPOSED]
 # Kernels of bias_act are named by a number: 0 is forward, 1 and 2 are backward.
 FORWARD = r"fwd|Forward|bias_act_\w+_kernel<0|upfirdn2d"
 BACKWARD = r"bwd|Backward<|bias_act_\w+_kernel<1|upfirdn2d"
@@ -82,14 +83,20 @@ class Work(NamedTuple):
     row: Row
     what: str
     bytes: dict[str, float]  # moved, by pass
+    launches: dict[str, int]
     shape: tuple[int, ...]  # of x
 
 
+def rows_of(shapes: str) -> list[Row]:
+    """The rows of benchmarks/ops.py without a convolution."""
+    return [row for row in ops.rows_of(shapes) if not row.convolves]
+
+
 def works(shapes: str, dtype: str, last: bool) -> Iterator[Work]:
-    """Each op of benchmarks/ops.py, forward, and forward and backward."""
+    """Each op, forward, and forward and backward."""
     batch, *size = SHAPES[shapes]
     layout = "nhwc" if last else "nchw"
-    for row in ROWS:
+    for row in rows_of(shapes):
         inputs = row.make(Meta(batch, DTYPES[dtype], "meta", last), *size)
         y = row.call(*inputs, impl="reference")
         fewest = {
@@ -98,12 +105,15 @@ def works(shapes: str, dtype: str, last: bool) -> Iterator[Work]:
         }
         filtered = row.case == "up 2"
         width = "f32" if dtype == "f32" else "f16"
-        moved = {
-            way: n * traffic_factor(row.op, way == "backward", filtered, width, layout)
-            for way, n in fewest.items()
-        }
-        yield Work(row, "forward", {"forward": moved["forward"]}, tuple(inputs[0].shape))
-        yield Work(row, "forward+backward", moved, tuple(inputs[0].shape))
+        moved: dict[str, float] = {}
+        launches: dict[str, int] = {}
+        for way, n in fewest.items():
+            kind = (row.op, way == "backward", filtered, width, layout)
+            moved[way] = n * traffic_factor(*kind)
+            launches[way] = max((int(count) for _, _, _, count, *_ in budgeted(*kind)), default=1)
+        for ways in (("forward",), ("forward", "backward")):
+            of, counts = {w: moved[w] for w in ways}, {w: launches[w] for w in ways}
+            yield Work(row, "+".join(ways), of, counts, tuple(inputs[0].shape))
 
 
 def density(kernels: list[sass.Kernel], op: str, way: str, dtype: str, arch: str) -> float:
@@ -130,8 +140,9 @@ def least_seconds(work: Work, gpu: Gpu, densities: dict[str, float]) -> tuple[fl
         # A density is of a thread's bytes: 32 threads issue one instruction.
         issued = densities.get(way, 0.0) * moved / 32
         by_issue = issued / (gpu.processors * 4 * gpu.clock)
-        total += max(by_bytes, by_issue) + LAUNCH
-        longest = {"bytes": by_bytes, "instructions": by_issue, "launch": LAUNCH}
+        by_launch = work.launches[way] * LAUNCH
+        total += max(by_bytes, by_issue) + by_launch
+        longest = {"bytes": by_bytes, "instructions": by_issue, "launch": by_launch}
         bounds.add(max(longest, key=lambda bound: longest[bound]))
     return total, "+".join(sorted(bounds))
 
@@ -143,52 +154,63 @@ def predictions(
         result: dict[str, Any] = {
             "op": work.row.op, "case": work.row.case, "what": work.what, "x": list(work.shape),
             "dtype": dtype, "channels_last": last, "mb": sum(work.bytes.values()) / 1e6,
-            "predicted_us": {}, "bound": {},
+            "launches": sum(work.launches.values()), "instructions": {}, "predicted_us": {},
+            "bound": {},
         }  # fmt: skip
         for name in names:
             gpu = GPUS[name]
             found = {w: density(kernels, work.row.op, w, dtype, gpu.arch) for w in work.bytes}
+            if all(found.values()):
+                issued = sum(found[way] * moved for way, moved in work.bytes.items())
+                result["instructions"][name] = issued
             seconds, bound = least_seconds(work, gpu, found)
             result["predicted_us"][name] = 1e6 * seconds
             result["bound"][name] = bound
         yield result
 
 
-def measured_us(result: dict[str, Any], shapes: str) -> float:
-    """The median time of the CUDA kernels on the GPU that is here."""
-    row = next(r for r in ROWS if (r.op, r.case) == (result["op"], result["case"]))
+def measured_us(result: dict[str, Any], shapes: str, device: str = "cuda") -> float:
+    """The median time of the device's kernels, on the GPU that is here."""
+    row = next(r for r in rows_of(shapes) if (r.op, r.case) == (result["op"], result["case"]))
     batch, *size = SHAPES[shapes]
-    inputs = row.make(Make(batch, DTYPES[result["dtype"]], "cuda", result["channels_last"]), *size)
+    inputs = row.make(Make(batch, DTYPES[result["dtype"]], device, result["channels_last"]), *size)
     y = row.call(*inputs, impl="reference").detach()
-    ops.check(row, inputs, "cuda")
-    dy = torch.ones_like(y) if result["what"] != "forward" else None
-    times = ops.measure({"": ops.step(row, inputs, "cuda", dy)}, 20, "cuda")
-    return 1e6 * statistics.median(times[""])
+    ops.check(row, inputs, device)
+    dy = ops.direction(y) if result["what"] != "forward" else None
+    calls = ops.captured(ops.step(row, inputs, device, dy))
+    times = ops.measure({"": calls}, 20, device)
+    return 1e6 * statistics.median(times[""]) / ops.GRAPH_CALLS
 
 
 def here() -> str:
-    """The GPU of this machine, one of GPUS."""
+    """The GPU of this machine, one of GPUS, or "" for another."""
     if not torch.cuda.is_available():
         raise SystemExit("predicted: --measured needs a GPU, and this machine has none")
     device = torch.cuda.get_device_name()
-    if found := [name for name in GPUS if name in device]:
-        return found[0]
-    raise SystemExit(f"predicted: {device} is not in the table; known are {', '.join(GPUS)}")
+    return next((name for name in GPUS if name in device), "")
 
 
 def table(results: list[dict[str, Any]], names: list[str]) -> list[list[str]]:
     measured = any("measured_us" in r for r in results)
-    head = ["op", "x", "pass", "MB", *(f"{name}, us" for name in names), "bound"]
+    head = ["op", "x", "pass", "MB", "M instructions", "launches"]
+    head += [*(f"{name}, us" for name in names), "bound"]
     rows = [head + (["measured, us", "over predicted"] if measured else [])]
     for r in results:
         cells = [f"{r['op']} {r['case']}".strip(), "x".join(map(str, r["x"])), r["what"]]
-        cells += [f"{r['mb']:.1f}", *(f"{r['predicted_us'][name]:.1f}" for name in names)]
+        cells += [f"{r['mb']:.1f}", millions(r["instructions"].values()), str(r["launches"])]
+        cells += [f"{r['predicted_us'][name]:.1f}" for name in names]
         cells.append(bound(r["bound"]))
         if measured:
             ratio = r["measured_us"] / r["predicted_us"][names[0]]
             cells += [f"{r['measured_us']:.1f}", f"{ratio:.2f}"]
         rows.append(cells)
     return rows
+
+
+def millions(counts: Iterable[float]) -> str:
+    """The least and the most, where the compiled code differs from GPU to GPU."""
+    shown = [f"{count / 1e6:.1f}" for count in sorted(counts)]
+    return " to ".join(dict.fromkeys(shown[:1] + shown[-1:])) or "-"
 
 
 def bound(by_gpu: dict[str, str]) -> str:
@@ -224,6 +246,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the results to FILE")
     args = parser.parse_args()
     names = [here()] if args.measured else args.gpu
+    if not all(names):
+        device = torch.cuda.get_device_name()
+        print(f"predicted: {device} is not in the table; known are {', '.join(GPUS)}")
+        return 0
     kernels = compiled(args.sass, names)
     results = list(predictions(names, args.shapes, args.dtype, args.channels_last, kernels))
     for result in results if args.measured else ():

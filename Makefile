@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 GPU = runs/gpu
+GPU_RUN = --preset stylegan2-256 --data digits:256 --no-mirror --augment none --batch 32 --cuda-graphs --device cuda
 CSRC = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: setup dev build train test gpu gpu-tests gpu-bench gpu-train bench-compare lint format wheel-check ci clean
+.PHONY: setup dev build train test gpu gpu-build gpu-tests gpu-bench gpu-train bench-compare lint format wheel-check ci clean
 
 setup: $(VENV)/ready
 dev: $(VENV)/dev-ready
@@ -31,28 +32,52 @@ test: dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 # On a machine with a GPU: the tests there, benchmarks, ten minutes of training. What each finds is in
-# $(GPU); `make -k gpu` goes on where one fails.
-gpu: gpu-tests gpu-bench gpu-train
+# $(GPU). A line that fails is told at the end, and with it the target fails; the others run.
+gpu:
+	$(MAKE) -k -j1 gpu-tests gpu-bench gpu-train
 
-gpu-tests: dev
-	mkdir -p $(GPU)
-	$(BIN)/gankern doctor > $(GPU)/doctor.txt
-	$(BIN)/python -m pytest --device cuda --junitxml=$(GPU)/tests.xml $(ARGS)
+begin = @mkdir -p $(GPU) && rm -f $(GPU)/$@.failed
+try = $(1) || echo '$(subst ','\'',$(1))' >> $(GPU)/$@.failed
+end = @[ ! -e $(GPU)/$@.failed ] || { echo '$@: failed:'; cat $(GPU)/$@.failed; exit 1; }
+bench = $(call try,$(BIN)/python benchmarks/$(1))
 
-gpu-bench: dev
-	mkdir -p $(GPU)
-	$(BIN)/python benchmarks/ops.py --device cuda --shapes 64 256 --compile --json $(GPU)/ops.jsonl
-	$(BIN)/python benchmarks/ops.py --device cuda --shapes 256 --dtype f16 --channels-last --json $(GPU)/ops.jsonl
-	$(BIN)/python benchmarks/steps.py --compile --json $(GPU)/steps.jsonl
-	$(BIN)/python benchmarks/overhead.py --device cuda --json $(GPU)/overhead.jsonl
-	$(BIN)/python benchmarks/predicted.py --measured --json $(GPU)/predicted.jsonl
-	$(BIN)/python benchmarks/plots.py $(GPU)/ops.jsonl $(GPU)/steps.jsonl --out $(GPU)/plots
+# The library of these sources, by a compiler from PyPI where there is none. Fails where the CUDA library
+# was not built now, or does not load, with the reason and the cure.
+gpu-build: dev
+	$(BIN)/python -c 'import torch; torch.cuda.init()'
+	[ -x "$$CUDA_HOME/bin/nvcc" ] || command -v nvcc || $(BIN)/python -m pip install -q \
+	  "cuda-toolkit[nvcc,cccl]==$$($(BIN)/python -c 'import torch; print(torch.version.cuda)').*"
+	$(BIN)/python setup.py build_ext --inplace
+	$(BIN)/python -c 'import json, sys; from gankern.ops import _impl; \
+	  cuda = json.load(open("gankern/_build.json"))["cuda"]; \
+	  sys.exit(cuda.get("kept") or cuda.get("reason") or _impl.LIBRARIES["cuda"] or 0)'
 
-# 124 is the end of the ten minutes; what was trained until then is whole.
-gpu-train: dev
-	mkdir -p $(GPU)
-	timeout 600 $(BIN)/gankern train --preset stylegan2 --kimg 100000 --device cuda --out $(GPU)/train || test $$? = 124
-	$(BIN)/gankern report $(GPU)/train/0*
+gpu-tests: gpu-build
+	$(begin)
+	$(call try,$(BIN)/gankern doctor > $(GPU)/doctor.txt)
+	$(call try,$(BIN)/python -m pytest --device cuda --junitxml=$(GPU)/tests.xml $(ARGS))
+	$(end)
+
+gpu-bench: gpu-build
+	$(begin)
+	$(call bench,ops.py --device cuda --shapes dcgan-64 64 256 1024 --compile --json $(GPU)/ops.jsonl)
+	$(call bench,ops.py --device cuda --shapes 256 --batch 32 --json $(GPU)/ops.jsonl)
+	$(call bench,ops.py --device cuda --shapes 256 --batch 32 --dtype f16 --layout channels-last --json $(GPU)/ops.jsonl)
+	$(call bench,steps.py --compile --json $(GPU)/steps.jsonl)
+	$(call bench,steps.py --model stylegan2-256-f16 --batch 32 --rounds 3 --step generate G D --cuda-graphs --json $(GPU)/steps.jsonl)
+	$(call bench,steps.py --scaling --json $(GPU)/steps.jsonl)
+	$(call bench,overhead.py --device cuda --json $(GPU)/overhead.jsonl)
+	$(call bench,predicted.py --measured --json $(GPU)/predicted.jsonl)
+	$(call bench,launches.py --json $(GPU)/launches.jsonl)
+	$(call bench,plots.py $(GPU)/ops.jsonl $(GPU)/steps.jsonl --out $(GPU)/plots)
+	$(end)
+
+# 124 is the end of the ten minutes; what was trained until then is whole. The report is of the newest run.
+gpu-train: gpu-build
+	$(begin)
+	$(call try,timeout 600 $(BIN)/gankern train $(GPU_RUN) --out $(GPU)/train || test $$? = 124)
+	$(call try,$(BIN)/gankern report $$(ls -d $(GPU)/train/[0-9]*/ | tail -n 1))
+	$(end)
 
 # The checked-out commit against BASE; fails where an op is slower by more than 15 %.
 bench-compare: dev

@@ -4,6 +4,7 @@
     python benchmarks/compare.py BASE                    the checked-out commit against BASE
     python benchmarks/compare.py BASE --head REV --rounds 9 --fail-over 15
     python benchmarks/compare.py BASE --folder /tmp/compared   keeps the two trees for the next time
+    python benchmarks/compare.py BASE --json FILE              also appends one JSON line a row
     python benchmarks/compare.py BASE -- --op upfirdn2d        options of benchmarks/ops.py
 
 Each commit is checked out into a worktree and its CPU library built there, once for both where they
@@ -29,10 +30,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from ops import machine
+
 ROOT = Path(__file__).resolve().parent.parent
 # What the compiled library is made of.
 SOURCES = ("csrc", "setup.py", "gankern/_toolchain.py")
-Key = tuple[str, ...]
+Key = tuple[str, ...]  # op, x, dtype, layout, direction
 Times = dict[Key, float]  # milliseconds by row
 
 
@@ -97,7 +101,9 @@ def read(lines: str) -> Times:
         row: dict[str, Any] = json.loads(line)
         if row["impl"] == "cpu":
             size = "x".join(map(str, row["x"]))
-            times[f"{row['op']} {row['case']}".strip(), size, row["what"]] = row["ms"]
+            layout = "channels-last" if row["channels_last"] else "nchw"
+            name = f"{row['op']} {row['case']}".strip()
+            times[name, size, row["dtype"], layout, row["what"]] = row["ms"]
     return times
 
 
@@ -149,6 +155,16 @@ def show(rows: list[Compared], commits: dict[str, str]) -> None:
         )
 
 
+def json_lines(rows: list[Compared], commits: dict[str, str]) -> Iterator[str]:
+    about = machine("cpu") | {"kind": "compared"}
+    about |= {f"{side}_commit": commit for side, commit in commits.items()}
+    for row in rows:
+        key = dict(zip(("op", "x", "dtype", "layout", "what"), row.key, strict=True))
+        times = {"base_ms": row.base, "head_ms": row.head, "ratio": row.ratio}
+        times |= {"least": row.least, "most": row.most, "fastest": row.fastest}
+        yield json.dumps(about | key | times) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("base", metavar="BASE", help="the commit to compare with")
@@ -158,6 +174,7 @@ def main() -> int:
         "--fail-over", type=float, metavar="PERCENT", help="exit 1 if slower by more"
     )
     parser.add_argument("--folder", type=Path, help="keep the two trees here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the results to FILE")
     parser.add_argument("--jobs", type=int, default=1, help="of the build")
     argv = sys.argv[1:]
     cut = argv.index("--") if "--" in argv else len(argv)
@@ -173,6 +190,9 @@ def main() -> int:
     if not rows:
         raise SystemExit("compare: the two commits have no row in common")
     show(rows, commits)
+    if args.json:
+        with args.json.open("a") as file:
+            file.writelines(json_lines(rows, commits))
     slower = regressions(rows, args.fail_over) if args.fail_over is not None else []
     for row in slower:
         print(f"slower by {row.ratio - 1:.0%}, over {args.fail_over:g} %: {' '.join(row.key)}")

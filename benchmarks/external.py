@@ -3,6 +3,9 @@
     python benchmarks/external.py --repo ~/stylegan
     python benchmarks/external.py --repo ~/stylegan --resolution 256 --batch 4 --step G R1
     python benchmarks/external.py --repo DIR --module networks --generator-args '{"size": 64}'
+    python benchmarks/external.py --repo ~/stylegan \
+        --no-weight-gradients torch_utils.ops.conv2d_gradfix:no_weight_gradients \
+        --enable torch_utils.ops.conv2d_gradfix:enabled
 
 `--module` is imported from the checkout; its classes Generator and Discriminator are made with the
 names that this family of implementations shares (z_dim, c_dim, w_dim, img_resolution,
@@ -11,17 +14,25 @@ objects, change (null leaves one out). Called are G(z, c), D(img, c), and for th
 G.mapping(z, c) and G.synthesis(ws). Both have the same configuration and batch. Rounds go through
 both, once each; printed are medians, their quantiles and the median of the rounds' ratios
 theirs / ours. That code runs with your rights: point this at a checkout that you trust.
+
+R1 and path length take a gradient first that needs none of the convolutions' weights. Ours leave
+those out, and other implementations have a switch for it: --no-weight-gradients names theirs, a
+context manager as MODULE:NAME of the checkout, and --enable what their training sets to True for it
+to work. Where it is not named, theirs compute gradients that nothing reads, and the ratios of these
+two steps say so.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +42,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from ops import figures, machine, measure
 from steps import STEPS, Model, stylegan2_nets
+
+from gankern.training.penalties import path_length, r1
+
+# Whose first gradient needs no weights'.
+PENALTIES = ("R1", "PL")
 
 
 class Theirs(nn.Module):
@@ -50,21 +66,62 @@ class Theirs(nn.Module):
         return self.net.synthesis(ws)
 
 
+class TheirModel(Model):
+    """The steps on their networks. `switch` makes the context of a penalty's first gradient alone:
+    that of the penalty has the weights'."""
+
+    def __init__(
+        self, G: nn.Module, D: nn.Module, z: Tensor, real: Tensor,
+        switch: Callable[[], AbstractContextManager[Any]],
+    ) -> None:  # fmt: skip
+        super().__init__(G, D, z, real)
+        self.switch = switch
+
+    def step_R1(self) -> None:
+        real = self.real.detach().requires_grad_()
+        logits = self.D(real)
+        with self.switch():
+            penalty = r1(real, logits)
+        penalty.backward()
+
+    def step_PL(self) -> None:
+        G: Any = self.G
+        ws = G.mapping(self.z)
+        img = G.synthesis(ws)
+        with self.switch():
+            penalty, _ = path_length(img, ws, self.pl_mean)
+        penalty.backward()
+
+
 def no_label(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], 0)
 
 
-def load(repo: Path, module: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The classes Generator and Discriminator of a module of the checkout."""
+def imported(repo: Path, module: str) -> Any:
+    """A module of the checkout."""
     if not repo.is_dir():
         raise SystemExit(f"external: {repo} is not a folder")
     sys.path.insert(0, str(repo.resolve()))
     try:
-        found = importlib.import_module(module)
+        return importlib.import_module(module)
     except ImportError as error:
         raise SystemExit(f"external: {module} cannot be imported from {repo}: {error}") from error
     finally:
         sys.path.remove(str(repo.resolve()))
+
+
+def named(repo: Path, name: str) -> tuple[Any, str]:
+    """The module and the attribute that MODULE:NAME means."""
+    module, _, attribute = name.partition(":")
+    found = imported(repo, module)
+    if not hasattr(found, attribute):
+        raise SystemExit(f"external: {module} of {repo} has no {attribute!r}, got {name!r}")
+    return found, attribute
+
+
+def load(repo: Path, module: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The classes Generator and Discriminator of a module of the checkout."""
+    found = imported(repo, module)
     missing = [name for name in ("Generator", "Discriminator") if not hasattr(found, name)]
     if missing:
         raise SystemExit(f"external: {module} of {repo} has no {' and no '.join(missing)}")
@@ -96,18 +153,28 @@ def their_nets(args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     return Theirs(G), Theirs(D)
 
 
+def their_switch(args: argparse.Namespace) -> Callable[[], AbstractContextManager[Any]]:
+    """What leaves out the weights' gradients of theirs; enables what that needs."""
+    for name in args.enable:
+        module, attribute = named(args.repo, name)
+        setattr(module, attribute, True)
+    if args.no_weight_gradients:
+        return getattr(*named(args.repo, args.no_weight_gradients))
+    if set(PENALTIES) & set(args.step):
+        print("no --no-weight-gradients: theirs of R1 and PL take gradients that ours leave out")
+    return contextlib.nullcontext
+
+
 def rows(args: argparse.Namespace, device: str) -> Iterator[dict[str, Any]]:
     """Ours and theirs, a row each, step by step."""
     torch.manual_seed(0)
-    both = {
-        "ours": stylegan2_nets(args.resolution, args.channel_base, args.channel_max),
-        "theirs": their_nets(args),
-    }
+    nets = stylegan2_nets(args.resolution, args.channel_base, args.channel_max), their_nets(args)
+    (G, D), (their_G, their_D) = ([net.train().to(device) for net in both] for both in nets)
     z = torch.randn(args.batch, 512, device=device)
     real = torch.rand(args.batch, 3, args.resolution, args.resolution, device=device) * 2 - 1
     models = {
-        name: Model(G.train().to(device), D.train().to(device), z, real)
-        for name, (G, D) in both.items()
+        "ours": Model(G, D, z, real),
+        "theirs": TheirModel(their_G, their_D, z, real, their_switch(args)),
     }
     for step in args.step:
         columns: dict[str, Callable[[], Any]] = {
@@ -126,6 +193,7 @@ def rows(args: argparse.Namespace, device: str) -> Iterator[dict[str, Any]]:
                 "model": f"stylegan2-{args.resolution}", "step": step, "batch": args.batch,
                 "impl": name, "ms": found["ms"], "ms_10": found["ms_10"], "ms_90": found["ms_90"],
                 "ratio": statistics.median(v / o for v, o in pairs),
+                "without_weight_gradients": name == "ours" or bool(args.no_weight_gradients),
             }  # fmt: skip
 
 
@@ -136,6 +204,8 @@ def main() -> int:
     parser.add_argument("--module", default="training.networks_stylegan2")
     parser.add_argument("--generator-args", default="{}", metavar="JSON")
     parser.add_argument("--discriminator-args", default="{}", metavar="JSON")
+    parser.add_argument("--no-weight-gradients", metavar="MODULE:NAME", default="")
+    parser.add_argument("--enable", metavar="MODULE:NAME", nargs="+", default=[])
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--channel-base", type=int, default=8192)
     parser.add_argument("--channel-max", type=int, default=128)

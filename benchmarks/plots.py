@@ -5,12 +5,13 @@
 
   speedup    each op's reference time over the implementation's, a bar an implementation
   steps      each training step's time over ours: reference, torch.compile, the floor
-  roofline   GB/s over the bytes moved, below the rate of a copy in the same run
+  roofline   GB/s over the bytes moved, below the roof of memory: a copy's rate in the same run
   scaling    time over the elements of x, where a file has several sizes, beside straight lines
   growth     img/s of training over batch, resolution, channels and ranks, beside proportion
 
-Of rows that were measured again, the last counts; dtypes, layouts and machines are kept apart, a
-picture each. What a file has no rows for is not drawn.
+Of rows that were measured again, the last counts, whatever its commit: titles name the commits, and
+--commit leaves the others out. Dtypes, layouts, machines, CUDA graphs and CPU time are kept apart,
+a picture each. What a file has no rows for is not drawn.
 """
 
 from __future__ import annotations
@@ -34,14 +35,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 Row = dict[str, Any]
+# Rows that agree in these measure the same.
+KEY = (
+    "machine", "threads", "op", "case", "model", "step", "x", "dtype", "channels_last", "what",
+    "impl", "batch", "resolution", "channels", "ranks", "scale", "value", "graphs", "cpu_time",
+)  # fmt: skip
 COLORS = {
     "reference": "#9a9a9a", "compile": "#d98f2b", "cpu": "#2b6cb0", "triton": "#7b4fb3",
     "cuda": "#2f8f4e", "ours": "#2b6cb0", "floor": "#c9c9c9", "theirs": "#b3434f",
 }  # fmt: skip
 
 
-def read(paths: Iterable[Path]) -> list[Row]:
-    """The rows of JSON lines; of equal ones the last."""
+def read(paths: Iterable[Path], commit: str = "") -> list[Row]:
+    """The rows of JSON lines, of a commit or of all; of equal ones the last."""
     last: dict[str, Row] = {}
     for path in paths:
         for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -49,11 +55,22 @@ def read(paths: Iterable[Path]) -> list[Row]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise SystemExit(f"plots: {path} line {number} is not JSON: {error}") from error
-            if row.get("kind", "measured") == "measured" and "impl" in row and "ms" in row:
-                names = ("machine", "op", "case", "model", "step", "x", "dtype", "channels_last",
-                         "what", "impl", "batch", "threads", "scale", "value")  # fmt: skip
-                last[json.dumps([row.get(name) for name in names])] = row
+            measured = row.get("kind", "measured") == "measured" and "impl" in row and "ms" in row
+            if measured and row.get("commit", "").startswith(commit):
+                last[json.dumps([row.get(name) or None for name in KEY])] = row
     return list(last.values())
+
+
+def heading(title: str, rows: list[Row]) -> str:
+    """The title, with the commits that were measured."""
+    commits = dict.fromkeys(row["commit"][:7] for row in rows if row.get("commit"))
+    return f"{title}, {' '.join(commits)}" if commits else title
+
+
+def how(row: Row) -> str:
+    """What sets times of steps apart."""
+    ways = {"CUDA graphs": row.get("graphs"), "CPU time": row.get("cpu_time")}
+    return "".join(f", {name}" for name, holds in ways.items() if holds)
 
 
 def op_name(row: Row) -> str:
@@ -114,22 +131,23 @@ def speedup(title: str, rows: list[Row]) -> Figure | None:
     if not rows:
         return None
     labels, series = series_of(rows, lambda r: f"{op_name(r)}, {r['what'].replace('+', ' + ')}")
-    return bars(title, labels, series, "times as fast as the reference")
+    return bars(heading(title, rows), labels, series, "times as fast as the reference")
 
 
 def steps(rows: list[Row]) -> dict[str, Figure]:
     found: dict[str, list[Row]] = defaultdict(list)
     for row in (row for row in rows if "step" in row and row["impl"] != "ours"):
-        found[f"{row['machine']}, batch {row['batch']}"].append(row)
+        found[f"{row['machine']}, batch {row['batch']}{how(row)}"].append(row)
     figures = {}
     for title, part in found.items():
         labels, series = series_of(part, lambda r: f"{r['model']} {r['step']}")
-        figures[title] = bars(title, labels, series, "time over ours")
+        figures[title] = bars(heading(title, part), labels, series, "time over ours")
     return figures
 
 
 def roofline(title: str, rows: list[Row]) -> Figure | None:
-    """Memory-bound ops lie under one roof: the copy's GB/s."""
+    """Memory-bound ops lie under one roof: the copy's GB/s. Those with a convolution have another,
+    and those whose fewest bytes are not known no point."""
     drawn = [row for row in rows if row.get("of_copy")]
     if not drawn:
         return None
@@ -146,7 +164,7 @@ def roofline(title: str, rows: list[Row]) -> Figure | None:
     ax.annotate(f"copy: {roof:.1f} GB/s", (0.01, roof), xycoords=("axes fraction", "data"),
                 xytext=(0, 3), textcoords="offset points", fontsize=8)  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="fewest MB that must move", ylabel="GB/s of them")
-    ax.set_title(title, fontsize=10, loc="left")
+    ax.set_title(f"The roof of memory: {heading(title, drawn)}", fontsize=10, loc="left")
     ax.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
@@ -176,7 +194,7 @@ def scaling(title: str, rows: list[Row]) -> Figure | None:
             *zip(*sorted(sizes.items()), strict=True), "o-", markersize=4, label=f"{name}, {impl}"
         )
     ax.set(xscale="log", yscale="log", xlabel="elements of x", ylabel="ms, forward")
-    ax.set_title(title, fontsize=10, loc="left")
+    ax.set_title(heading(title, rows), fontsize=10, loc="left")
     ax.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
@@ -190,7 +208,7 @@ def growth(rows: list[Row]) -> dict[str, Figure]:
     """img/s of training over each size; dashed: in proportion to the arithmetic."""
     found: dict[str, list[Row]] = defaultdict(list)
     for row in (row for row in rows if "scale" in row):
-        found[f"{row['machine']}, {'CPU time' if row['cpu_time'] else 'wall time'}"].append(row)
+        found[f"{row['machine']}{how(row) or ', wall time'}"].append(row)
     figures = {}
     for title, part in found.items():
         figure, axes = plt.subplots(1, 4, figsize=(11, 3), layout="constrained")
@@ -209,7 +227,7 @@ def growth(rows: list[Row]) -> dict[str, Figure]:
             ax.set_xticks([], minor=True)
             ax.spines[["top", "right"]].set_visible(False)
         axes[0].set_ylabel("img/s")
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(heading(title, part), fontsize=10)
         figures[title] = figure
     return figures
 
@@ -236,12 +254,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", nargs="+", type=Path, help="JSON lines")
     parser.add_argument("--out", type=Path, default=Path("plots"), metavar="FOLDER")
+    parser.add_argument("--commit", default="", metavar="REV", help="the first digits of one")
     parser.add_argument("--format", choices=["png", "svg"], default="png")
     args = parser.parse_args()
     missing = [str(path) for path in args.files if not path.is_file()]
     if missing:
         raise SystemExit(f"plots: {', '.join(missing)} does not exist")
-    drawn = pictures(read(args.files))
+    drawn = pictures(read(args.files, args.commit))
     if not drawn:
         raise SystemExit("plots: no rows of ops.py or steps.py in these files")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,17 @@
 """benchmarks/ that time other code, compare commits and draw, on tiny shapes and short texts."""
 
+import argparse
+import importlib
 import json
+import os
+import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 if not (ROOT / "benchmarks/compare.py").exists():
@@ -18,6 +24,90 @@ import mutate  # noqa: E402
 import plots  # noqa: E402
 import steps  # noqa: E402
 
+from gankern.cli.train import command as train  # noqa: E402
+from gankern.training.config import make_config  # noqa: E402
+from gankern.training.graphs import check_graphs  # noqa: E402
+
+# --- make gpu.
+
+# In place of a virtual environment's programs: notes what it is called with, fails for some.
+STAND_IN = """#!/bin/sh
+[ "$1" = -c ] && exit
+echo "$(basename "$0") $*" >> {log}
+case "$*" in *overhead.py*) exit 3;; esac
+"""
+
+
+@pytest.fixture(scope="module")
+def called(tmp_path_factory) -> tuple[list[list[str]], subprocess.CompletedProcess[str]]:
+    """The commands of `make gpu` where overhead.py fails, and how it ended."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    folder = tmp_path_factory.mktemp("gpu")
+    for run in ("00000-old", "00001-new"):
+        (folder / "results/train" / run).mkdir(parents=True)
+    (folder / "bin").mkdir()
+    for name in ("python", "gankern"):
+        program = folder / "bin" / name
+        program.write_text(STAND_IN.format(log=folder / "log"))
+        program.chmod(0o755)
+    for mark in ("ready", "dev-ready"):
+        (folder / mark).touch()
+    command = ["make", "gpu", f"VENV={folder}", f"GPU={folder / 'results'}", "ARGS=-k 'a or b'"]
+    environ = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "BASE")}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environ)
+    return [shlex.split(line) for line in (folder / "log").read_text().splitlines()], done
+
+
+def test_make_gpu_goes_on_and_fails(called) -> None:
+    commands, done = called
+    assert done.returncode != 0
+    assert "gpu-bench: failed:" in done.stdout
+    assert "gpu-tests: failed:" not in done.stdout
+    scripts = [words[1] for words in commands if words[1].startswith("benchmarks/")]
+    assert scripts[-4:] == [
+        f"benchmarks/{name}.py" for name in ("overhead", "predicted", "launches", "plots")
+    ]
+    assert commands[-1][:2] == ["gankern", "report"]
+    assert commands[-1][2].endswith("train/00001-new/")
+
+
+def test_make_gpu_builds_before_it_measures(called) -> None:
+    commands, _ = called
+    build = commands.index(["python", "setup.py", "build_ext", "--inplace"])
+    measured = [i for i, words in enumerate(commands) if "benchmarks/" in " ".join(words)]
+    assert build < min(measured)
+
+
+def test_make_gpu_gives_options_that_exist(called, monkeypatch) -> None:
+    class Parsed(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_args(self, args=None, namespace=None):
+        parse(self, args, namespace)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    scripts = [words[1:] for words in called[0] if words[1].startswith("benchmarks/")]
+    for script, *options in scripts:
+        monkeypatch.setattr(sys, "argv", [script, *options])
+        with pytest.raises(Parsed):
+            importlib.import_module(Path(script).stem).main()
+    assert len({script for script, *_ in scripts}) == 6
+
+
+def test_make_gpu_trains_what_graphs_can_record(called) -> None:
+    ((_, _, *options),) = [words for words in called[0] if words[:2] == ["gankern", "train"]]
+    given = train.make_context("train", options).params
+    preset = given.pop("preset")
+    fields = {k: v for k, v in given.items() if v is not None and k not in ("resume", "dry_run")}
+    config = make_config(preset, **fields)
+    check_graphs(config, torch.device("cuda"), 1)
+    assert (config.data, config.num_fp16_res, config.batch) == ("digits:256", 4, 32)
+
+
 # --- Mutations.
 
 
@@ -29,8 +119,17 @@ def test_mutations_apply(mutation):
 # --- External.
 
 CHECKOUT = """
+import contextlib
 import torch
 from gankern.models import stylegan2
+
+enabled = False
+entered = []
+
+@contextlib.contextmanager
+def no_weight_gradients():
+    entered.append(enabled)
+    yield
 
 class Generator(torch.nn.Module):
     def __init__(self, z_dim, c_dim, w_dim, img_resolution, img_channels, **size):
@@ -85,6 +184,26 @@ def test_external_times_a_checkout(monkeypatch, tmp_path, capsys) -> None:
     assert str(tmp_path) not in sys.path
 
 
+def test_external_takes_their_switch(monkeypatch, tmp_path, capsys) -> None:
+    module = "training.networks_fake"
+    switch = ["--no-weight-gradients", f"{module}:no_weight_gradients"]
+    options = ["--step", "D", "R1", "PL", "--enable", f"{module}:enabled", "--json"]
+    file = tmp_path / "external.jsonl"
+    assert run_external(monkeypatch, tmp_path, *switch, *options, str(file)) == 0
+    entered = sys.modules[module].entered
+    assert len(entered) >= 4  # a first call and a round each
+    assert all(entered)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert all(row["without_weight_gradients"] for row in rows)
+    assert "gradients that ours leave out" not in capsys.readouterr().out
+
+    assert run_external(monkeypatch, tmp_path, "--step", "R1") == 0
+    assert sys.modules[module].entered == []
+    assert "gradients that ours leave out" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=rf"has no 'nothing', got '{module}:nothing'"):
+        run_external(monkeypatch, tmp_path, "--enable", f"{module}:nothing")
+
+
 def test_external_names_what_does_not_fit(monkeypatch, tmp_path) -> None:
     with pytest.raises(SystemExit, match="is not a folder"):
         external.load(tmp_path / "nothing", "training")
@@ -105,14 +224,18 @@ def test_external_names_what_does_not_fit(monkeypatch, tmp_path) -> None:
 
 def ops_rows() -> list[dict]:
     about = {"machine": "M", "dtype": "float32", "channels_last": False, "case": ""}
-    return [
+    rows = [
         about | {"op": op, "impl": impl, "what": what, "x": [n, 8], "ms": n * ms, "ms_10": ms,
                  "ms_90": ms, "ratio": 2 / ms, "gb_s": 4 / ms, "of_copy": 0.5 / ms}
         for op in ("bias_act", "adain")
         for impl, ms in (("reference", 2.0), ("cpu", 1.0))
-        for what in ("forward", "forward+backward")
+        for what in ("forward", "forward+backward", "double-backward")
         for n in (1, 16)
     ]  # fmt: skip
+    for row in rows:
+        if row["what"] == "double-backward":  # its fewest bytes are not known
+            row |= {"gb_s": None, "of_copy": None}
+    return rows
 
 
 def step_rows() -> list[dict]:
@@ -161,10 +284,36 @@ def test_plots_keep_the_last_and_the_largest(tmp_path) -> None:
     file = tmp_path / "twice.jsonl"
     file.write_text(json.dumps(first) + "\n" + json.dumps(second) + "\n")
     assert [row["ratio"] for row in plots.read([file])] == [7]
+    assert plots.read([file], "abc") == []
     assert {tuple(row["x"]) for row in plots.largest(ops_rows())} == {(16, 8)}
     file.write_text("no json\n")
     with pytest.raises(SystemExit, match="line 1 is not JSON"):
         plots.read([file])
+
+
+def test_plots_keep_apart_what_was_measured_otherwise(tmp_path) -> None:
+    ways = [{}, {"graphs": True}, {"cpu_time": True}, {"batch": 16}]
+    rows = [row | way for way in ways for row in step_rows()]
+    rows += [row | {"commit": "abcdef0123", "ratio": 9} for row in step_rows()]
+    file = tmp_path / "steps.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = plots.read([file])
+    assert len(kept) == len(ways) * len(step_rows())
+    assert {row["commit"] for row in kept if row["ratio"] == 9} == {"abcdef0123"}
+    drawn = plots.steps(kept)
+    titles = ["M, batch 8", "M, batch 8, CUDA graphs", "M, batch 8, CPU time", "M, batch 16"]
+    assert set(drawn) == set(titles)
+    assert drawn[titles[0]].axes[0].get_title(loc="left") == "M, batch 8, abcdef0"
+    assert len(plots.read([file], "abcd")) == len(step_rows())
+
+
+def test_roofline_names_its_roof_and_leaves_out_unknown_bytes() -> None:
+    rows = [row for row in ops_rows() if row["what"] == "double-backward"]
+    assert plots.roofline("M", rows) is None
+    figure = plots.roofline("M", ops_rows())
+    assert figure is not None
+    assert figure.axes[0].get_title(loc="left") == "The roof of memory: M"
+    assert sum(len(line.get_xdata()) for line in figure.axes[0].lines) == 16 + 2  # and the roof
 
 
 # --- Compare.
@@ -186,9 +335,27 @@ def test_compare_ratios_and_regressions() -> None:
 
 
 def test_compare_reads_rows_of_the_cpu() -> None:
-    about = {"op": "adain", "case": "", "x": [8, 4], "what": "forward"}
-    lines = [about | {"impl": impl, "ms": ms} for impl, ms in (("reference", 9), ("cpu", 3))]
-    assert compare.read("\n".join(map(json.dumps, lines))) == {("adain", "8x4", "forward"): 3}
+    about = {"op": "adain", "case": "", "x": [8, 4], "dtype": "float32", "what": "forward"}
+    lines = [
+        about | {"channels_last": last, "impl": impl, "ms": ms + last}
+        for last in (False, True)
+        for impl, ms in (("reference", 9), ("cpu", 3))
+    ]
+    assert compare.read("\n".join(map(json.dumps, lines))) == {
+        ("adain", "8x4", "float32", "nchw", "forward"): 3,
+        ("adain", "8x4", "float32", "channels-last", "forward"): 4,
+    }
+
+
+def test_compare_writes_rows_with_both_commits() -> None:
+    key = ("adain", "8x4", "float16", "nchw", "forward")
+    (row,) = compare.compare([{"base": {key: 2.0}, "head": {key: 3.0}}])
+    (line,) = compare.json_lines([row], {"base": "b" * 40, "head": "h" * 40})
+    found = json.loads(line)
+    assert (found["base_commit"], found["head_commit"]) == ("b" * 40, "h" * 40)
+    assert (found["op"], found["dtype"], found["layout"]) == ("adain", "float16", "nchw")
+    assert (found["base_ms"], found["head_ms"], found["ratio"]) == (2, 3, 1.5)
+    assert {"machine", "torch", "time"} <= set(found)
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

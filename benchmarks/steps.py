@@ -275,6 +275,7 @@ def rows(
             yield {
                 "model": name, "step": step, "batch": batch, "impl": column, "ms": found["ms"],
                 "ms_10": found["ms_10"], "ms_90": found["ms_90"], "graphs": graphs,
+                "cpu_time": clock is time.process_time,
                 "ratio": statistics.median(
                     v / o for v, o in zip(values, times["ours"], strict=True)
                 ),

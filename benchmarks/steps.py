@@ -322,6 +322,7 @@ def parts(f: Callable[[], Any], device: str, rounds: int) -> dict[str, float]:
     """Milliseconds of each part of f; on a GPU of its kernels, else of the calling thread. What
     remains of the whole is Python, autograd, the dispatcher and the profiler, or a GPU that waits
     for them."""
+    from torch.autograd import DeviceType
     from torch.profiler import profile
 
     f()
@@ -329,6 +330,8 @@ def parts(f: Callable[[], Any], device: str, rounds: int) -> dict[str, float]:
         taken = seconds(f, rounds, device)
     found = dict.fromkeys(PARTS, 0.0)
     for event in profiler.key_averages(group_by_input_shape=True):
+        if event.device_type != DeviceType.CPU:  # a kernel, which its operation has already
+            continue
         spent = getattr(event, f"self_{device if device == 'cpu' else 'device'}_time_total")
         found[part_of(event.key, event.input_shapes)] += spent / 1e3 / rounds
     found[PARTS[-1]] = 0.0

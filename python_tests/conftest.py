@@ -55,7 +55,27 @@ def impl(request: pytest.FixtureRequest) -> str:
         request.getfixturevalue("simt_ops")
     if request.param == "triton":
         quicken_interpreter()
+        limit_grids()
     return request.param
+
+
+MAX_GRID = (2**31 - 1, 65535, 65535)  # CUDA programming guide, "Technical Specifications"
+
+
+@functools.cache
+def limit_grids() -> None:
+    """Triton's interpreter runs any grid: refuse those that no GPU launches."""
+    pytest.importorskip("triton")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    set_grid_dim = InterpreterBuilder.set_grid_dim
+
+    def checked(self: Any, *grid: int) -> None:
+        fits = all(1 <= size <= most for size, most in zip(grid, MAX_GRID, strict=True))
+        assert fits, f"a GPU launches grids of 1 to {MAX_GRID} programs, got {grid}"
+        set_grid_dim(self, *grid)
+
+    InterpreterBuilder.set_grid_dim = checked
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +125,18 @@ def second_grads(f: Callable, inputs: list[Tensor | None], seed: int = 1) -> lis
     """Gradients, in every input and dy, of sum(dx * v): the second order that R1 takes."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
     y = f(*leaves)
-    dy = randn(*y.shape, seed=seed).to(y).requires_grad_()
+    dy = torch.empty_like(y).copy_(randn(*y.shape, seed=seed)).requires_grad_()
     (dx,) = torch.autograd.grad(y, leaves[0], dy, create_graph=True)
-    v = randn(*dx.shape, seed=seed + 1).to(dx)
+    v = torch.empty_like(dx).copy_(randn(*dx.shape, seed=seed + 1))
     wanted = [t for t in (*leaves, dy) if t is not None]
     grads = torch.autograd.grad(dx, wanted, v, allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)]
+
+
+def led_by(number: int, f: Callable, inputs: list[Tensor | None]) -> tuple[Callable, list]:
+    """f and its inputs with one of them first: that whose gradient second_grads differentiates."""
+    rest = [*inputs[:number], *inputs[number + 1 :]]
+    return lambda t, *rest: f(*rest[:number], t, *rest[number:]), [inputs[number], *rest]
 
 
 MAX_SHARED = 227 * 1024  # an H100's
@@ -153,14 +159,40 @@ def gpu_of(multiprocessors: int, impl: str, max_shared: int = MAX_SHARED) -> Ite
         module().max_shared(MAX_SHARED)
 
 
+@contextlib.contextmanager
+def launches(impl: str) -> Iterator[list[str]]:
+    """The kernels that impl "simt" launches within it, once it ends: `name<template arguments>`."""
+    names: list[str] = []
+    if impl != "simt":
+        yield names
+        return
+    from simt_build import module
+
+    module().reset()
+    yield names
+    names += [launch["kernel"] for launch in module().counters()["launch_list"]]
+
+
 def examples(impl: str) -> settings:
     """How many random cases an op is tested with: the same in every run.
 
     Fewer where a case is slow: in Triton's interpreter, and again where simt watches every access.
+    A case that is refused by hypothesis' assume or reject is not one of them.
     """
     watched = os.environ.get("GANKERN_SIMT", "plain") != "plain"
     cases = 50 if watched else 100 if impl == "triton" else 500
     return settings(max_examples=cases, deadline=None, derandomize=True)
+
+
+def assert_kernels_ran(
+    impl: str, ran: Mapping[tuple[str, int], int], least: dict[str, int]
+) -> None:
+    """That simt's random cases took each kernel often enough, with elements of 4 and of 2 bytes."""
+    if impl != "simt" or examples(impl).max_examples < 500:
+        return
+    wanted = [(kernel, size, n) for kernel, n in least.items() for size in (4, 2)]
+    few = [f"{k} {size}: {ran[k, size]}" for k, size, n in wanted if ran[k, size] < n]
+    assert not few, f"cases by kernel and bytes of an element: {', '.join(few)}"
 
 
 DRAWS = 4  # of what inputs are rounded by: of few of them one may happen to move nothing

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import functools
+from fractions import Fraction
 
 import harness
+import numpy as np
 import pytest
 import torch
 from harness import DTYPES, compare, outputs_and_grads, second_grads
@@ -239,23 +241,55 @@ def test_instruction_sets(device, isa, act):
         _impl.set_cpu_isa(-1)
 
 
+ACT = "bias_act: act must be one of linear, relu, lrelu, tanh, sigmoid, elu, selu, softplus, swish"
+
+
 @pytest.mark.parametrize(
-    ("error", "kwargs", "text"),
+    ("change", "error", "text"),
     [
-        (TypeError, {"x": 3}, "bias_act: x must be a tensor, got int"),
-        (TypeError, {"x": torch.ones(2, dtype=torch.int64)}, "bias_act: x must be float32"),
-        (ValueError, {"act": "gelu"}, "bias_act: act must be one of linear"),
-        (ValueError, {"dim": 4}, r"bias_act: dim must be a dimension of x \(2, 3, 4, 4\), got 4"),
-        (ValueError, {"b": torch.ones(5)}, r"bias_act: b must have shape \(3,\), got \(5,\)"),
-        (TypeError, {"b": torch.ones(3).half()}, "bias_act: b must be torch.float32"),
-        (ValueError, {"clamp": -1}, "bias_act: clamp must be None or at least 0, got -1"),
+        ({"x": 3}, TypeError, "bias_act: x must be a tensor, got int"),
+        ({"x": torch.ones(2, dtype=torch.int64)}, TypeError,
+         "bias_act: x must be float32, float16, bfloat16 or float64, got torch.int64"),
+        ({"act": "gelu"}, ValueError, f"{ACT}, got 'gelu'"),
+        ({"act": ["relu"]}, TypeError, f"{ACT}, got ['relu']"),
+        ({"act": None}, TypeError, f"{ACT}, got None"),
+        ({"dim": 4}, ValueError, "bias_act: dim must be a dimension of x (2, 3, 4, 4), got 4"),
+        ({"dim": "a"}, TypeError, "bias_act: dim must be an int, got str"),
+        ({"dim": True}, TypeError, "bias_act: dim must be an int, got bool"),
+        ({"b": [1.0, 2.0, 3.0]}, TypeError, "bias_act: b must be a tensor, got list"),
+        ({"b": torch.ones(5)}, ValueError, "bias_act: b must have shape (3,), got (5,)"),
+        ({"b": torch.ones(3, 1)}, ValueError, "bias_act: b must have shape (3,), got (3, 1)"),
+        ({"b": torch.ones(3).half()}, TypeError,
+         "bias_act: b must be torch.float32, got torch.float16"),
+        ({"x": torch.ones(2, 3).half(), "b": torch.ones(3).double()}, TypeError,
+         "bias_act: b must be torch.float16 or torch.float32, got torch.float64"),
+        ({"b": torch.ones(3, device="meta")}, ValueError,
+         "bias_act: b must be on x's device {device}, got meta"),
+        ({"clamp": -1}, ValueError, "bias_act: clamp must be None or at least 0, got -1"),
+        ({"clamp": float("nan")}, ValueError,
+         "bias_act: clamp must be None or at least 0, got nan"),
+        ({"clamp": "a"}, TypeError, "bias_act: clamp must be a number or None, got str"),
+        ({"alpha": "a"}, TypeError, "bias_act: alpha must be a number or None, got str"),
+        ({"alpha": float("nan")}, ValueError,
+         "bias_act: alpha must be a number or None, got nan"),
+        ({"gain": [2.0]}, TypeError, "bias_act: gain must be a number or None, got list"),
+        ({"gain": torch.ones(())}, TypeError,
+         "bias_act: gain must be a number or None, got Tensor"),
+        ({"gain": True}, TypeError, "bias_act: gain must be a number or None, got bool"),
     ],
-)
-def test_errors(impl, device, error, kwargs, text):
-    defaults = {"x": torch.ones(2, 3, 4, 4, device=device), "b": None}
-    moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in kwargs.items()}
-    with pytest.raises(error, match=text):
-        bias_act(**{**defaults, **moved}, impl=impl)
+)  # fmt: skip
+def test_errors(impl, device, change, error, text):
+    args = {"x": torch.ones(2, 3, 4, 4), "impl": impl} | change
+    args = {k: v.to(device) if torch.is_tensor(v) and not v.is_meta else v for k, v in args.items()}
+    with pytest.raises(error) as caught:
+        bias_act(**args)
+    assert str(caught.value) == text.format(device=torch.empty(0, device=device).device)
+
+
+def test_numbers_of_other_types(device):
+    x = torch.linspace(-2, 2, 12, device=device).reshape(3, 4)
+    y = bias_act(x, None, np.int64(1), "lrelu", np.float32(0.5), Fraction(1, 2), np.float64(0.75))
+    assert torch.equal(y, bias_act(x, None, 1, "lrelu", 0.5, 0.5, 0.75))
 
 
 def test_unusable_impl(device):

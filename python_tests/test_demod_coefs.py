@@ -207,7 +207,7 @@ def test_an_impl_that_cannot_run_is_refused(device):
     wrong = "cuda" if device == "cpu" else "cpu"
     with pytest.raises(RuntimeError, match=f"impl='{wrong}' cannot run"):
         demod_coefs(weight, styles, impl=wrong)
-    with pytest.raises(RuntimeError, match=f"demod_coefs: impl='{wrong}' cannot run"):
+    with pytest.raises(RuntimeError, match=f"modulated_conv2d: impl='{wrong}' cannot run"):
         modulated_conv2d(torch.ones(2, 3, 4, 4, device=device), weight, styles, impl=wrong)
 
 
@@ -273,22 +273,27 @@ def test_instruction_sets(device, isa):
     ("change", "error", "text"),
     [
         ({"weight": 1}, TypeError, "demod_coefs: weight must be a tensor, got int"),
+        ({"styles": None}, TypeError, "demod_coefs: styles must be a tensor, got NoneType"),
         ({"styles": torch.ones(2, 3).int()}, TypeError,
          "demod_coefs: styles must be float32, float16, bfloat16 or float64, got torch.int32"),
         ({"weight": torch.ones(4, 3, 3)}, ValueError,
          "demod_coefs: weight must be (O, I, kh, kw), got shape (4, 3, 3)"),
         ({"styles": torch.ones(2, 4)}, ValueError,
          "demod_coefs: styles must be (N, 3), got shape (2, 4)"),
+        ({"styles": torch.ones(2, 3, device="meta")}, ValueError,
+         "demod_coefs: styles must be on weight's device {device}, got meta"),
         ({"eps": "a"}, TypeError, "demod_coefs: eps must be a number, got str"),
+        ({"eps": True}, TypeError, "demod_coefs: eps must be a number, got bool"),
         ({"eps": -1.0}, ValueError, "demod_coefs: eps must be at least 0, got -1.0"),
+        ({"eps": float("nan")}, ValueError, "demod_coefs: eps must be at least 0, got nan"),
     ],
 )  # fmt: skip
 def test_errors(impl, device, change, error, text):
-    args = {"weight": torch.ones(4, 3, 3, 3), "styles": torch.ones(2, 3)} | change
-    args = {k: v.to(device) if torch.is_tensor(v) else v for k, v in args.items()}
+    args = {"weight": torch.ones(4, 3, 3, 3), "styles": torch.ones(2, 3), "impl": impl} | change
+    args = {k: v.to(device) if torch.is_tensor(v) and not v.is_meta else v for k, v in args.items()}
     with pytest.raises(error) as caught:
-        demod_coefs(**args, impl=impl)
-    assert str(caught.value) == text
+        demod_coefs(**args)
+    assert str(caught.value) == text.format(device=torch.empty(0, device=device).device)
 
 
 def test_compile(impl, device):

@@ -1,4 +1,6 @@
-"""Tensors of over 2**31 elements: the last blocks of the kernels, run on the CPU by csrc/simt.
+"""Tensors of over 2**31 elements: the last blocks of the kernels, run on the CPU.
+
+csrc/simt runs CUDA's, and Triton's interpreter its own.
 
 The tensors are never touched but at their ends, so that they take no memory: what is tested is the
 arithmetic of sizes, launches and indices.
@@ -126,6 +128,170 @@ def test_the_end_of_a_large_weight_gradient(channels_last, last_blocks):
     styles, d, q = torch.ones(1, 4096), torch.ones(1, 58300), torch.zeros(58300, 4096)
     bwd = _impl.op("simt", "demod_coefs_bwd")
     check(lambda: bwd(-d, d, q, w, styles, True, False)[0], w[-TAIL:])
+
+
+# --- Triton.
+
+SAMPLES = (34_816, 1, 256, 256)  # of one channel: samples times pixels are over 2**31
+WIDE = (1, 1, 32_768, 65_600)  # the same of one plane, or of one sample in channels-last memory
+WIDE_LAST = (1, 2, 32_768, 32_800)
+ROWS = 8  # that hold values, of the image's last
+
+
+@pytest.fixture
+def last_programs(device, monkeypatch):
+    """Triton's interpreter runs the last 4 programs of each axis of a launch's grid."""
+    if device != "cpu":
+        pytest.skip("Triton's interpreter runs on the CPU")
+    pytest.importorskip("triton")
+    from conftest import limit_grids, quicken_interpreter
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    quicken_interpreter()
+    limit_grids()
+    init, set_dim = GridExecutor.__init__, InterpreterBuilder.set_grid_dim
+    set_idx, whole = InterpreterBuilder.set_grid_idx, [(1, 1, 1)]
+
+    def short(self, fn, arg_names, grid, *args):
+        whole[0] = (*grid, 1, 1)[:3]
+        init(self, fn, arg_names, tuple(min(size, 4) for size in grid), *args)
+
+    def place(self, *at):
+        set_idx(self, *(i + max(size - 4, 0) for i, size in zip(at, whole[0], strict=True)))
+
+    monkeypatch.setattr(GridExecutor, "__init__", short)
+    monkeypatch.setattr(
+        InterpreterBuilder, "set_grid_dim", lambda self, *_: set_dim(self, *whole[0])
+    )
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", place)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def same_where_written(y: Tensor, expected: Tensor) -> None:
+    written = y != 0
+    assert written.any()
+    torch.testing.assert_close(y[written], expected[written], rtol=4e-3, atol=4e-3)
+
+
+def noisy(x, impl):
+    return gk.synthesis_epilogue(x, noise=x, act="linear", impl=impl)
+
+
+TRITON_CASES = CASES | {
+    "pixel_norm_samples": ((34_816, 1, 65_536), False, lambda x, impl: gk.pixel_norm(x, impl=impl)),
+    "epilogue_noise": (SAMPLES, False, noisy),
+}
+
+
+@pytest.mark.parametrize("name", TRITON_CASES)
+def test_the_end_of_a_large_tensor_in_triton(name, last_programs):
+    shape, channels_last, f = TRITON_CASES[name]
+    x = huge(shape, channels_last)
+    same_where_written(f(x, "triton")[-TAIL:], f(x[-TAIL:].clone(), "reference"))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [PLANES, SAMPLES], ids=["planes", "samples"])
+@pytest.mark.parametrize("op", ["bias_act", "pixel_norm", "adain", "synthesis_epilogue"])
+def test_the_end_of_a_large_gradient_in_triton(op, shape, channels_last, last_programs):
+    x, dy = huge(shape, channels_last), huge(shape, channels_last, seed=1)
+    f = {
+        "bias_act": lambda x, impl: gk.bias_act(x, act="swish", impl=impl),
+        "pixel_norm": lambda x, impl: gk.pixel_norm(x, eps=0.1, impl=impl),
+        "adain": adain,
+        "synthesis_epilogue": lambda x, impl: gk.synthesis_epilogue(x, act="swish", impl=impl),
+    }[op]
+    grads = []
+    for leaf, impl, g in ((x, "triton", dy), (x[-TAIL:].clone(), "reference", dy[-TAIL:])):
+        leaf.requires_grad_()
+        grads += torch.autograd.grad(f(leaf, impl), leaf, g)
+    if op == "adain":  # by the statistics of the planes that its forward has run
+        grads = [g[-1:, -1:] for g in grads]
+    same_where_written(grads[0][-TAIL:], grads[1])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("op", ["bias_act", "upfirdn2d", "epilogue", "filtered", "stddev"])
+def test_the_end_of_a_large_image_in_triton(op, channels_last, last_programs):
+    n, c, h, w = WIDE_LAST if channels_last else WIDE
+    x = torch.from_numpy(np.zeros((n, h, w, c), np.float16)).permute(0, 3, 1, 2)
+    x = x if channels_last else x.reshape(n, c, h, w)
+    x[:, :, -ROWS:] = harness.randn(n, c, ROWS, w).half()
+    b, pads = torch.ones(c) / 2, [2, 1, 2, 1]
+    f = {
+        "bias_act": lambda x, impl: gk.bias_act(x, b, act="lrelu", impl=impl),
+        "upfirdn2d": blur,
+        "epilogue": lambda x, impl: gk.synthesis_epilogue(x, b=b, impl=impl),
+        "filtered": lambda x, impl: gk.synthesis_epilogue(x, F4, b=b, padding=pads, impl=impl),
+        "stddev": lambda x, impl: gk.minibatch_stddev(x, impl=impl),
+    }[op]
+    y, expected = f(x, "triton"), f(x[:, :, -ROWS:].clone(), "reference")
+    same_where_written(y[:, :c, -ROWS // 2 :], expected[:, :c, -ROWS // 2 :])
+
+
+def test_the_end_of_large_groups_in_triton(last_programs):
+    """Of minibatch_stddev's samples, the last of the last group and its gradient."""
+    x, dy = huge(PLANES, False), huge((PLANES[0], PLANES[1] + 1, *PLANES[2:]), False, seed=1)
+    groups = PLANES[0] // 4
+    y = _impl.op("triton", "minibatch_stddev")(x, groups, 1)
+    dx = _impl.op("triton", "minibatch_stddev_bwd")(dy, x, groups, 1)
+    leaf = x[groups - 1 :: groups].clone().requires_grad_()
+    expected = gk.minibatch_stddev(leaf, impl="reference")
+    (grad,) = torch.autograd.grad(expected, leaf, dy[groups - 1 :: groups].clone())
+    same_where_written(y[-1, :-1], expected[-1, :-1].detach())
+    same_where_written(dx[-1], grad[-1])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_end_of_a_large_weight_gradient_in_triton(channels_last, last_programs):
+    w = huge((58300, 4096, 3, 3), channels_last)
+    styles, d, q = torch.ones(1, 4096), torch.ones(1, 58300), torch.zeros(58300, 4096)
+    bwd = _impl.op("triton", "demod_coefs_bwd")
+    same_where_written(bwd(-d, d, q, w, styles, True, False)[0][-TAIL:], w[-TAIL:])
+
+
+def images(*shape):
+    return torch.ones(shape, dtype=torch.float16, requires_grad=True)
+
+
+# More planes than the second axis of a GPU's grid has programs, tiles of an image, samples.
+GRIDS = {
+    "bias_act": lambda: gk.bias_act(images(128, 512, 4, 4), torch.ones(512), impl="triton"),
+    "bias_act_parts": lambda: gk.bias_act(images(70_000, 2, 32), torch.ones(2), impl="triton"),
+    "pixel_norm": lambda: gk.pixel_norm(images(2, 1, 6000, 6000), impl="triton"),
+    "adain": lambda: adain(images(128, 513, 4, 4), "triton"),
+    "upfirdn2d": lambda: blur(images(128, 512, 4, 4), "triton"),
+    "epilogue": lambda: gk.synthesis_epilogue(images(128, 512, 4, 4), impl="triton"),
+    "stddev": lambda: gk.minibatch_stddev(images(2, 2, 6000, 6000), impl="triton"),
+    "stddev_groups": lambda: gk.minibatch_stddev(images(140_000, 2, 1, 1), 2, impl="triton"),
+    "demod_coefs": lambda: gk.demod_coefs(
+        torch.ones(1, 2, 1, 1), torch.ones(1_100_000, 2).requires_grad_(), impl="triton"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_gpu_launches_the_grids_of_triton(name, last_programs):
+    y = GRIDS[name]()
+    y.backward(torch.ones_like(y))
+
+
+def test_the_interpreter_notices_a_grid(device):
+    """The check of conftest: the second and third axes of a GPU's grid end at 65535."""
+    if device != "cpu":
+        pytest.skip("Triton's interpreter runs on the CPU")
+    triton = pytest.importorskip("triton")
+    from conftest import limit_grids
+
+    limit_grids()
+
+    @triton.jit
+    def nothing(out_ptr):
+        pass
+
+    for grid in ((1, 65536), (1, 1, 65536), (2**31,), (0,)):
+        with pytest.raises(Exception, match="a GPU launches grids"):
+            nothing[grid](torch.zeros(1))
 
 
 def test_the_interpreter_notices_an_overflow(device):

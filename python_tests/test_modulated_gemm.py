@@ -8,6 +8,9 @@ import harness
 import pytest
 import torch
 from harness import DTYPES, compare, lay_out, outputs_and_grads, randn, second_grads
+from hypothesis import given
+from hypothesis import strategies as st
+from test_modulated_conv2d import materialised
 from test_triton_aot import KERNELS
 
 from gankern.ops import _impl, modulated_gemm, synthesis_layer
@@ -74,13 +77,8 @@ def test_forward_and_gradients(device, name, dtype):
 @pytest.mark.parametrize("first", [0, 1, 2], ids=["x", "weight", "styles"])
 def test_second_gradients(device, first):
     inputs, noise = make_inputs(SMALL, device)
-    f, reference = pair(noise)
-
-    def reordered(g):
-        return lambda t, *rest: g(*rest[:first], t, *rest[first:])
-
-    order = [inputs[first], *inputs[:first], *inputs[first + 1 :]]
-    compare(reordered(f), reordered(reference), order, second_grads, nudged=True)
+    (f, order), (reference, _) = (harness.led_by(first, g, inputs) for g in pair(noise))
+    compare(f, reference, order, second_grads, nudged=True)
 
 
 def test_third_order(device):
@@ -148,8 +146,8 @@ def test_opcheck(device):
     numbers = (2, 0.2, 1.4, -1.0)
     args = (x, weight, styles, d, noise[:, 0], strength, b, *numbers)
     checks = harness.opchecks("triton", device)
-    for given in (args, (x, weight, styles, None, None, None, None, *numbers)):
-        torch.library.opcheck(_impl.op("triton", "modulated_gemm"), given, test_utils=checks)
+    for arguments in (args, (x, weight, styles, None, None, None, None, *numbers)):
+        torch.library.opcheck(_impl.op("triton", "modulated_gemm"), arguments, test_utils=checks)
 
 
 def test_samples_do_not_mix(device):
@@ -183,6 +181,71 @@ def test_nothing_takes_the_kernel_unnamed(device, other, monkeypatch):
     args = (x, weight, styles, b, noise, strength)
     layer = synthesis_layer(*args, clamp=2, impl=other)
     assert torch.equal(modulated_gemm(*args, clamp=2, impl=other), layer)
+
+
+ACTS = {
+    "linear": lambda v: v,
+    "relu": lambda v: 2**0.5 * v.clamp(min=0),
+    "lrelu": lambda v: 2**0.5 * torch.where(v < 0, 0.2 * v, v),
+    "swish": lambda v: 2**0.5 * v * v.sigmoid(),
+}
+
+
+@st.composite
+def cases(draw):
+    dtype = draw(st.sampled_from(["f32", "f16", "f32", "bf16"]))
+    sides = st.integers(1, 6)
+    # Demodulation cancels the style of a single input channel, and leaves it a rounded zero.
+    channels = draw(st.integers(2, 9)), draw(st.integers(1, 9))
+    shape = (draw(st.integers(1, 2)), *channels, draw(sides), draw(sides))
+    return {
+        "shape": (*shape, draw(st.sampled_from([1, 3, 3, 5]))),
+        "dtype": dtype,
+        "layouts": draw(st.tuples(*[st.sampled_from(["contiguous", "channels_last"])] * 2)),
+        "noise": draw(st.sampled_from(["none", "sample", "shared"])),
+        "per_channel": draw(st.booleans()),
+        "b": draw(st.booleans()),
+        "options": {
+            "demodulate": draw(st.booleans()),
+            "act": draw(st.sampled_from(list(ACTS))),
+            # A 16-bit rounding at a clamp that bites decides whether a gradient is zero.
+            "clamp": draw(st.sampled_from([None, 1.0 if dtype == "f32" else 1e4])),
+        },
+        "gradients": draw(st.integers(0, 2)) == 0,
+    }
+
+
+def test_random_arguments(impl, device):
+    """The reference against the definition, in float64; the kernel, in a third with gradients."""
+    if impl not in ("reference", "triton"):
+        pytest.skip("there is one kernel, Triton's; the others are synthesis_layer")
+
+    @harness.examples(impl)
+    @given(cases())
+    def run(c):
+        dtype = torch.float64 if impl == "reference" else DTYPES[c["dtype"]]
+        inputs, noise = make_inputs(c["shape"], device, dtype, per_channel=c["per_channel"])
+        inputs[:2] = [lay_out(t, layout) for t, layout in zip(inputs, c["layouts"], strict=False)]
+        inputs[3] = inputs[3] if c["b"] else None
+        noise = {"none": None, "sample": noise, "shared": noise[0, 0]}[c["noise"]]
+        inputs[4] = inputs[4] if noise is not None else None
+        if impl == "reference":
+            exact = defined(*inputs, noise, c["options"])
+            y = at(impl, noise, **c["options"])(*inputs)
+            assert harness.max_error(y, exact) <= 1e-9 * max(1.0, exact.abs().max().item())
+            return
+        order = outputs_and_grads if c["gradients"] else harness.output
+        compare(*pair(noise, **c["options"]), inputs, order, what=str(c), nudged=True)
+
+    run()
+
+
+def defined(x, weight, styles, b, strength, noise, options):
+    k = weight.shape[2] // 2
+    y = materialised(x, weight, styles, None, 1, 1, k, options["demodulate"], True)
+    y = y if noise is None else y + noise * strength.reshape(-1, 1, 1)
+    y = ACTS[options["act"]](y if b is None else y + b[:, None, None])
+    return y if options["clamp"] is None else y.clamp(-options["clamp"], options["clamp"])
 
 
 def test_blocks_are_those_compiled_ahead_of_time():
@@ -221,26 +284,44 @@ def test_deterministic(device):
          "modulated_gemm: weight must be (O, I, k, k) with k odd, got (5, 3, 1, 3)"),
         ({"styles": torch.ones(2, 4)}, ValueError,
          "modulated_gemm: styles must be (N, I) = (2, 3), got shape (2, 4)"),
-        ({"b": torch.zeros(3)}, ValueError,
-         "synthesis_epilogue: b must have shape (5,), got (3,)"),
+        ({"styles": torch.ones(2, 3, device="meta"), "demodulate": False}, ValueError,
+         "modulated_gemm: styles must be on {device} like x, got meta"),
+        ({"weight": [1.0]}, TypeError,
+         "modulated_gemm: weight must be a floating-point tensor, got list"),
+        ({"b": torch.zeros(3)}, ValueError, "modulated_gemm: b must have shape (5,), got (3,)"),
         ({"noise": torch.zeros(3, 3)}, ValueError,
-         "synthesis_epilogue: noise must have shape (2, 1, 4, 4) or (1, 1, 4, 4) or (4, 4), "
+         "modulated_gemm: noise must have shape (2, 1, 4, 4) or (1, 1, 4, 4) or (4, 4), "
          "got (3, 3)"),
+        ({"noise": 1.0}, TypeError, "modulated_gemm: noise must be a tensor, got float"),
+        ({"noise_strength": torch.zeros(2)}, ValueError,
+         "modulated_gemm: noise_strength must have shape () or (1,) or (5,), got (2,)"),
         ({"act": "gelu"}, ValueError,
-         "synthesis_epilogue: act must be one of linear, relu, lrelu, tanh, sigmoid, elu, selu, "
+         "modulated_gemm: act must be one of linear, relu, lrelu, tanh, sigmoid, elu, selu, "
          "softplus, swish, got 'gelu'"),
-        ({"x": torch.zeros(2, 3, 4, 4).double()}, RuntimeError,
-         "modulated_gemm: impl='triton' cannot run: Triton kernels compute in float32, x is "
-         "float64: use impl=None"),
+        ({"gain": "a"}, TypeError, "modulated_gemm: gain must be a number or None, got str"),
+        ({"clamp": -1}, ValueError, "modulated_gemm: clamp must be None or at least 0, got -1"),
+        ({"demodulate": None}, TypeError,
+         "modulated_gemm: demodulate must be True or False, got None"),
     ],
 )  # fmt: skip
-def test_errors(device, change, error, text):
+def test_errors(impl, device, change, error, text):
     args = {"x": torch.zeros(2, 3, 4, 4), "weight": torch.zeros(5, 3, 3, 3)}
-    args |= {"styles": torch.ones(2, 3), "impl": "triton"} | change
-    args = {k: v.to(device) if torch.is_tensor(v) else v for k, v in args.items()}
+    args |= {"styles": torch.ones(2, 3), "impl": impl} | change
+    args = {k: v.to(device) if torch.is_tensor(v) and not v.is_meta else v for k, v in args.items()}
     with pytest.raises(error) as caught:
         modulated_gemm(**args)
-    assert str(caught.value) == text
+    assert str(caught.value) == text.format(device=torch.empty(0, device=device).device)
+
+
+def test_float64_is_refused(device):
+    shapes = ((2, 3, 4, 4), (5, 3, 3, 3), (2, 3))
+    x, weight, styles = (torch.ones(s, device=device).double() for s in shapes)
+    with pytest.raises(RuntimeError) as caught:
+        modulated_gemm(x, weight, styles, impl="triton")
+    assert str(caught.value) == (
+        "modulated_gemm: impl='triton' cannot run: Triton kernels compute in float32, got float64: "
+        "use impl=None"
+    )
 
 
 def test_without_a_gpu_it_is_refused(monkeypatch):

@@ -183,24 +183,29 @@ def test_instruction_sets(device, isa):
 
 
 @pytest.mark.parametrize(
-    ("args", "error", "text"),
+    ("change", "error", "text"),
     [
-        ((1.0,), TypeError, "pixel_norm: x must be a tensor, got float"),
-        ((torch.ones(2, 3, dtype=torch.int64),), TypeError, "pixel_norm: x must be float32"),
-        ((torch.ones(2, 3), 1.0), TypeError, "pixel_norm: dim must be an int, got float"),
-        (
-            (torch.ones(2, 3), 2),
-            ValueError,
-            r"pixel_norm: dim must be a dimension of x \(2, 3\), got 2",
-        ),
-        ((torch.ones(2, 3), 1, "a"), TypeError, "pixel_norm: eps must be a number, got str"),
-        ((torch.ones(2, 3), 1, -1.0), ValueError, "pixel_norm: eps must be at least 0, got -1.0"),
+        ({"x": 1.0}, TypeError, "pixel_norm: x must be a tensor, got float"),
+        ({"x": torch.ones(2, 3, dtype=torch.int64)}, TypeError,
+         "pixel_norm: x must be float32, float16, bfloat16 or float64, got torch.int64"),
+        ({"dim": 1.0}, TypeError, "pixel_norm: dim must be an int, got float"),
+        ({"dim": None}, TypeError, "pixel_norm: dim must be an int, got NoneType"),
+        ({"dim": True}, TypeError, "pixel_norm: dim must be an int, got bool"),
+        ({"dim": 2}, ValueError, "pixel_norm: dim must be a dimension of x (2, 3), got 2"),
+        ({"x": torch.ones(()), "dim": 0}, ValueError,
+         "pixel_norm: dim must be a dimension of x (), got 0"),
+        ({"eps": "a"}, TypeError, "pixel_norm: eps must be a number, got str"),
+        ({"eps": torch.ones(())}, TypeError, "pixel_norm: eps must be a number, got Tensor"),
+        ({"eps": -1.0}, ValueError, "pixel_norm: eps must be at least 0, got -1.0"),
+        ({"eps": float("nan")}, ValueError, "pixel_norm: eps must be at least 0, got nan"),
     ],
-)
-def test_errors(impl, device, args, error, text):
-    args = [a.to(device) if torch.is_tensor(a) else a for a in args]
-    with pytest.raises(error, match=text):
-        pixel_norm(*args, impl=impl)
+)  # fmt: skip
+def test_errors(impl, device, change, error, text):
+    args = {"x": torch.ones(2, 3), "impl": impl} | change
+    args = {k: v.to(device) if torch.is_tensor(v) else v for k, v in args.items()}
+    with pytest.raises(error) as caught:
+        pixel_norm(**args)
+    assert str(caught.value) == text
 
 
 def test_compile(impl, device):

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import collections
+
 import pytest
 import torch
 import torch.nn.functional as F
 from harness import (
     DTYPES,
+    LAYOUTS,
+    assert_kernels_ran,
     compare,
     examples,
     gpu_of,
     interpreted,
+    launches,
     lay_out,
+    led_by,
+    opchecks,
     output,
     outputs_and_grads,
     randn,
+    second_grads,
     skip_float64_triton,
 )
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from gankern.ops import (
@@ -223,21 +231,49 @@ def test_gradgradcheck(impl, device, name, act):
     assert torch.autograd.gradgradcheck(lambda x, d, s, b: run(x, d, z, s, b), (x, d, s, b))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("act", ["lrelu", "swish"])
+@pytest.mark.parametrize("name", ["up_layer", "separable", "no_filter"])
+def test_second_gradients(impl, device, name, act, layout):
+    """Of the gradients in x, d, the strength and b."""
+    shape, f, padding = setting(name, impl, device)
+    x, d, z, s, b = (t.to(device) for t in make_inputs(shape, f, padding, torch.float32, layout))
+
+    def at(which):
+        run = runner(which, f, padding, act=act)
+        return lambda x, d, s, b: run(x, d, z.to(x.dtype), s, b)
+
+    for first in range(1 if interpreted(impl, device) else 4):
+        (run, inputs), (reference, _) = (
+            led_by(first, at(i), [x, d, s, b]) for i in (impl, "reference")
+        )
+        compare(run, reference, inputs, second_grads, f"of input {first}", nudged=True)
+
+
 @pytest.mark.parametrize("name", ["up_layer", "no_filter"])
-def test_opcheck(name):
-    if _impl.LIBRARIES["cpu"]:
-        pytest.skip(_impl.LIBRARIES["cpu"])
-    shape, f, _ = SHAPES[name]
-    x, d, z, s, b = make_inputs(shape, f, 1 if f is not None else 0, torch.float32)
-    pads = (1, 1, 1, 1) if f is not None else (0, 0, 0, 0)
-    args = (f, d, z[:, 0], s, b, *pads, False, 4.0, 2, 0.2, 1.4, -1.0)
-    torch.library.opcheck(_impl.op("cpu", "synthesis_epilogue"), (x, *args))
-    y = _impl.op("cpu", "synthesis_epilogue")(x, *args)
-    torch.library.opcheck(_impl.op("cpu", "synthesis_epilogue_bwd"), (y, x, *args))
-    second = _impl.op("cpu", "synthesis_epilogue_bwd2")
+def test_opcheck(impl, device, name):
+    if impl == "reference":
+        pytest.skip("the reference is not a registered op")
+    shape, f, padding = setting(name, impl, device)
+    x, d, z, s, b = (t.to(device) for t in make_inputs(shape, f, padding, torch.float32))
+    f = None if f is None else f.to(device)
+    args = (f, d, z[:, 0], s, b, *[padding] * 4, False, 4.0 if padding else 1.0, 2, 0.2, 1.4, -1.0)
+    checks = opchecks(impl, device)
+    for layout in ("contiguous", "channels_last"):
+        x = lay_out(x, layout)
+        op = _impl.op(impl, "synthesis_epilogue")
+        torch.library.opcheck(op, (x, *args), test_utils=checks)
+        y = op(x, *args)
+        backward = _impl.op(impl, "synthesis_epilogue_bwd")
+        torch.library.opcheck(backward, (y, x, *args), test_utils=checks)
+    # On a GPU the second kernel takes no filter.
+    if not _impl.has(impl, "synthesis_epilogue_bwd2") or (f is not None and impl != "cpu"):
+        return
+    second = _impl.op(impl, "synthesis_epilogue_bwd2")
     for vd in (None, torch.ones_like(d)):
         cotangents = (torch.ones_like(x), vd, None, torch.ones_like(b))
-        torch.library.opcheck(second, (y, x, *args[:5], *cotangents, *args[5:]))
+        inputs = (y, x, *args[:5], *cotangents, *args[5:])
+        torch.library.opcheck(second, inputs, test_utils=checks)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -306,54 +342,96 @@ def test_direct_calls_are_checked():
         bwd2(x, x, *none, *none[:4], 0, 0, -4, 0, *rest)
 
 
-FILTERS = st.tuples(st.integers(0, 5), st.integers(1, 5))  # taps; none for 0 and 1
 ACTIVATIONS = st.sampled_from(["linear", "lrelu", "lrelu", "tanh", "swish"])
 
 
-def drawn_filter(taps):
-    return None if taps[0] == 0 else randn(*taps, seed=7).float()
+def drawn_filter(taps, kind="any"):
+    """Of no taps none; an outer product runs by rows and columns."""
+    if taps[0] == 0:
+        return None
+    f = randn(*taps, seed=7).float()
+    return {"any": f, "outer": torch.outer(f[:, 0], f[0]), "line": f[0]}[kind]
+
+
+@st.composite
+def fused_filters(draw):
+    """Taps and padding that the GPU kernels filter with."""
+    height, width = draw(st.tuples(*[st.integers(2, 4)] * 2))
+    sides = [draw(st.integers(0, t - 1)) for t in (width, width, height, height)]
+    return (height, width), sides
+
+
+@st.composite
+def other_filters(draw):
+    """Too many taps for those, or a padding that crops, or is larger than the filter."""
+    taps = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
+    return taps, [draw(st.integers(-1, 4)) for _ in range(4)]
 
 
 @st.composite
 def epilogue_cases(draw):
-    dtype = draw(st.sampled_from(["f32", "f32", "f16", "bf16"]))
+    """Three of five with a filter in the kernel, one without a filter."""
+    filtered = draw(st.integers(0, 4))
+    taps, padding = (0, 1), [0] * 4
+    if filtered:
+        taps, padding = draw(other_filters() if filtered == 1 else fused_filters())
+    kind = draw(
+        st.sampled_from(["any", "outer", "line"] if taps[0] == taps[1] else ["any", "outer"])
+    )
+    heights, widths = st.integers(1, 12), st.sampled_from([1, 2, 3, 5, 8, 9, 16, 17, 40])
+    size = [  # at least what leaves a pixel
+        max(draw(sizes), t - sum(pads), 1)
+        for sizes, t, pads in ((heights, taps[0], padding[2:]), (widths, taps[1], padding[:2]))
+    ]
+    dtype = draw(st.sampled_from(["f32", "f16", "f32", "bf16"]))
     # A 16-bit rounding at a clamp that bites decides whether a gradient is zero: float32 only.
     clamps = [None, 0.7] if dtype == "f32" else [None, 1e4]
     return {
-        "size": (
-            *draw(st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 12))),
-            draw(st.sampled_from([1, 2, 3, 5, 8, 9, 16, 17, 40])),
-        ),
-        "taps": draw(FILTERS),
-        "padding": draw(st.tuples(*[st.integers(-1, 4)] * 4)),
-        "layout": draw(st.sampled_from(["contiguous", "channels_last"])),
+        "size": (draw(st.integers(1, 3)), draw(st.sampled_from([*range(1, 10), 8, 16])), *size),
+        "taps": taps,
+        "kind": kind,
+        "padding": padding,
+        "layout": draw(st.sampled_from([*LAYOUTS, "channels_last"])),
         "dtype": dtype,
+        "small": draw(st.booleans()),  # operands of x's dtype, or of float32
         "operands": draw(st.sampled_from(["", "d", "zs", "dzsb", "db"])),
         "options": {
             "act": draw(ACTIVATIONS),
             "clamp": draw(st.sampled_from(clamps)),
             "flip_filter": draw(st.booleans()),
-            "filter_gain": 1.5,
+            "filter_gain": 1.5 if filtered else 1.0,
         },
+        "second": dtype == "f32" and draw(st.integers(0, 3)) == 0,
     }
 
 
+# Fewest cases, of 500, that each kernel has in float32 and in 16 bits, forward and backward.
+LEAST = {
+    "synthesis_epilogue_fwd_lines": 30,
+    "synthesis_epilogue_fwd_pixels": 20,
+    "synthesis_epilogue_bwd_lines": 30,
+    "synthesis_epilogue_bwd_pixels": 20,
+    "synthesis_epilogue_flat_planes": 10,
+    "synthesis_epilogue_flat_pixels": 3,
+    "synthesis_epilogue_bwd": 15,
+}
+
+
 def test_random_arguments(impl, device):
+    ran = collections.Counter()
+
     @examples(impl)
     @given(epilogue_cases())
     def run(c):
         taps, padding, dtype = c["taps"], c["padding"], DTYPES[c["dtype"]]
         n, channels, *pixels = c["size"]
         if interpreted(impl, device):
-            n, channels, taps = 1, min(channels, 2), (min(taps[0], 4), min(taps[1], 3))
-        f = drawn_filter(taps)
+            n, channels = 1, min(channels, 2)
+        f = drawn_filter(taps, c["kind"])
         size = (n, channels, *pixels)
-        try:
-            x, *rest = make_inputs(size, f, padding, dtype, c["layout"])
-        except ValueError:  # nothing is left to filter
-            return
-        operands = {k: t.to(device) for k, t in zip("dzsb", rest, strict=True)}
-        operands = {k: t for k, t in operands.items() if k in c["operands"]}
+        x, *rest = make_inputs(size, f, padding, dtype, c["layout"])
+        rest = [t.to(device, dtype if c["small"] else torch.float32) for t in rest]
+        operands = {k: t for k, t in zip("dzsb", rest, strict=True) if k in c["operands"]}
         noise = operands.pop("z", None)
 
         def at(which):
@@ -370,10 +448,17 @@ def test_random_arguments(impl, device):
         # A clamp leaves 0.7 of sums ten times as large, with their roundings; where tanh saturates,
         # one rounding of y is all of its gradient.
         magnified = c["options"]["clamp"] == 0.7 or c["options"]["act"] == "tanh"
-        roundings = 40 if magnified else 4
-        compare(at(impl), at("reference"), tensors, case=f"{size} {taps} {c}", roundings=roundings)
+        pair, roundings = (at(impl), at("reference")), 40 if magnified else 4
+        with launches(impl) as kernels:  # the gradients of operands are sums over the image
+            compare(
+                *pair, tensors, case=f"{size} {c}", roundings=roundings, nudged=("d1", "d2", "d3")
+            )
+        if c["second"] and not interpreted(impl, device):
+            compare(*pair, tensors, second_grads, case=f"second {c}", roundings=roundings)
+        ran.update((name.split("_kernel")[0], dtype.itemsize) for name in kernels)
 
     run()
+    assert_kernels_ran(impl, ran, LEAST)
 
 
 @st.composite
@@ -433,7 +518,7 @@ def test_random_layers(impl, device):
             y = generator("reference")(*tensors)
             discriminator("reference")(*tensors[:3])
         except (RuntimeError, ValueError):  # nothing is left to convolve or to filter
-            return
+            reject()
         noise = randn(*y.shape[2:], seed=4).float().to(device) if c["noise"] else None
         layers = {
             "generator": (generator(impl, noise), generator("reference", noise), tensors),
@@ -481,6 +566,58 @@ def test_layer(impl, device, up):
         )  # fmt: skip
 
     compare(at(impl), at("reference"), inputs)
+
+
+def layer(name, impl, f, noise):
+    """A layer of the models as a function of x, w, b and, of a generator, styles."""
+    up, down = {"same": (1, 1), "up": (2, 1), "down": (1, 2), "colours": (1, 1)}[name.split()[-1]]
+
+    def generator(x, w, b, styles):
+        z = None if noise is None else noise.to(x)
+        padding = w.shape[2] // 2
+        return synthesis_layer(x, w, styles, b, z, None, up, padding, f, padding > 0,
+                               flip_weight=up == 1, act="lrelu", impl=impl)  # fmt: skip
+
+    def discriminator(x, w, b):
+        return conv2d_layer(x, w, b, f, up, down, 1, act="lrelu", impl=impl)
+
+    return generator if name.startswith("generator") else discriminator
+
+
+LAYERS = ["generator same", "generator up", "generator colours",
+          "discriminator same", "discriminator up", "discriminator down"]  # fmt: skip
+
+
+def layer_inputs(name, n, i, o, side):
+    """x, w, b, styles, and noise."""
+    taps, up = 1 if "colours" in name else 3, 2 if "up" in name else 1
+    x, w = randn(n, i, side, side + 1), randn(o, i, taps, taps, seed=1)
+    noise = randn(side * up, (side + 1) * up, seed=4) if "generator" in name else None
+    tensors = [x, w, randn(o, seed=2), randn(n, i, seed=3)]
+    return tensors[: 4 if "generator" in name else 3], noise
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_gradcheck(name):
+    leaves, noise = layer_inputs(name, 1, 2, 2, 3)
+    leaves = [t.requires_grad_() for t in leaves]
+    run = layer(name, "reference", F4, noise)
+    assert torch.autograd.gradcheck(run, leaves)
+    assert torch.autograd.gradgradcheck(run, leaves)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_second_gradients(impl, device, name):
+    """Of the gradients in the images, as R1 takes, and in the styles, as path length does."""
+    small = interpreted(impl, device)
+    tensors, noise = layer_inputs(name, *((1, 3, 2, 3) if small else (2, 18, 16, 17)))
+    tensors = [t.float().to(device) for t in tensors]
+    f = F4.to(device)
+    for first in (0, 3)[: 1 if "discriminator" in name else 2]:
+        (run, inputs), (reference, _) = (
+            led_by(first, layer(name, which, f, noise), tensors) for which in (impl, "reference")
+        )
+        compare(run, reference, inputs, second_grads, f"of input {first}", nudged=True)
 
 
 def test_gain_without_filter(impl, device):
@@ -543,32 +680,110 @@ def test_layers_are_deterministic(impl, device, up):
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize(
-    ("layer", "change", "error", "text"),
-    [
-        (synthesis_layer, {"styles": torch.ones(2, 3)}, ValueError,
-         "synthesis_layer: styles must be (N, I) = (1, 2), got shape (2, 3)"),
-        (synthesis_layer, {"up": 0}, ValueError,
-         "synthesis_layer: up must be an int of at least 1, got 0"),
-        (synthesis_layer, {"act": "gelu"}, ValueError,
-         "synthesis_epilogue: act must be one of linear, relu, lrelu, tanh, sigmoid, elu, selu, "
-         "softplus, swish, got 'gelu'"),
-        (conv2d_layer, {"w": torch.zeros(3, 5, 3, 3)}, ValueError,
-         "conv2d_layer: w must be (O, I / groups, kh, kw) for I = 2 and groups = 1, "
-         "got shape (3, 5, 3, 3)"),
-        (conv2d_layer, {"padding": "same"}, ValueError,
-         "conv2d_layer: padding must be an int, 2 or 4 ints, got same"),
-    ],
-)  # fmt: skip
-def test_layer_errors(impl, device, layer, change, error, text):
-    weight = torch.zeros(3, 2, 3, 3)
-    args = {"x": torch.zeros(1, 2, 4, 4), "padding": 1}
-    args |= {"weight": weight, "styles": torch.ones(1, 2)} if layer is synthesis_layer else {}
-    args = ({"w": weight} if layer is conv2d_layer else {}) | args | change
-    args = {k: v.to(device) if torch.is_tensor(v) else v for k, v in args.items()}
+# What an epilogue of x [2, 3, 4, 4] to the same size refuses, under the name that was called.
+FILTER = "must be None or a tensor of shape (taps,) or (taps_y, taps_x), got"
+ACT = "act must be one of linear, relu, lrelu, tanh, sigmoid, elu, selu, softplus, swish, got"
+META = torch.zeros(3, device="meta")
+TAIL = [
+    ({"b": torch.zeros(3).half()}, TypeError, "b must be torch.float32, got torch.float16"),
+    ({"b": torch.zeros(3).int()}, TypeError,
+     "b must be float32, float16, bfloat16 or float64, got torch.int32"),
+    ({"b": torch.zeros(4)}, ValueError, "b must have shape (3,), got (4,)"),
+    ({"b": META}, ValueError, "b must be on x's device {device}, got meta"),
+    ({"b": [0.0] * 3}, TypeError, "b must be a tensor, got list"),
+    ({"noise": 1.0}, TypeError, "noise must be a tensor, got float"),
+    ({"noise": torch.zeros(4, 4).half()}, TypeError,
+     "noise must be torch.float32, got torch.float16"),
+    ({"noise": torch.zeros(2, 2, 4, 4)}, ValueError,
+     "noise must have shape (2, 1, 4, 4) or (1, 1, 4, 4) or (4, 4), got (2, 2, 4, 4)"),
+    ({"noise": torch.zeros(4, 3)}, ValueError,
+     "noise must have shape (2, 1, 4, 4) or (1, 1, 4, 4) or (4, 4), got (4, 3)"),
+    ({"noise": META.expand(4, 4, 3)[..., 0]}, ValueError,
+     "noise must be on x's device {device}, got meta"),
+    ({"noise_strength": 0.5}, TypeError, "noise_strength must be a tensor, got float"),
+    ({"noise_strength": torch.zeros(3).double()}, TypeError,
+     "noise_strength must be torch.float32, got torch.float64"),
+    ({"noise_strength": torch.zeros(2)}, ValueError,
+     "noise_strength must have shape () or (1,) or (3,), got (2,)"),
+    ({"noise_strength": META}, ValueError,
+     "noise_strength must be on x's device {device}, got meta"),
+    ({"act": "gelu"}, ValueError, f"{ACT} 'gelu'"),
+    ({"act": ["relu"]}, TypeError, f"{ACT} ['relu']"),
+    ({"alpha": "a"}, TypeError, "alpha must be a number or None, got str"),
+    ({"gain": torch.ones(1)}, TypeError, "gain must be a number or None, got Tensor"),
+    ({"gain": float("nan")}, ValueError, "gain must be a number or None, got nan"),
+    ({"clamp": "a"}, TypeError, "clamp must be a number or None, got str"),
+    ({"clamp": -1}, ValueError, "clamp must be None or at least 0, got -1"),
+    ({"clamp": float("nan")}, ValueError, "clamp must be None or at least 0, got nan"),
+]  # fmt: skip
+OUTPUT = "padding must leave an output of at least 1x1 for x (2, 3, 4, 4), 3x3 taps, "
+CONVOLUTION = [
+    ({"x": torch.zeros(2, 3, 4)}, ValueError, "x must be (N, I, H, W), got shape (2, 3, 4)"),
+    ({"up": 0}, ValueError, "up must be an int of at least 1, got 0"),
+    ({"up": 2.0}, TypeError, "up must be an int of at least 1, got 2.0"),
+    ({"padding": "same"}, TypeError, "padding must be an int, 2 or 4 ints, got 'same'"),
+    ({"padding": -1}, ValueError, f"{OUTPUT}up = 1 and down = 1, got (-1, -1, -1, -1)"),
+    ({"padding": -4, "up": 2}, ValueError, f"{OUTPUT}up = 2 and down = 1, got (-4, -4, -4, -4)"),
+    ({"flip_weight": "no"}, TypeError, "flip_weight must be True or False, got 'no'"),
+]  # fmt: skip
+
+
+def raises(layer, args, impl, device, error, text):
+    args = {k: v.to(device) if torch.is_tensor(v) and not v.is_meta else v for k, v in args.items()}
     with pytest.raises(error) as caught:
         layer(**args, impl=impl)
-    assert str(caught.value) == text
+    text = text.format(device=torch.empty(0, device=device).device)
+    assert str(caught.value) == f"{layer.__name__}: {text}"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        *TAIL,
+        *CONVOLUTION,
+        ({"styles": torch.ones(2, 4)}, ValueError,
+         "styles must be (N, I) = (2, 3), got shape (2, 4)"),
+        ({"styles": torch.ones(2, 3, device="meta"), "demodulate": False}, ValueError,
+         "styles must be on {device} like x, got meta"),
+        ({"weight": torch.zeros(3, 5, 3, 3)}, ValueError,
+         "weight must be (O, I / groups, kh, kw) for I = 3 and groups = 1, got shape (3, 5, 3, 3)"),
+        ({"weight": torch.zeros(3, 3, 3, 3, device="meta")}, ValueError,
+         "weight must be on {device} like x, got meta"),
+        ({"resample_filter": [1.0, 3.0]}, TypeError, f"resample_filter {FILTER} list"),
+        ({"resample_filter": F4[None]}, ValueError, f"resample_filter {FILTER} shape (1, 4, 4)"),
+        ({"resample_filter": F4.double(), "up": 2}, TypeError,
+         "resample_filter must be float32, got torch.float64"),
+        ({"resample_filter": META}, ValueError,
+         "resample_filter must be on the device of x, {device}, got meta"),
+        ({"demodulate": 2}, TypeError, "demodulate must be True or False, got 2"),
+    ],
+)  # fmt: skip
+def test_synthesis_layer_errors(impl, device, change, error, text):
+    args = {"x": torch.zeros(2, 3, 4, 4), "weight": torch.zeros(3, 3, 3, 3), "padding": 1}
+    args |= {"styles": torch.ones(2, 3)} | change
+    raises(synthesis_layer, args, impl, device, error, text)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        *TAIL,
+        *CONVOLUTION,
+        ({"w": torch.zeros(3, 5, 3, 3)}, ValueError,
+         "w must be (O, I / groups, kh, kw) for I = 3 and groups = 1, got shape (3, 5, 3, 3)"),
+        ({"w": torch.zeros(3, 3, 3, 3, device="meta")}, ValueError,
+         "w must be on {device} like x, got meta"),
+        ({"groups": 2}, ValueError,
+         "w must be (O, I / groups, kh, kw) for I = 3 and groups = 2, got shape (3, 3, 3, 3)"),
+        ({"down": 0}, ValueError, "down must be an int of at least 1, got 0"),
+        ({"f": [1.0, 3.0]}, TypeError, f"f {FILTER} list"),
+        ({"f": F4.double(), "down": 2}, TypeError, "f must be float32, got torch.float64"),
+        ({"f": META}, ValueError, "f must be on the device of x, {device}, got meta"),
+    ],
+)  # fmt: skip
+def test_conv2d_layer_errors(impl, device, change, error, text):
+    args = {"x": torch.zeros(2, 3, 4, 4), "w": torch.zeros(3, 3, 3, 3), "padding": 1} | change
+    raises(conv2d_layer, args, impl, device, error, text)
 
 
 @pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2)])
@@ -600,31 +815,53 @@ def test_compile():
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        ({"x": torch.zeros(2, 3)}, ValueError,
-         "synthesis_epilogue: x must be [N, C, H, W], got shape (2, 3)"),
+        *TAIL,
+        ({"x": 1}, TypeError, "x must be a tensor, got int"),
+        ({"x": torch.zeros(2, 3)}, ValueError, "x must be [N, C, H, W], got shape (2, 3)"),
         ({"x": torch.zeros(2, 3, 4, 4).int()}, TypeError,
-         "synthesis_epilogue: x must be float32, float16, bfloat16 or float64, got torch.int32"),
-        ({"f": torch.zeros(4, 4).double()}, TypeError,
-         "synthesis_epilogue: f must be a float32 tensor or None, got torch.float64"),
-        ({"d": torch.zeros(3)}, ValueError,
-         "synthesis_epilogue: d must have shape (2, 3), got (3,)"),
-        ({"noise": torch.zeros(2, 2, 4, 4)}, ValueError,
-         "synthesis_epilogue: noise must have shape (2, 1, 4, 4) or (1, 1, 4, 4) or (4, 4), "
-         "got (2, 2, 4, 4)"),
-        ({"b": torch.zeros(3).half()}, TypeError,
-         "synthesis_epilogue: b must be torch.float32, got torch.float16"),
+         "x must be float32, float16, bfloat16 or float64, got torch.int32"),
+        ({"f": [1.0, 3.0]}, TypeError, f"f {FILTER} list"),
+        ({"f": F4[None]}, ValueError, f"f {FILTER} shape (1, 4, 4)"),
+        ({"f": F4.double()}, TypeError, "f must be float32, got torch.float64"),
+        ({"f": META}, ValueError, "f must be on the device of x, {device}, got meta"),
+        ({"d": torch.zeros(3)}, ValueError, "d must have shape (2, 3), got (3,)"),
+        ({"d": torch.zeros(2, 3).half()}, TypeError,
+         "d must be torch.float32, got torch.float16"),
+        ({"d": torch.zeros(2, 3, device="meta")}, ValueError,
+         "d must be on x's device {device}, got meta"),
+        ({"x": torch.zeros(2, 3, 4, 4).half(), "d": torch.zeros(2, 3).double()}, TypeError,
+         "d must be torch.float16 or torch.float32, got torch.float64"),
         ({"padding": -3}, ValueError,
-         "synthesis_epilogue: padding must leave an output of at least 1x1 for x (2, 3, 4, 4) and "
-         "1x1 taps, got (-3, -3, -3, -3)"),
-        ({"act": "gelu"}, ValueError,
-         "synthesis_epilogue: act must be one of linear, relu, lrelu, tanh, sigmoid, elu, selu, "
-         "softplus, swish, got 'gelu'"),
-        ({"clamp": -1}, ValueError, "synthesis_epilogue: clamp must be None or at least 0, got -1"),
+         "padding must leave an output of at least 1x1 for x (2, 3, 4, 4) and 1x1 taps, "
+         "got (-3, -3, -3, -3)"),
+        ({"padding": 0, "f": torch.ones(5)}, ValueError,
+         "padding must leave an output of at least 1x1 for x (2, 3, 4, 4) and 5x5 taps, "
+         "got (0, 0, 0, 0)"),
+        ({"padding": [1]}, ValueError, "padding must be an int, 2 or 4 ints, got 1 values (1,)"),
+        ({"padding": 0.5}, TypeError, "padding must be an int, 2 or 4 ints, got 0.5"),
+        ({"flip_filter": "no"}, TypeError, "flip_filter must be True or False, got 'no'"),
+        ({"filter_gain": None}, TypeError, "filter_gain must be a number, got NoneType"),
+        ({"filter_gain": float("nan")}, ValueError, "filter_gain must be a number, got nan"),
     ],
 )  # fmt: skip
 def test_errors(impl, device, change, error, text):
-    args = {"x": torch.zeros(2, 3, 4, 4), "impl": impl} | change
-    args = {k: v.to(device) if torch.is_tensor(v) else v for k, v in args.items()}
-    with pytest.raises(error) as caught:
-        synthesis_epilogue(**args)
-    assert str(caught.value) == text
+    raises(synthesis_epilogue, {"x": torch.zeros(2, 3, 4, 4)} | change, impl, device, error, text)
+
+
+@pytest.mark.parametrize("layer", [synthesis_epilogue, synthesis_layer, conv2d_layer])
+def test_too_many_taps(impl, device, layer):
+    x, w, f = torch.ones(1, 1, 40, 40), torch.ones(1, 1, 3, 3), torch.ones(33)
+    args = {
+        synthesis_epilogue: {"f": f},
+        synthesis_layer: {"weight": w, "styles": torch.ones(1, 1), "up": 2, "resample_filter": f},
+        conv2d_layer: {"w": w, "down": 2, "f": f},
+    }[layer]
+    args = {k: v.to(device) if torch.is_tensor(v) else v for k, v in (args | {"x": x}).items()}
+    expected = layer(**args, impl="reference")
+    torch.testing.assert_close(layer(**args), expected, rtol=1e-4, atol=1e-4)
+    if impl in ("reference", "cpu"):
+        torch.testing.assert_close(layer(**args, impl=impl), expected, rtol=1e-4, atol=1e-4)
+        return
+    name = "resample_filter" if layer is synthesis_layer else "f"
+    text = f"{name} must have at most 32 taps a side for impl='{impl}', got shape (33,)"
+    raises(layer, args, impl, device, ValueError, text)

@@ -3,6 +3,7 @@
 from gankern.ops.adain import adain
 from gankern.ops.bias_act import bias_act
 from gankern.ops.conv2d_resample import conv2d_resample
+from gankern.ops.convolution import no_weight_gradients
 from gankern.ops.demod_coefs import demod_coefs
 from gankern.ops.minibatch_stddev import minibatch_stddev
 from gankern.ops.modulated_conv2d import modulated_conv2d
@@ -23,6 +24,7 @@ __all__ = [
     "minibatch_stddev",
     "modulated_conv2d",
     "modulated_gemm",
+    "no_weight_gradients",
     "pixel_norm",
     "setup_filter",
     "synthesis_epilogue",

@@ -8,8 +8,10 @@ op's autograd is written once over `op(impl, name)`.
 from __future__ import annotations
 
 import ctypes
+import operator
 import os
 from collections.abc import Callable
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +131,7 @@ def _why_not_at_all(impl: str, device: str) -> str:
     if impl == "triton":
         if triton is None:
             return "triton is not installed: pip install triton"
-        if device != "cuda" and not triton_interpreted():
+        if device != "cuda" and not (device == "cpu" and triton_interpreted()):
             return f"Triton kernels need CUDA tensors, got {device}: use impl=None or 'cpu'"
         return "" if TRITON_RUNS else "its kernels need a GPU, and PyTorch finds none"
     if impl in ("cpu", "cuda"):
@@ -164,8 +166,8 @@ def default_impl(op_name: str, device: str) -> str:
     return found
 
 
-def choose(op_name: str, impl: str | None, x: torch.Tensor) -> str:
-    """The implementation to run for x.
+def choose(op_name: str, impl: str | None, x: torch.Tensor, called: str = "") -> str:
+    """The implementation of op `op_name` to run for x; called: by which name the user called it.
 
     Raises:
         ValueError: impl is unknown.
@@ -178,21 +180,24 @@ def choose(op_name: str, impl: str | None, x: torch.Tensor) -> str:
             return "reference"
         return found
     if (
-        impl == device
+        type(impl) is str
+        and impl == device
         and not transformed()
         and (impl, op_name) in _overloads
         and not LIBRARIES[impl]
     ):
         return impl
-    if impl not in IMPLS and impl not in NAMESPACES:
-        raise ValueError(f"{op_name}: impl must be None or one of {', '.join(IMPLS)}, got {impl!r}")
+    called = called or op_name
+    if not isinstance(impl, str) or (impl not in IMPLS and impl not in NAMESPACES):
+        error = ValueError if isinstance(impl, str) else TypeError
+        raise error(f"{called}: impl must be None or one of {', '.join(IMPLS)}, got {shown(impl)}")
     reason = why_not(impl, device, op_name)
     if impl == "triton" and x.dtype == torch.float64:
-        reason = "Triton kernels compute in float32, x is float64: use impl=None"
+        reason = "Triton kernels compute in float32, got float64: use impl=None"
     if impl != "reference" and transformed():
         reason = "kernels have no transforms of torch.func and no forward mode: use impl=None"
     if reason:
-        raise RuntimeError(f"{op_name}: impl={impl!r} cannot run: {reason}")
+        raise RuntimeError(f"{called}: impl={impl!r} cannot run: {reason}")
     return impl
 
 
@@ -240,6 +245,48 @@ def check_float(op_name: str, name: str, t: Any) -> None:
         raise TypeError(
             f"{op_name}: {name} must be float32, float16, bfloat16 or float64, got {t.dtype}"
         )
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: numbers, strings and lists of them, else the type."""
+    plain = (int, float, str, type(None))
+    if isinstance(value, plain):
+        return repr(value)
+    if isinstance(value, (list, tuple)) and all(isinstance(v, plain) for v in value):
+        return repr(value)
+    return type(value).__name__
+
+
+# Arguments that are not what they mostly are. A caller looks at `type(x) is float`, `is int` or
+# `x is True` first, at a tenth of the cost of a call.
+
+
+def number(op_name: str, name: str, value: Any, wanted: str = "a number", least: str = "") -> float:
+    """value as a float; least: what to say of one under 0, else it may be."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+        raise TypeError(f"{op_name}: {name} must be {wanted}, got {type(value).__name__}")
+    if value != value or (least and value < 0):
+        raise ValueError(f"{op_name}: {name} must be {least or wanted}, got {value}")
+    return float(value)
+
+
+def integer(op_name: str, name: str, value: Any, wanted: str = "an int") -> int:
+    """value as an int."""
+    if not is_integer(value):
+        raise TypeError(f"{op_name}: {name} must be {wanted}, got {type(value).__name__}")
+    return operator.index(value)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether value is a whole number of any type; a bool is none."""
+    return isinstance(value, (int, Integral, torch.SymInt)) and not isinstance(value, bool)
+
+
+def flag(op_name: str, name: str, value: Any, wanted: str = "True or False") -> bool:
+    """value as a bool."""
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    raise TypeError(f"{op_name}: {name} must be {wanted}, got {shown(value)}")
 
 
 def wrong_dtype(op_name: str, name: str, t: torch.Tensor, x: torch.Tensor) -> TypeError:

@@ -42,16 +42,17 @@ def adain(
     of PyTorch's. Saves x, scale and [N, C] statistics.
     Source: Karras et al. 2019, "A Style-Based Generator Architecture", equation 1.
     """
-    _check(x, scale, shift, eps)
+    eps = _check(x, scale, shift, eps)
     chosen = _impl.choose("adain", impl, x)
     if chosen == "reference":
         return adain_reference(x, scale, shift, eps)
     if _impl.records(x, scale, shift):
-        return _Adain.apply(x, scale, shift, float(eps), chosen)
-    return _impl.op(chosen, "adain")(x, scale, shift, float(eps))[0]
+        return _Adain.apply(x, scale, shift, eps, chosen)
+    return _impl.op(chosen, "adain")(x, scale, shift, eps)[0]
 
 
-def _check(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> None:
+def _check(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> float:
+    """Validated eps."""
     for name, t in (("x", x), ("scale", scale), ("shift", shift)):
         _impl.check_float("adain", name, t)
     if x.dim() < 3:
@@ -68,10 +69,9 @@ def _check(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> None:
         raise _impl.wrong_dtype("adain", "scale", scale, x)
     if shift.dtype != scale.dtype:
         raise TypeError(f"adain: shift must be {scale.dtype} like scale, got {shift.dtype}")
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"adain: eps must be a number, got {type(eps).__name__}")
-    if not eps >= 0:
-        raise ValueError(f"adain: eps must be at least 0, got {eps}")
+    if type(eps) is not float or not eps >= 0:
+        eps = _impl.number("adain", "eps", eps, least="at least 0")
+    return eps
 
 
 # --- Reference: plain PyTorch, differentiable to any order.
@@ -113,60 +113,72 @@ def _bwd_reference(dy, x, scale, eps) -> tuple[Tensor, Tensor, Tensor]:
 if _impl.triton is not None:
 
     @triton.jit
+    def _planes(planes, P, inner, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr):
+        """BLOCK_V planes, their first elements [1, BLOCK_V], and which there are. inner is 1, or C
+        in channels-last memory; the planes are WIDTH of inner, of BLOCK_V / WIDTH samples."""
+        tiles = tl.cdiv(inner, WIDTH)
+        j = tl.arange(0, BLOCK_V)
+        o = (tl.program_id(0) // tiles).to(tl.int64) * (BLOCK_V // WIDTH) + j // WIDTH
+        i = (tl.program_id(0) % tiles).to(tl.int64) * WIDTH + j % WIDTH
+        v = o * inner + i
+        return v, (o * P * inner + i)[None, :], (v < planes) & (i < inner)
+
+    @triton.jit
     def adain_fwd_kernel(
         x_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr, planes, P, inner, eps,
-        BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
+        BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
-        # inner is 1, or C in channels-last memory.
+        v, base, inside = _planes(planes, P, inner, BLOCK_V, WIDTH)
         p = tl.arange(0, BLOCK_P)[:, None]
-        v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-        inside = v < planes
-        base = ((v // inner) * P * inner + v % inner)[None, :]
+        at = base + p.to(tl.int64) * inner
+        step, pixels = tl.cast(inner, tl.int64), tl.cast(P, tl.int64)
         # Everything is taken relative to a plane's first pixel: nothing cancels, whatever the mean.
         origin = tl.load(x_ptr + base, mask=inside[None, :], other=0.0).to(tl.float32)
         mean = tl.zeros([BLOCK_V], tl.float32)
         m2 = tl.zeros([BLOCK_V], tl.float32)
-        for start in range(0, P, BLOCK_P):
-            mask = inside[None, :] & (start + p < P)
-            x = tl.load(x_ptr + base + (start + p).to(tl.int64) * inner, mask=mask, other=0.0)
+        before = 0.0
+        for start in range(0, pixels, BLOCK_P):
+            count = tl.minimum(pixels - start, BLOCK_P).to(tl.int32)
+            share = count / (before + count)
+            mask = inside[None, :] & (p < count)
+            x = tl.load(x_ptr + start * step + at, mask=mask, other=0.0)
             x = tl.where(mask, x.to(tl.float32) - origin, 0.0)
-            count = tl.minimum(P - start, BLOCK_P)
             block_mean = tl.sum(x, 0) / count
             d = tl.where(mask, x - block_mean[None, :], 0.0)
             # Chan's formula joins the mean and the squares of two parts without cancellation.
             delta = block_mean - mean
-            mean += delta * (count / (start + count))
-            m2 += tl.sum(d * d, 0) + delta * delta * (count * (start / (start + count)))
+            mean += delta * share
+            m2 += tl.sum(d * d, 0) + delta * delta * (before * share)
+            before += count
         rstd = 1 / tl.sqrt(m2 / P + eps)
         tl.store(mean_ptr + v, mean + tl.sum(origin, 0), mask=inside)
         tl.store(rstd_ptr + v, rstd, mask=inside)
         scale = tl.load(scale_ptr + v, mask=inside, other=0.0).to(tl.float32) * rstd
         shift = tl.load(shift_ptr + v, mask=inside, other=0.0).to(tl.float32)
-        for start in range(0, P, BLOCK_P):
-            at = base + (start + p).to(tl.int64) * inner
-            mask = inside[None, :] & (start + p < P)
-            x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) - origin
+        for start in range(0, pixels, BLOCK_P):
+            mask = inside[None, :] & (p < tl.minimum(pixels - start, BLOCK_P).to(tl.int32))
+            x = tl.load(x_ptr + start * step + at, mask=mask, other=0.0).to(tl.float32) - origin
             y = (x - mean[None, :]) * scale[None, :] + shift[None, :]
-            tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+            tl.store(y_ptr + start * step + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit
     def adain_bwd_kernel(
         dy_ptr, x_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dscale_ptr, dshift_ptr,
-        planes, P, inner, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
+        planes, P, inner, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
+        v, base, inside = _planes(planes, P, inner, BLOCK_V, WIDTH)
         p = tl.arange(0, BLOCK_P)[:, None]
-        v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-        inside = v < planes
-        base = ((v // inner) * P * inner + v % inner)[None, :]
+        at = base + p.to(tl.int64) * inner
+        step, pixels = tl.cast(inner, tl.int64), tl.cast(P, tl.int64)
         mean = tl.load(mean_ptr + v, mask=inside, other=0.0)[None, :]
         rstd = tl.load(rstd_ptr + v, mask=inside, other=0.0)[None, :]
         d_sum = tl.zeros([BLOCK_V], tl.float32)
         dh_sum = tl.zeros([BLOCK_V], tl.float32)
-        for start in range(0, P, BLOCK_P):
-            at = base + (start + p).to(tl.int64) * inner
-            mask = inside[None, :] & (start + p < P)
-            dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            h = (tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+        for start in range(0, pixels, BLOCK_P):
+            first = start * step
+            mask = inside[None, :] & (p < tl.minimum(pixels - start, BLOCK_P).to(tl.int32))
+            dy = tl.load(dy_ptr + first + at, mask=mask, other=0.0).to(tl.float32)
+            h = (tl.load(x_ptr + first + at, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
             d_sum += tl.sum(dy, 0)
             dh_sum += tl.sum(dy * h, 0)
         tl.store(dscale_ptr + v, dh_sum.to(dscale_ptr.dtype.element_ty), mask=inside)
@@ -174,21 +186,25 @@ if _impl.triton is not None:
         scale = tl.load(scale_ptr + v, mask=inside, other=0.0).to(tl.float32)[None, :] * rstd
         d_mean = (d_sum / P)[None, :]
         dh_mean = (dh_sum / P)[None, :]
-        for start in range(0, P, BLOCK_P):
-            at = base + (start + p).to(tl.int64) * inner
-            mask = inside[None, :] & (start + p < P)
-            dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            h = (tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+        for start in range(0, pixels, BLOCK_P):
+            first = start * step
+            mask = inside[None, :] & (p < tl.minimum(pixels - start, BLOCK_P).to(tl.int32))
+            dy = tl.load(dy_ptr + first + at, mask=mask, other=0.0).to(tl.float32)
+            h = (tl.load(x_ptr + first + at, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
             dx = scale * (dy - d_mean - h * dh_mean)
-            tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            tl.store(dx_ptr + first + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
-    def _blocks(x: Tensor) -> tuple[int, int, int, int]:
-        """Pixels of a plane, distance between them, BLOCK_P, BLOCK_V."""
+    def _blocks(x: Tensor) -> tuple[tuple[int, ...], tuple[int, int], dict[str, int]]:
+        """The grid; pixels of a plane and the distance between them; the kernels' blocks."""
         pixels = x[0, 0].numel()
         inner = 1 if x.is_contiguous() else x.shape[1]
         block_v = 1 if inner == 1 else min(32, triton.next_power_of_2(inner))
         block_p = min(triton.next_power_of_2(pixels), 4096 // block_v)
-        return pixels, inner, block_p, max(block_v, 256 // block_p)
+        block_v = max(block_v, 256 // block_p)
+        width = min(block_v, triton.next_power_of_2(inner))
+        outer = x.shape[0] if inner > 1 else x.shape[0] * x.shape[1]
+        grid = (triton.cdiv(outer, block_v // width) * triton.cdiv(inner, width),)
+        return grid, (pixels, inner), {"BLOCK_P": block_p, "BLOCK_V": block_v, "WIDTH": width}
 
     @_impl.triton_op("adain")
     def _triton_fwd(
@@ -199,11 +215,10 @@ if _impl.triton is not None:
         mean = torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device)
         rstd = torch.zeros_like(mean)
         if x.numel():
-            pixels, inner, block_p, block_v = _blocks(x)
-            grid = (triton.cdiv(mean.numel(), block_v),)
+            grid, sizes, blocks = _blocks(x)
             torch.library.wrap_triton(adain_fwd_kernel)[grid](
-                x, scale.contiguous(), shift.contiguous(), y, mean, rstd, mean.numel(), pixels,
-                inner, eps, BLOCK_P=block_p, BLOCK_V=block_v,
+                x, scale.contiguous(), shift.contiguous(), y, mean, rstd, mean.numel(), *sizes,
+                eps, **blocks,
             )  # fmt: skip
         return y, mean, rstd
 
@@ -216,12 +231,10 @@ if _impl.triton is not None:
         scale = scale.contiguous()
         dx, dscale, dshift = torch.empty_like(x), torch.zeros_like(scale), torch.zeros_like(scale)
         if x.numel():
-            pixels, inner, block_p, block_v = _blocks(x)
-            grid = (triton.cdiv(mean.numel(), block_v),)
+            grid, sizes, blocks = _blocks(x)
             torch.library.wrap_triton(adain_bwd_kernel)[grid](
-                dy, x, scale, mean, rstd, dx, dscale, dshift, mean.numel(), pixels, inner,
-                BLOCK_P=block_p, BLOCK_V=block_v,
-            )  # fmt: skip
+                dy, x, scale, mean, rstd, dx, dscale, dshift, mean.numel(), *sizes, **blocks
+            )
         return dx, dscale, dshift
 
 

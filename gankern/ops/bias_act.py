@@ -50,7 +50,8 @@ def bias_act(
     """Bias, activation, gain and clamp: y = clamp(act(x + b) * gain, -clamp, clamp).
 
     Args:
-        x: any shape; float32, float16, bfloat16 or float64; any strides (dense ones are kept).
+        x: any shape; float32, float16, bfloat16 or float64; any strides. Dense ones are kept, by
+            Triton those of contiguous and channels-last memory alone.
         b: [x.shape[dim]] of x's dtype or float32, or None for no bias.
         dim: the dimension of x that b belongs to.
         act: linear, relu, lrelu, tanh, sigmoid, elu, selu, softplus or swish.
@@ -60,7 +61,7 @@ def bias_act(
         impl: None (the best that can run), "cuda", "triton", "cpu" or "reference".
 
     Returns:
-        y of x's shape, dtype and memory format.
+        y of x's shape and dtype.
 
     Raises:
         TypeError, ValueError: an argument is not as above. RuntimeError: impl cannot run here.
@@ -79,8 +80,9 @@ def bias_act(
 def _check(x, b, dim, act, alpha, gain, clamp) -> tuple[int, tuple[float, float, float]]:
     """Validated dim >= 0 and (alpha, gain, clamp), with clamp -1 for none."""
     _impl.check_float("bias_act", "x", x)
-    if act not in ACTS:
-        raise ValueError(f"bias_act: act must be one of {', '.join(ACTS)}, got {act!r}")
+    numbers = activation("bias_act", act, alpha, gain, clamp)
+    if type(dim) is not int:
+        dim = _impl.integer("bias_act", "dim", dim)
     ndim = x.dim()
     if not -ndim <= dim < ndim:
         raise ValueError(f"bias_act: dim must be a dimension of x {tuple(x.shape)}, got {dim}")
@@ -93,12 +95,28 @@ def _check(x, b, dim, act, alpha, gain, clamp) -> tuple[int, tuple[float, float,
             raise _impl.wrong_dtype("bias_act", "b", b, x)
         if b.device != x.device:
             raise ValueError(f"bias_act: b must be on x's device {x.device}, got {b.device}")
-    if clamp is not None and not clamp >= 0:
-        raise ValueError(f"bias_act: clamp must be None or at least 0, got {clamp}")
-    spec = ACTS[act]
-    alpha = spec.alpha if alpha is None else float(alpha)
-    gain = spec.gain if gain is None else float(gain)
-    return dim, (alpha, gain, -1.0 if clamp is None else float(clamp))
+    return dim, numbers
+
+
+def activation(op: str, act: Any, alpha: Any, gain: Any, clamp: Any) -> tuple[float, float, float]:
+    """Validated (alpha, gain, clamp) of an activation, with clamp -1 for none."""
+    spec = ACTS.get(act) if isinstance(act, str) else None
+    if spec is None:
+        error = ValueError if isinstance(act, str) else TypeError
+        raise error(f"{op}: act must be one of {', '.join(ACTS)}, got {_impl.shown(act)}")
+    if alpha is None:
+        alpha = spec.alpha
+    elif type(alpha) not in (float, int) or alpha != alpha:
+        alpha = _impl.number(op, "alpha", alpha, "a number or None")
+    if gain is None:
+        gain = spec.gain
+    elif type(gain) not in (float, int) or gain != gain:
+        gain = _impl.number(op, "gain", gain, "a number or None")
+    if clamp is None:
+        clamp = -1.0
+    elif type(clamp) not in (float, int) or not clamp >= 0:
+        clamp = _impl.number(op, "clamp", clamp, "a number or None", "None or at least 0")
+    return float(alpha), float(gain), float(clamp)
 
 
 # --- Reference: plain PyTorch, differentiable to any order.
@@ -205,42 +223,84 @@ if _impl.triton is not None:
         return c
 
     @triton.jit
+    def _quotient(i, n):
+        """i // n of 0 <= i < 2**20, by a multiplication: a division of integers is 20 of them."""
+        return ((i.to(tl.float32) + 0.5) * (1 / n)).to(tl.int32)
+
+    @triton.jit
     def bias_act_fwd_kernel(
         x_ptr, b_ptr, y_ptr, numel, C, inner, alpha, gain, clamp,
-        ACT: tl.constexpr, HAS_B: tl.constexpr, CLAMPED: tl.constexpr, BLOCK: tl.constexpr,
+        ACT: tl.constexpr, HAS_B: tl.constexpr, CLAMPED: tl.constexpr, LONG: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = i < numel
-        u = tl.load(x_ptr + i, mask=inside).to(tl.float32)
+        # BLOCK elements side by side, from `first` on, an integer as wide as numel. LONG: a channel
+        # has as many or more (inner), so that they are of two channels at most.
+        first = (tl.program_id(0) + 0 * numel) * BLOCK
+        i = tl.arange(0, BLOCK)
+        inside = i < tl.minimum(numel - first, BLOCK).to(tl.int32)
+        u = tl.load(x_ptr + first + i, mask=inside).to(tl.float32)
         if HAS_B:
-            u += tl.load(b_ptr + (i // inner) % C, mask=inside).to(tl.float32)
+            plane = first // inner
+            rest = first - plane * inner
+            c = plane % C
+            if LONG:
+                here = tl.load(b_ptr + c).to(tl.float32)
+                then = tl.load(b_ptr + tl.where(c + 1 < C, c + 1, 0)).to(tl.float32)
+                u += tl.where(i < tl.minimum(inner - rest, BLOCK).to(tl.int32), here, then)
+            else:
+                k = _quotient(rest.to(tl.int32) + i, inner)  # channels further than c
+                past = k - tl.minimum(C - c, 2 * BLOCK).to(tl.int32)
+                k -= tl.where(past < 0, 0, (1 + _quotient(tl.maximum(past, 0), C)) * C)
+                u += tl.load(b_ptr + c + k, mask=inside).to(tl.float32)
         y = _act_value(u, ACT, alpha) * gain
         if CLAMPED:
             y = tl.where(y > clamp, clamp, tl.where(y < -clamp, -clamp, y))
-        tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), mask=inside)
+        tl.store(y_ptr + first + i, y.to(y_ptr.dtype.element_ty), mask=inside)
 
     @triton.jit
     def bias_act_bwd_kernel(
         dy_ptr, v_ptr, ref_ptr, b_ptr, dx_ptr, sums_ptr,
-        outer, C, inner, alpha, gain, inv_gain, clamp,
+        outer, C, inner, row_parts, alpha, gain, inv_gain, clamp,
         ACT: tl.constexpr, HAS_B: tl.constexpr, CLAMPED: tl.constexpr, FROM_X: tl.constexpr,
-        SECOND: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+        SECOND: tl.constexpr, SUMS: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
-        # BLOCK elements of each of BLOCK_C channels at a time, of a part of the elements.
-        c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+        # ROWS of the outer rows [C, inner] at a time and of each BLOCK elements: of one channel or,
+        # LAST, of as many channels, inner being 1. A part is each row_parts-th tile of rows, and in
+        # these each span_parts-th span.
         part = tl.program_id(1)
-        parts = tl.num_programs(1)
-        total = outer * inner
+        span_parts = tl.num_programs(1) // row_parts
+        j = tl.arange(0, BLOCK)[None, :]
+        r = tl.arange(0, ROWS)[:, None]
+        rows = tl.cast(outer, tl.int64)
+        row_size = tl.cast(C, tl.int64) * inner
+        if LAST:
+            c = tl.program_id(0).to(tl.int64) * BLOCK
+            begin = c
+            width = tl.minimum(C - c, BLOCK)
+        else:
+            c = tl.program_id(0).to(tl.int64)
+            begin = c * inner
+            width = tl.cast(inner, tl.int64)
         bias = 0.0
         if HAS_B:
-            bias = tl.load(b_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-        acc = tl.zeros([BLOCK, BLOCK_C], tl.float32)
-        for start in range(part * BLOCK, total, parts * BLOCK):
-            e = start + tl.arange(0, BLOCK)[:, None]
-            inside = (e < total) & (c < C)
-            i = (e // inner).to(tl.int64) * C * inner + c * inner + e % inner
-            ref = tl.load(ref_ptr + i, mask=inside, other=0.0).to(tl.float32)
-            d = tl.load(dy_ptr + i, mask=inside, other=0.0).to(tl.float32)
+            if LAST:
+                bias = tl.load(b_ptr + c + j, mask=j < width, other=0.0).to(tl.float32)
+            else:
+                bias = tl.load(b_ptr + c).to(tl.float32)
+        if not FROM_X:
+            # y, as it was stored, meets the clamp as it was stored.
+            clamp = tl.full([], clamp, tl.float32).to(dx_ptr.dtype.element_ty).to(tl.float32)
+        acc = tl.zeros([ROWS, BLOCK], tl.float32)
+        at = r.to(tl.int64) * row_size + j
+        first = (part // row_parts).to(tl.int64) * BLOCK
+        row, start = (part % row_parts).to(tl.int64) * ROWS, first
+        while row < rows:  # one loop, not two: half as many pointers to keep
+            left = tl.minimum(width - start, BLOCK).to(tl.int32)
+            inside = (r < tl.minimum(rows - row, ROWS).to(tl.int32)) & (j < left)
+            offset = row * row_size + begin + start
+            ref = tl.load(ref_ptr + offset + at, mask=inside, other=0.0).to(tl.float32)
+            d = tl.load(dy_ptr + offset + at, mask=inside, other=0.0).to(tl.float32)
             u = ref + bias
             if FROM_X:
                 a = _act_value(u, ACT, alpha)
@@ -248,19 +308,24 @@ if _impl.triton is not None:
             else:
                 a = ref * inv_gain
                 y = ref
-                # y, as it was stored, meets the clamp as it was stored.
-                clamp = tl.full([], clamp, tl.float32).to(dx_ptr.dtype.element_ty).to(tl.float32)
             if SECOND:
-                d = d * tl.load(v_ptr + i, mask=inside, other=0.0).to(tl.float32)
+                d = d * tl.load(v_ptr + offset + at, mask=inside, other=0.0).to(tl.float32)
                 d = d * _act_curve(a, u, gain, ACT)
             else:
                 d = d * gain * _act_slope(a, u, ACT, alpha, FROM_X)
             if CLAMPED:
                 d = tl.where((y > -clamp) & (y < clamp), d, 0.0)
-            tl.store(dx_ptr + i, d.to(dx_ptr.dtype.element_ty), mask=inside)
+            tl.store(dx_ptr + offset + at, d.to(dx_ptr.dtype.element_ty), mask=inside)
             acc += tl.where(inside, d, 0.0)
+            start += span_parts * BLOCK
+            row = tl.where(start < width, row, row + row_parts * ROWS)
+            start = tl.where(start < width, start, first)
         if SUMS:
-            tl.store(sums_ptr + part * C + c, tl.sum(acc, 0)[None, :], mask=c < C)
+            sums = sums_ptr + part.to(tl.int64) * C + c
+            if LAST:
+                tl.store(sums + j, tl.sum(acc, 0)[None, :], mask=j < width)
+            else:
+                tl.store(sums, tl.sum(acc))
 
     def _in_order(x: Tensor) -> Tensor:
         """x in contiguous or channels-last memory."""
@@ -272,6 +337,12 @@ if _impl.triton is not None:
         sizes = [x.shape[d] for d in order]
         at = list(order).index(dim)
         return math.prod(sizes[:at]), x.shape[dim], math.prod(sizes[at + 1 :])
+
+    _power = triton.next_power_of_2
+
+    def _even(items: int, parts: int) -> int:
+        """The fewest parts of which none has more items than in `parts` parts."""
+        return triton.cdiv(items, triton.cdiv(items, min(items, parts)))
 
     @_impl.triton_op("bias_act")
     def _triton_fwd(
@@ -285,7 +356,7 @@ if _impl.triton is not None:
         slope = 1.0 if act == 0 else alpha
         torch.library.wrap_triton(bias_act_fwd_kernel)[(triton.cdiv(x.numel(), BLOCK),)](
             x, x if b is None else b, y, x.numel(), C, inner, slope, gain, clamp,
-            ACT=act, HAS_B=b is not None, CLAMPED=clamp >= 0, BLOCK=BLOCK,
+            ACT=act, HAS_B=b is not None, CLAMPED=clamp >= 0, LONG=inner >= BLOCK, BLOCK=BLOCK,
         )  # fmt: skip
         return y
 
@@ -298,22 +369,35 @@ if _impl.triton is not None:
         dy = dy.contiguous(memory_format=layout)
         v = None if v is None else v.contiguous(memory_format=layout)
         dx = torch.empty_like(ref)
-        outer, C, inner = _around(ref, dim)
-        block_c = min(64, triton.next_power_of_2(C)) if inner == 1 else 1
-        block, groups = BLOCK // block_c, triton.cdiv(C, block_c)
-        parts = max(1, min(triton.cdiv(outer * inner, 4 * block), max(64, 2048 // groups)))
         db_dtype = ref.dtype if b is None else b.dtype
+        C = ref.shape[dim]
         if ref.numel() == 0:
             return dx, torch.zeros(C if needs_db else 0, dtype=db_dtype, device=ref.device)
-        sums = torch.empty((parts, C) if needs_db else (0, C), device=ref.device)
+        b = b if from_x else None  # y has it
+        outer, channels, inner = _around(ref, dim)
+        last = inner == 1
+        if last and C < 16 and outer % 16 == 0:
+            # 16 rows as one of 16 C channels, whose accesses are of 16 bytes.
+            outer, channels, b = outer // 16, 16 * C, None if b is None else b.repeat(16)
+        block = min(64, _power(channels)) if last else min(BLOCK, _power(inner))
+        rows = min(BLOCK // block, _power(outer))
+        groups, spans = (
+            (triton.cdiv(channels, block), 1) if last else (C, triton.cdiv(inner, block))
+        )
+        parts = max(64, 2048 // groups)
+        parts = max(1, min(triton.cdiv(triton.cdiv(outer, rows) * spans, 4), parts))
+        row_parts = _even(triton.cdiv(outer, rows), parts)
+        parts = row_parts * _even(spans, parts // row_parts)
+        sums = torch.empty((parts, channels) if needs_db else (0, C), device=ref.device)
         slope = {0: 1.0, 1: 0.0}.get(act, alpha)
         torch.library.wrap_triton(bias_act_bwd_kernel)[(groups, parts)](
             dy, dy if v is None else v, ref, dy if b is None else b, dx, sums,
-            outer, C, inner, slope, gain, 1 / gain if gain else 0.0, clamp,
+            outer, channels, inner, row_parts, slope, gain, 1 / gain if gain else 0.0, clamp,
             ACT=act, HAS_B=b is not None, CLAMPED=clamp >= 0, FROM_X=from_x,
-            SECOND=v is not None, SUMS=needs_db, BLOCK=block, BLOCK_C=block_c,
+            SECOND=v is not None, SUMS=needs_db, LAST=last, ROWS=rows, BLOCK=block,
         )  # fmt: skip
-        return dx, sums.sum(0).to(db_dtype) if needs_db else sums.new_empty(0, dtype=db_dtype)
+        db = sums.reshape(-1, C).sum(0) if needs_db else sums.new_empty(0)
+        return dx, db.to(db_dtype)
 
     @_impl.triton_op("bias_act_bwd")
     def _triton_bwd(

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gankern.ops import _impl
 from gankern.ops.convolution import Form, convolution, has_own_kernels, no_weight_gradients
-from gankern.ops.upfirdn2d import upfirdn2d
+from gankern.ops.upfirdn2d import check_filter, check_length, check_padding, upfirdn2d
 
 __all__ = ["conv2d_resample", "no_weight_gradients"]
 
@@ -50,18 +51,25 @@ def conv2d_resample(
         flip_weight: True is a correlation, like torch's conv2d; False a convolution.
         flip_filter: False is a convolution with `f`, True a correlation.
         impl: "cuda", "triton", "cpu", "reference"; None is the best usable one. The convolution is
-            PyTorch's; for "cpu" kernels of our own run those of 3x3 in float32.
+            PyTorch's, but for "cpu", and None on a CPU, kernels of our own run float32 ones of 3x3
+            taps, and of 4x4 at stride 2 and padding 1, where they are faster.
 
     Returns:
         (N, O, (H * up + y0 + y1 - kh) // down + 1, ...) in the dtype of `x`, up to the remainder
         that an odd size leaves.
 
     Raises:
-        TypeError, ValueError: an argument is none of the above.
+        TypeError, ValueError: an argument is none of the above, or no output is left.
+        RuntimeError: impl cannot run here.
 
     Differentiable to any order in x and w. Source: StyleGAN2 (Karras et al., 2020), appendix B.
     """
-    pads = check_conv("conv2d_resample", x, w, up, down, padding, groups)
+    op = "conv2d_resample"
+    pads = check_conv(op, x, w, f, up, down, padding, groups, impl)
+    if flip_weight is not True and flip_weight is not False:
+        flip_weight = _impl.flag(op, "flip_weight", flip_weight)
+    if flip_filter is not True and flip_filter is not False:
+        flip_filter = _impl.flag(op, "flip_filter", flip_filter)
     x, w = to_conv_dtype(x, w)
     pads = filter_padding(f, up, down, pads)
     return resampled_conv(x, w, f, up, down, pads, groups, flip_weight, flip_filter, impl)
@@ -101,6 +109,8 @@ def resampled_conv(
         return _conv2d(x, w, stride=down, **conv)
     if pads[0] == pads[1] >= 0 and pads[2] == pads[3] >= 0:
         return _conv2d(x, w, padding=(pads[2], pads[0]), **conv)
+    if min(pads) < 0 < max(pads):  # a crop may be of more than the image: of its zeros too
+        x, pads = F.pad(x, [max(p, 0) for p in pads]), [min(p, 0) for p in pads]
     return _conv2d(F.pad(x, pads), w, **conv)
 
 
@@ -174,41 +184,67 @@ def check_conv(
     op: str,
     x: Tensor,
     w: Tensor,
+    f: Tensor | None,
     up: int,
     down: int,
     padding: int | Sequence[int],
-    groups: int = 1,
+    groups: int,
+    impl: str | None,
     weight: str = "w",
+    filter: str = "f",
+    wide: bool = True,
 ) -> list[int]:
-    """Raise on what neither torch's convolution nor upfirdn2d would name; returns the padding."""
-    for name, t, form in (("x", x, "(N, I, H, W)"), (weight, w, "(O, I / groups, kh, kw)")):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"{op}: {name} must be a floating-point tensor, got {t.dtype}")
-        if t.ndim != 4:
-            raise ValueError(f"{op}: {name} must be {form}, got shape {tuple(t.shape)}")
-    for name, value in (("up", up), ("down", down), ("groups", groups)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{op}: {name} must be an int of at least 1, got {value!r}")
-    if x.shape[1] != w.shape[1] * groups or w.shape[0] % groups:
+    """The padding of a valid convolution with resampling; weight, filter: the names of w and f."""
+    _impl.check_float(op, "x", x)
+    if not isinstance(w, Tensor) or not w.is_floating_point():
+        got = w.dtype if isinstance(w, Tensor) else type(w).__name__
+        raise TypeError(f"{op}: {weight} must be a floating-point tensor, got {got}")
+    images, weights = x.shape, w.shape
+    if len(images) != 4:
+        raise ValueError(f"{op}: x must be (N, I, H, W), got shape {tuple(images)}")
+    if len(weights) != 4:
         raise ValueError(
-            f"{op}: {weight} must be (O, I / groups, kh, kw) for I = {x.shape[1]} and "
-            f"groups = {groups}, got shape {tuple(w.shape)}"
+            f"{op}: {weight} must be (O, I / groups, kh, kw), got shape {tuple(weights)}"
+        )
+    if not (type(up) is type(down) is type(groups) is int and min(up, down, groups) > 0):
+        _check_counts(op, up=up, down=down, groups=groups)
+    if 0 in weights or 0 in images[2:]:
+        name, shape = (weight, weights) if 0 in weights else ("x", images)
+        raise ValueError(f"{op}: {name} must have channels and pixels, got shape {tuple(shape)}")
+    if images[1] != weights[1] * groups or weights[0] % groups:
+        raise ValueError(
+            f"{op}: {weight} must be (O, I / groups, kh, kw) for I = {images[1]} and "
+            f"groups = {groups}, got shape {tuple(weights)}"
         )
     if w.device != x.device:
         raise ValueError(f"{op}: {weight} must be on {x.device} like x, got {w.device}")
-    return parse_padding(op, padding)
+    pads = list(check_padding(op, padding))
+    if f is not None:
+        check_filter(op, filter, f, x, wide)
+    if impl is not None:
+        _impl.choose("upfirdn2d", impl, x, op)
+        if f is not None and up * down > 1:
+            check_length(op, filter, f, impl)
+    _, _, out_h, out_w = resampled_shape(images, weights, up, down, pads)
+    if out_h < 1 or out_w < 1:
+        raise ValueError(
+            f"{op}: padding must leave an output of at least 1x1 for x {tuple(images)}, "
+            f"{weights[2]}x{weights[3]} taps, up = {up} and down = {down}, got {tuple(pads)}"
+        )
+    return pads
 
 
-def parse_padding(op: str, padding: int | Sequence[int]) -> list[int]:
-    """[x0, x1, y0, y1] of an int, 2 or 4 ints."""
-    values = [padding] if isinstance(padding, int) else padding
-    if isinstance(values, (list, tuple)) and len(values) in (1, 2, 4):
-        whole = all(isinstance(p, int) and not isinstance(p, bool) for p in values)
-        if whole and len(values) == 4:
-            return list(values)
-        if whole:
-            return [values[0], values[0], values[-1], values[-1]]
-    came = f"{len(values)} values {tuple(values)}" if isinstance(values, (list, tuple)) else padding
-    raise ValueError(f"{op}: padding must be an int, 2 or 4 ints, got {came}")
+def _check_counts(op: str, **counts: Any) -> None:
+    for name, value in counts.items():
+        if type(value) is not int or value < 1:
+            error = ValueError if type(value) is int else TypeError
+            raise error(f"{op}: {name} must be an int of at least 1, got {_impl.shown(value)}")
+
+
+def resampled_shape(
+    x: Sequence[int], w: Sequence[int], up: int, down: int, pads: list[int]
+) -> tuple[int, int, int, int]:
+    """Of the output, for shapes of x and w; pads: without what the filter adds."""
+    height = (x[2] * up + pads[2] + pads[3] - w[2] + 1) // down
+    width = (x[3] * up + pads[0] + pads[1] - w[3] + 1) // down
+    return x[0], w[0], height, width

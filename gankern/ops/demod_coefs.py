@@ -38,16 +38,17 @@ def demod_coefs(
     backward computes none in weight.
     Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", equation 3.
     """
-    _check(weight, styles, eps)
+    eps = _check(weight, styles, eps)
     if torch.float64 in (weight.dtype, styles.dtype):
         weight, styles = weight.double(), styles.double()
     chosen = _impl.choose("demod_coefs", impl, weight)
     if chosen == "reference":
         return demod_coefs_reference(gate(weight), styles, eps)
-    return _fwd(weight, styles, float(eps), chosen)
+    return _fwd(weight, styles, eps, chosen)
 
 
-def _check(weight: Tensor, styles: Tensor, eps: float) -> None:
+def _check(weight: Tensor, styles: Tensor, eps: float) -> float:
+    """Validated eps."""
     _impl.check_float("demod_coefs", "weight", weight)
     _impl.check_float("demod_coefs", "styles", styles)
     shape = weight.shape
@@ -61,10 +62,9 @@ def _check(weight: Tensor, styles: Tensor, eps: float) -> None:
         raise ValueError(
             f"demod_coefs: styles must be on weight's device {weight.device}, got {styles.device}"
         )
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"demod_coefs: eps must be a number, got {type(eps).__name__}")
-    if not eps >= 0:
-        raise ValueError(f"demod_coefs: eps must be at least 0, got {eps}")
+    if type(eps) is not float or not eps >= 0:
+        eps = _impl.number("demod_coefs", "eps", eps, least="at least 0")
+    return eps
 
 
 # --- Reference: plain PyTorch, differentiable to any order.
@@ -93,17 +93,20 @@ if _impl.triton is not None:
         BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
     ):  # fmt: skip
         # A program per output channel and BLOCK_N samples.
-        o = tl.program_id(0).to(tl.int64)
-        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        tiles = tl.maximum(tl.cdiv(N, BLOCK_N), 1)
+        o = (tl.program_id(0) // tiles).to(tl.int64)
+        tile = tl.program_id(0) % tiles
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        k_step = tl.cast(stride_k, tl.int64)
         total = tl.zeros([BLOCK_N], tl.float32)
         for start in range(0, ins, BLOCK_I):
             i = start + tl.arange(0, BLOCK_I)
             square_sum = tl.zeros([BLOCK_I], tl.float32)
             for k in range(K):
-                at = o * ins * K + i.to(tl.int64) * stride_i + k * stride_k
+                at = o * ins * K + i.to(tl.int64) * stride_i + k * k_step
                 w = tl.load(w_ptr + at, mask=i < ins, other=0.0).to(tl.float32)
                 square_sum += w * w
-            if tl.program_id(1) == 0:
+            if tile == 0:
                 tl.store(q_ptr + o * ins + i, square_sum, mask=i < ins)
             mask = (n < N)[:, None] & (i < ins)[None, :]
             at = n.to(tl.int64)[:, None] * ins + i[None, :]
@@ -113,12 +116,16 @@ if _impl.triton is not None:
 
     @triton.jit
     def demod_coefs_bwd_kernel(
-        dd_ptr, d_ptr, q_ptr, w_ptr, s_ptr, dw_ptr, ds_ptr, N, outs, ins, K, style_programs,
-        LAST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+        dd_ptr, d_ptr, q_ptr, w_ptr, s_ptr, dw_ptr, ds_ptr, N, outs, ins, style_programs,
+        K: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+        BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
     ):  # fmt: skip
         # The first programs take one sample and BLOCK_I input channels of ds each, the others one
-        # output channel and BLOCK elements of dW.
+        # output channel and BLOCK elements of dW, LAST of one tap.
         program = tl.program_id(0)
+        n_step, s_step = tl.cast(outs, tl.int64), tl.cast(ins, tl.int64)
+        if WIDE:  # indices in an output channel's weights
+            ins = tl.cast(ins, tl.int64)
         if program < style_programs:
             tiles = tl.cdiv(ins, BLOCK_I)
             n = (program // tiles).to(tl.int64)
@@ -135,20 +142,27 @@ if _impl.triton is not None:
             tl.store(ds_ptr + n * ins + i, (s * total).to(ds_ptr.dtype.element_ty), mask=i < ins)
         else:
             # The names differ from those above: Triton gives a name one type in both branches.
-            parts = tl.cdiv(ins * K, BLOCK)
+            tiles_i = tl.cdiv(ins, BLOCK) if LAST else tl.cdiv(ins * K, BLOCK)
+            parts = tiles_i * K if LAST else tiles_i
             row = ((program - style_programs) // parts).to(tl.int64)
-            e = (program - style_programs) % parts * BLOCK + tl.arange(0, BLOCK)
-            inside = e < ins * K
-            channel = e % ins if LAST else e // K
+            part = (program - style_programs) % parts
+            if LAST:
+                channel = part % tiles_i * BLOCK + tl.arange(0, BLOCK)
+                inside = channel < ins
+                e = part // tiles_i * ins + channel
+            else:
+                e = part * BLOCK + tl.arange(0, BLOCK)
+                inside = e < ins * K
+                channel = e // K
             factor = tl.zeros([BLOCK], tl.float32)
             for m in range(N):
-                dm = tl.load(d_ptr + m * outs + row)
-                gm = -tl.load(dd_ptr + m * outs + row) * dm * dm * dm
-                sm = tl.load(s_ptr + m * ins + channel, mask=inside, other=0.0).to(tl.float32)
+                dm = tl.load(d_ptr + m * n_step + row)
+                gm = -tl.load(dd_ptr + m * n_step + row) * dm * dm * dm
+                sm = tl.load(s_ptr + m * s_step + channel, mask=inside, other=0.0).to(tl.float32)
                 factor += gm * sm * sm
-            w = tl.load(w_ptr + row * ins * K + e, mask=inside, other=0.0).to(tl.float32)
+            w = tl.load(w_ptr + row * s_step * K + e, mask=inside, other=0.0).to(tl.float32)
             dw = (w * factor).to(dw_ptr.dtype.element_ty)
-            tl.store(dw_ptr + row * ins * K + e, dw, mask=inside)
+            tl.store(dw_ptr + row * s_step * K + e, dw, mask=inside)
 
     def _lay_out(weight: Tensor) -> tuple[Tensor, bool]:
         """weight as the kernels take it, and whether its input channels lie side by side."""
@@ -166,7 +180,7 @@ if _impl.triton is not None:
             return d, q
         block_n = min(triton.next_power_of_2(max(n, 1)), 16)
         block_i = min(triton.next_power_of_2(max(i, 1)), 512)
-        grid = (o, triton.cdiv(max(n, 1), block_n))
+        grid = (o * triton.cdiv(max(n, 1), block_n),)
         torch.library.wrap_triton(demod_coefs_fwd_kernel)[grid](
             weight, styles.contiguous(), d, q, n, o, i, k, 1 if last else k, i if last else 1, eps,
             BLOCK_N=block_n, BLOCK_I=block_i,
@@ -184,12 +198,15 @@ if _impl.triton is not None:
         dstyles = torch.empty_like(styles) if needs_dstyles else styles.new_empty(0)
         (o, i), k, n = weight.shape[:2], weight.shape[2] * weight.shape[3], styles.shape[0]
         style_programs = n * triton.cdiv(i, 64) if dstyles.numel() else 0
-        programs = style_programs + (o * triton.cdiv(i * k, 1024) if dweight.numel() else 0)
+        block = min(1024, triton.next_power_of_2(max(i, 1))) if last else 1024
+        parts = k * triton.cdiv(i, block) if last else triton.cdiv(i * k, block)
+        programs = style_programs + (o * parts if dweight.numel() else 0)
         if programs == 0:
             return dweight, dstyles
         torch.library.wrap_triton(demod_coefs_bwd_kernel)[(programs,)](
-            dd.contiguous(), d, q, weight, styles, dweight, dstyles, n, o, i, k,
-            style_programs, LAST=last, BLOCK=1024, BLOCK_O=32, BLOCK_I=64,
+            dd.contiguous(), d, q, weight, styles, dweight, dstyles, n, o, i, style_programs,
+            K=k, LAST=last, WIDE=(i + block) * k >= 2**31, BLOCK=block, BLOCK_O=32, BLOCK_I=64,
+            num_warps=max(1, block // 256),
         )  # fmt: skip
         return dweight, dstyles
 

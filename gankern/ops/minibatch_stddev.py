@@ -46,7 +46,7 @@ def minibatch_stddev(
     Saves x.
     Source: Karras et al. 2018, "Progressive Growing of GANs", section 3.
     """
-    _check(x, group_size, num_channels)
+    group_size, num_channels = _check(x, group_size, num_channels)
     chosen = _impl.choose("minibatch_stddev", impl, x)
     if chosen == "reference":
         return minibatch_stddev_reference(x, group_size, num_channels)
@@ -56,29 +56,31 @@ def minibatch_stddev(
     return _impl.op(chosen, "minibatch_stddev")(x, groups, num_channels)
 
 
-def _check(x: Tensor, group_size: int | None, num_channels: int) -> None:
+def _check(x: Tensor, group_size: int | None, num_channels: int) -> tuple[int | None, int]:
+    """Validated group_size and num_channels."""
     _impl.check_float("minibatch_stddev", "x", x)
     shape = x.shape
     if len(shape) < 2 or shape[1] == 0:
         raise ValueError(
             f"minibatch_stddev: x must be (N, C, *) with at least one channel, got {tuple(shape)}"
         )
-    for name, value, wanted in (
-        ("group_size", group_size, "an int or None"),
-        ("num_channels", num_channels, "an int"),
-    ):
-        if value is None and name == "group_size":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            got = type(value).__name__
-            raise TypeError(f"minibatch_stddev: {name} must be {wanted}, got {got}")
-        if value < 1:
-            raise ValueError(f"minibatch_stddev: {name} must be at least 1, got {value}")
+    if group_size is not None and (type(group_size) is not int or group_size < 1):
+        group_size = _positive("group_size", group_size, "an int or None")
+    if type(num_channels) is not int or num_channels < 1:
+        num_channels = _positive("num_channels", num_channels, "an int")
     if shape[1] % num_channels:
         raise ValueError(
             f"minibatch_stddev: num_channels must divide the {shape[1]} channels of x, "
             f"got {num_channels}"
         )
+    return group_size, num_channels
+
+
+def _positive(name: str, value: Any, wanted: str) -> int:
+    value = _impl.integer("minibatch_stddev", name, value, wanted)
+    if value < 1:
+        raise ValueError(f"minibatch_stddev: {name} must be at least 1, got {value}")
+    return value
 
 
 def _groups(n: int, group_size: int | None) -> int:
@@ -101,7 +103,8 @@ def minibatch_stddev_reference(
         statistic = torch.cat(parts)
     statistic = statistic.repeat(-(-n // groups), 1)[:n]  # [N, F]: sample n has group n mod M
     planes = statistic.reshape(n, num_channels, *[1] * (x.dim() - 2))
-    return torch.cat([x, planes.expand(-1, -1, *x.shape[2:]).to(x.dtype)], dim=1)
+    y = torch.cat([x, planes.expand(-1, -1, *x.shape[2:]).to(x.dtype)], dim=1)
+    return y.contiguous(memory_format=_impl.memory_format(x))
 
 
 def _statistic(x: Tensor, groups: int, num_channels: int) -> Tensor:
@@ -140,83 +143,84 @@ if _impl.triton is not None:
     BLOCK = 1024
 
     @triton.jit
-    def minibatch_stddev_fwd_kernel(
-        x_ptr, y_ptr, sums_ptr, N, M, F, L, x_sample, y_sample,
-        ROW: tl.constexpr, Y_ROW: tl.constexpr, BLOCK: tl.constexpr,
+    def _positions(
+        programs, F, L, ROW: tl.constexpr, Y_ROW: tl.constexpr, WIDE: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
-        # Positions of one statistic: L of them, in rows of ROW that lie Y_ROW apart in y and
-        # F * ROW in x; ROW is 0 where they are one row.
-        group = tl.program_id(0).to(tl.int64)
-        m = group // F
-        f = group % F
-        i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = i < L
+        """BLOCK of the L positions of one statistic: the group, the first of them in a sample,
+        theirs in x and in y from there, and which there are. They lie in rows of ROW, Y_ROW apart
+        in y and F * ROW in x; ROW is 0 where they are one row."""
+        m = (tl.program_id(0) // programs // F).to(tl.int64)
+        f = (tl.program_id(0) // programs % F).to(tl.int64)
+        program = tl.program_id(0) % programs
+        if WIDE:
+            program = program.to(tl.int64)
+        i = program * BLOCK + tl.arange(0, BLOCK)
         if ROW == 0:
-            x_at = x_ptr + f * L + i
-            y_at = y_ptr + f * L + i
+            first, x_at, y_at = f * L, i, i
         else:
-            x_at = x_ptr + (i // ROW) * F * ROW + f * ROW + i % ROW
-            y_at = y_ptr + (i // ROW) * Y_ROW + f * ROW + i % ROW
-        origin = tl.load(x_at + m * x_sample, mask=inside, other=0.0).to(tl.float32)
+            first, row, col = f * ROW, i // ROW, i % ROW
+            x_at, y_at = row * F * ROW + col, row * Y_ROW + col
+        return m, first, x_at, y_at, i < L
+
+    @triton.jit
+    def minibatch_stddev_fwd_kernel(
+        x_ptr, y_ptr, sums_ptr, programs, N, M, F, L, x_sample, y_sample,
+        ROW: tl.constexpr, Y_ROW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        m, first, x_at, y_at, inside = _positions(programs, F, L, ROW, Y_ROW, WIDE, BLOCK)
+        x_step, y_step = tl.cast(x_sample, tl.int64), tl.cast(y_sample, tl.int64)
+        x_ptr, y_ptr = x_ptr + first, y_ptr + first
+        origin = tl.load(x_ptr + m * x_step + x_at, mask=inside, other=0.0).to(tl.float32)
         total = tl.zeros([BLOCK], tl.float32)
         square = tl.zeros([BLOCK], tl.float32)
-        size = (N - m + M - 1).to(tl.int32) // M
-        for k in range(size):
-            n = m + k * M
-            x = tl.load(x_at + n * x_sample, mask=inside, other=0.0)
-            tl.store(y_at + n * y_sample, x, mask=inside)
+        for n in range(m, tl.cast(N, tl.int64), M):
+            x = tl.load(x_ptr + n * x_step + x_at, mask=inside, other=0.0)
+            tl.store(y_ptr + n * y_step + y_at, x, mask=inside)
             d = x.to(tl.float32) - origin
             total += d
             square += d * d
+        size = (N - m + M - 1) // M
         d = total / size
         var = tl.maximum(square / size - d * d, 0.0, propagate_nan=tl.PropagateNan.ALL)
         std = tl.where(inside, tl.sqrt(var + 1e-8), 0.0)
-        tl.store(sums_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(std))
+        tl.store(sums_ptr + tl.program_id(0), tl.sum(std))
 
     @triton.jit
     def minibatch_stddev_bwd_kernel(
-        dy_ptr, x_ptr, slope_ptr, dx_ptr, N, M, F, L, x_sample, y_sample,
-        ROW: tl.constexpr, Y_ROW: tl.constexpr, BLOCK: tl.constexpr,
+        dy_ptr, x_ptr, slope_ptr, dx_ptr, programs, N, M, F, L, x_sample, y_sample,
+        ROW: tl.constexpr, Y_ROW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        group = tl.program_id(0).to(tl.int64)
-        m = group // F
-        f = group % F
-        i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = i < L
-        if ROW == 0:
-            x_at = f * L + i
-            y_at = f * L + i
-        else:
-            x_at = (i // ROW) * F * ROW + f * ROW + i % ROW
-            y_at = (i // ROW) * Y_ROW + f * ROW + i % ROW
-        first = x_ptr + x_at + m * x_sample
-        origin = tl.load(first, mask=inside, other=0.0).to(tl.float32)
+        m, first, x_at, y_at, inside = _positions(programs, F, L, ROW, Y_ROW, WIDE, BLOCK)
+        x_step, y_step = tl.cast(x_sample, tl.int64), tl.cast(y_sample, tl.int64)
+        x_ptr, dy_ptr, dx_ptr = x_ptr + first, dy_ptr + first, dx_ptr + first
+        origin = tl.load(x_ptr + m * x_step + x_at, mask=inside, other=0.0).to(tl.float32)
         total = tl.zeros([BLOCK], tl.float32)
         square = tl.zeros([BLOCK], tl.float32)
-        size = (N - m + M - 1).to(tl.int32) // M
-        for k in range(size):
-            n = m + k * M
-            x = tl.load(x_ptr + x_at + n * x_sample, mask=inside, other=0.0)
+        for n in range(m, tl.cast(N, tl.int64), M):
+            x = tl.load(x_ptr + n * x_step + x_at, mask=inside, other=0.0)
             d = x.to(tl.float32) - origin
             total += d
             square += d * d
+        size = (N - m + M - 1) // M
         mean = total / size
         var = tl.maximum(square / size - mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        factor = tl.load(slope_ptr + tl.program_id(0)) / tl.sqrt(var + 1e-8)
-        for k in range(size):
-            n = m + k * M
-            x = tl.load(x_ptr + x_at + n * x_sample, mask=inside, other=0.0)
-            dy = tl.load(dy_ptr + y_at + n * y_sample, mask=inside, other=0.0)
+        factor = tl.load(slope_ptr + tl.program_id(0) // programs) / tl.sqrt(var + 1e-8)
+        for n in range(m, tl.cast(N, tl.int64), M):
+            x = tl.load(x_ptr + n * x_step + x_at, mask=inside, other=0.0)
+            dy = tl.load(dy_ptr + n * y_step + y_at, mask=inside, other=0.0)
             dx = dy.to(tl.float32) + factor * ((x.to(tl.float32) - origin) - mean)
-            at = dx_ptr + x_at + n * x_sample
+            at = dx_ptr + n * x_step + x_at
             tl.store(at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
-    def _arguments(x: Tensor, groups: int, num_channels: int) -> tuple[dict[str, int], int]:
-        """What both kernels take, and the programs of a group."""
+    def _arguments(x: Tensor, groups: int, num_channels: int) -> tuple[dict[str, int], tuple[int]]:
+        """What both kernels take, and their grid."""
         n, c = x.shape[:2]
         pixels = x[0, 0].numel()
         last = not x.is_contiguous()
+        programs = triton.cdiv(c // num_channels * pixels, BLOCK)
         arguments = {
+            "programs": programs,
             "N": n,
             "M": groups,
             "F": num_channels,
@@ -225,9 +229,10 @@ if _impl.triton is not None:
             "y_sample": (c + num_channels) * pixels,
             "ROW": c // num_channels if last else 0,
             "Y_ROW": c + num_channels if last else 0,
+            "WIDE": (c + num_channels) * (pixels + BLOCK) >= 2**31,
             "BLOCK": BLOCK,
         }
-        return arguments, triton.cdiv(c // num_channels * pixels, BLOCK)
+        return arguments, (groups * num_channels * programs,)
 
     @_impl.triton_op("minibatch_stddev")
     def _triton_fwd(x: Tensor, groups: int, num_channels: int) -> Tensor:
@@ -238,11 +243,9 @@ if _impl.triton is not None:
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
         if x.numel() == 0:
             return y
-        arguments, programs = _arguments(x, groups, num_channels)
-        sums = torch.empty(groups, num_channels, programs, device=x.device)
-        torch.library.wrap_triton(minibatch_stddev_fwd_kernel)[(groups * num_channels, programs)](
-            x, y, sums, **arguments
-        )
+        arguments, grid = _arguments(x, groups, num_channels)
+        sums = torch.empty(groups, num_channels, arguments["programs"], device=x.device)
+        torch.library.wrap_triton(minibatch_stddev_fwd_kernel)[grid](x, y, sums, **arguments)
         statistic = sums.sum(2) / arguments["L"]
         statistic = statistic.repeat(-(-n // groups), 1)[:n].to(x.dtype)
         y[:, c:] = statistic.reshape(n, num_channels, *[1] * (x.dim() - 2))
@@ -256,7 +259,7 @@ if _impl.triton is not None:
         if x.numel() == 0:
             return dx
         n, c = x.shape[:2]
-        arguments, programs = _arguments(x, groups, num_channels)
+        arguments, grid = _arguments(x, groups, num_channels)
         slope = dy[:, c:].to(torch.float32).reshape(n, num_channels, -1).sum(2)
         size = -(-n // groups)
         slope = torch.nn.functional.pad(slope, (0, 0, 0, size * groups - n))
@@ -264,9 +267,7 @@ if _impl.triton is not None:
         slope = slope.reshape(size, groups, num_channels).sum(0) / (
             counts[:, None] * arguments["L"]
         )
-        torch.library.wrap_triton(minibatch_stddev_bwd_kernel)[(groups * num_channels, programs)](
-            dy, x, slope, dx, **arguments
-        )
+        torch.library.wrap_triton(minibatch_stddev_bwd_kernel)[grid](dy, x, slope, dx, **arguments)
         return dx
 
 

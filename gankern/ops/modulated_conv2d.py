@@ -16,6 +16,7 @@ from gankern.ops.conv2d_resample import (
     conv_dtype,
     filter_padding,
     resampled_conv,
+    resampled_shape,
     to_conv_dtype,
 )
 from gankern.ops.convolution import (
@@ -79,21 +80,28 @@ def modulated_conv2d(
         (N, O, out_h, out_w) in the dtype of `x`, in size as `conv2d_resample`.
 
     Raises:
-        TypeError, ValueError: an argument is none of the above.
+        TypeError, ValueError: an argument is none of the above, or no output is left.
+        RuntimeError: impl cannot run here.
 
     Differentiable to any order in x, weight, styles and noise. Source: StyleGAN2 (Karras et al.,
     2020), equations 1 to 3; range of float16: StyleGAN2-ADA (Karras et al., 2020), appendix C.
     """
-    pads = check_modulated("modulated_conv2d", x, weight, styles, noise, up, down, padding)
+    op, f = "modulated_conv2d", resample_filter
+    pads = check_modulated(op, x, weight, styles, f, up, down, padding, impl)
+    if noise is not None:
+        _check_noise(op, noise, x, resampled_shape(x.shape, weight.shape, up, down, pads))
+    demodulate, flip_weight = check_flags(op, demodulate, flip_weight)
+    if fused_modconv is not False and fused_modconv is not True:
+        fused_modconv = _impl.flag(op, "fused_modconv", fused_modconv)
     args = (up, down, pads, 1, flip_weight, False)
     if fused_modconv:
-        y = _grouped(x, weight, styles, resample_filter, demodulate, args, impl)
+        y = _grouped(x, weight, styles, f, demodulate, args, impl)
         return y if noise is None else y + noise.to(y.dtype)
     x, weight, styles, d = modulation(x, weight, styles, demodulate, impl)
-    pads = filter_padding(resample_filter, up, down, pads)
+    pads = filter_padding(f, up, down, pads)
     how = (up, down, pads, 1, flip_weight, False, impl)
     convolve = scaled_convolution(styles, impl)
-    y = resampled_conv(x, weight, resample_filter, *how, convolve=convolve)
+    y = resampled_conv(x, weight, f, *how, convolve=convolve)
     return _scale_add(y, d, noise)
 
 
@@ -278,12 +286,16 @@ def check_modulated(
     x: Tensor,
     weight: Tensor,
     styles: Tensor,
-    noise: Tensor | None,
+    f: Tensor | None,
     up: int,
     down: int,
     padding: int | Sequence[int],
+    impl: str | None,
+    wide: bool = True,
 ) -> list[int]:
-    pads = check_conv(op, x, weight, up, down, padding, weight="weight")
+    """The padding of a valid modulated convolution; f: its resample_filter."""
+    names = ("weight", "resample_filter", wide)
+    pads = check_conv(op, x, weight, f, up, down, padding, 1, impl, *names)
     if not isinstance(styles, Tensor) or not styles.is_floating_point():
         got = styles.dtype if isinstance(styles, Tensor) else type(styles).__name__
         raise TypeError(f"{op}: styles must be a floating-point tensor, got {got}")
@@ -291,7 +303,25 @@ def check_modulated(
         raise ValueError(
             f"{op}: styles must be (N, I) = {tuple(x.shape[:2])}, got shape {tuple(styles.shape)}"
         )
-    if noise is not None and (not isinstance(noise, Tensor) or not noise.is_floating_point()):
+    if styles.device != x.device:
+        raise ValueError(f"{op}: styles must be on {x.device} like x, got {styles.device}")
+    return pads
+
+
+def check_flags(op: str, demodulate: bool, flip_weight: bool) -> tuple[bool, bool]:
+    if demodulate is not True and demodulate is not False:
+        demodulate = _impl.flag(op, "demodulate", demodulate)
+    if flip_weight is not True and flip_weight is not False:
+        flip_weight = _impl.flag(op, "flip_weight", flip_weight)
+    return demodulate, flip_weight
+
+
+def _check_noise(op: str, noise: Any, x: Tensor, out: tuple[int, ...]) -> None:
+    if not isinstance(noise, Tensor) or not noise.is_floating_point():
         got = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
         raise TypeError(f"{op}: noise must be a floating-point tensor or None, got {got}")
-    return pads
+    fits = zip(reversed(noise.shape), reversed(out), strict=False)
+    if noise.ndim > 4 or not all(size in (1, wanted) for size, wanted in fits):
+        raise ValueError(f"{op}: noise must broadcast to {out}, got shape {tuple(noise.shape)}")
+    if noise.device != x.device:
+        raise ValueError(f"{op}: noise must be on {x.device} like x, got {noise.device}")

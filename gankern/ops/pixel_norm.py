@@ -19,13 +19,14 @@ def pixel_norm(x: Tensor, dim: int = 1, eps: float = 1e-8, *, impl: str | None =
     """Scale every vector along `dim` to a mean square of one: y = x * rsqrt(mean(x², dim) + eps).
 
     Args:
-        x: any shape; float32, float16, bfloat16 or float64; any strides (dense ones are kept).
+        x: any shape; float32, float16, bfloat16 or float64; any strides. Dense ones are kept, by
+            Triton those of contiguous and channels-last memory alone.
         dim: the dimension that holds a vector; negative ones count from the end.
         eps: added to the mean square; above 0 it keeps a zero vector finite.
         impl: None (the best that can run), "cuda", "triton", "cpu" or "reference".
 
     Returns:
-        y of x's shape, dtype and memory format; 16-bit types are accumulated in float32.
+        y of x's shape and dtype; 16-bit types are accumulated in float32.
 
     Raises:
         TypeError, ValueError: an argument is not as above. RuntimeError: impl cannot run here.
@@ -34,26 +35,24 @@ def pixel_norm(x: Tensor, dim: int = 1, eps: float = 1e-8, *, impl: str | None =
     PyTorch's. Saves x.
     Source: Karras et al. 2018, "Progressive Growing of GANs", section 4.2.
     """
-    dim = _check(x, dim, eps)
+    dim, eps = _check(x, dim, eps)
     chosen = _impl.choose("pixel_norm", impl, x)
     if chosen == "reference":
         return pixel_norm_reference(x, dim, eps)
-    return _fwd(x, dim, float(eps), chosen)
+    return _fwd(x, dim, eps, chosen)
 
 
-def _check(x: Tensor, dim: int, eps: float) -> int:
-    """Validated dim >= 0."""
+def _check(x: Tensor, dim: int, eps: float) -> tuple[int, float]:
+    """Validated dim >= 0 and eps."""
     _impl.check_float("pixel_norm", "x", x)
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"pixel_norm: dim must be an int, got {type(dim).__name__}")
+    if type(dim) is not int:
+        dim = _impl.integer("pixel_norm", "dim", dim)
     ndim = x.dim()
     if not -ndim <= dim < ndim:
         raise ValueError(f"pixel_norm: dim must be a dimension of x {tuple(x.shape)}, got {dim}")
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"pixel_norm: eps must be a number, got {type(eps).__name__}")
-    if not eps >= 0:
-        raise ValueError(f"pixel_norm: eps must be at least 0, got {eps}")
-    return dim % ndim
+    if type(eps) is not float or not eps >= 0:
+        eps = _impl.number("pixel_norm", "eps", eps, least="at least 0")
+    return dim % ndim, eps
 
 
 # --- Reference: plain PyTorch, differentiable to any order.
@@ -77,20 +76,25 @@ if _impl.triton is not None:
     @triton.jit
     def pixel_norm_kernel(
         g_ptr, dy_ptr, x_ptr, out_ptr, dx_ptr, outer, C, inner, eps,
-        ORDER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
+        ORDER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
         # ORDER 0: out = y. 1: out = dx of dy. 2: out = d(dy), dx = d(x) of g, the gradient of dx.
+        # BLOCK_V vectors: WIDTH of inner, of BLOCK_V / WIDTH of outer.
+        tiles = tl.cdiv(inner, WIDTH)
+        v = tl.arange(0, BLOCK_V)[None, :]
+        o = (tl.program_id(0) // tiles).to(tl.int64) * (BLOCK_V // WIDTH) + v // WIDTH
+        i = (tl.program_id(0) % tiles).to(tl.int64) * WIDTH + v % WIDTH
         c = tl.arange(0, BLOCK_C)[:, None]
-        v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-        inside = (v < outer * inner)[None, :]
-        base = ((v // inner) * C * inner + v % inner)[None, :]
+        base = o * C * inner + i
+        channels = tl.cast(C, tl.int64)
+        vectors = (o < outer) & (i < inner)
         xx = tl.zeros([BLOCK_V], tl.float32)
         gd = tl.zeros([BLOCK_V], tl.float32)
         gx = tl.zeros([BLOCK_V], tl.float32)
         xd = tl.zeros([BLOCK_V], tl.float32)
-        for start in range(0, C, BLOCK_C):
-            at = base + (start + c).to(tl.int64) * inner
-            mask = inside & (start + c < C)
+        for start in range(0, channels, BLOCK_C):
+            at = base + (start + c.to(tl.int64)) * inner
+            mask = vectors & (start + c < C)
             x = _load(x_ptr, at, mask)
             xx += tl.sum(x * x, 0)
             if ORDER > 0:
@@ -105,9 +109,9 @@ if _impl.triton is not None:
         kgx = k * gx[None, :]
         kxd = k * xd[None, :]
         curve = 3 * kgx * kxd / r - k * gd[None, :]
-        for start in range(0, C, BLOCK_C):
-            at = base + (start + c).to(tl.int64) * inner
-            mask = inside & (start + c < C)
+        for start in range(0, channels, BLOCK_C):
+            at = base + (start + c.to(tl.int64)) * inner
+            mask = vectors & (start + c < C)
             x = _load(x_ptr, at, mask)
             if ORDER == 0:
                 out = r * x
@@ -138,11 +142,12 @@ if _impl.triton is not None:
         C = x.shape[dim]
         block_c = min(triton.next_power_of_2(C), 1024)
         block_v = max(8, 4096 // block_c)
-        grid = (triton.cdiv(outer * inner, block_v),)
+        width = min(block_v, triton.next_power_of_2(inner))
+        grid = (triton.cdiv(outer, block_v // width) * triton.cdiv(inner, width),)
         g, dy = (tensors[-3] if order == 2 else x), (tensors[-2] if order else x)
         torch.library.wrap_triton(pixel_norm_kernel)[grid](
             g, dy, x, outputs[0], outputs[-1], outer, C, inner, eps,
-            ORDER=order, BLOCK_C=block_c, BLOCK_V=block_v,
+            ORDER=order, BLOCK_C=block_c, BLOCK_V=block_v, WIDTH=width,
         )  # fmt: skip
         return outputs
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from gankern.ops import _impl
-from gankern.ops.bias_act import ACTS, bias_act, bias_act_reference
+from gankern.ops.bias_act import ACTS, activation, bias_act, bias_act_reference
 from gankern.ops.bias_act import _bwd as bias_act_bwd
-from gankern.ops.conv2d_resample import parse_padding
 from gankern.ops.convolution import weight_gradients
-from gankern.ops.upfirdn2d import upfirdn2d
+from gankern.ops.upfirdn2d import MAX_TAPS, check_filter, check_length, check_padding, upfirdn2d
 
 if _impl.triton is not None:
     import triton
@@ -48,7 +47,8 @@ def synthesis_epilogue(
     Args:
         x: output of the convolution, [N, C, H, W]; float32, float16, bfloat16 or float64, any
             strides (contiguous and channels-last ones are kept).
-        f: filter, float32, [taps_y, taps_x] or [taps] for a separable one; None: the identity.
+        f: filter, float32, [taps_y, taps_x] or [taps] for a separable one, of lengths as
+            `upfirdn2d` takes them; None: the identity.
         d: demodulation coefficients, [N, C] of x's dtype or float32, or None.
         noise: [N, 1, out_h, out_w], [1, 1, out_h, out_w] or [out_h, out_w] of x's dtype or float32.
         noise_strength: factor on the noise, one value or [C]; None: 1.
@@ -66,19 +66,42 @@ def synthesis_epilogue(
         TypeError, ValueError: an argument is not as above. RuntimeError: impl cannot run here.
 
     Gradients: of any order in x, d, noise, noise_strength and b. The first is a kernel that reads
-    x and dy once and recomputes the rest. For linear, relu and lrelu the second is one too on the
-    CPU, and in CUDA without a filter, and what is not is calls of the first two; for other
-    activations the orders above the first are composed of upfirdn2d and bias_act.
+    x and dy once and recomputes the rest; Triton applies the filter in a second one. Where noise
+    itself takes a gradient, for a filter of more than 64 taps a side, and on a GPU for one of more
+    than 4, or with padding below 0 or not below its taps, forward and gradients are upfirdn2d,
+    PyTorch's operations and bias_act, in several passes. For linear, relu and lrelu the second
+    order is a kernel too on the CPU, and in CUDA without a filter, and what is not is calls of the
+    first two; for other activations the orders above the first are composed of upfirdn2d and
+    bias_act.
     Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", figure 2.
     """
-    _impl.check_float(OP, "x", x)
-    if x.ndim != 4:
-        raise ValueError(f"{OP}: x must be [N, C, H, W], got shape {tuple(x.shape)}")
-    numbers = (act, alpha, gain, clamp)
-    pads, args = _check(x, x.shape, f, d, noise, noise_strength, b, padding, *numbers)
-    if f is None and (any(pads) or filter_gain != 1):
+    pads, shape = _check(x, f, padding, impl)
+    if flip_filter is not True and flip_filter is not False:
+        flip_filter = _impl.flag(OP, "flip_filter", flip_filter)
+    if type(filter_gain) not in (float, int) or filter_gain != filter_gain:
+        filter_gain = _impl.number(OP, "filter_gain", filter_gain)
+    if d is not None:
+        _check_operand(OP, x, "d", d, shape[:2])
+    rest = (noise, noise_strength, b)
+    numbers = check_tail(OP, x, shape, *rest, act, alpha, gain, clamp)
+    args = (*pads, flip_filter, float(filter_gain), act, *numbers)
+    return epilogue(x, f, d, *rest, args, impl)
+
+
+def epilogue(
+    x: Tensor,
+    f: Tensor | None,
+    d: Tensor | None,
+    noise: Tensor | None,
+    noise_strength: Tensor | None,
+    b: Tensor | None,
+    args: tuple[Any, ...],
+    impl: str | None,
+) -> Tensor:
+    """`synthesis_epilogue` of valid arguments; args: those of its reference behind the tensors."""
+    pads = args[:4]
+    if f is None and (any(pads) or args[5] != 1):
         f = torch.ones(1, 1, device=x.device)
-    args = (*pads, bool(flip_filter), float(filter_gain), act, *args)
     chosen = _impl.choose(OP, impl, x)
     if chosen == "reference":
         return synthesis_epilogue_reference(x, f, d, noise, noise_strength, b, *args)
@@ -98,7 +121,7 @@ def flat_noise(
     return noise.reshape(-1, *noise.shape[-2:]), None if strength is None else strength.reshape(-1)
 
 
-def _fits(f: Tensor, pads: list[int], impl: str) -> bool:
+def _fits(f: Tensor, pads: tuple[int, ...], impl: str) -> bool:
     """Whether the filter runs in the kernel of the rest: what follows an upsampling convolution."""
     if impl == "cpu":
         return max(f.shape) <= 64
@@ -110,59 +133,58 @@ def _usable(op: str, impl: str, x: Tensor) -> str:
     return "reference" if _impl.why_not(impl, x.device.type, op) else impl
 
 
-def _check(x, shape, f, d, noise, strength, b, padding, act, alpha, gain, clamp):
-    """[x0, x1, y0, y1] and (alpha, gain, clamp); shape: of the images, which have the dtype and
-    device of x."""
-    n, c, h, w = shape
-    pads = [padding] * 4 if type(padding) is int else parse_padding(OP, padding)
-    taps_y, taps_x = (1, 1) if f is None else _check_filter(x, f)
-    out = h + pads[2] + pads[3] - taps_y + 1, w + pads[0] + pads[1] - taps_x + 1
-    if min(out) < 0 or (min(out) == 0 and min(h, w) > 0):
+def _check(
+    x: Tensor, f: Tensor | None, padding: int | Sequence[int], impl: str | None
+) -> tuple[Sequence[int], tuple[int, ...]]:
+    """(x0, x1, y0, y1), and the shape of the filtered images."""
+    _impl.check_float(OP, "x", x)
+    images = x.shape
+    if len(images) != 4:
+        raise ValueError(f"{OP}: x must be [N, C, H, W], got shape {tuple(images)}")
+    pads = check_padding(OP, padding)
+    taps_x = taps_y = 1
+    if f is not None:
+        taps_x, taps_y = check_filter(OP, "f", f, x, wide=False)
+        check_length(OP, "f", f, impl)
+    n, c, h, w = images
+    out_h, out_w = h + pads[2] + pads[3] - taps_y + 1, w + pads[0] + pads[1] - taps_x + 1
+    least = min(out_h, out_w)
+    if least < 1 and (least < 0 or min(h, w) > 0):
         raise ValueError(
-            f"{OP}: padding must leave an output of at least 1x1 for x {tuple(shape)} and "
-            f"{taps_y}x{taps_x} taps, got {tuple(pads)}"
+            f"{OP}: padding must leave an output of at least 1x1 for x {tuple(images)} and "
+            f"{taps_y}x{taps_x} taps, got {pads}"
         )
-    if d is not None:
-        _check_operand(x, "d", d, (n, c))
+    return pads, (n, c, out_h, out_w)
+
+
+def check_tail(
+    op: str, x: Tensor, shape: Sequence[int], noise, strength, b, act, alpha, gain, clamp
+) -> tuple[float, float, float]:
+    """(alpha, gain, clamp) of what op does to images of that shape, in x's dtype and on its device,
+    if noise, its strength, bias and activation are valid."""
+    n, c, *out = shape
     if noise is not None:
-        _check_operand(x, "noise", noise, (n, 1, *out), (1, 1, *out), out)
+        _check_operand(op, x, "noise", noise, (n, 1, *out), (1, 1, *out), (*out,))
     if strength is not None:
-        _check_operand(x, "noise_strength", strength, (), (1,), (c,))
+        _check_operand(op, x, "noise_strength", strength, (), (1,), (c,))
     if b is not None:
-        _check_operand(x, "b", b, (c,))
-    if act not in ACTS:
-        raise ValueError(f"{OP}: act must be one of {', '.join(ACTS)}, got {act!r}")
-    if clamp is not None and not clamp >= 0:
-        raise ValueError(f"{OP}: clamp must be None or at least 0, got {clamp}")
-    alpha = ACTS[act].alpha if alpha is None else float(alpha)
-    gain = ACTS[act].gain if gain is None else float(gain)
-    return pads, (alpha, gain, -1.0 if clamp is None else float(clamp))
+        _check_operand(op, x, "b", b, (c,))
+    return activation(op, act, alpha, gain, clamp)
 
 
-def _check_filter(x: Tensor, f: Tensor) -> tuple[int, int]:
-    if not isinstance(f, Tensor) or f.dtype != torch.float32:
-        got = f.dtype if isinstance(f, Tensor) else type(f).__name__
-        raise TypeError(f"{OP}: f must be a float32 tensor or None, got {got}")
-    if f.ndim not in (1, 2) or f.numel() == 0:
-        raise ValueError(f"{OP}: f must be [taps_y, taps_x] or [taps], got shape {tuple(f.shape)}")
-    if f.device != x.device:
-        raise ValueError(f"{OP}: f must be on x's device {x.device}, got {f.device}")
-    return f.shape[0], f.shape[-1]
-
-
-def _check_operand(x: Tensor, name: str, t: Any, *shapes: tuple[int, ...]) -> None:
-    _impl.check_float(OP, name, t)
+def _check_operand(op: str, x: Tensor, name: str, t: Any, *shapes: tuple[int, ...]) -> None:
+    _impl.check_float(op, name, t)
     if t.dtype not in (x.dtype, torch.float32):
-        raise _impl.wrong_dtype(OP, name, t, x)
+        raise _impl.wrong_dtype(op, name, t, x)
     if t.device != x.device:
-        raise ValueError(f"{OP}: {name} must be on x's device {x.device}, got {t.device}")
+        raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {t.device}")
     # Lengths first: a traced batch size must not be compared with a noise map's height.
     shape = t.shape
     for s in shapes:
         if len(shape) == len(s) and shape == s:
             return
     wanted = " or ".join(str(s) for s in dict.fromkeys(shapes))
-    raise ValueError(f"{OP}: {name} must have shape {wanted}, got {tuple(shape)}")
+    raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(shape)}")
 
 
 # --- Reference: plain PyTorch, differentiable to any order.
@@ -200,6 +222,8 @@ def _composed(
     x = x.to(torch.promote_types(dtype, torch.float32))
     if f is not None:
         pads, usable = [x0, x1, y0, y1], _usable("upfirdn2d", impl, x)
+        if impl != "cpu" and max(f.shape) > MAX_TAPS:
+            usable = "reference"
         x = upfirdn2d(x, f, 1, 1, pads, flip_filter, filter_gain, impl=usable)
     x = _modulate(x, d, noise, strength)
     b = None if b is None else b.to(x.dtype)
@@ -214,12 +238,12 @@ if _impl.triton is not None:
 
     @triton.jit
     def _filtered(
-        x_ptr, f_ptr, base, row, col, inside, H, W, stride, x0, y0, flip, filter_gain,
+        x_ptr, f_ptr, row, col, inside, H, W, stride, x0, y0, flip, filter_gain,
         TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, SEPARABLE: tl.constexpr,
     ):  # fmt: skip
         """Filter(x) at pixels (row, col); stride: elements from a column to the next."""
-        u = tl.zeros(row.shape, tl.float32)
-        for ky in tl.static_range(TAPS_Y):
+        u = tl.zeros(inside.shape, tl.float32)
+        for ky in range(TAPS_Y):  # not unrolled: the loads of all taps would wait in registers
             for kx in tl.static_range(TAPS_X):
                 fy = tl.where(flip, ky, TAPS_Y - 1 - ky)
                 fx = tl.where(flip, kx, TAPS_X - 1 - kx)
@@ -229,45 +253,58 @@ if _impl.triton is not None:
                     tap = tl.load(f_ptr + fy * TAPS_X + fx)
                 r, c = row + ky - y0, col + kx - x0
                 ok = inside & (r >= 0) & (r < H) & (c >= 0) & (c < W)
-                at = x_ptr + base + (r.to(tl.int64) * W + c) * stride
-                u += tap * tl.load(at, ok, 0.0).to(tl.float32)
+                u += tap * tl.load(x_ptr + (r * W + c) * stride, ok, 0.0).to(tl.float32)
         return u * filter_gain
 
     @triton.jit
     def synthesis_epilogue_kernel(
         x_ptr, dy_ptr, f_ptr, d_ptr, noise_ptr, strength_ptr, b_ptr, out_ptr, sums_ptr,
-        planes, C, H, W, out_h, out_w, x0, y0, flip, filter_gain, alpha, gain, clamp,
+        parts, planes, C, H, W, out_h, out_w, x0, y0, flip, filter_gain, alpha, gain, clamp,
         noise_step, strength_step,
         TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, SEPARABLE: tl.constexpr, LAST: tl.constexpr,
         HAS_F: tl.constexpr, HAS_D: tl.constexpr, HAS_NOISE: tl.constexpr,
         HAS_STRENGTH: tl.constexpr, HAS_B: tl.constexpr, ACT: tl.constexpr, CLAMPED: tl.constexpr,
-        BACKWARD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+        BACKWARD: tl.constexpr, WIDE: tl.constexpr, TILE_X: tl.constexpr, BLOCK: tl.constexpr,
+        BLOCK_C: tl.constexpr,
     ):  # fmt: skip
-        # BLOCK pixels of one plane, or of BLOCK_C channels of a sample (channels-last).
+        # BLOCK pixels of one plane, or of BLOCK_C channels of a sample (channels-last): with a
+        # filter a tile TILE_X wide, without one as they lie in memory.
         # Forward: y. Backward: dL/d(filter(x)), and the sums of dv * u, dv and dv * noise.
-        part, parts = tl.program_id(0), tl.num_programs(0)
+        part = tl.program_id(0) % parts
+        if WIDE:  # indices in an image
+            W, out_w, C = tl.cast(W, tl.int64), tl.cast(out_w, tl.int64), tl.cast(C, tl.int64)
+            part = part.to(tl.int64)
         groups = tl.cdiv(C, BLOCK_C)
-        n = tl.program_id(1) // groups
-        c = tl.program_id(1) % groups * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-        pixel = part * BLOCK + tl.arange(0, BLOCK)[:, None]
-        inside = (pixel < out_h * out_w) & (c < C)
-        row, col = pixel // out_w + c * 0, pixel % out_w + c * 0
+        n = (tl.program_id(0) // parts // groups).to(tl.int64)
+        c = tl.program_id(0) // parts % groups * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+        j = tl.arange(0, BLOCK)[:, None]
+        if HAS_F:
+            tiles_x = tl.cdiv(out_w, TILE_X)
+            row = part // tiles_x * (BLOCK // TILE_X) + j // TILE_X
+            col = part % tiles_x * TILE_X + j % TILE_X
+            pixel = row * out_w + col
+            in_image = (row < out_h) & (col < out_w)
+        else:
+            pixel = part * BLOCK + j
+            in_image = pixel < out_h * out_w
+        inside = in_image & (c < C)
         area, out_area = tl.cast(H, tl.int64) * W, tl.cast(out_h, tl.int64) * out_w
         if LAST:
-            base, out, stride = n * area * C + c, (n * out_area + pixel) * C + c, C
+            base, out_base, stride = n * area * C + c, n * out_area * C + c, C
         else:
-            base, out, stride = (n * C + c) * area, (n * C + c) * out_area + pixel, 1
+            base, out_base, stride = (n * C + c) * area, (n * C + c) * out_area, 1
+        out = pixel * stride
         if HAS_F:
-            u = _filtered(x_ptr, f_ptr, base, row, col, inside, H, W, stride, x0, y0, flip,
+            u = _filtered(x_ptr + base, f_ptr, row, col, inside, H, W, stride, x0, y0, flip,
                           filter_gain, TAPS_Y, TAPS_X, SEPARABLE)  # fmt: skip
         else:
-            u = tl.load(x_ptr + out, inside, 0.0).to(tl.float32)
+            u = tl.load(x_ptr + out_base + out, inside, 0.0).to(tl.float32)
         d, v, z = 1.0, u, 0.0
         if HAS_D:
             d = tl.load(d_ptr + n * C + c, c < C, 0.0).to(tl.float32)
             v = u * d
         if HAS_NOISE:
-            z = tl.load(noise_ptr + n * noise_step + pixel, pixel < out_area, 0.0).to(tl.float32)
+            z = tl.load(noise_ptr + n * noise_step + pixel, in_image, 0.0).to(tl.float32)
             s = 1.0
             if HAS_STRENGTH:
                 s = tl.load(strength_ptr + c * strength_step, c < C, 0.0).to(tl.float32)
@@ -277,21 +314,21 @@ if _impl.triton is not None:
         a = _act_value(v, ACT, alpha)
         y = a * gain
         if BACKWARD:
-            dv = tl.load(dy_ptr + out, inside, 0.0).to(tl.float32)
+            dv = tl.load(dy_ptr + out_base + out, inside, 0.0).to(tl.float32)
             dv = dv * gain * _act_slope(a, v, ACT, alpha, True)
             if CLAMPED:
                 dv = tl.where((y > -clamp) & (y < clamp), dv, 0.0)
             dv = tl.where(inside, dv, 0.0)
-            tl.store(out_ptr + out, (dv * d).to(out_ptr.dtype.element_ty), inside)
-            at = sums_ptr + part * planes + n * C + c
-            step = parts * planes
+            tl.store(out_ptr + out_base + out, (dv * d).to(out_ptr.dtype.element_ty), inside)
+            at = sums_ptr + tl.cast(part, tl.int64) * planes + n * C + c
+            step = tl.cast(parts, tl.int64) * planes
             tl.store(at, tl.sum(dv * u, 0)[None, :], c < C)
             tl.store(at + step, tl.sum(dv, 0)[None, :], c < C)
             tl.store(at + 2 * step, tl.sum(dv * z, 0)[None, :], c < C)
         else:
             if CLAMPED:
                 y = tl.where(y > clamp, clamp, tl.where(y < -clamp, -clamp, y))
-            tl.store(out_ptr + out, y.to(out_ptr.dtype.element_ty), inside)
+            tl.store(out_ptr + out_base + out, y.to(out_ptr.dtype.element_ty), inside)
 
     def _launch(x, dy, f, d, noise, strength, b, out, y_shape, x0, y0, flip, filter_gain, act,
                 alpha, gain, clamp):  # fmt: skip
@@ -299,20 +336,28 @@ if _impl.triton is not None:
         last = _impl.memory_format(x) == torch.channels_last
         block_c = min(32, triton.next_power_of_2(c)) if last else 1
         block = min(1024 // block_c, max(16, triton.next_power_of_2(oh * ow)))
-        grid = (triton.cdiv(oh * ow, block), n * triton.cdiv(c, block_c))
-        sums = torch.empty((3, grid[0], n, c) if dy is not None else (0,), device=x.device)
+        tile_x = block if f is None else min(8 if last else 64, triton.next_power_of_2(ow))
+        tile_y = block // tile_x
+        tiles = triton.cdiv(ow, tile_x) * triton.cdiv(oh, tile_y)
+        parts = triton.cdiv(oh * ow, block) if f is None else tiles
+        # The largest index that a program computes in an image, with a tile behind and the taps.
+        sizes = max(h, oh) + tile_y + 4, max(w, ow) + tile_x + 4
+        largest = oh * ow + block if f is None else sizes[0] * sizes[1]
+        wide = largest * (c if last else 1) >= 2**31
+        sums = torch.empty((3, parts, n, c) if dy is not None else (0,), device=x.device)
         slope = {0: 1.0, 1: 0.0}.get(act, alpha)
         given = [x if t is None else t.contiguous() for t in (f, d, noise, strength, b)]
+        grid = (parts * n * triton.cdiv(c, block_c),)
         torch.library.wrap_triton(synthesis_epilogue_kernel)[grid](
-            x, x if dy is None else dy, *given, out, sums, n * c, c, h, w, oh, ow, x0, y0, flip,
-            filter_gain, slope, gain, clamp,
+            x, x if dy is None else dy, *given, out, sums, parts, n * c, c, h, w, oh, ow, x0, y0,
+            flip, filter_gain, slope, gain, clamp,
             0 if noise is None or noise.numel() == oh * ow else oh * ow,
             0 if strength is None or strength.numel() == 1 else 1,
             TAPS_Y=1 if f is None else f.shape[0], TAPS_X=1 if f is None else f.shape[-1],
             SEPARABLE=f is not None and f.ndim == 1, LAST=last, HAS_F=f is not None,
             HAS_D=d is not None, HAS_NOISE=noise is not None, HAS_STRENGTH=strength is not None,
             HAS_B=b is not None, ACT=act, CLAMPED=clamp >= 0, BACKWARD=dy is not None,
-            BLOCK=block, BLOCK_C=block_c,
+            WIDE=wide, TILE_X=tile_x, BLOCK=block, BLOCK_C=block_c,
         )  # fmt: skip
         return sums
 

@@ -15,14 +15,19 @@ from gankern.ops.conv2d_resample import (
     check_conv,
     filter_padding,
     resampled_conv,
+    resampled_shape,
     to_conv_dtype,
     transposed_conv,
 )
-from gankern.ops.convolution import Form, _ours, convolution, gradients, output_shape
+from gankern.ops.convolution import Form, _ours, convolution, gradients
 from gankern.ops.convolution import _fake as fake_convolution
-from gankern.ops.modulated_conv2d import check_modulated, modulation, scaled_convolution
-from gankern.ops.synthesis_epilogue import _check as check_epilogue
-from gankern.ops.synthesis_epilogue import flat_noise, synthesis_epilogue
+from gankern.ops.modulated_conv2d import (
+    check_flags,
+    check_modulated,
+    modulation,
+    scaled_convolution,
+)
+from gankern.ops.synthesis_epilogue import check_tail, epilogue, flat_noise
 
 __all__ = ["conv2d_layer", "synthesis_layer"]
 
@@ -74,16 +79,26 @@ def synthesis_layer(
         (N, O, H * up, W * up) for `padding` of half the kernel, in the dtype of `x`.
 
     Raises:
-        TypeError, ValueError: an argument is none of the above.
+        TypeError, ValueError: an argument is none of the above, or no output is left.
+        RuntimeError: impl cannot run here.
 
     Differentiable to any order in x, weight, styles, b, noise and noise_strength. Source: StyleGAN2
     (Karras et al., 2020), figure 2 and appendix B.
     """
-    pads = check_modulated("synthesis_layer", x, weight, styles, noise, up, 1, padding)
+    f, numbers = resample_filter, (act, alpha, gain, clamp)
+    return layer("synthesis_layer", x, weight, styles, b, noise, noise_strength, up, padding, f,
+                 demodulate, flip_weight, *numbers, impl)  # fmt: skip
+
+
+def layer(op, x, weight, styles, b, noise, noise_strength, up, padding, f, demodulate, flip_weight,
+          act, alpha, gain, clamp, impl) -> Tensor:  # fmt: skip
+    """`synthesis_layer`, under the name that was called, which errors tell."""
+    pads = check_modulated(op, x, weight, styles, f, up, 1, padding, impl, wide=False)
+    demodulate, flip_weight = check_flags(op, demodulate, flip_weight)
     x, weight, styles, d = modulation(x, weight, styles, demodulate, impl)
-    conv = (resample_filter, up, 1, pads, 1, flip_weight, False)
+    conv = (f, up, 1, pads, 1, flip_weight, False)
     tail = (d, noise, noise_strength, b, act, alpha, gain, clamp)
-    return _conv_epilogue(x, weight, conv, tail, impl, styles)
+    return _conv_epilogue(op, x, weight, conv, tail, impl, styles)
 
 
 def conv2d_layer(
@@ -110,21 +125,30 @@ def conv2d_layer(
     The layer of a discriminator, and of StyleGAN's generator. The filter that follows an upsampling
     convolution runs in the kernel of noise, bias and activation.
 
-    Args: as `conv2d_resample`, `bias_act` and `synthesis_layer`.
+    Args: as `conv2d_resample`, `bias_act` and `synthesis_layer`; f is float32 even beside a
+        float64 x.
 
     Returns: as `conv2d_resample`. Where a gradient is recorded it must not be modified in place: on
     the CPU our own 3x3 convolutions save it, not the convolution's output.
 
+    Raises:
+        TypeError, ValueError: an argument is none of the above, or no output is left.
+        RuntimeError: impl cannot run here.
+
     Differentiable to any order in x, w, b, noise and noise_strength.
     """
-    pads = check_conv("conv2d_layer", x, w, up, down, padding, groups)
+    op = "conv2d_layer"
+    pads = check_conv(op, x, w, f, up, down, padding, groups, impl, wide=False)
+    if flip_weight is not True and flip_weight is not False:
+        flip_weight = _impl.flag(op, "flip_weight", flip_weight)
     x, w = to_conv_dtype(x, w)
     conv = (f, up, down, pads, groups, flip_weight, False)
     tail = (None, noise, noise_strength, b, act, alpha, gain, clamp)
-    return _conv_epilogue(x, w, conv, tail, impl)
+    return _conv_epilogue(op, x, w, conv, tail, impl)
 
 
 def _conv_epilogue(
+    op: str,
     x: Tensor,
     w: Tensor,
     conv: tuple[Any, ...],
@@ -133,36 +157,38 @@ def _conv_epilogue(
     styles: Tensor | None = None,
 ) -> Tensor:
     f, up, down, pads, groups, flip_weight, flip_filter = conv
+    shape = resampled_shape(x.shape, w.shape, up, down, pads)
+    d, noise, strength, b, act, alpha, gain, clamp = tail
+    numbers = check_tail(op, x, shape, noise, strength, b, act, alpha, gain, clamp)
+    tail = (d, noise, strength, b, act, *numbers)
     convolve = convolution if styles is None else scaled_convolution(styles, impl)
     pads = filter_padding(f, up, down, pads)
-    plain = (0, flip_filter, 1.0)
+    plain = (0, 0, 0, 0, flip_filter, 1.0)
     nothing = _is_identity(*tail)
-    if nothing and impl is not None:  # what nothing else would look at
-        _impl.choose("synthesis_epilogue", impl, x)
 
-    def epilogue(y: Tensor, f: Tensor | None, *how: Any) -> Tensor:
+    def behind(y: Tensor, f: Tensor | None, *how: Any) -> Tensor:
         if nothing and f is None and how == plain:
             return y
-        return synthesis_epilogue(y, f, *tail[:4], *how, *tail[4:], impl=impl)
+        return epilogue(y, f, d, noise, strength, b, (*how, act, *numbers), impl)
 
     def both(x: Tensor, w: Tensor, form: Form) -> Tensor:
         if not nothing and _one_kernel(x, w, form, styles, tail, impl):
             return _convolution_epilogue(x, w, form, styles, *tail)
-        return epilogue(convolve(x, w, form), None, *plain)
+        return behind(convolve(x, w, form), None, *plain)
 
     if up > 1 and down == 1 and w.shape[2:].numel() > 1:
         x, pads = transposed_conv(x, w, up, pads, groups, flip_weight, impl, convolve=convolve)
-        return epilogue(x, f, pads, flip_filter, float(up**2))
+        return behind(x, f, *pads, flip_filter, float(up**2))
     how = (up, down, pads, groups, flip_weight, flip_filter, impl)
     if up == 1:  # the convolution comes last
         return resampled_conv(x, w, f, *how, convolve=both)
-    return epilogue(resampled_conv(x, w, f, *how, convolve=convolve), None, *plain)
+    return behind(resampled_conv(x, w, f, *how, convolve=convolve), None, *plain)
 
 
 def _is_identity(d, noise, strength, b, act, alpha, gain, clamp) -> bool:
     """Whether nothing follows the convolution."""
     operands = d is None and noise is None and strength is None and b is None
-    return operands and act == "linear" and alpha is clamp is None and gain in (None, 1)
+    return operands and act == "linear" and gain == 1 and clamp < 0
 
 
 def _one_kernel(x, w, form, styles, tail, impl) -> bool:
@@ -176,22 +202,16 @@ def _one_kernel(x, w, form, styles, tail, impl) -> bool:
         return False
     if _impl.records(x, w, styles, *tail[:4]):
         d, noise, act, alpha = tail[0], tail[1], tail[4], tail[5]
-        if styles is not None or d is not None or noise is not None or _needs_input(act, alpha):
+        if styles is not None or d is not None or noise is not None or needs_input(act, alpha):
             return False
     return _impl.choose("synthesis_epilogue", impl, x) == "cpu"
 
 
-def _needs_input(act: str, alpha: float | None) -> bool:
-    known = act in ACTS  # the rest is an error, which the epilogue raises
-    return not known or needs_input(act, ACTS[act].alpha if alpha is None else alpha)
-
-
 def _convolution_epilogue(x, w, form, styles, d, noise, strength, b, act, alpha, gain, clamp):
-    shape = output_shape(x, w, *form.place())
-    _, numbers = check_epilogue(x, shape, None, d, noise, strength, b, 0, act, alpha, gain, clamp)
+    args = (act, alpha, gain, clamp)
     if _impl.records(x, w, b):
-        return _ConvolutionBiasAct.apply(x, w, b, form, (act, *numbers))
-    return _call(x, w, styles, form, d, *flat_noise(noise, strength), b, act, *numbers)
+        return _ConvolutionBiasAct.apply(x, w, b, form, args)
+    return _call(x, w, styles, form, d, *flat_noise(noise, strength), b, *args)
 
 
 def _call(x, w, factors, form, d, noise, strength, b, act, *numbers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,8 @@ def upfirdn2d(
         x: images, (N, C, H, W); float32, float16, bfloat16 or float64, any strides. Contiguous and
             channels-last memory is kept.
         f: filter, float32: (taps_y, taps_x), or (taps,) for a separable one that runs along both
-            axes, or None for the identity. See `setup_filter`.
+            axes, or None for the identity. See `setup_filter`. CUDA and Triton take 32 taps a side
+            at most: of more, a named one of them raises, and None is the reference.
         up: zeros are inserted to make the image this much larger; int or [x, y].
         down: every `down`-th sample is kept; int or [x, y].
         padding: zeros around the upsampled image; int, [x, y] or [x0, x1, y0, y1]. Negative crops.
@@ -62,14 +64,15 @@ def upfirdn2d(
     the filter flipped, so all its orders are the same kernel; that in f is composed of PyTorch's.
     Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", appendix B.
     """
-    f, args = _check(x, f, up, down, padding, flip_filter, gain)
-    chosen = _impl.choose("upfirdn2d", impl, x)
+    return _called("upfirdn2d", x, f, up, down, padding, flip_filter, gain, impl)
+
+
+def _called(op: str, x, f, up, down, padding, flip_filter, gain, impl) -> Tensor:
+    """`upfirdn2d`, under the name that was called, which errors tell."""
+    f, args = _check(op, x, f, up, down, padding, flip_filter, gain)
+    chosen = _impl.choose("upfirdn2d", impl, x, op)
     if chosen not in ("cpu", "reference") and max(f.shape) > MAX_TAPS:
-        if impl is not None:
-            raise ValueError(
-                f"upfirdn2d: f must have at most {MAX_TAPS} taps a side for impl={impl!r}, "
-                f"got shape {tuple(f.shape)}"
-            )
+        check_length(op, "f", f, impl)
         chosen = "reference"
     if chosen == "reference" or x.numel() == 0:
         return upfirdn2d_reference(x, f, *args)
@@ -87,9 +90,9 @@ def setup_filter(
     """Make a filter for the functions of this module from a list, an array or a tensor.
 
     Args:
-        f: taps, (taps,) or (taps_y, taps_x), or a single number; None is the identity.
+        f: taps, (taps,) or (taps_y, taps_x), or a single number, finite; None is the identity.
         device: where the filter shall live; None: where its taps do.
-        normalize: divide by the sum, so that a constant image keeps its value.
+        normalize: divide by the sum, which must not be 0, so that a constant image keeps its value.
         flip_filter: reverse the taps.
         gain: factor on the images that the filter will make.
         separable: keep a 1-D filter 1-D. None does so from 8 taps on; below, the outer product is
@@ -97,17 +100,12 @@ def setup_filter(
 
     Returns:
         float32 filter, (taps_y, taps_x), or (taps,) if separable.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; taps that are to be normalised sum to 0,
+            or to no more than a rounding; a separable filter has a gain below 0.
     """
-    f = torch.as_tensor(1 if f is None else f, dtype=torch.float32)
-    if f.ndim > 2 or f.numel() == 0:
-        raise ValueError(
-            f"setup_filter: f must be a number or have 1 or 2 dimensions, got {_what(f)}"
-        )
-    f = f.reshape(1) if f.ndim == 0 else f
-    if separable is None:
-        separable = f.ndim == 1 and f.numel() >= 8
-    if separable and f.ndim == 2:
-        raise ValueError("setup_filter: f must have 1 dimension to be separable, got 2")
+    f, gain, separable = _check_setup(f, device, normalize, flip_filter, gain, separable)
     if f.ndim == 1 and not separable:
         f = torch.outer(f, f)
     if normalize:
@@ -132,11 +130,13 @@ def filter2d(
 
     Returns:
         (N, C, H, W) for the default padding.
+
+    Raises: as `upfirdn2d`.
     """
     taps_x, taps_y = _taps(f, "filter2d")
-    x0, x1, y0, y1 = _padding(padding, "filter2d")
+    x0, x1, y0, y1 = check_padding("filter2d", padding)
     pads = [x0 + taps_x // 2, x1 + (taps_x - 1) // 2, y0 + taps_y // 2, y1 + (taps_y - 1) // 2]
-    return upfirdn2d(x, f, padding=pads, flip_filter=flip_filter, gain=gain, impl=impl)
+    return _called("filter2d", x, f, 1, 1, pads, flip_filter, gain, impl)
 
 
 def upsample2d(
@@ -155,18 +155,20 @@ def upsample2d(
 
     Returns:
         (N, C, H * up, W * up) for the default padding.
+
+    Raises: as `upfirdn2d`.
     """
     up_x, up_y = _pair(up, "up", "upsample2d")
     taps_x, taps_y = _taps(f, "upsample2d")
-    x0, x1, y0, y1 = _padding(padding, "upsample2d")
+    x0, x1, y0, y1 = check_padding("upsample2d", padding)
     pads = [
         x0 + (taps_x + up_x - 1) // 2,
         x1 + (taps_x - up_x) // 2,
         y0 + (taps_y + up_y - 1) // 2,
         y1 + (taps_y - up_y) // 2,
     ]
-    gain = gain * up_x * up_y
-    return upfirdn2d(x, f, [up_x, up_y], 1, pads, flip_filter, gain, impl=impl)
+    gain = _impl.number("upsample2d", "gain", gain) * up_x * up_y
+    return _called("upsample2d", x, f, [up_x, up_y], 1, pads, flip_filter, gain, impl)
 
 
 def downsample2d(
@@ -185,34 +187,42 @@ def downsample2d(
 
     Returns:
         (N, C, H // down, W // down) for the default padding.
+
+    Raises: as `upfirdn2d`.
     """
     down_x, down_y = _pair(down, "down", "downsample2d")
     taps_x, taps_y = _taps(f, "downsample2d")
-    x0, x1, y0, y1 = _padding(padding, "downsample2d")
+    x0, x1, y0, y1 = check_padding("downsample2d", padding)
     pads = [
         x0 + (taps_x - down_x + 1) // 2,
         x1 + (taps_x - down_x) // 2,
         y0 + (taps_y - down_y + 1) // 2,
         y1 + (taps_y - down_y) // 2,
     ]
-    return upfirdn2d(x, f, 1, [down_x, down_y], pads, flip_filter, gain, impl=impl)
+    return _called("downsample2d", x, f, 1, [down_x, down_y], pads, flip_filter, gain, impl)
 
 
 def _check(
-    x: Tensor, f: Tensor | None, up: Pair, down: Pair, padding: Pair, flip: bool, gain: float
+    op: str,
+    x: Tensor,
+    f: Tensor | None,
+    up: Pair,
+    down: Pair,
+    padding: Pair,
+    flip: bool,
+    gain: float,
 ) -> tuple[Tensor, tuple[Any, ...]]:
     """Return the filter as a tensor, float64 beside a float64 x, and the arguments in full."""
-    op = "upfirdn2d"
     _impl.check_float(op, "x", x)
     if x.ndim != 4:
         raise ValueError(f"{op}: x must be a tensor of shape (N, C, H, W), got {_what(x)}")
-    taps = _taps(f, op)
-    if f is not None and f.dtype != torch.float32 and not f.dtype == x.dtype == torch.float64:
-        raise TypeError(f"{op}: f must be float32, got {f.dtype}")
-    if f is not None and f.device != x.device:
-        raise ValueError(f"{op}: f must be on the device of x, {x.device}, got {f.device}")
+    taps = check_filter(op, "f", f, x)
     up, down = _pair(up, "up", op), _pair(down, "down", op)
-    pads = _padding(padding, op)
+    pads = check_padding(op, padding)
+    if flip is not True and flip is not False:
+        flip = _impl.flag(op, "flip_filter", flip)
+    if type(gain) not in (float, int) or gain != gain:
+        gain = _impl.number(op, "gain", gain)
     _, _, h, w = x.shape
     width, height = w * up[0] + pads[0] + pads[1], h * up[1] + pads[2] + pads[3]
     if width < taps[0] or height < taps[1]:
@@ -225,34 +235,111 @@ def _check(
         f = torch.ones([1, 1], dtype=dtype, device=x.device)
     elif f.dtype != dtype:
         f = f.to(dtype)
-    return f, (up, down, pads, bool(flip), float(gain))
+    return f, (up, down, pads, flip, float(gain))
 
 
-def _taps(f: Tensor | None, op: str) -> tuple[int, int]:
+def check_filter(op: str, name: str, f: Any, x: Tensor, wide: bool = True) -> tuple[int, int]:
+    """The taps of a valid filter along x and y; wide: it may be float64 beside a float64 x."""
+    taps = _taps(f, op, name)
+    if f is None:
+        return taps
+    if f.dtype != torch.float32 and not (wide and f.dtype == x.dtype == torch.float64):
+        raise TypeError(f"{op}: {name} must be float32, got {f.dtype}")
+    if f.device != x.device:
+        raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {f.device}")
+    return taps
+
+
+def check_length(op: str, name: str, f: Tensor, impl: str | None) -> None:
+    """Raise where the implementation that was named takes no filter as long as f."""
+    if impl not in (None, "cpu", "reference") and max(f.shape) > MAX_TAPS:
+        raise ValueError(
+            f"{op}: {name} must have at most {MAX_TAPS} taps a side for impl={impl!r}, "
+            f"got shape {tuple(f.shape)}"
+        )
+
+
+def _taps(f: Any, op: str, name: str = "f") -> tuple[int, int]:
     if f is None:
         return 1, 1
     if not isinstance(f, Tensor) or f.ndim not in (1, 2) or f.numel() == 0:
-        raise ValueError(
-            f"{op}: f must be None or a tensor of shape (taps,) or (taps_y, taps_x), got {_what(f)}"
+        error = ValueError if isinstance(f, Tensor) else TypeError
+        raise error(
+            f"{op}: {name} must be None or a tensor of shape (taps,) or (taps_y, taps_x), "
+            f"got {_what(f)}"
         )
     return f.shape[-1], f.shape[0]
 
 
+def _check_setup(
+    f: Any, device: Any, normalize: bool, flip_filter: bool, gain: float, separable: bool | None
+) -> tuple[Tensor, float, bool]:
+    """The taps in 1 or 2 dimensions, the gain, and whether the filter shall be separable."""
+    op = "setup_filter"
+    f = _as_taps(f)
+    try:
+        place = f.device if device is None else torch.device(device)
+    except (TypeError, RuntimeError):
+        got = _impl.shown(device)
+        raise ValueError(f"{op}: device must be None or a device, got {got}") from None
+    if f.is_meta and place.type != "meta":
+        raise ValueError(f"{op}: device must be None or meta for an f on meta, got {device}")
+    normalize = _impl.flag(op, "normalize", normalize)
+    _impl.flag(op, "flip_filter", flip_filter)
+    gain = _impl.number(op, "gain", gain)
+    if separable is None:
+        separable = f.ndim == 1 and f.numel() >= 8
+    separable = _impl.flag(op, "separable", separable, "None, True or False")
+    if separable and f.ndim == 2:
+        raise ValueError(f"{op}: f must have 1 dimension to be separable, got 2")
+    if separable and gain < 0:
+        raise ValueError(f"{op}: gain must be at least 0 for a separable filter, got {gain}")
+    values = f.detach()
+    if type(values) is not Tensor or values.is_meta or torch.compiler.is_compiling():
+        return f, gain, separable  # there are no values to look at
+    if not values.isfinite().all():
+        raise ValueError(f"{op}: f must be finite, got {values.tolist()}")
+    if normalize and values.sum().abs() <= 1e-6 * values.abs().sum():
+        raise ValueError(
+            f"{op}: f must have a sum other than 0 where normalize=True, got {values.tolist()}"
+        )
+    return f, gain, separable
+
+
+def _as_taps(f: Any) -> Tensor:
+    dtype = None if hasattr(f, "dtype") else torch.float32
+    try:
+        taps = torch.as_tensor(1 if f is None else f, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        taps = None
+    if taps is None or taps.is_complex():
+        got = _impl.shown(f) if taps is None else taps.dtype
+        raise TypeError(f"setup_filter: f must be real numbers, got {got}")
+    if taps.ndim > 2 or taps.numel() == 0:
+        raise ValueError(
+            f"setup_filter: f must be a number or have 1 or 2 dimensions, got {_what(taps)}"
+        )
+    return (taps.reshape(1) if taps.ndim == 0 else taps).to(torch.float32)
+
+
 def _pair(value: Pair, name: str, op: str) -> tuple[int, int]:
-    if isinstance(value, int) and value > 0:
+    if type(value) is int and value > 0:
         return value, value
     pair = _ints(value)
     if pair is None or len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"{op}: {name} must be a positive int or 2 of them [x, y], got {value}")
+        error, got = TypeError if pair is None else ValueError, _impl.shown(value)
+        raise error(f"{op}: {name} must be a positive int or 2 of them [x, y], got {got}")
     return pair[0], pair[1]
 
 
-def _padding(value: Pair, op: str) -> Pads:
-    if isinstance(value, int):
+def check_padding(op: str, value: Pair) -> Pads:
+    """(x0, x1, y0, y1) of an int, 2 or 4 ints."""
+    if type(value) is int:
         return value, value, value, value
     pads = _ints(value)
     if pads is None:
-        raise TypeError(f"{op}: padding must be an int, 2 or 4 ints, got {value}")
+        got = _impl.shown(value)
+        raise TypeError(f"{op}: padding must be an int, 2 or 4 ints, got {got}")
     if len(pads) not in (2, 4):
         raise ValueError(
             f"{op}: padding must be an int, 2 or 4 ints, got {len(pads)} values {pads}"
@@ -263,13 +350,13 @@ def _padding(value: Pair, op: str) -> Pads:
 
 def _ints(value: Pair) -> tuple[int, ...] | None:
     """An int as a pair, a sequence as a tuple, None for anything that is not made of ints."""
-    if isinstance(value, int):
-        return value, value
+    if _impl.is_integer(value):
+        return (operator.index(value),) * 2  # type: ignore[arg-type]
     if not isinstance(value, (list, tuple, Sequence)):  # in the order of their cost
         return None
     for v in value:
-        if not isinstance(v, int):
-            return None
+        if type(v) is not int:
+            return tuple(map(operator.index, value)) if all(map(_impl.is_integer, value)) else None
     return tuple(value)
 
 
@@ -323,13 +410,18 @@ if _impl.triton is not None:
         x_ptr, f_ptr, y_ptr, in_h, in_w, out_h, out_w, pad_x, pad_y, flip, gain,
         C: tl.constexpr, TAPS_X: tl.constexpr, TAPS_Y: tl.constexpr, SEPARABLE: tl.constexpr,
         UP_X: tl.constexpr, UP_Y: tl.constexpr, DOWN_X: tl.constexpr, DOWN_Y: tl.constexpr,
-        BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
+        WIDE: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
     ):  # fmt: skip
         # A tile of one image: rows oy, and along memory columns and C channels, e = ox * C + c.
+        if WIDE:  # indices in an image
+            in_w, out_w = tl.cast(in_w, tl.int64), tl.cast(out_w, tl.int64)
+            in_h, out_h = tl.cast(in_h, tl.int64), tl.cast(out_h, tl.int64)
         tiles_x = tl.cdiv(out_w * C, BLOCK_X)
-        image = tl.program_id(1).to(tl.int64)
-        e = tl.program_id(0) % tiles_x * BLOCK_X + tl.arange(0, BLOCK_X)[None, :]
-        oy = tl.program_id(0) // tiles_x * BLOCK_Y + tl.arange(0, BLOCK_Y)[:, None]
+        tiles = tiles_x * tl.cdiv(out_h, BLOCK_Y)
+        image = (tl.program_id(0) // tiles).to(tl.int64)
+        tile = tl.program_id(0) % tiles
+        e = tile % tiles_x * BLOCK_X + tl.arange(0, BLOCK_X)[None, :]
+        oy = tile // tiles_x * BLOCK_Y + tl.arange(0, BLOCK_Y)[:, None]
         ox = e // C
         # Output o starts at start of the upsampled image: first sample x0 and its tap kx0. The
         # shift by a multiple of `up` keeps the dividend positive.
@@ -352,9 +444,9 @@ if _impl.triton is not None:
                     w = tl.load(f_ptr + fy, row_ok, 0.0) * tl.load(f_ptr + fx, kx < TAPS_X, 0.0)
                 else:
                     w = tl.load(f_ptr + fy * TAPS_X + fx, ok, 0.0)
-                v = tl.load(base + (iy.to(tl.int64) * in_w + ix) * C, ok, 0.0)
+                v = tl.load(base + (iy * in_w + ix) * C, ok, 0.0)
                 acc += w * v.to(acc.dtype)
-        y = y_ptr + image * out_h * out_w * C + oy.to(tl.int64) * out_w * C + e
+        y = y_ptr + image * out_h * out_w * C + (oy * out_w * C + e)
         tl.store(y, (acc * gain).to(y_ptr.dtype.element_ty), (oy < out_h) & (e < out_w * C))
 
     @_impl.triton_op("upfirdn2d")
@@ -369,12 +461,18 @@ if _impl.triton is not None:
         images, c = (n, c) if last else (n * c, 1)
         block_x = min(128, triton.next_power_of_2(ow * c))
         block_y = min(1024 // block_x, triton.next_power_of_2(oh))
-        grid = (triton.cdiv(ow * c, block_x) * triton.cdiv(oh, block_y), images)
+        grid = (triton.cdiv(ow * c, block_x) * triton.cdiv(oh, block_y) * images,)
+        # The largest index that a program computes, though it may not load there: twice the
+        # upsampled image with its padding, and the rows of both images with a tile's behind them.
+        reach_x = 2 * ((ow + block_x) * down_x + abs(x0) + f.shape[-1] + up_x)
+        reach_y = 2 * ((oh + block_y) * down_y + abs(y0) + f.shape[0] + up_y)
+        inputs = (reach_y // up_y * w + reach_x // up_x) * c
+        wide = max(reach_x, reach_y, inputs, (oh + block_y) * ow * c + block_x) >= 2**31
         torch.library.wrap_triton(upfirdn2d_kernel)[grid](
             x, f, y, h, w, oh, ow, x0, y0, flip_filter, gain,
             C=c, TAPS_X=f.shape[-1], TAPS_Y=f.shape[0], SEPARABLE=f.ndim == 1,
             UP_X=up_x, UP_Y=up_y, DOWN_X=down_x, DOWN_Y=down_y,
-            BLOCK_X=block_x, BLOCK_Y=block_y,
+            WIDE=wide, BLOCK_X=block_x, BLOCK_Y=block_y,
         )  # fmt: skip
         return y
 

@@ -166,6 +166,18 @@ def test_opcheck(impl, device):
             torch.library.opcheck(_impl.op(impl, "demod_coefs_bwd"), args, test_utils=checks)
 
 
+@pytest.mark.parametrize("name", ["3x3", "odd"])
+def test_the_factor_of_the_gradient(name, impl, device):
+    if impl == "reference":
+        pytest.skip("the reference is not a registered op")
+    weight, styles = inputs(*SHAPES[name], device)
+    d, q = _impl.op(impl, "demod_coefs")(weight, styles, 1e-8)
+    args = (torch.randn_like(d), d, q, weight, styles, True, True)
+    bwd = _impl.op(impl, "demod_coefs_bwd")
+    for once, thrice in zip(bwd(*args), bwd(*args, 3.0), strict=True):
+        torch.testing.assert_close(thrice, 3 * once)
+
+
 def test_demodulated_weights_have_norm_1(impl, device):
     for name in ("3x3", "odd", "1x1"):
         weight, styles = inputs(*SHAPES[name], device)

@@ -165,3 +165,88 @@ def test_exported(device, name):
 
     program = torch.export.export(Layer(), tuple(inputs))
     torch.testing.assert_close(program.module()(*inputs), op(*inputs))
+
+
+# --- On a GPU: nothing waits for it, and memory is the outputs' and little scratch.
+
+KERNELS = [name for name in OPS if hasattr(torch.ops.gankern, name.split()[0])]
+
+
+def differentiated(op, inputs, dy):
+    """y and gradients, and of a gradient the gradients, as R1 and path length take them."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    y = op(*leaves)
+    grads = torch.autograd.grad(y, leaves, dy, create_graph=True)
+    second = torch.autograd.grad(grads[0].square().sum(), leaves, allow_unused=True)
+    return [t for t in (y, *grads, *second) if t is not None]
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("name", OPS)
+def test_captured_as_a_cuda_graph(impl, device, name, dtype, monkeypatch):
+    """Orders 0 to 2: what waits for the GPU, or depends on values, cannot be captured."""
+    if device != "cuda":
+        pytest.skip("needs a GPU")
+    monkeypatch.setitem(globals(), "F4", F4.to(device))  # a copy from the CPU waits
+    monkeypatch.setitem(globals(), "F12", F12.to(device))
+    op, inputs = call(name, device, DTYPES[dtype])
+    run = functools.partial(op, impl=impl)
+    dy = torch.randn_like(run(*inputs))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = differentiated(run, inputs, dy)
+    torch.cuda.current_stream().wait_stream(stream)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        differentiated(run, inputs, dy)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = differentiated(run, inputs, dy)
+    for _ in range(2):
+        for t in found:
+            t.detach().fill_(float("nan"))
+        graph.replay()
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            torch.testing.assert_close(a, b, msg=lambda text, i=i: f"result {i}: {text}")
+
+
+def allocated(f):
+    """Tensors that f allocates on the GPU, and their bytes."""
+    f()
+    counts = ("allocation.all.allocated", "requested_bytes.all.allocated")
+    before = torch.cuda.memory_stats()
+    kept = f()
+    after = torch.cuda.memory_stats()
+    del kept
+    return [after[name] - before[name] for name in counts]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_memory_of_a_kernel(impl, device, name, layout, monkeypatch):
+    """A forward and a backward allocate outputs, and sums that blocks leave for each other."""
+    if device != "cuda" or impl == "reference":
+        pytest.skip("needs a GPU")
+    monkeypatch.setitem(globals(), "F4", F4.to(device))
+    monkeypatch.setitem(globals(), "F12", F12.to(device))
+    op, inputs = call(name, device, layout=layout)
+    run = functools.partial(op, impl=impl)
+    # What the gradient needs besides is an output of the registered operation: adain's mean and
+    # 1 / deviation, the squares of demod_coefs. So is the epilogue's gradient of its noise.
+    aux = {"adain": 2, "demod_coefs": 1}.get(name, 0)
+    with torch.no_grad():
+        y = run(*inputs)
+        count, size = allocated(lambda: run(*inputs))
+    scratch = 1
+    assert count <= 1 + aux + scratch
+    inside = sum(t.numel() * t.element_size() for t in inputs)
+    outside = y.numel() * y.element_size()
+    assert size <= outside + max(inside // 10, 4096) + (inside if name == "demod_coefs" else 0)
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    y, dy = run(*leaves), torch.randn_like(y)
+    count, _ = allocated(lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True))
+    assert count <= len(leaves) + name.startswith("synthesis_epilogue") + scratch

@@ -123,7 +123,7 @@ KERNELS: dict[str, list[dict[str, Any]]] = {
 
 OPTIONS = ("num_warps", "num_stages")  # of a launch, beside the arguments
 NOTES = ("DTYPES", "NARROW", "ODD")
-FLOATS = {"alpha", "gain", "inv_gain", "clamp", "eps", "filter_gain"}
+FLOATS = {"alpha", "gain", "inv_gain", "clamp", "eps", "filter_gain", "scale"}
 BOOLS = {"flip"}
 # Pointers to float32 whatever x is.
 FLOAT32 = {

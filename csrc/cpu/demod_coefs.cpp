@@ -290,15 +290,16 @@ int demod_coefs(int dtype, int styles_dtype, const void* w, const void* styles, 
 
 int demod_coefs_bwd(int dtype, int styles_dtype, const void* dd, const void* d, const void* q,
                     const void* w, const void* styles, void* dw, void* ds, int64_t N, int64_t O,
-                    int64_t I, int64_t K, bool channels_last, void*) {
+                    int64_t I, int64_t K, bool channels_last, double factor, void*) {
   const Shape shape{N, O, I, K, !channels_last && K > 1};
   return by_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using S = Scalar<T>;
+    const S scale = static_cast<S>(-factor);
     Buffer<S> g(N * O + 1);
     for (int64_t e = 0; e < N * O; e++) {
       const S v = static_cast<const S*>(d)[e];
-      g[e] = -static_cast<const S*>(dd)[e] * (v * v * v);
+      g[e] = scale * static_cast<const S*>(dd)[e] * (v * v * v);
     }
     if (dw) {
       Buffer<S> squares(N * shape.padded() + 1);

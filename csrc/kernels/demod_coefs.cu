@@ -541,13 +541,14 @@ struct Backward {
   unsigned style_blocks, style_tiles;  // tiles of ds: in all, and along the input channels
   unsigned weight_tiles;               // of dW, along the input channels
   int log_outs;                        // output channels of a tile of dW
+  A scale;                             // -factor
 };
 
 // Element `at` of g [N, O].
 template <typename T>
 __device__ __forceinline__ Acc<T> grad(const Backward<T>& a, int64_t at) {
   const Acc<T> d = a.d[at];
-  return -a.dd[at] * (d * d * d);
+  return a.scale * a.dd[at] * (d * d * d);
 }
 
 // A tile of dW, of packs of N: each warp takes every kWarps<T>-th of its output channels.
@@ -894,10 +895,10 @@ int demod_coefs(int dtype, int styles_dtype, const void* w, const void* styles, 
   });
 }
 
-// dw or ds may be null, where they are not wanted.
+// dw or ds may be null, where they are not wanted. Both are multiplied by `factor`.
 int demod_coefs_bwd(int dtype, int styles_dtype, const void* dd, const void* d, const void* q,
                     const void* w, const void* styles, void* dw, void* ds, int64_t N, int64_t O,
-                    int64_t I, int64_t K, bool channels_last, void* stream) {
+                    int64_t I, int64_t K, bool channels_last, double factor, void* stream) {
   if (I == 0) return 0;
   return by_width(dtype, [&](auto zero, auto format) {
     using T = decltype(zero);
@@ -908,6 +909,7 @@ int demod_coefs_bwd(int dtype, int styles_dtype, const void* dd, const void* d, 
     a.w = static_cast<const T*>(w);
     a.dw = static_cast<T*>(dw);
     a.ds = ds;
+    a.scale = static_cast<Acc<T>>(-factor);
     a.shape = shape_of<T>(w, dw, N, O, I, K, channels_last);
     // Of ds too: a tile of it goes with the weights' packs.
     a.shape.packed &= I % kStylePack<kPack<T>> == 0 && aligned16(q);

@@ -6,7 +6,7 @@ GANKERN_KERNEL(int, demod_coefs, int dtype, int styles_dtype, const void* w, con
                double eps, void* stream)
 GANKERN_KERNEL(int, demod_coefs_bwd, int dtype, int styles_dtype, const void* dd, const void* d,
                const void* q, const void* w, const void* styles, void* dw, void* ds, int64_t N,
-               int64_t O, int64_t I, int64_t K, bool channels_last, void* stream)
+               int64_t O, int64_t I, int64_t K, bool channels_last, double factor, void* stream)
 
 namespace gankern {
 namespace {
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& weight, const Tensor& styles, d
 
 std::tuple<Tensor, Tensor> backward(const Tensor& dd_in, const Tensor& d_in, const Tensor& q_in,
                                     const Tensor& weight, const Tensor& styles, bool needs_dweight,
-                                    bool needs_dstyles) {
+                                    bool needs_dstyles, double factor) {
   const Operands a(weight, styles);
   const auto check = [&](const char* name, const Tensor& t, int64_t rows, int64_t columns) {
     STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns &&
@@ -68,12 +68,12 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dd_in, const Tensor& d_in, con
   Tensor dweight = needs_dweight ? fresh_like(a.weight) : empty_beside(a.weight, {0});
   Tensor dstyles = needs_dstyles ? fresh_like(a.styles) : empty_beside(a.styles, {0});
   const Launch launch(a.weight);
-  launch.check(kOp, kernels::demod_coefs_bwd(a.code, a.styles_code, dd.const_data_ptr(),
-                                             d.const_data_ptr(), q.const_data_ptr(),
-                                             a.weight.const_data_ptr(), a.styles.const_data_ptr(),
-                                             dweight.numel() ? dweight.mutable_data_ptr() : nullptr,
-                                             dstyles.numel() ? dstyles.mutable_data_ptr() : nullptr,
-                                             a.N, a.O, a.I, a.K, a.channels_last, launch.stream));
+  launch.check(kOp, kernels::demod_coefs_bwd(
+                        a.code, a.styles_code, dd.const_data_ptr(), d.const_data_ptr(),
+                        q.const_data_ptr(), a.weight.const_data_ptr(), a.styles.const_data_ptr(),
+                        dweight.numel() ? dweight.mutable_data_ptr() : nullptr,
+                        dstyles.numel() ? dstyles.mutable_data_ptr() : nullptr, a.N, a.O, a.I, a.K,
+                        a.channels_last, factor, launch.stream));
   return {dweight, dstyles};
 }
 
@@ -83,7 +83,7 @@ GANKERN_SCHEMAS(m) {
   m.def("demod_coefs(Tensor weight, Tensor styles, float eps) -> (Tensor, Tensor)");
   m.def(
       "demod_coefs_bwd(Tensor dd, Tensor d, Tensor q, Tensor weight, Tensor styles, "
-      "bool needs_dweight, bool needs_dstyles) -> (Tensor, Tensor)");
+      "bool needs_dweight, bool needs_dstyles, float factor=1.0) -> (Tensor, Tensor)");
 }
 
 GANKERN_IMPLS(m) {

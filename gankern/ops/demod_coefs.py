@@ -117,7 +117,7 @@ if _impl.triton is not None:
     @triton.jit
     def demod_coefs_bwd_kernel(
         dd_ptr, d_ptr, q_ptr, w_ptr, s_ptr, dw_ptr, ds_ptr, N, outs, ins, style_programs,
-        K: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+        scale, K: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
         BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
     ):  # fmt: skip
         # The first programs take one sample and BLOCK_I input channels of ds each, the others one
@@ -134,7 +134,7 @@ if _impl.triton is not None:
             for start in range(0, outs, BLOCK_O):
                 o = start + tl.arange(0, BLOCK_O)
                 d = tl.load(d_ptr + n * outs + o, mask=o < outs, other=0.0)
-                g = -tl.load(dd_ptr + n * outs + o, mask=o < outs, other=0.0) * d * d * d
+                g = tl.load(dd_ptr + n * outs + o, mask=o < outs, other=0.0) * (d * d * d) * scale
                 at = o.to(tl.int64)[:, None] * ins + i[None, :]
                 q = tl.load(q_ptr + at, mask=(o < outs)[:, None] & (i < ins)[None, :], other=0.0)
                 total += tl.sum(g[:, None] * q, 0)
@@ -157,7 +157,7 @@ if _impl.triton is not None:
             factor = tl.zeros([BLOCK], tl.float32)
             for m in range(N):
                 dm = tl.load(d_ptr + m * n_step + row)
-                gm = -tl.load(dd_ptr + m * n_step + row) * dm * dm * dm
+                gm = tl.load(dd_ptr + m * n_step + row) * (dm * dm * dm) * scale
                 sm = tl.load(s_ptr + m * s_step + channel, mask=inside, other=0.0).to(tl.float32)
                 factor += gm * sm * sm
             w = tl.load(w_ptr + row * s_step * K + e, mask=inside, other=0.0).to(tl.float32)
@@ -190,7 +190,7 @@ if _impl.triton is not None:
     @_impl.triton_op("demod_coefs_bwd")
     def _triton_bwd(
         dd: Tensor, d: Tensor, q: Tensor, weight: Tensor, styles: Tensor, needs_dweight: bool,
-        needs_dstyles: bool,
+        needs_dstyles: bool, factor: float = 1.0,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         weight, last = _lay_out(weight)
         styles = styles.contiguous()
@@ -205,7 +205,7 @@ if _impl.triton is not None:
             return dweight, dstyles
         torch.library.wrap_triton(demod_coefs_bwd_kernel)[(programs,)](
             dd.contiguous(), d, q, weight, styles, dweight, dstyles, n, o, i, style_programs,
-            K=k, LAST=last, WIDE=(i + block) * k >= 2**31, BLOCK=block, BLOCK_O=32, BLOCK_I=64,
+            -factor, K=k, LAST=last, WIDE=(i + block) * k >= 2**31, BLOCK=block, BLOCK_O=32, BLOCK_I=64,
             num_warps=max(1, block // 256),
         )  # fmt: skip
         return dweight, dstyles
@@ -220,7 +220,7 @@ def _fake_fwd(weight, styles, eps):
     return weight.new_empty((n, o), dtype=dtype), weight.new_empty((o, i), dtype=dtype)
 
 
-def _fake_bwd(dd, d, q, weight, styles, needs_dweight, needs_dstyles):
+def _fake_bwd(dd, d, q, weight, styles, needs_dweight, needs_dstyles, factor=1.0):
     like = torch.empty_like(weight, memory_format=_impl.memory_format(weight))
     dweight = like if needs_dweight else weight.new_empty(0)
     return dweight, styles.new_empty(styles.shape if needs_dstyles else (0,))
@@ -314,7 +314,7 @@ def _bwd2_styles(tensors, v, needs, impl) -> tuple[Tensor | None, ...]:
     h = torch.addmm(d, u, q.t(), beta=0, alpha=-1)  # -h, [N, O]
     g = cube * dd  # -g
     bwd = _impl.op(impl, "demod_coefs_bwd")
-    dw, ds = bwd((g * h).div_(d).mul_(3), d, q, weight, styles, needs[1], needs[2])
+    dw, ds = bwd((g * h).div_(d), d, q, weight, styles, needs[1], needs[2], 3.0)
     if needs[1]:
         dw = torch.addcmul(dw.to(w.dtype), w, (g.t() @ u)[:, :, None, None], value=-2)
     if needs[2]:

@@ -89,7 +89,7 @@ def path_length(
         The penalty, and the mean with this batch in it (without gradient).
     """
     y = torch.randn_like(img) if noise is None else noise
-    g = _gradient((img * (y / math.sqrt(img.shape[2] * img.shape[3]))).sum(), ws)
+    g = _gradient(img, ws, (y / math.sqrt(img.shape[2] * img.shape[3])).to(img.dtype))
     lengths = _norms(g) / math.sqrt(ws.shape[1])  # [N]
     length = lengths.detach().mean().to(mean)
     mean = torch.lerp(mean, length if reduce is None else reduce(length), decay)
@@ -101,10 +101,10 @@ def drift(real_logits: Tensor, weight: float = 1e-3) -> Tensor:
     return weight * real_logits.square().mean()
 
 
-def _gradient(y: Tensor, x: Tensor) -> Tensor:
-    """dy/dx in float32 or more, differentiable; without the gradients of weights on the way."""
+def _gradient(y: Tensor, x: Tensor, v: Tensor | None = None) -> Tensor:
+    """dy/dx in float32 or more, of <y, v> with v; differentiable, without weights' gradients."""
     with no_weight_gradients():
-        (g,) = torch.autograd.grad(y, x, create_graph=True)
+        (g,) = torch.autograd.grad(y, x, v, create_graph=True)
     return g.to(torch.promote_types(g.dtype, torch.float32))
 
 

@@ -293,7 +293,9 @@ def step(
     def twice() -> tuple[Tensor | None, ...]:
         y = run(*leaves, *rest)
         (dx,) = torch.autograd.grad(y, leaves[:1], into, create_graph=True)
-        return torch.autograd.grad(dx.square().sum(), [into, *leaves], allow_unused=True)
+        # In the range of 16 bits both of a pixel and summed over them.
+        length = dx.float().square().sum() / dx.numel() ** 0.5
+        return torch.autograd.grad(length, [into, *leaves], allow_unused=True)
 
     return twice
 

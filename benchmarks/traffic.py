@@ -77,7 +77,6 @@ PASSES = ("forward", "backward", "second")
 
 # Rows that keep in shared memory what they would read twice, and so fill it; their bars, by layout.
 FULL = {
-    "adain": {"nchw": 0.5, "nhwc": 0.25},  # a part of each plane
     "upfirdn2d blur": {"nchw": 0.45, "nhwc": 0.5},  # rows, copied ahead
     "synthesis_epilogue up 2": {"nchw": 0.3, "nhwc": 0.3},  # rows of two images, copied ahead
 }

@@ -182,10 +182,7 @@ def stylegan2_256() -> dict[str, dict[str, launches.Pair]]:
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
 def test_bars_of_stylegan2_256(stylegan2_256, dtype) -> None:
     pairs = stylegan2_256[dtype]
-    # Path length has 50.3 % of the reference's launches, 106 of ours fills of counters.
-    assert {line.partition(":")[0] for line in launches.missed(pairs)} <= {"PL"}
-    ours, reference = pairs["PL"]
-    assert ours.total.launches < 0.505 * reference.total.launches
+    assert launches.missed(pairs) == []
     assert pairs["training"][1].total.bytes > 50e9
     assert all(a.total.dense <= 1.03 * b.total.dense for a, b in pairs.values())
 

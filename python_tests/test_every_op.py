@@ -177,7 +177,9 @@ def differentiated(op, inputs, dy):
     leaves = [t.detach().requires_grad_() for t in inputs]
     y = op(*leaves)
     grads = torch.autograd.grad(y, leaves, dy, create_graph=True)
-    second = torch.autograd.grad(grads[0].square().sum(), leaves, allow_unused=True)
+    second = []
+    if grads[0].requires_grad:  # else the op is linear
+        second = torch.autograd.grad(grads[0].square().sum(), leaves, allow_unused=True)
     return [t for t in (y, *grads, *second) if t is not None]
 
 

@@ -11,7 +11,10 @@ from harness import DTYPES, launches, lay_out, outputs_and_grads, randn, second_
 from gankern import ops
 
 KERNELS = Path(__file__).resolve().parent.parent / "csrc" / "kernels"
-FILTERS = {"4x4": randn(4, 4).float(), **{n: randn(n).float() for n in (4, 6, 8, 12)}}
+FILTERS = {
+    **{n: randn(n).float() for n in (2, 4, 5, 6, 8, 12)},
+    **{f"{n}x{n}": randn(n, n).float() for n in (4, 8, 12)},
+}
 LAYOUTS = {"nchw": "contiguous", "last": "channels_last"}
 # op, its arguments, images, layout and dtype; the kernels without op, dtype and namespace, in the
 # order of their launches: forward, backward and, where there are more, second order
@@ -35,15 +38,32 @@ ROWS = [
      "planes<1, 4, 8, true, false>", "planes<4, 1, 8, true, false>"),
     ("upfirdn2d", {"f": 12, "up": 2, "padding": [6, 5, 6, 5]}, (1, 2, 8, 15), "nchw f16",
      "planes<2, 1, 12, true, false>", "planes<1, 2, 12, true, false>"),
+    ("upfirdn2d", {"f": 2, "up": 4, "padding": 1}, (1, 2, 8, 15), "nchw f32",
+     "planes<4, 1, 4, false, false>", "planes<1, 4, 2, false, false>"),
+    ("upfirdn2d", {"f": 6, "up": 4, "padding": 3}, (1, 2, 8, 16), "nchw f16",
+     "planes<4, 1, 8, false, false>", "planes<1, 4, 6, false, false>"),
+    ("upfirdn2d", {"f": "8x8", "padding": 4}, (1, 2, 8, 16), "nchw f32",
+     "planes<1, 1, 8, false, false>", "planes<1, 1, 8, false, false>"),
+    ("upfirdn2d", {"f": "12x12", "down": 2, "padding": 5}, (1, 2, 8, 16), "nchw f16",
+     "planes<1, 2, 12, false, false>", "planes<2, 1, 12, false, false>"),
     ("upfirdn2d", {"f": 4, "padding": [2, 1, 2, 1]}, (1, 8, 8, 9), "last f32",
      "walk<1, 1>", "walk<1, 1>"),
     ("upfirdn2d", {"f": "4x4", "up": 2, "padding": [2, 1, 2, 1]}, (1, 8, 8, 9), "last f16",
      "walk<2, 1>", "walk<1, 2>"),
-    ("upfirdn2d", {"f": 12, "up": 2, "padding": 6}, (1, 8, 8, 9), "last f32", "strips", "strips"),
-    ("upfirdn2d", {"f": 8, "padding": [2, 1, 2, 1]}, (1, 8, 8, 9), "last f16", "strips", "strips"),
-    ("upfirdn2d", {"f": 6, "up": 2, "padding": 3}, (1, 8, 8, 9), "last f32", "pixels", "pixels"),
+    ("upfirdn2d", {"f": 12, "up": 2, "padding": 6}, (1, 8, 8, 9), "last f32",
+     "strips<2, 1, 12>", "strips<1, 2, 12>"),
+    ("upfirdn2d", {"f": 8, "padding": [2, 1, 2, 1]}, (1, 8, 8, 9), "last f16",
+     "strips<1, 1, 8>", "strips<1, 1, 8>"),
+    ("upfirdn2d", {"f": 12, "down": 3, "padding": 6}, (1, 8, 8, 9), "last f32",
+     "strips<0, 0, 0>", "strips<0, 0, 0>"),
+    ("upfirdn2d", {"f": 6, "up": 2, "padding": 3}, (1, 8, 8, 9), "last f32",
+     "pixels<2, 6>", "pixels<1, 6>"),
     ("upfirdn2d", {"f": 4, "up": 4, "padding": [2, 1, 2, 1]}, (1, 8, 8, 9), "last f16",
-     "pixels", "pixels"),
+     "pixels<4, 4>", "pixels<1, 4>"),
+    ("upfirdn2d", {"f": "12x12", "padding": 6}, (1, 8, 8, 9), "last f16",
+     "pixels<1, 12>", "pixels<1, 12>"),
+    ("upfirdn2d", {"f": 5, "up": 2, "padding": 2}, (1, 8, 8, 9), "last f32",
+     "pixels<0, 0>", "pixels<0, 0>"),
     ("upfirdn2d", {"f": 4, "padding": [2, 1, 2, 1]}, (1, 7, 8, 9), "last f32", "any", "any"),
     ("upfirdn2d", {"f": 4, "padding": [2, 1, 2, 1]}, (1, 12, 8, 9), "last f16", "any", "any"),
     ("upfirdn2d", {"f": 4, "up": 3, "padding": [2, 1, 2, 1]}, (1, 2, 8, 9), "nchw f32",

@@ -21,11 +21,10 @@ namespace {
 // Several blocks a multiprocessor: some move data while others wait. A thread of columns has sums
 // of its own to hand over, so that few threads with many pixels each take fewer instructions.
 constexpr int kGroupBlocks = 4;
-template <int V>
-constexpr int kGroupThreads = V == 1 ? 256 : 128;
+constexpr int kGroupThreads = 256;
 template <int V>
 constexpr int kTeam = V == 1 ? 1 : 16;
-constexpr int kGroupLines = 4 * kGroupThreads<4>;  // sums in shared memory, see gather_lines()
+constexpr int kGroupLines = 4 * kGroupThreads;  // sums in shared memory, see gather_lines()
 // Of a thread that waits: between two looks, and looks before it claims what others might do.
 constexpr int kNanoseconds = 40, kLooks = 1000;
 
@@ -124,14 +123,14 @@ __device__ __forceinline__ void with_format(Op& op, F f) {
 // by side; 1: all elements are of one row, and inner is N. A part is `steps` packs of each thread,
 // copied in four batches.
 template <typename Op, int N, int V>
-__global__ void __launch_bounds__(kGroupThreads<V>, kMaxThreads / kGroupThreads<V>)
+__global__ void __launch_bounds__(kGroupThreads, kMaxThreads / kGroupThreads)
     group_kernel(Op op, int64_t length, int64_t inner, int log_tx, int steps,
                  Exchange<Acc<typename Op::Elem>> exchange) {
   using T = typename Op::Elem;
   using A = Acc<T>;
   using Params = typename Op::Params;
   using Style = typename Op::Style;
-  constexpr int kThreads = kGroupThreads<V>, kLogThreads = V == 1 ? 8 : 7;
+  constexpr int kThreads = kGroupThreads, kLogThreads = 8;
   constexpr int kEach = N / V, kBatches = 4;
   constexpr int kLogRow = V * Op::kSums == 16 ? 2 : 1;  // words of 4 sums of a pack's columns
   static_assert(V == 1 || V * Op::kSums == 4 << kLogRow, "gather_lines() reads words");

@@ -83,7 +83,7 @@ constexpr int kColumnPack = kRowPack<Op> == 1 ? 1 : Op::kColumnBytes / sizeof(ty
 template <typename Op, int N, int V>
 class Group {
   using A = Acc<typename Op::Elem>;
-  static constexpr int kThreads = kGroupThreads<V>;
+  static constexpr int kThreads = kGroupThreads;
   static constexpr int kStep = Op::kIn * kThreads * N * sizeof(typename Op::Elem);
 
  public:

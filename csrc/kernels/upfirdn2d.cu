@@ -158,25 +158,80 @@ int launch_any(Args p, void* stream) {
   return static_cast<int>(cudaGetLastError());
 }
 
+// Separable filters of 7 taps and more.
+template <typename T>
+int by_strips(const Args& p, void* stream) {
+  const bool square = p.w.taps == p.h.taps && p.w.up == p.h.up && p.w.down == p.h.down;
+  const auto of_taps = [&](auto up, auto down) {
+    constexpr int kUp = decltype(up)::value, kDown = decltype(down)::value;
+    if (p.w.taps == 8) return launch_strips<T, kUp, kDown, 8>(p, stream);
+    if (p.w.taps == 12) return launch_strips<T, kUp, kDown, 12>(p, stream);
+    return launch_strips<T, 0, 0, 0>(p, stream);
+  };
+  using One = std::integral_constant<int, 1>;
+  using Two = std::integral_constant<int, 2>;
+  using Four = std::integral_constant<int, 4>;
+  switch (square ? p.w.up * 10 + p.w.down : 0) {
+    case 11:
+      return of_taps(One{}, One{});
+    case 21:
+      return of_taps(Two{}, One{});
+    case 41:
+      return of_taps(Four{}, One{});
+    case 12:
+      return of_taps(One{}, Two{});
+    case 14:
+      return of_taps(One{}, Four{});
+    default:
+      return launch_strips<T, 0, 0, 0>(p, stream);
+  }
+}
+
+template <typename T, int kUp>
+int by_pixels(const Args& p, void* stream) {
+  switch (p.w.taps == p.h.taps ? p.w.taps : 0) {
+    case 2:
+      return launch_pixels<T, kUp, 2>(p, stream);
+    case 4:
+      return launch_pixels<T, kUp, 4>(p, stream);
+    case 6:
+      return launch_pixels<T, kUp, 6>(p, stream);
+    case 8:
+      return launch_pixels<T, kUp, 8>(p, stream);
+    case 12:
+      return launch_pixels<T, kUp, 12>(p, stream);
+    default:
+      return launch_pixels<T, 0, 0>(p, stream);
+  }
+}
+
 template <typename T>
 int try_pixels(const Args& p, void* stream) {
   if (p.channels % (16 / sizeof(T))) return -1;
-  if (p.separable && p.w.taps > 6) return launch_strips<T>(p, stream);
+  if (p.separable && p.w.taps > 6) return by_strips<T>(p, stream);
   const bool even = p.w.pad % 2 == 0 && p.h.pad % 2 == 0;
   if (p.w.taps == 4 && p.h.taps == 4 && p.w.up == p.h.up && p.w.down == p.h.down) {
     if (p.w.up == 1 && p.w.down == 1) return launch_walk<T, 1, 1>(p, stream);
     if (p.w.up == 2 && p.w.down == 1 && even) return launch_walk<T, 2, 1>(p, stream);
     if (p.w.up == 1 && p.w.down == 2) return launch_walk<T, 1, 2>(p, stream);
   }
-  return launch_pixels<T>(p, stream);
+  switch (p.w.up == p.h.up ? p.w.up : 0) {
+    case 1:
+      return by_pixels<T, 1>(p, stream);
+    case 2:
+      return by_pixels<T, 2>(p, stream);
+    case 4:
+      return by_pixels<T, 4>(p, stream);
+    default:
+      return launch_pixels<T, 0, 0>(p, stream);
+  }
 }
 
 template <int kUp, int kDown>
 int try_planes(const Args& p, void* stream) {
   switch (p.w.taps) {
-    case 2:
-      if constexpr (kUp < 4) return launch_planes<kUp, kDown, 2, false>(p, stream);
-      return -1;
+    case 2:  // with up 4 as many taps as factors, some of them zeros
+      return launch_planes<kUp, kDown, kUp == 4 ? 4 : 2, false>(p, stream);
     case 4:
       if constexpr (kUp <= 2 && kDown <= 2) {
         const int error = p.dtype == kF32 ? try_march<float, kUp, kDown>(p, stream)
@@ -188,12 +243,13 @@ int try_planes(const Args& p, void* stream) {
           return p.dtype == kF32 ? launch_lines<float>(p, stream) : launch_lines<Half16>(p, stream);
       return launch_planes<kUp, kDown, 4, false>(p, stream);
     case 6:
-      if constexpr (kUp < 4) return launch_planes<kUp, kDown, 6, false>(p, stream);
-      return -1;
+      return launch_planes<kUp, kDown, kUp == 4 ? 8 : 6, false>(p, stream);
     case 8:
-      return p.separable ? launch_planes<kUp, kDown, 8, true>(p, stream) : -1;
+      return p.separable ? launch_planes<kUp, kDown, 8, true>(p, stream)
+                         : launch_planes<kUp, kDown, 8, false>(p, stream);
     case 12:
-      return p.separable ? launch_planes<kUp, kDown, 12, true>(p, stream) : -1;
+      return p.separable ? launch_planes<kUp, kDown, 12, true>(p, stream)
+                         : launch_planes<kUp, kDown, 12, false>(p, stream);
     default:
       return -1;
   }

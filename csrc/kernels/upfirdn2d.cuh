@@ -65,6 +65,20 @@ __device__ __forceinline__ S filter_tap(const Args& p, int k) {
   return static_cast<const S*>(p.f)[p.flip ? k : p.w.taps - 1 - k];
 }
 
+// f(tap, how many before it) for the taps that meet an output, the first of which is `first`.
+// kTaps: kUp and kTaps are known; else 0.
+template <int kUp, int kTaps, typename F>
+__device__ __forceinline__ void each_tap(int first, const Axis& a, F f) {
+  if constexpr (kTaps > 0) {
+#pragma unroll
+    for (int m = 0; m < (kTaps + kUp - 1) / kUp; m++)
+      if (kTaps % kUp == 0 || first + m * kUp < kTaps) f(first + m * kUp, m);
+  } else {
+#pragma unroll 2
+    for (int k = first, m = 0; k < a.taps; k += a.up, m++) f(k, m);
+  }
+}
+
 // The filter as an outer product x y, if it is one up to rounding. Lane i of 16 has tap i. Row and
 // column go through the smallest tap, of which the others are multiples in the usual filters:
 // exact.

@@ -43,11 +43,13 @@ __device__ __forceinline__ void load_pixels(const Args& p, T* tile, const T* x, 
   }
 }
 
-template <typename T>
+// kUp, kTaps: of both axes, or 0.
+template <typename T, int kUp, int kTaps>
 __global__ void __launch_bounds__(kPixelThreads, 2) upfirdn2d_pixels_kernel(Args p) {
   constexpr int N = 16 / sizeof(T), kStep = 2 * N;  // elements of a granule, and of a sample
   const Format<T> format(p.dtype);
   GK_DYNAMIC_SHARED(float, f);
+  if constexpr (kTaps > 0) p.h.taps = p.w.taps = kTaps, p.h.up = p.w.up = kUp;  // as constants
   const int f_size = p.h.taps * p.w.taps;
   T* tile = reinterpret_cast<T*>(f + (f_size + 3) / 4 * 4);
   const int c = (threadIdx.x & 1) * N;
@@ -77,21 +79,20 @@ __global__ void __launch_bounds__(kPixelThreads, 2) upfirdn2d_pixels_kernel(Args
     float sums[N] = {};
     const T* row = tile + (first_x - ix0) * kStep + c + (first_y - iy0) * row_step;
     for (int ky = first_tap(p.h, oy, first_y); ky < p.h.taps; ky += p.h.up, row += row_step) {
-      const T* sample = row;
-      for (int kx = tap_x; kx < p.w.taps; kx += p.w.up, sample += kStep) {
+      each_tap<kUp, kTaps>(tap_x, p.w, [&](int kx, int m) {
         float values[N];
-        widen(load_pack<T, N>(sample), format, values);
+        widen(load_pack<T, N>(row + m * kStep), format, values);
         const float w = f[ky * p.w.taps + kx];
 #pragma unroll
         for (int j = 0; j < N; j++) sums[j] += w * values[j];
-      }
+      });
     }
     store_pack<T, N>(y + static_cast<int64_t>(oy) * p.w.out * p.channels,
                      narrow<T, N>(sums, format));
   }
 }
 
-template <typename T>
+template <typename T, int kUp, int kTaps>
 int launch_pixels(Args p, void* stream) {
   constexpr int N = 16 / sizeof(T), kLanes = 2;
   int x = pow2_between(p.w.out, 8, 32);
@@ -128,8 +129,8 @@ int launch_pixels(Args p, void* stream) {
   return by_images(p, [&](const Args& q) {
     const dim3 grid(static_cast<unsigned>(q.tiles_w), static_cast<unsigned>(q.images * q.chunks),
                     static_cast<unsigned>(tiles_h));
-    GK_LAUNCH((upfirdn2d_pixels_kernel<T>), grid, dim3(kLanes * x * y), static_cast<int>(shared),
-              stream, q);
+    GK_LAUNCH((upfirdn2d_pixels_kernel<T, kUp, kTaps>), grid, dim3(kLanes * x * y),
+              static_cast<int>(shared), stream, q);
   });
 }
 

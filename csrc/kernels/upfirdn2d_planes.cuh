@@ -241,13 +241,18 @@ __global__ void __launch_bounds__(kPlaneThreads, 2) upfirdn2d_planes_kernel(Args
   // Phases: output j has its first tap at (q - j) mod up, and starts late where j mod up > q.
   const int qx = (p.w.pad % kUp + kUp) % kUp, qy = (p.h.pad % kUp + kUp) % kUp;
   const auto tap = [&](int q, int i) { return (q - i / kMeet + kUp) % kUp + i % kMeet * kUp; };
+  // With up 4, filters of 2 and 6 taps are longer by zeros.
+  const auto tap_at = [&](int ky, int kx) {
+    const bool exists = kUp < 4 || kSeparable || (ky < p.h.taps && kx < p.w.taps);
+    return exists ? filter_tap<float>(p, ky, kx) : 0.f;
+  };
   const float gain = static_cast<float>(p.gain);
   for (int i = threadIdx.x; i < (kSeparable ? kTaps : kTaps * kTaps); i += blockDim.x) {
     if constexpr (kSeparable) {
       f[i] = filter_tap<float>(p, tap(qx, i)) * gain;
       f[kTaps + i] = filter_tap<float>(p, tap(qy, i));
     } else {
-      f[i] = filter_tap<float>(p, tap(qy, i / kTaps), tap(qx, i % kTaps)) * gain;
+      f[i] = tap_at(tap(qy, i / kTaps), tap(qx, i % kTaps)) * gain;
     }
   }
   if constexpr (P::kProduct) {

@@ -49,8 +49,13 @@ __device__ __forceinline__ void load_stage(const Args& p, const Strip& s,
   }
 }
 
-template <typename T>
+// kUp, kDown, kTaps: of both axes, or 0.
+template <typename T, int kUp, int kDown, int kTaps>
 __global__ void __launch_bounds__(kStripThreads, 4) upfirdn2d_strips_kernel(Args p, Strip s) {
+  if constexpr (kTaps > 0) {  // as constants
+    p.h.taps = p.w.taps = kTaps, p.h.up = p.w.up = kUp, p.h.down = p.w.down = kDown;
+    s.log2_phases = kDown / 2;
+  }
   constexpr int N = 16 / sizeof(T), kPieces = N / 4;
   using Granule = Pack<T, N>;
   const Format<T> format(p.dtype);
@@ -92,17 +97,19 @@ __global__ void __launch_bounds__(kStripThreads, 4) upfirdn2d_strips_kernel(Args
         __syncthreads();
         for (int r = ty; r < more; r += step) {
           float sums[N] = {};
-          int column = first_x - ix0;
-#pragma unroll 2
-          for (int k = tap_x; k < p.w.taps; k += p.w.up, column++) {
-            const Granule granule = load_pack<T, N>(
-                stage[r * p.pitch + (column & mask) * phase + (column >> s.log2_phases) * 2 + g].v);
+          // With a known kDown a thread's first column is of phase 0.
+          const int first = kTaps > 0 ? 0 : first_x - ix0;
+          const Granule* row = stage + (r * p.pitch + g);
+          if constexpr (kTaps > 0) row += (first_x - ix0) / kDown * 2;
+          each_tap<kUp, kTaps>(tap_x, p.w, [&](int k, int m) {
+            const int column = first + m;
             float v[N];
-            widen(granule, format, v);
+            widen(load_pack<T, N>(row[(column & mask) * phase + (column >> s.log2_phases) * 2].v),
+                  format, v);
             const float w = fx[k];
 #pragma unroll
             for (int e = 0; e < N; e++) sums[e] += w * v[e];
-          }
+          });
           int to = slot + r;
           if (to >= s.ring_rows) to -= s.ring_rows;
 #pragma unroll
@@ -122,8 +129,7 @@ __global__ void __launch_bounds__(kStripThreads, 4) upfirdn2d_strips_kernel(Args
       int from = slot - (filtered - first_y);
       if (from < 0) from += s.ring_rows;
       float sums[N] = {};
-#pragma unroll 2
-      for (int k = first_y * p.h.up + tap_y0 - j * p.h.down; k < p.h.taps; k += p.h.up) {
+      each_tap<kUp, kTaps>(first_y * p.h.up + tap_y0 - j * p.h.down, p.h, [&](int k, int) {
         const float w = fy[k];
 #pragma unroll
         for (int i = 0; i < kPieces; i++) {
@@ -132,7 +138,7 @@ __global__ void __launch_bounds__(kStripThreads, 4) upfirdn2d_strips_kernel(Args
           sums[4 * i + 2] += w * v.z, sums[4 * i + 3] += w * v.w;
         }
         from = next(from);
-      }
+      });
       store_pack<T, N>(y + (static_cast<int64_t>(oy0 + j) * p.w.out + ox) * p.channels,
                        narrow<T, N>(sums, format));
     }
@@ -140,7 +146,7 @@ __global__ void __launch_bounds__(kStripThreads, 4) upfirdn2d_strips_kernel(Args
 }
 
 // The widest strip that fits into shared memory, and the longest of which there are enough.
-template <typename T>
+template <typename T, int kUp, int kDown, int kTaps>
 int launch_strips(Args p, void* stream) {
   constexpr int N = 16 / sizeof(T);
   if (max(max(p.w.up, p.w.down), max(p.h.up, p.h.down)) > kMostStripFactor) return -1;
@@ -180,7 +186,8 @@ int launch_strips(Args p, void* stream) {
   }
   if (!has_grid3(p)) return -1;
   p.log2_x = log2_of(x);
-  GK_LAUNCH((upfirdn2d_strips_kernel<T>), grid3_of(p), dim3(threads), shared, stream, p, s);
+  GK_LAUNCH((upfirdn2d_strips_kernel<T, kUp, kDown, kTaps>), grid3_of(p), dim3(threads), shared,
+            stream, p, s);
   return static_cast<int>(cudaGetLastError());
 }
 

@@ -129,7 +129,8 @@ __global__ void __launch_bounds__(kStripThreads, 4) upfirdn2d_strips_kernel(Args
       int from = slot - (filtered - first_y);
       if (from < 0) from += s.ring_rows;
       float sums[N] = {};
-      each_tap<kUp, kTaps>(first_y * p.h.up + tap_y0 - j * p.h.down, p.h, [&](int k, int) {
+#pragma unroll 2
+      for (int k = first_y * p.h.up + tap_y0 - j * p.h.down; k < p.h.taps; k += p.h.up) {
         const float w = fy[k];
 #pragma unroll
         for (int i = 0; i < kPieces; i++) {
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(kStripThreads, 4) upfirdn2d_strips_kernel(Args
           sums[4 * i + 2] += w * v.z, sums[4 * i + 3] += w * v.w;
         }
         from = next(from);
-      });
+      }
       store_pack<T, N>(y + (static_cast<int64_t>(oy0 + j) * p.w.out + ox) * p.channels,
                        narrow<T, N>(sums, format));
     }

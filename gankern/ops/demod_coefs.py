@@ -205,8 +205,8 @@ if _impl.triton is not None:
             return dweight, dstyles
         torch.library.wrap_triton(demod_coefs_bwd_kernel)[(programs,)](
             dd.contiguous(), d, q, weight, styles, dweight, dstyles, n, o, i, style_programs,
-            -factor, K=k, LAST=last, WIDE=(i + block) * k >= 2**31, BLOCK=block, BLOCK_O=32, BLOCK_I=64,
-            num_warps=max(1, block // 256),
+            -factor, K=k, LAST=last, WIDE=(i + block) * k >= 2**31, BLOCK=block, BLOCK_O=32,
+            BLOCK_I=64, num_warps=max(1, block // 256),
         )  # fmt: skip
         return dweight, dstyles
 

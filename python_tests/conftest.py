@@ -53,7 +53,7 @@ def impl(request: pytest.FixtureRequest) -> str:
     """Each implementation in turn; "simt" is the CUDA source, run on the CPU by csrc/simt."""
     if request.param == "simt":
         request.getfixturevalue("simt_ops")
-    if request.param == "triton":
+    if request.param == "triton" and request.config.getoption("--device") == "cpu":
         quicken_interpreter()
         limit_grids()
     return request.param

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from ops import figures, machine, measure
-from steps import STEPS, Model, stylegan2_nets
+from steps import MODELS, Model, stylegan2_nets
 
 from gankern.training.penalties import path_length, r1
 
@@ -209,7 +209,8 @@ def main() -> int:
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--channel-base", type=int, default=8192)
     parser.add_argument("--channel-max", type=int, default=128)
-    parser.add_argument("--step", nargs="+", choices=STEPS, default=list(STEPS))
+    known = list(MODELS["stylegan2-64"][1])
+    parser.add_argument("--step", nargs="+", choices=known, default=known)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the results to FILE")

@@ -397,7 +397,7 @@ def document(batch: int) -> str:
     """docs/launches.md."""
     parts = ["# Launches and bytes of StyleGAN2-256", _INTRODUCTION.format(batch=batch)]
     for dtype, title in (("f32", "float32"), ("f16", "float16 in the four highest levels")):
-        pairs = count_steps("stylegan2-256", list(STEPS), batch, dtype)
+        pairs = count_steps("stylegan2-256", list(MODELS["stylegan2-256"][1]), batch, dtype)
         parts += [f"## {title}", markdown(summary_table(pairs))]
         bars = missed(pairs)
         parts.append("Bars missed: " + "; ".join(bars) + "." if bars else "Every bar holds.")

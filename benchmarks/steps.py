@@ -49,12 +49,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from ops import captured, figures, machine, measure, seconds
 
 from gankern.memory import keep_memory
-from gankern.models import dcgan, stylegan, stylegan2
+from gankern.models import dcgan, pggan, stylegan, stylegan2, vanilla, wgan
 from gankern.ops import _impl
 from gankern.ops.modulated_conv2d import no_weight_gradients
 from gankern.training.distributed import average_gradients
 from gankern.training.losses import LOSSES
-from gankern.training.penalties import path_length, r1
+from gankern.training.penalties import gradient_penalty, path_length, r1
 
 aten = torch.ops.aten
 
@@ -77,7 +77,23 @@ def dcgan_nets(resolution: int) -> tuple[nn.Module, nn.Module]:
     return dcgan.Generator(100, size, 3, 64), dcgan.Discriminator(size, 3, 64)
 
 
-STEPS = ("generate", "G", "D", "R1", "PL")
+def pggan_nets(resolution: int, base: int, most: int) -> tuple[nn.Module, nn.Module]:
+    size = {"resolution": (resolution, resolution), "channel_base": base, "channel_max": most}
+    return pggan.Generator(**size), pggan.Discriminator(**size)  # type: ignore[arg-type]
+
+
+def wgan_nets(resolution: int) -> tuple[nn.Module, nn.Module]:
+    size = {"resolution": (resolution, resolution), "width": 64}
+    return wgan.make_generator(**size), wgan.make_critic(**size, norm="none")  # type: ignore[arg-type]
+
+
+def conditional_nets(resolution: int) -> tuple[nn.Module, nn.Module]:
+    size = {"resolution": (resolution, resolution), "width": 64, "c_dim": 10}
+    D = dcgan.Discriminator(**size, condition="concat")  # type: ignore[arg-type]
+    return dcgan.Generator(**size), D  # type: ignore[arg-type]
+
+
+STEPS = ("generate", "G", "D", "R1", "GP", "PL")
 MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], tuple[str, ...]]] = {
     "stylegan2-64": (lambda: stylegan2_nets(64, 8192, 128), STEPS),
     "stylegan2-64-f16": (lambda: stylegan2_nets(64, 8192, 128, num_fp16_res=4), STEPS),
@@ -86,34 +102,46 @@ MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], tuple[str, ..
     "stylegan-64": (lambda: stylegan_nets(64, 8192, 128), ("generate", "G", "D", "R1")),
     "dcgan-32": (lambda: dcgan_nets(32), ("G", "D")),
     "dcgan-64": (lambda: dcgan_nets(64), ("G", "D")),
+    "gan-28": (lambda: (vanilla.Generator(), vanilla.Discriminator()), ("G", "D")),
+    "cgan-32": (lambda: conditional_nets(32), ("G", "D")),
+    "wgan-gp-64": (lambda: wgan_nets(64), ("G", "D", "GP")),
+    "pggan-64": (lambda: pggan_nets(64, 8192, 128), ("generate", "G", "D", "GP")),
 }
+CRITICS = ("wgan-gp-64", "pggan-64")
 
 
 class Model:
     """Two networks, a batch, and the steps of training without the optimiser's."""
 
-    def __init__(self, G: nn.Module, D: nn.Module, z: Tensor, real: Tensor) -> None:
+    def __init__(
+        self, G: nn.Module, D: nn.Module, z: Tensor, real: Tensor, loss: str = "nonsaturating"
+    ) -> None:
         self.G, self.D, self.z, self.real = G, D, z, real
-        self.loss = LOSSES["nonsaturating"]
+        self.c: tuple[Tensor, ...] = ()
+        if classes := getattr(G, "c_dim", 0):
+            self.c = (torch.eye(classes, device=z.device)[torch.arange(len(z)) % classes],)
+        self.loss = LOSSES[loss]
         self.pl_mean = torch.zeros((), device=z.device)
 
     def generate(self) -> Tensor:
         with torch.no_grad():
-            return self.G(self.z)
+            return self.G(self.z, *self.c)
 
     def step_G(self) -> None:
         self.D.requires_grad_(False)
-        self.loss.g(self.D(self.G(self.z))).backward()
+        self.loss.g(self.D(self.G(self.z, *self.c), *self.c)).backward()
         self.D.requires_grad_(True)
 
     def step_D(self) -> None:
-        with torch.no_grad():
-            fake = self.G(self.z)
-        self.loss.d(self.D(self.real), self.D(fake), 0.0).backward()
+        fake = self.generate()
+        self.loss.d(self.D(self.real, *self.c), self.D(fake, *self.c), 0.0).backward()
 
     def step_R1(self) -> None:
         real = self.real.detach().requires_grad_()
-        r1(real, self.D(real)).backward()
+        r1(real, self.D(real, *self.c)).backward()
+
+    def step_GP(self) -> None:
+        gradient_penalty(lambda x: self.D(x, *self.c), self.real, self.generate()).backward()
 
     def step_PL(self) -> None:
         G: Any = self.G
@@ -129,6 +157,19 @@ class Model:
         getattr(self, "step_" + step)()
         for net in (self.G, self.D):
             net.zero_grad(set_to_none=True)
+
+
+def loss_of(name: str) -> str:
+    return "wasserstein" if name in CRITICS else "nonsaturating"
+
+
+def model_of(name: str, batch: int, device: str) -> Model:
+    """A row of MODELS, with the same weights, latents and images in every run."""
+    torch.manual_seed(0)
+    G, D = (net.train().to(device) for net in MODELS[name][0]())
+    z = torch.randn(batch, getattr(G, "z_dim", 100), device=device)
+    real = torch.rand(batch, *Model(G, D, z, z).generate().shape[1:], device=device) * 2 - 1
+    return Model(G, D, z, real, loss_of(name))
 
 
 @contextlib.contextmanager
@@ -248,20 +289,15 @@ def rows(
     device: str,
     clock: Callable[[], float],
 ) -> Iterator[dict[str, Any]]:
-    make, known = MODELS[name]
-    torch.manual_seed(0)
-    G, D = (net.train().to(device) for net in make())
-    z = torch.randn(batch, getattr(G, "z_dim", 100), device=device)
-    real = torch.rand(batch, *Model(G, D, z, z).generate().shape[1:], device=device) * 2 - 1
-    ours = Model(G, D, z, real)
-    for step in (s for s in known if s in steps):
+    ours, loss = model_of(name, batch, device), loss_of(name)
+    for step in (s for s in MODELS[name][1] if s in steps):
         columns: dict[str, Callable[[], Any]] = {}
         columns["ours"] = lambda step=step: ours.run(step)
         columns["reference"] = lambda step=step: _with("reference", ours, step)
-        if compiled and step not in ("R1", "PL"):
+        if compiled and step not in ("R1", "GP", "PL"):
             torch._dynamo.reset()  # after a few graphs of one function it would run the function
-            nets = [torch.compile(copy.deepcopy(net), dynamic=False) for net in (G, D)]
-            other = Model(*nets, z, real)
+            nets = [torch.compile(copy.deepcopy(net), dynamic=False) for net in (ours.G, ours.D)]
+            other = Model(*nets, ours.z, ours.real, loss)
             columns["compile"] = lambda step=step, other=other: _with("reference", other, step)
         with Recorder() as recorder:  # ours run some convolutions in kernels of their own
             _with("reference", ours, step)
@@ -343,13 +379,8 @@ def breakdown(
     name: str, steps: list[str], batch: int, rounds: int, device: str
 ) -> Iterator[dict[str, Any]]:
     """Where the time of each step goes, ours and the reference's."""
-    make, known = MODELS[name]
-    torch.manual_seed(0)
-    G, D = (net.train().to(device) for net in make())
-    z = torch.randn(batch, getattr(G, "z_dim", 100), device=device)
-    real = torch.rand(batch, *Model(G, D, z, z).generate().shape[1:], device=device) * 2 - 1
-    model = Model(G, D, z, real)
-    for step in (s for s in known if s in steps):
+    model = model_of(name, batch, device)
+    for step in (s for s in MODELS[name][1] if s in steps):
         for impl in ("ours", "reference"):
             of = "" if impl == "ours" else impl
             found = parts(lambda of=of, step=step: _with(of, model, step), device, rounds)

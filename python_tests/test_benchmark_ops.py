@@ -105,3 +105,25 @@ def test_parts_of_a_step() -> None:
     found = steps.parts(lambda: net(torch.randn(256, 64)), "cpu", 2)
     assert set(found) == set(steps.PARTS)
     assert found["matrix products"] > 0
+
+
+@pytest.mark.parametrize("name", ["gan-28", "cgan-32", "wgan-gp-64"])
+def test_steps_of_a_model(name) -> None:
+    """Each gives gradients of its own network alone, and clears them."""
+    model = steps.model_of(name, 2, "cpu")
+    assert bool(model.c) == (name == "cgan-32")
+    for step in steps.MODELS[name][1]:
+        trained = model.G if step == "G" else model.D
+        found = []
+        handles = [
+            p.register_post_accumulate_grad_hook(found.append)
+            for net in (model.G, model.D)
+            for p in net.parameters()
+        ]
+        model.run(step)
+        for handle in handles:
+            handle.remove()
+        own = {id(p) for p in trained.parameters()}
+        assert found
+        assert {id(p) for p in found} <= own
+        assert all(p.grad is None for p in trained.parameters())

@@ -174,7 +174,7 @@ def test_gradients_of_few_rows_need_no_scratch() -> None:
 
 @pytest.fixture(scope="module")
 def stylegan2_256() -> dict[str, dict[str, launches.Pair]]:
-    steps = list(launches.STEPS)
+    steps = list(launches.MODELS["stylegan2-256"][1])
     return {d: launches.count_steps("stylegan2-256", steps, 8, d) for d in ("f32", "f16")}
 
 

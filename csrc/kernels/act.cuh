@@ -1,6 +1,8 @@
 // The activations of bias_act and synthesis_epilogue: value, slope, curvature, clamp.
 #pragma once
 
+#include <cstring>
+
 #include "common.cuh"
 
 namespace gankern {
@@ -11,12 +13,20 @@ enum Act : int { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kElu, kSelu, kSoftplus
 constexpr double kSeluScale = 1.0507009873554804934193349852946;
 constexpr double kSeluAlpha = 1.6732632423543772848170429916717;
 
+// What the bits of |y| are below just where |y| < clamp; without a clamp all are.
+inline unsigned clamp_bound(float clamp) {
+  unsigned bits;
+  std::memcpy(&bits, &clamp, sizeof bits);
+  return clamp < 0 ? 0xffffffffu : bits;
+}
+
 template <typename A>
 struct ActArgs {
   int act;
   A alpha, gain, inv_gain, clamp;  // clamp < 0: none
   bool from_x;                     // the gradient's reference is x (and b), not y
   A negative = gain * alpha;
+  unsigned bound = clamp_bound(static_cast<float>(clamp));
 };
 
 __device__ __forceinline__ float exp_(float v) { return expf(v); }
@@ -152,14 +162,14 @@ __device__ __forceinline__ float max_nan(float a, float b) {
 // The piecewise linear activations in few instructions. relu(-inf) is 0.
 struct Pwl {
   float gain, negative, clamp, floor;  // negative: the slope below 0; floor: the least that counts
-  bool free;                           // of a clamp
+  unsigned bound;                      // see ActArgs
   template <typename A>
   __device__ __forceinline__ explicit Pwl(const ActArgs<A>& p)
       : gain(p.gain),
         negative(p.negative),
         clamp(p.clamp < A(0) ? A(INFINITY) : p.clamp),
         floor(p.act == kRelu ? 0.f : -INFINITY),
-        free(p.clamp < A(0)) {}
+        bound(p.bound) {}
   __device__ __forceinline__ float slope(float v) const { return v > 0.f ? gain : negative; }
   __device__ __forceinline__ float value(float v) const {
     v = max_nan(v, floor);
@@ -167,7 +177,7 @@ struct Pwl {
   }
   // The gradient in v, from v or from what has its sign, and y.
   __device__ __forceinline__ float grad(float dy, float v, float y) const {
-    return free | (fabsf(y) < clamp) ? dy * slope(v) : 0.f;
+    return (__float_as_uint(y) & 0x7fffffffu) < bound ? dy * slope(v) : 0.f;
   }
   __device__ __forceinline__ float grad(float dy, float v) const {
     return grad(dy, v, v * slope(v));

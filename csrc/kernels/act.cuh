@@ -162,14 +162,14 @@ __device__ __forceinline__ float max_nan(float a, float b) {
 // The piecewise linear activations in few instructions. relu(-inf) is 0.
 struct Pwl {
   float gain, negative, clamp, floor;  // negative: the slope below 0; floor: the least that counts
-  unsigned bound;                      // see ActArgs
+  bool free;                           // of a clamp
   template <typename A>
   __device__ __forceinline__ explicit Pwl(const ActArgs<A>& p)
       : gain(p.gain),
         negative(p.negative),
         clamp(p.clamp < A(0) ? A(INFINITY) : p.clamp),
         floor(p.act == kRelu ? 0.f : -INFINITY),
-        bound(p.bound) {}
+        free(p.clamp < A(0)) {}
   __device__ __forceinline__ float slope(float v) const { return v > 0.f ? gain : negative; }
   __device__ __forceinline__ float value(float v) const {
     v = max_nan(v, floor);
@@ -177,10 +177,15 @@ struct Pwl {
   }
   // The gradient in v, from v or from what has its sign, and y.
   __device__ __forceinline__ float grad(float dy, float v, float y) const {
-    return (__float_as_uint(y) & 0x7fffffffu) < bound ? dy * slope(v) : 0.f;
+    return free | (fabsf(y) < clamp) ? dy * slope(v) : 0.f;
   }
   __device__ __forceinline__ float grad(float dy, float v) const {
     return grad(dy, v, v * slope(v));
+  }
+  // The same without a branch; bound: see ActArgs.
+  __device__ __forceinline__ float grad_within(unsigned bound, float dy, float v) const {
+    const float s = slope(v);
+    return (__float_as_uint(v * s) & 0x7fffffffu) < bound ? dy * s : 0.f;
   }
 };
 

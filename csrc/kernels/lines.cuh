@@ -368,14 +368,17 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
     int64_t x;
     bool careful;
     if (step == 0) {
-      const int c = strip.c0 + me.share() / m.share + round * m.planes;
+      // Made anew, since registers are short.
+      const int t = static_cast<int>(thread_again()), mine = quotient(t, m.magic);
+      const int lane = mine < m.planes ? t - mine * m.lanes : LanePlace::kNoLane;
+      const int c = strip.c0 + mine + round * m.planes;
       const int64_t plane = static_cast<int64_t>(strip.n) * a.C + c;
       careful = Copies::near_end(plane, static_cast<int64_t>(a.N) * a.C, a.H, a.W);
       x = (plane * a.H + strip.top) * a.W + strip.left;
       copies.plan(m.x, a.x + x, me.lane(), m.lanes, strip.left, m.across + kHalo, a.W);
       if (c >= strip.end) copies.none();
-      if (me.lane() < 3 && c < strip.end) slot.params[me.lane()] = op.param(strip.n, c, me.lane());
-      if (me.lane() == 3) {
+      if (lane < 3 && c < strip.end) slot.params[lane] = op.param(strip.n, c, lane);
+      if (lane == 3) {
         slot.x = x, slot.careful = careful;
         slot.out = c < strip.end ? (plane * a.out_h + strip.row0 - kHalo) * a.out_w + strip.col0
                                  : kNoPlane;

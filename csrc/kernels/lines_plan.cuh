@@ -13,9 +13,9 @@ constexpr int kLineRows = sizeof(T) == 8 ? 4 : 8;  // of a step of the forward
 template <typename T>
 constexpr int kGradRows = sizeof(T) == 2 ? 8 : 4;  // and of the backward, which has more to hold
 template <typename T>
-constexpr int kLineThreads = sizeof(T) == 8 ? 288 : 512;  // at most
+constexpr int kLineThreads = sizeof(T) == 8 ? 288 : 448;  // at most
 template <typename T>
-constexpr int kGradThreads = sizeof(T) == 8 ? 288 : sizeof(T) == 4 ? 320 : 448;
+constexpr int kGradThreads = sizeof(T) == 8 ? 288 : 320;  // of the backward
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 template <typename T>
 constexpr int kLineBlocks = 1;  // on a multiprocessor
@@ -119,8 +119,7 @@ LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, 
     const bool whole = aligned && row * bytes % 32 == 0;
     if (backward || !whole) place(t.outs, (backward ? 1 : 2) * t.out_stage);
     if (whole) t.out_stage = 0;
-    if (t.lanes <= threads && max(1, 32 / t.lanes) * t.share + noise_bytes(8) <= room)
-      break;
+    if (t.lanes <= threads && max(1, 32 / t.lanes) * t.share + noise_bytes(8) <= room) break;
   }
   t.tiles_x = static_cast<int>(ceil_div(width, t.tile_w));
   t.magic = magic_of(t.lanes);

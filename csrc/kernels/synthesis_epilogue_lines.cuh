@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kGradThreads<T>, kLineBlocks<T>)
     int64_t x, dy;
     bool careful;
     if (step == 0) {
-      const int c = strip.c0 + me.share() / m.share + round * m.planes;
+      const int c = strip.c0 + quotient(thread_again(), m.magic) + round * m.planes;
       const int64_t plane = static_cast<int64_t>(strip.n) * a.C + c;
       const int64_t planes = static_cast<int64_t>(a.N) * a.C;
       x = (plane * a.H + strip.top) * a.W + strip.left;
@@ -131,7 +131,8 @@ __global__ void __launch_bounds__(kGradThreads<T>, kLineBlocks<T>)
     line_noise(s.noises(), a, in_shared.n, in_shared.dy_top + kHalo, in_shared.dy_left,
                in_shared.steps * R - kHalo);
   // What lies behind the columns of du is read, and not used.
-  for (int i = me.lane(); i < R * m.du_pitch; i += m.lanes) s.dus(me.share())[i] = A(0);
+  if (me.lane() < m.lanes)
+    for (int i = me.lane(); i < R * m.du_pitch; i += m.lanes) s.dus(me.share())[i] = A(0);
   if (threadIdx.x < 32) share_taps<A>(&taps, &adjoint, a);
 
   const auto walk = [&](Format<T> format) {
@@ -215,7 +216,7 @@ __global__ void __launch_bounds__(kGradThreads<T>, kLineBlocks<T>)
               if constexpr (kPwl) {
                 const Pwl pwl(p);
 #pragma unroll
-                for (int e = 0; e < K; e++) dv[e] = pwl.grad(dv[e], v[e]);
+                for (int e = 0; e < K; e++) dv[e] = pwl.grad_within(p.bound, dv[e], v[e]);
               } else {
                 grad(dv, v, p);
                 read_noise();  // again, since registers are short

@@ -1,6 +1,8 @@
 // The activations of bias_act and synthesis_epilogue: value, slope, curvature, clamp.
 #pragma once
 
+#include <cstring>
+
 #include "common.cuh"
 
 namespace gankern {
@@ -11,12 +13,20 @@ enum Act : int { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kElu, kSelu, kSoftplus
 constexpr double kSeluScale = 1.0507009873554804934193349852946;
 constexpr double kSeluAlpha = 1.6732632423543772848170429916717;
 
+// What the bits of |y| are below just where |y| < clamp; without a clamp all are.
+inline unsigned clamp_bound(float clamp) {
+  unsigned bits;
+  std::memcpy(&bits, &clamp, sizeof bits);
+  return clamp < 0 ? 0xffffffffu : bits;
+}
+
 template <typename A>
 struct ActArgs {
   int act;
   A alpha, gain, inv_gain, clamp;  // clamp < 0: none
   bool from_x;                     // the gradient's reference is x (and b), not y
   A negative = gain * alpha;
+  unsigned bound = clamp_bound(static_cast<float>(clamp));
 };
 
 __device__ __forceinline__ float exp_(float v) { return expf(v); }
@@ -171,6 +181,11 @@ struct Pwl {
   }
   __device__ __forceinline__ float grad(float dy, float v) const {
     return grad(dy, v, v * slope(v));
+  }
+  // The same without a branch; bound: see ActArgs.
+  __device__ __forceinline__ float grad_within(unsigned bound, float dy, float v) const {
+    const float s = slope(v);
+    return (__float_as_uint(v * s) & 0x7fffffffu) < bound ? dy * s : 0.f;
   }
 };
 

@@ -23,22 +23,32 @@ __device__ __forceinline__ int first_of(const T* p) {
          (16 / static_cast<int>(sizeof(T)) - 1);
 }
 
+// A bit for each of the R rows from `row` on that is in [from, behind).
+template <int R>
+__device__ __forceinline__ unsigned rows_between(int row, int from, int behind) {
+  const auto below = [row](int n) { return (1u << min(max(n - row, 0), R)) - 1; };
+  return below(behind) & ~below(from);
+}
+
 // The packs that a thread copies of each step's R rows of an image: rows' alignment returns with
 // every step.
 template <typename T, int R>
 struct LineCopies {
   static constexpr int V = 16 / static_cast<int>(sizeof(T));
   static constexpr int kCount = R * kLineColumns<T> / V > 1 ? R * kLineColumns<T> / V : 1;
-  static_assert(V <= R, "else a pack's place differs from step to step");
-  static constexpr unsigned kNeeded = 1u << 31, kOutside = 1u << 30, kCareful = 1u << 29;
-  // Its place in packs, its row << 12, elements to be cleared << 15; kOutside: none is of the
-  // image; kCareful: it may reach beyond the tensor.
+  static_assert(V <= R && R <= 8, "else a pack's place differs from step to step");
+  // Bytes from the stage on << 16, elements to be cleared << 8, and the bit of its row if some of
+  // it is of the image; 0: there is none.
   unsigned what[kCount];
+  unsigned from[kCount];  // packs behind before()
 
-  // Columns [left, left + columns) of rows, the first of which begins at `begin` there; careful:
-  // see near_end().
+  // What no pack of rows lies before, the first of which begins at `row`.
+  static __device__ __forceinline__ const char* before(const T* row) {
+    return reinterpret_cast<const char*>((reinterpret_cast<uintptr_t>(row) & ~uintptr_t(15)) - 32);
+  }
+  // Columns [left, left + columns) of rows, the first of which begins at `begin` there.
   __device__ __forceinline__ void plan(const LineImage& m, const T* begin, int lane, int lanes,
-                                       int left, int columns, int width, bool careful) {
+                                       int left, int columns, int width) {
 #pragma unroll
     for (int k = 0; k < kCount; k++) {
       const int i = lane + k * lanes, q = quotient(i, m.magic);
@@ -53,9 +63,13 @@ struct LineCopies {
         return below(behind - c) & ~below(from - c);
       };
       const unsigned wanted = those(0, columns), inside = wanted & those(-left, width - left);
-      what[k] = at / V | q << 12 | (wanted & ~inside) << 15 | kNeeded | (inside ? 0u : kOutside) |
-                (careful ? kCareful : 0u);
-      if (i >= R * m.packs || !wanted) what[k] = 0;
+      what[k] = 0;
+      if (i >= R * m.packs || !wanted) continue;
+      what[k] = at * static_cast<int>(sizeof(T)) << 16 | (wanted & ~inside) << 8 |
+                (inside ? 1u << q : 0u);
+      from[k] = static_cast<unsigned>(
+          (there + c * static_cast<int>(sizeof(T)) - reinterpret_cast<uintptr_t>(before(begin))) /
+          16);
     }
   }
   // Whether packs of a plane may reach beyond the tensor.
@@ -67,59 +81,64 @@ struct LineCopies {
 #pragma unroll
     for (unsigned& w : what) w = 0;
   }
-  // Rows from `top` on of the image's first `height`; row: column `left` of the first of them.
-  __device__ __forceinline__ void copy(const LineImage& m, T* stage, const T* row, int top,
-                                       int height, int width, const T* begin, const T* end) const {
-    const int low = first_of(row);
+  // rows: a bit for each that the image has; row: column `left` of the first of them; careful: see
+  // near_end().
+  __device__ __forceinline__ void copy(T* stage, const T* row, unsigned rows, bool careful,
+                                       const T* begin, const T* end) const {
+    const char* const base = before(row);
+    rows &= 0xff;
+    const auto each = [&](auto f) {
 #pragma unroll
-    for (int k = 0; k < kCount; k++) {
-      const unsigned w = what[k];
-      if (!(w & kNeeded)) continue;
-      const int q = static_cast<int>(w >> 12 & 7), at = static_cast<int>(w & 0xfff) * V;
-      const bool inside =
-          !(w & kOutside) && static_cast<unsigned>(top + q) < static_cast<unsigned>(height);
-      const T* const p = row + (at - low + static_cast<int64_t>(q) * (width - m.pitch));
-      if ((w & kCareful) && inside && (p < begin || p + V > end)) {
-#pragma unroll 1
-        for (int e = 0; e < V; e++) stage[at + e] = p + e >= begin && p + e < end ? p[e] : T{};
-      } else {
-        copy_pack<T, V>(stage + at, p, inside);
+      for (int k = 0; k < kCount; k++) {
+        const unsigned w = what[k];
+        if (w)
+          f(reinterpret_cast<T*>(reinterpret_cast<char*>(stage) + (w >> 16)),
+            reinterpret_cast<const T*>(base + uint64_t(from[k]) * 16), (w & rows) != 0);
       }
+    };
+    if (!careful) {
+      each([](T* to, const T* p, bool inside) { copy_pack<T, V>(to, p, inside); });
+      return;
     }
+    each([&](T* to, const T* p, bool inside) {
+      if (inside && (p < begin || p + V > end)) {
+#pragma unroll 1
+        for (int e = 0; e < V; e++) to[e] = p + e >= begin && p + e < end ? p[e] : T{};
+      } else {
+        copy_pack<T, V>(to, p, inside);
+      }
+    });
   }
   // Clears what is not of the image in packs that have come.
   __device__ __forceinline__ void clear(T* stage) const {
 #pragma unroll
     for (int k = 0; k < kCount; k++) {
-      const unsigned w = what[k], foreign = w >> 15 & ((1u << V) - 1);
-      if (!foreign) continue;
+      const unsigned w = what[k];
+      if (!(w & 0xff00)) continue;
       for (int e = 0; e < V; e++)
-        if (foreign >> e & 1) stage[(w & 0xfff) * V + e] = T{};
+        if (w >> (8 + e) & 1)
+          reinterpret_cast<T*>(reinterpret_cast<char*>(stage) + (w >> 16))[e] = T{};
     }
   }
 };
 
 // A thread's columns, of `across`: neighbours where two are a word, else as far apart as there are
-// lanes, so that lanes meet different banks. `at` is where they lie in a row; those that do not
-// exist are read at another's place.
+// lanes, so that lanes meet different banks. What is read for one that does not exist is another's.
 template <typename T>
 struct LineColumns {
   static constexpr int K = kLineColumns<T>;
   static constexpr bool kNeighbours = sizeof(T) == 2;
-  int at[K];
-  __device__ __forceinline__ LineColumns(const LinePlan& m, int lane) {
-#pragma unroll
-    for (int e = 0; e < K; e++)
-      at[e] = kNeighbours ? lane * K + e : min(lane + e * m.lanes, m.across - 1);
-  }
-  // Whether column e exists among `columns`.
-  __device__ __forceinline__ bool has(const LinePlan& m, int lane, int e, int columns) const {
-    return (kNeighbours ? lane * K + e : lane + e * m.lanes) < columns;
+  int first, apart;
+  __device__ __forceinline__ LineColumns(const LinePlan& m, int lane)
+      : first(kNeighbours ? lane * K : lane),
+        apart(kNeighbours ? 1 : min(m.lanes, m.across - 1 - lane)) {}
+  __device__ __forceinline__ int at(const LinePlan& m, int e) const {
+    return first + e * (kNeighbours ? 1 : m.lanes);
   }
 };
 
-// What the filter meets of a row, kWide columns for each of a thread's: from a stage of T, or from
-// results of the filter.
+// What the filter meets of a row, kWide columns for each of a thread's, from the first of them on:
+// from a stage of T, or from results of the filter.
 template <typename T, int kWide>
 struct LineWindow {
   using A = Acc<T>;
@@ -129,18 +148,16 @@ struct LineWindow {
   __device__ __forceinline__ A operator()(int e, int k) const {
     return Columns::kNeighbours ? v[0][e + k] : v[e][k];
   }
-  __device__ __forceinline__ void read(const T* stage, int at, const Columns& columns,
-                                       Format<T> format) {
+  __device__ __forceinline__ void read(const T* row, const Columns& columns, Format<T> format) {
     if constexpr (Columns::kNeighbours) {  // whole words, and from them the elements
       constexpr int N = K + kWide - 1, kWords = N / 2 + 1;
-      at += columns.at[0];
-      const int shift = (at & 1) * 16;
+      const int shift = (first_of(row) & 1) * 16;
       unsigned w[kWords];
 #pragma unroll
       for (int i = 0; i < kWords; i++) {
         w[i] = 0;
         if (i + 1 < kWords || N % 2 || shift)  // not what none of the elements lies in
-          w[i] = *reinterpret_cast<const unsigned*>(stage + ((at & ~1) + 2 * i));
+          w[i] = *reinterpret_cast<const unsigned*>(row + (2 * i - shift / 16));
       }
 #pragma unroll
       for (int i = 0; i < (N + 1) / 2; i++) {
@@ -155,7 +172,7 @@ struct LineWindow {
 #pragma unroll
       for (int e = 0; e < K; e++)
 #pragma unroll
-        for (int k = 0; k < kWide; k++) v[e][k] = stage[at + columns.at[e] + k];
+        for (int k = 0; k < kWide; k++) v[e][k] = row[e * columns.apart + k];
     }
   }
   // Of numbers as the filter reckons with. They are aligned where columns are neighbours.
@@ -166,7 +183,7 @@ struct LineWindow {
       constexpr int P = Columns::kNeighbours ? K : 1;
 #pragma unroll
       for (int k = 0; k < N; k += P) {
-        const auto pack = load_pack<A, P>(row + columns.at[e] + k);
+        const auto pack = load_pack<A, P>(row + e * columns.apart + k);
 #pragma unroll
         for (int j = 0; j < P && k + j < N; j++) v[e][k + j] = pack.v[j];
       }
@@ -181,12 +198,17 @@ __device__ __forceinline__ void store_line(T* to, const T* s, int length, int i,
   constexpr int P = 16 / static_cast<int>(sizeof(T));
   // From the begin of a sector on.
   const int low = static_cast<int>(reinterpret_cast<uintptr_t>(to) / sizeof(T)) & (2 * P - 1);
-  for (int e = i * P - low; e < length; e += threads * P) {
-    if (e >= 0 && e + P <= length) {
-      store_whole<T, P>(to + e, load_pack<T, P>(s + e));
-    } else {
+  int e = i * P - low;
+  const unsigned packs = max(length - P + 1, 0);  // may begin before this
+  to += e, s += e;
 #pragma unroll 1
-      for (int j = max(e, 0); j < min(e + P, length); j++) to[j] = s[j];
+  for (; e < length; e += threads * P, to += threads * P, s += threads * P) {
+    if (static_cast<unsigned>(e) < packs) {
+      store_whole<T, P>(to, load_pack<T, P>(s));
+    } else {
+#pragma unroll
+      for (int j = 0; j < P; j++)
+        if (static_cast<unsigned>(e + j) < static_cast<unsigned>(length)) to[j] = s[j];
     }
   }
 }
@@ -197,14 +219,15 @@ template <typename T>
 __device__ __forceinline__ void store_lines(const LinePlan& m, T* first, const T* outs, int lo,
                                             int hi, int width, int columns, int lane) {
   const T* s = outs + first_of(first);
+  const auto row = [&](int q) {
+    return first + uint64_t(static_cast<unsigned>(q)) * static_cast<unsigned>(width);
+  };
   if (m.tiles_x == 1) {  // rows follow each other
-    store_line(first + static_cast<int64_t>(lo) * width, s + lo * width, (hi - lo) * width, lane,
-               m.lanes);
+    store_line(row(lo), s + lo * width, max(hi - lo, 0) * width, lane, m.lanes);
     return;
   }
   for (int q = lo + lane / 32; q < hi; q += m.lanes / 32)
-    store_line(first + static_cast<int64_t>(q) * width, s + q * m.out_pitch, columns, lane % 32,
-               32);
+    store_line(row(q), s + q * m.out_pitch, columns, lane % 32, 32);
 }
 
 constexpr int64_t kNoPlane = INT64_MIN;
@@ -213,6 +236,7 @@ constexpr int64_t kNoPlane = INT64_MIN;
 template <typename T>
 struct alignas(8) LineSlot {
   Acc<T> params[3];
+  int careful;  // see LineCopies
   // Elements of the tensors where the strip's first rows begin; of the result kNoPlane.
   int64_t x, dy, out;
 };
@@ -261,41 +285,61 @@ struct LineCursor {
   }
 };
 
-// A thread's place: which of the block's planes, and which lane of it.
+// A thread's place, in one register: its lane of a plane, what columns it has, and where the
+// plane's share of shared memory is. Threads behind the last plane are lanes that none has.
 struct LanePlace {
-  int plane, lane;
-  __device__ __forceinline__ explicit LanePlace(const LinePlan& m) {
-    const int t = static_cast<int>(thread_again());
-    plane = quotient(t, m.magic), lane = t - plane * m.lanes;
+  unsigned packed;
+  template <typename T>
+  __device__ __forceinline__ LanePlace(const LinePlan& m, const LineStrip& strip, T) {
+    const int t = static_cast<int>(threadIdx.x);
+    const int plane = quotient(t, m.magic);
+    const bool idle = plane >= m.planes;
+    const int lane = idle ? kNoLane : t - plane * m.lanes;
+    packed = lane | (idle ? 0u : plane * m.share / 16u) << 18;
+    const LineColumns<T> columns(m, lane);
+#pragma unroll
+    for (int e = 0; e < columns.K; e++) {
+      const int at = columns.at(m, e);
+      if (at < m.across) packed |= 1u << (12 + e);
+      if (at < m.across && strip.dy_left + at >= 0 && at < strip.own_cols) packed |= 1u << (14 + e);
+      if (at < strip.columns) packed |= 1u << (16 + e);
+    }
   }
+  static constexpr int kNoLane = 4095;
+  __device__ __forceinline__ int lane() const { return static_cast<int>(packed & 4095); }
+  __device__ __forceinline__ int share() const { return static_cast<int>(packed >> 18 << 4); }
+  // Whether its column e exists; that of dv, and is part of no other strip; that of the result.
+  __device__ __forceinline__ bool has(int e) const { return packed >> (12 + e) & 1; }
+  __device__ __forceinline__ bool owns(int e) const { return packed >> (14 + e) & 1; }
+  __device__ __forceinline__ bool stores(int e) const { return packed >> (16 + e) & 1; }
 };
 
-// Where a block has what in shared memory.
+// Where a block has what in shared memory; share: where that of a plane begins.
 template <typename T>
 struct LineShared {
   char* shared;
   const LinePlan& m;
-  __device__ __forceinline__ T* xs(int plane, int turn) const {
-    return reinterpret_cast<T*>(shared + (plane * m.share + m.x.at + turn * m.x.stage));
+  __device__ __forceinline__ T* xs(int share, int turn) const {
+    return reinterpret_cast<T*>(shared + (share + m.x.at + turn * m.x.stage));
   }
-  __device__ __forceinline__ T* dys(int plane, int turn) const {
-    return reinterpret_cast<T*>(shared + (plane * m.share + m.dy.at + turn * m.dy.stage));
+  __device__ __forceinline__ T* dys(int share, int turn) const {
+    return reinterpret_cast<T*>(shared + (share + m.dy.at + turn * m.dy.stage));
   }
-  __device__ __forceinline__ Acc<T>* dus(int plane) const {
-    return reinterpret_cast<Acc<T>*>(shared + (plane * m.share + m.dus));
+  __device__ __forceinline__ Acc<T>* dus(int share) const {
+    return reinterpret_cast<Acc<T>*>(shared + (share + m.dus));
   }
   // A lane's sums lie m.lanes apart.
-  __device__ __forceinline__ Acc<T>* sums(int plane) const {
-    return reinterpret_cast<Acc<T>*>(shared + (plane * m.share + m.sums));
+  __device__ __forceinline__ Acc<T>* sums(int share) const {
+    return reinterpret_cast<Acc<T>*>(shared + (share + m.sums));
   }
-  __device__ __forceinline__ T* outs(int plane, int turn) const {
-    return reinterpret_cast<T*>(shared + (plane * m.share + m.outs + turn * m.out_stage));
+  __device__ __forceinline__ T* outs(int share, int turn) const {
+    return reinterpret_cast<T*>(shared + (share + m.outs + turn * m.out_stage));
   }
   __device__ __forceinline__ Acc<T>* noises() const {
     return reinterpret_cast<Acc<T>*>(shared + m.noises);
   }
-  __device__ __forceinline__ LineSlot<T>& slot(int plane, int round) const {
-    return reinterpret_cast<LineSlot<T>*>(shared + plane * m.share)[round & (kLineSlots - 1)];
+  __device__ __forceinline__ LineSlot<T>& slot(int share, int round) const {
+    return reinterpret_cast<LineSlot<T>*>(shared + share)[round & (kLineSlots - 1)];
   }
 };
 
@@ -316,30 +360,36 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
   if (threadIdx.x == 0) in_shared.set(a, false, R);
   __syncthreads();
 
+  const LanePlace me(m, in_shared, T{});
   Copies copies;
   const auto begin = [&](LineCursor cursor) {
     const int round = cursor.round(), step = cursor.step();
-    const LanePlace me(m);
-    LineSlot<T>& slot = s.slot(me.plane, round);
+    LineSlot<T>& slot = s.slot(me.share(), round);
     int64_t x;
+    bool careful;
     if (step == 0) {
-      const int c = strip.c0 + me.plane + round * m.planes;
+      // Made anew, since registers are short.
+      const int t = static_cast<int>(thread_again()), mine = quotient(t, m.magic);
+      const int lane = mine < m.planes ? t - mine * m.lanes : LanePlace::kNoLane;
+      const int c = strip.c0 + mine + round * m.planes;
       const int64_t plane = static_cast<int64_t>(strip.n) * a.C + c;
+      careful = Copies::near_end(plane, static_cast<int64_t>(a.N) * a.C, a.H, a.W);
       x = (plane * a.H + strip.top) * a.W + strip.left;
-      copies.plan(m.x, a.x + x, me.lane, m.lanes, strip.left, m.across + kHalo, a.W,
-                  Copies::near_end(plane, static_cast<int64_t>(a.N) * a.C, a.H, a.W));
+      copies.plan(m.x, a.x + x, me.lane(), m.lanes, strip.left, m.across + kHalo, a.W);
       if (c >= strip.end) copies.none();
-      if (me.lane < 3 && c < strip.end) slot.params[me.lane] = op.param(strip.n, c, me.lane);
-      if (me.lane == 3) {
-        slot.x = x;
+      if (lane < 3 && c < strip.end) slot.params[lane] = op.param(strip.n, c, lane);
+      if (lane == 3) {
+        slot.x = x, slot.careful = careful;
         slot.out = c < strip.end ? (plane * a.out_h + strip.row0 - kHalo) * a.out_w + strip.col0
                                  : kNoPlane;
       }
     } else {
       x = slot.x + static_cast<int64_t>(step * R) * a.W;
+      careful = slot.careful;
     }
-    copies.copy(m.x, s.xs(me.plane, cursor.turn()), a.x + x, strip.top + step * R,
-                max(0, min(a.H, strip.top + strip.all)), a.W, a.x, a.x_end);
+    copies.copy(s.xs(me.share(), cursor.turn()), a.x + x,
+                rows_between<R>(strip.top + step * R, 0, min(a.H, strip.top + strip.all)), careful,
+                a.x, a.x_end);
   };
   begin({});
   copy_batch();
@@ -352,20 +402,16 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
 #pragma unroll 1
     for (;;) {
       copy_wait<0>();
-      {
-        const LanePlace me(m);
-        copies.clear(s.xs(me.plane, cursor.turn()));
-      }
+      copies.clear(s.xs(me.share(), cursor.turn()));
       __syncthreads();
       if (m.out_stage && cursor.at) {  // the results of the step before
-        const LanePlace me(m);
         const int row = (cursor.step() ? cursor.step() - 1 : strip.steps - 1) * R, o = row - kHalo;
         const int64_t out =
-            s.slot(me.plane, cursor.step() ? cursor.round() : cursor.round() - 1).out;
+            s.slot(me.share(), cursor.step() ? cursor.round() : cursor.round() - 1).out;
         if (out != kNoPlane)
           store_lines(m, a.out + (out + static_cast<int64_t>(row) * a.out_w),
-                      s.outs(me.plane, 1 - cursor.turn()), max(0, -o), min(R, strip.rows - o),
-                      a.out_w, strip.columns, me.lane);
+                      s.outs(me.share(), 1 - cursor.turn()), max(0, -o), min(R, strip.rows - o),
+                      a.out_w, strip.columns, me.lane());
       }
       if (cursor.round() == strip.rounds) break;
       const LineCursor next = cursor.next(strip.steps);
@@ -380,28 +426,25 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
         for (int j = 0; j < kHalo; j++)
 #pragma unroll
           for (int e = 0; e < K; e++) waiting[j][e] = A(0);
-      const LanePlace me(m);
-      const LineSlot<T>& slot = s.slot(me.plane, cursor.round());
+      const LineSlot<T>& slot = s.slot(me.share(), cursor.round());
       const int64_t out = slot.out;
-      const LineColumns<T> columns(m, me.lane);
-      bool has[K];
-#pragma unroll
-      for (int e = 0; e < K; e++) has[e] = columns.has(m, me.lane, e, strip.columns);
-      if (out != kNoPlane && has[0]) {
+      const LineColumns<T> columns(m, me.lane());
+      if (out != kNoPlane && me.stores(0)) {
         const A params[3] = {slot.params[0], slot.params[1], slot.params[2]};
-        const T* const stage = s.xs(me.plane, cursor.turn());
+        const T* const stage =
+            s.xs(me.share(), cursor.turn()) + first_of(a.x + slot.x) + columns.first;
         T* to = a.out + (out + static_cast<int64_t>(cursor.step() * R) * a.out_w);
-        T* kept = s.outs(me.plane, cursor.turn()) + first_of(to);
+        T* kept = s.outs(me.share(), cursor.turn()) + first_of(to) + columns.first;
+        to += columns.first;
         const int rows = strip.rows, o0 = cursor.step() * R - kHalo;
-        const int at0 = first_of(a.x + (slot.x + static_cast<int64_t>(cursor.step() * R) * a.W));
-        const A* noise = s.noises() + o0 * m.across;
+        const A* noise = s.noises() + o0 * m.across + columns.first;
         with_taps<(kUnroll > 1)>(taps, [&](auto filter) {
           const auto walk_rows = [&](auto whole, auto stores) {
-            int at = at0;
+            const T* row = stage;
 #pragma unroll kUnroll
             for (int q = 0; q < R; q++) {
               LineWindow<T, kTaps> window;
-              window.read(stage, at, columns, format);
+              window.read(row, columns, format);
               A u[K];
               filter(waiting, window, u);
               if (decltype(whole)::value ||
@@ -410,15 +453,15 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
                 op.finish(u, params, [&] { z.read(noise, columns); }, z);
                 const Pack<T, K> result = narrow<T, K>(u, format);
                 if constexpr (decltype(stores)::value && sizeof(T) == 2) {
-                  store_pack<T, K>(to + columns.at[0], result);
+                  store_pack<T, K>(to, result);
                 } else {
 #pragma unroll
                   for (int e = 0; e < K; e++)
-                    if (e == 0 || has[e])
-                      (decltype(stores)::value ? to : kept)[columns.at[e]] = result.v[e];
+                    if (e == 0 || me.stores(e))
+                      (decltype(stores)::value ? to : kept)[e * columns.apart] = result.v[e];
                 }
               }
-              at += m.x.pitch, noise += m.across;
+              row += m.x.pitch, noise += m.across;
               if constexpr (decltype(stores)::value)
                 to += a.out_w;
               else

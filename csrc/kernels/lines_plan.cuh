@@ -13,7 +13,9 @@ constexpr int kLineRows = sizeof(T) == 8 ? 4 : 8;  // of a step of the forward
 template <typename T>
 constexpr int kGradRows = sizeof(T) == 2 ? 8 : 4;  // and of the backward, which has more to hold
 template <typename T>
-constexpr int kLineThreads = sizeof(T) == 8 ? 288 : 512;  // at most
+constexpr int kLineThreads = sizeof(T) == 8 ? 288 : 448;  // at most
+template <typename T>
+constexpr int kGradThreads = sizeof(T) == 8 ? 288 : 320;  // of the backward
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 template <typename T>
 constexpr int kLineBlocks = 1;  // on a multiprocessor
@@ -22,9 +24,12 @@ template <typename T>
 constexpr int kLineBlocks = sizeof(T) == 8 ? 1 : 2;
 #endif
 
-constexpr int kLineSlot = 48;  // bytes of a LineSlot, at most
+constexpr int kLineSlot = 56;  // bytes of a LineSlot, at most
 // Of a round's channels, while those of the round before are stored and the next ones are begun.
 constexpr int kLineSlots = 4;
+
+// Rows of a strip, but for its halo, and steps of the backward, at most.
+constexpr int kLineStrip = 64, kLineSteps = 32;
 
 // Rows of an image in shared memory.
 struct LineImage {
@@ -41,7 +46,7 @@ struct LinePlan {
   int dus, du_pitch, sums;         // backward: bytes, elements, bytes
   int outs, out_stage, out_pitch;  // where rows are stored through shared memory: out_stage > 0
   int share, noises, shared;       // bytes of a plane; where the noise is; of a block
-  int threads() const { return lanes * planes; }
+  int threads() const { return (lanes * planes + 31) / 32 * 32; }
   int64_t tiles() const { return static_cast<int64_t>(tiles_x) * tiles_y; }
 };
 
@@ -60,14 +65,15 @@ template <typename T>
 LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, int height, int w,
                     int out_w, bool aligned, int limit) {
   constexpr int bytes = sizeof(T), word = sizeof(Acc<T>), V = 16 / bytes, K = kLineColumns<T>;
-  const int rows_of_step = backward ? kGradRows<T> : kLineRows<T>, copies = rows_of_step * K / V;
+  const int rows_of_step = backward ? kGradRows<T> : kLineRows<T>;
+  const int threads = backward ? kGradThreads<T> : kLineThreads<T>, copies = rows_of_step * K / V;
   const int halo = backward ? kHalo : 0, row = backward ? w : out_w;
   const auto up_to = [](int64_t n, int unit) { return static_cast<int>(ceil_div(n, unit)) * unit; };
   // Of a row, whole sectors of them.
   const auto packs = [&](int columns) { return up_to(ceil_div(columns + 2 * V - 1, V), 2); };
   const int64_t sms = sm_count();
   // What a block may have, with room for another one where there is that much.
-  const int room = limit < 128 * 1024 ? limit - 3 * 1024 : limit / 2 - 3 * 1024;
+  const int room = limit < 128 * 1024 ? limit - 2 * 1024 : limit / 2 - 1280;
   LinePlan t{};
   const auto place = [&](int& at, int64_t size) {
     at = t.share;
@@ -83,16 +89,23 @@ LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, 
     i.stage = up_to((rows_of_step * (columns + 3 * V - 3) + 2 * V) * bytes, 16);  // of any image
     place(i.at, 2 * i.stage);
   };
-  const auto noise_bytes = [&](int rows) { return noise ? (rows + halo) * t.across * word : 0; };
+  // Strips are of whole steps.
+  const auto in_steps = [&](int rows) {
+    return up_to(rows + halo + kHalo, rows_of_step) - halo - kHalo;
+  };
+  const auto noise_bytes = [&](int rows) {
+    return noise ? (in_steps(rows) + halo) * t.across * word : 0;
+  };
   // Whole rows, as far as there are threads and memory.
-  for (t.tiles_x = static_cast<int>(ceil_div(width, K * kLineThreads<T>));; t.tiles_x++) {
+  for (t.tiles_x = static_cast<int>(ceil_div(width, K * threads));; t.tiles_x++) {
     t.tile_w = static_cast<int>(ceil_div(width, t.tiles_x));
     if (t.tiles_x > 1) t.tile_w = up_to(t.tile_w, 32 / bytes);
     t.across = up_to(t.tile_w + halo, K);
     const int64_t lanes =
         max(ceil_div(t.across, K),
             ceil_div(rows_of_step * static_cast<int64_t>(packs(t.across + kHalo)), copies));
-    t.lanes = lanes <= 32 ? pow2_between(lanes, 4, 32) : up_to(lanes, 32);
+    // Of whole rows: store_lines() has warps of a plane.
+    t.lanes = lanes <= 32 ? pow2_between(lanes, 4, 32) : up_to(lanes, t.tiles_x > 1 ? 32 : 4);
     t.share = kLineSlots * kLineSlot;  // they come first
     image(t.x, t.across + kHalo, w);
     if (backward) {
@@ -106,18 +119,17 @@ LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, 
     const bool whole = aligned && row * bytes % 32 == 0;
     if (backward || !whole) place(t.outs, (backward ? 1 : 2) * t.out_stage);
     if (whole) t.out_stage = 0;
-    if (t.lanes <= kLineThreads<T> && max(1, 32 / t.lanes) * t.share + noise_bytes(8) <= room)
-      break;
+    if (t.lanes <= threads && max(1, 32 / t.lanes) * t.share + noise_bytes(8) <= room) break;
   }
   t.tiles_x = static_cast<int>(ceil_div(width, t.tile_w));
   t.magic = magic_of(t.lanes);
 
   // Several planes at once, with noise as many as share it; as many rows as there is room for.
   const int least = max(1, 32 / t.lanes);
-  t.planes = max(1, (noise ? kLineThreads<T> : 256) / t.lanes);
+  t.planes = max(1, (noise ? threads : 256) / t.lanes);
   t.planes = max(min(t.planes, up_to(C, least)), least) / least * least;
   while (t.planes > least && t.planes * t.share + noise_bytes(32) > room) t.planes -= least;
-  int longest = 64;
+  int longest = kLineStrip;
   while (longest > 4 && t.planes * t.share + noise_bytes(longest) > room) longest--;
   const auto blocks = [&] {
     t.tiles_y = static_cast<int>(ceil_div(height, t.tile_h));
@@ -125,8 +137,9 @@ LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, 
   };
   t.channels = t.planes;
   for (int strips = static_cast<int>(ceil_div(height, longest));; strips *= 2) {
-    t.tile_h = static_cast<int>(ceil_div(height, strips));
-    if (4 * blocks() >= 3 * sms || t.tile_h <= 4) break;
+    const int rows = static_cast<int>(ceil_div(height, strips));
+    t.tile_h = min(in_steps(rows), height);
+    if (4 * blocks() >= 3 * sms || rows <= 4) break;
   }
   while (t.planes > least && 4 * blocks() < 3 * sms) t.channels = t.planes -= least;
   while (noise && t.channels < 8 && t.channels < C && blocks() >= 2 * sms) t.channels *= 2;

@@ -66,64 +66,73 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
 // Rows of du = dL/d(filter(x)) go through shared memory, from which their own filter takes them:
 // row r of x, counted in the strip, makes row r - 3 of dv and du, and that row r - 6 of dx.
 template <typename T, bool kPwl>
-__global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
+__global__ void __launch_bounds__(kGradThreads<T>, kLineBlocks<T>)
     synthesis_epilogue_bwd_lines_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
-  constexpr int K = kLineColumns<T>, R = kGradRows<T>;
+  constexpr int K = kLineColumns<T>, R = kGradRows<T>, kUnroll = kPwl && sizeof(T) == 4 ? R : 1;
   using Copies = LineCopies<T, R>;
   GK_DYNAMIC_SHARED(char, shared);
   __shared__ Taps<A> taps, adjoint;
-  __shared__ A scratch[kLineThreads<T> / 4][3];
   __shared__ LineStrip in_shared;
+  // Of each step, which rows count: of x, dy, dv and the result, eight bits each.
+  __shared__ unsigned step_rows[kLineSteps];
   const volatile LineStrip& strip = in_shared;
   const LinePlan& m = a.lines;
   const LineShared<T> s{shared, m};
   if (threadIdx.x == 0) in_shared.set(a, true, R);
   __syncthreads();
+  if (threadIdx.x < kLineSteps) {
+    const int row = static_cast<int>(threadIdx.x) * R;
+    const auto rows = [row](int from, int behind) { return rows_between<R>(row, from, behind); };
+    step_rows[threadIdx.x] = rows(-strip.top, min(a.H - strip.top, strip.all)) |
+                             rows(-strip.dy_top, min(a.out_h - strip.dy_top, strip.all)) << 8 |
+                             rows(strip.own_first, strip.own_last) << 16 |
+                             rows(2 * kHalo, 2 * kHalo + strip.rows) << 24;
+  }
+  __syncthreads();
 
+  const LanePlace me(m, in_shared, T{});
   Copies x_copies, dy_copies;
   const auto begin = [&](LineCursor cursor) {
     const int round = cursor.round(), step = cursor.step();
-    const LanePlace me(m);
-    LineSlot<T>& slot = s.slot(me.plane, round);
+    LineSlot<T>& slot = s.slot(me.share(), round);
     const int row = step * R;
     int64_t x, dy;
+    bool careful;
     if (step == 0) {
-      const int c = strip.c0 + me.plane + round * m.planes;
+      const int c = strip.c0 + quotient(thread_again(), m.magic) + round * m.planes;
       const int64_t plane = static_cast<int64_t>(strip.n) * a.C + c;
       const int64_t planes = static_cast<int64_t>(a.N) * a.C;
       x = (plane * a.H + strip.top) * a.W + strip.left;
-      x_copies.plan(m.x, a.x + x, me.lane, m.lanes, strip.left, m.across + kHalo, a.W,
-                    Copies::near_end(plane, planes, a.H, a.W));
+      careful = Copies::near_end(plane, planes, a.H, a.W) ||
+                Copies::near_end(plane, planes, a.out_h, a.out_w);
+      x_copies.plan(m.x, a.x + x, me.lane(), m.lanes, strip.left, m.across + kHalo, a.W);
       dy = (plane * a.out_h + strip.dy_top) * a.out_w + strip.dy_left;
-      dy_copies.plan(m.dy, a.dy + dy, me.lane, m.lanes, strip.dy_left, m.across, a.out_w,
-                     Copies::near_end(plane, planes, a.out_h, a.out_w));
+      dy_copies.plan(m.dy, a.dy + dy, me.lane(), m.lanes, strip.dy_left, m.across, a.out_w);
       if (c >= strip.end) x_copies.none(), dy_copies.none();
-      if (me.lane < 3 && c < strip.end) slot.params[me.lane] = param(a, me.lane, strip.n, c);
-      if (me.lane == 3) {
-        slot.x = x, slot.dy = dy;
+      if (me.lane() < 3 && c < strip.end) slot.params[me.lane()] = param(a, me.lane(), strip.n, c);
+      if (me.lane() == 3) {
+        slot.x = x, slot.dy = dy, slot.careful = careful;
         slot.out =
             c < strip.end ? (plane * a.H + strip.row0 - 2 * kHalo) * a.W + strip.col0 : kNoPlane;
       }
     } else {
       x = slot.x + static_cast<int64_t>(row) * a.W,
       dy = slot.dy + static_cast<int64_t>(row) * a.out_w;
+      careful = slot.careful;
     }
-    x_copies.copy(m.x, s.xs(me.plane, cursor.turn()), a.x + x, strip.top + row,
-                  max(0, min(a.H, strip.top + strip.all)), a.W, a.x, a.x_end);
-    dy_copies.copy(m.dy, s.dys(me.plane, cursor.turn()), a.dy + dy, strip.dy_top + row,
-                   max(0, min(a.out_h, strip.dy_top + strip.all)), a.out_w, a.dy, a.dy_end);
+    const unsigned rows = step_rows[step];
+    x_copies.copy(s.xs(me.share(), cursor.turn()), a.x + x, rows, careful, a.x, a.x_end);
+    dy_copies.copy(s.dys(me.share(), cursor.turn()), a.dy + dy, rows >> 8, careful, a.dy, a.dy_end);
   };
   begin({});
   copy_batch();
   if (a.noise)
     line_noise(s.noises(), a, in_shared.n, in_shared.dy_top + kHalo, in_shared.dy_left,
-               in_shared.all - kHalo);
+               in_shared.steps * R - kHalo);
   // What lies behind the columns of du is read, and not used.
-  {
-    const LanePlace me(m);
-    for (int i = me.lane; i < R * m.du_pitch; i += m.lanes) s.dus(me.plane)[i] = A(0);
-  }
+  if (me.lane() < m.lanes)
+    for (int i = me.lane(); i < R * m.du_pitch; i += m.lanes) s.dus(me.share())[i] = A(0);
   if (threadIdx.x < 32) share_taps<A>(&taps, &adjoint, a);
 
   const auto walk = [&](Format<T> format) {
@@ -132,32 +141,17 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
 #pragma unroll 1
     for (;;) {
       copy_wait<0>();
-      {
-        const LanePlace me(m);
-        x_copies.clear(s.xs(me.plane, cursor.turn())),
-            dy_copies.clear(s.dys(me.plane, cursor.turn()));
-      }
+      x_copies.clear(s.xs(me.share(), cursor.turn()));
+      dy_copies.clear(s.dys(me.share(), cursor.turn()));
       __syncthreads();
       if (m.out_stage && cursor.at) {  // the results of the step before
-        const LanePlace me(m);
         const int row = (cursor.step() ? cursor.step() - 1 : strip.steps - 1) * R,
                   o = row - 2 * kHalo;
         const int64_t out =
-            s.slot(me.plane, cursor.step() ? cursor.round() : cursor.round() - 1).out;
+            s.slot(me.share(), cursor.step() ? cursor.round() : cursor.round() - 1).out;
         if (out != kNoPlane)
-          store_lines(m, a.out + (out + static_cast<int64_t>(row) * a.W), s.outs(me.plane, 0),
-                      max(0, -o), min(R, strip.rows - o), a.W, strip.columns, me.lane);
-      }
-      if (cursor.step() == 0 && cursor.at) {  // the sums of the channels that are done
-        const int groups = max(1, m.lanes / 32), c0 = strip.c0 + (cursor.round() - 1) * m.planes;
-        for (int i = thread_again(); i < 3 * m.planes; i += blockDim.x) {
-          const int c = c0 + i / 3;
-          A sum = 0;
-          for (int w = 0; w < groups; w++) sum += scratch[i / 3 * groups + w][i % 3];
-          if (c < strip.end)
-            a.partials[((static_cast<int64_t>(i % 3) * a.N + strip.n) * a.C + c) * a.tiles +
-                       strip.index] = sum;
-        }
+          store_lines(m, a.out + (out + static_cast<int64_t>(row) * a.W), s.outs(me.share(), 0),
+                      max(0, -o), min(R, strip.rows - o), a.W, strip.columns, me.lane());
       }
       if (cursor.round() == strip.rounds) break;
       const LineCursor next = cursor.next(strip.steps);
@@ -168,58 +162,49 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
       }
       copy_batch();
       if (cursor.step() == 0) {
-        const LanePlace me(m);
 #pragma unroll
         for (int j = 0; j < kHalo; j++) {
-          s.sums(me.plane)[j * m.lanes + me.lane] = A(0);
+          if (me.lane() < m.lanes) s.sums(me.share())[j * m.lanes + me.lane()] = A(0);
 #pragma unroll
           for (int e = 0; e < K; e++) waiting[j][e] = du_waiting[j][e] = A(0);
         }
       }
       {
-        const LanePlace me(m);
-        const LineColumns<T> columns(m, me.lane);
-        const LineSlot<T>& slot = s.slot(me.plane, cursor.round());
-        if (slot.out != kNoPlane && columns.has(m, me.lane, 0, m.across)) {
+        const LineColumns<T> columns(m, me.lane());
+        const LineSlot<T>& slot = s.slot(me.share(), cursor.round());
+        if (slot.out != kNoPlane && me.has(0)) {
           const A d = slot.params[0], b = slot.params[1], strength = slot.params[2];
-          const T *const stage = s.xs(me.plane, cursor.turn()), *const dy =
-                                                                    s.dys(me.plane, cursor.turn());
-          A* du = s.dus(me.plane);
-          int row = cursor.step() * R;
-          int at = first_of(a.x + (slot.x + static_cast<int64_t>(row) * a.W));
-          int dy_at = first_of(a.dy + (slot.dy + static_cast<int64_t>(row) * a.out_w));
-          // Rows of dv that count, and whether its columns do.
-          const int own_first = strip.own_first;
-          const unsigned own = max(strip.own_last - own_first, 0);
-          bool has[K], owned[K];
+          A* du = s.dus(me.share()) + columns.first;
+          const int row = cursor.step() * R;
+          const T* x = s.xs(me.share(), cursor.turn()) + first_of(a.x + slot.x) + columns.first;
+          const T* dy = s.dys(me.share(), cursor.turn()) + first_of(a.dy + slot.dy) + columns.first;
+          // Rows of dv that count, of each column.
+          unsigned own[K];
 #pragma unroll
-          for (int e = 0; e < K; e++) {
-            has[e] = columns.has(m, me.lane, e, m.across);
-            owned[e] =
-                has[e] && strip.dy_left + columns.at[e] >= 0 && columns.at[e] < strip.own_cols;
-          }
+          for (int e = 0; e < K; e++) own[e] = me.owns(e) ? step_rows[cursor.step()] >> 16 : 0;
           A sums[3] = {};
-          const A* noise = s.noises() + (row - kHalo) * m.across;
-          const unsigned noisy = a.noise ? strip.all - kHalo : 0;
+          // Rows before the first make nothing that counts, whatever their noise.
+          const A* noise = s.noises() + max(row - kHalo, 0) * m.across + columns.first;
+          const int early = row ? m.across : 0;
           with_taps<false>(taps, [&](auto filter) {
-#pragma unroll 1
-            do {
+#pragma unroll kUnroll
+            for (int q = 0; q < R; q++) {
               A u[K], v[K], dv[K], z[K];
               {
                 LineWindow<T, kTaps> window;
-                window.read(stage, at, columns, format);
+                window.read(x, columns, format);
                 filter(waiting, window, u);
               }
               {
                 LineWindow<T, 1> window;
-                window.read(dy, dy_at, columns, format);
+                window.read(dy, columns, format);
 #pragma unroll
                 for (int e = 0; e < K; e++) dv[e] = window(e, 0);
               }
               const auto read_noise = [&] {
 #pragma unroll
                 for (int e = 0; e < K; e++) z[e] = A(0);
-                if (static_cast<unsigned>(row - kHalo) >= noisy) return;
+                if (!a.noise) return;
                 LineWindow<T, 1> window;
                 window.read(noise, columns);
 #pragma unroll
@@ -231,85 +216,87 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
               if constexpr (kPwl) {
                 const Pwl pwl(p);
 #pragma unroll
-                for (int e = 0; e < K; e++) dv[e] = pwl.grad(dv[e], v[e]);
+                for (int e = 0; e < K; e++) dv[e] = pwl.grad_within(p.bound, dv[e], v[e]);
               } else {
                 grad(dv, v, p);
                 read_noise();  // again, since registers are short
               }
-              if (static_cast<unsigned>(row - own_first) < own) {
 #pragma unroll
-                for (int e = 0; e < K; e++) {
-                  const A mine = owned[e] ? dv[e] : A(0);
-                  sums[0] += mine * u[e];
-                  sums[1] += mine;
-                  sums[2] += mine * z[e];
-                }
+              for (int e = 0; e < K; e++) {
+                if (!(own[e] >> q & 1)) continue;
+                sums[0] += dv[e] * u[e];
+                sums[1] += dv[e];
+                sums[2] += dv[e] * z[e];
               }
               if constexpr (LineColumns<T>::kNeighbours) {
                 Pack<A, K> piece;
 #pragma unroll
                 for (int e = 0; e < K; e++) piece.v[e] = dv[e] * d;
-                store_pack<A, K>(du + columns.at[0], piece);
+                store_pack<A, K>(du, piece);
               } else {
 #pragma unroll
                 for (int e = 0; e < K; e++)
-                  if (has[e]) du[columns.at[e]] = dv[e] * d;
+                  if (e == 0 || me.has(e)) du[e * columns.apart] = dv[e] * d;
               }
-              at += m.x.pitch, dy_at += m.dy.pitch, du += m.du_pitch, noise += m.across;
-            } while (++row & (R - 1));
+              x += m.x.pitch, dy += m.dy.pitch, du += m.du_pitch;
+              noise += q < kHalo ? early : m.across;
+            }
           });
 #pragma unroll
           for (int k = 0; k < 3; k++)  // registers are short
-            s.sums(me.plane)[k * m.lanes + me.lane] += sums[k];
+            s.sums(me.share())[k * m.lanes + me.lane()] += sums[k];
         }
       }
       __syncthreads();
-      const LanePlace me(m);
-      const int64_t out = s.slot(me.plane, cursor.round()).out;
+      const int64_t out = s.slot(me.share(), cursor.round()).out;
       {
-        const LineColumns<T> columns(m, me.lane);
-        bool has[K];
-#pragma unroll
-        for (int e = 0; e < K; e++) has[e] = columns.has(m, me.lane, e, strip.columns);
-        if (out != kNoPlane && has[0]) {
-          const A* du = s.dus(me.plane);
+        const LineColumns<T> columns(m, me.lane());
+        if (out != kNoPlane && me.stores(0)) {
+          const A* du = s.dus(me.share()) + columns.first;
           T* to = a.out + (out + static_cast<int64_t>(cursor.step() * R) * a.W);
-          T* kept = s.outs(me.plane, 0) + first_of(to);
-          const unsigned rows = strip.rows;
-          int row = cursor.step() * R;
+          T* kept = s.outs(me.share(), 0) + first_of(to) + columns.first;
+          to += columns.first;
+          const unsigned rows = step_rows[cursor.step()] >> 24;
           with_taps<sizeof(T) == 2>(adjoint, [&](auto filter) {
             const auto walk_rows = [&](auto stores) {
-#pragma unroll 1
-              do {
+#pragma unroll kUnroll
+              for (int q = 0; q < R; q++) {
                 LineWindow<T, kTaps> window;
                 window.read(du, columns);
                 A dx[K];
                 filter(du_waiting, window, dx);
-                if (static_cast<unsigned>(row - 2 * kHalo) < rows) {
+                if (!decltype(stores)::value || rows >> q & 1) {
                   const Pack<T, K> result = narrow<T, K>(dx, format);
 #pragma unroll
                   for (int e = 0; e < K; e++)
-                    if (e == 0 || has[e])
-                      (decltype(stores)::value ? to : kept)[columns.at[e]] = result.v[e];
+                    if (e == 0 || me.stores(e))
+                      (decltype(stores)::value ? to : kept)[e * columns.apart] = result.v[e];
                 }
                 du += m.du_pitch;
                 if constexpr (decltype(stores)::value)
                   to += a.W;
                 else
                   kept += m.out_pitch;
-              } while (++row & (R - 1));
+              }
             };
             m.out_stage ? walk_rows(std::false_type{}) : walk_rows(std::true_type{});
           });
         }
       }
-      if (cursor.step() + 1 == strip.steps) {
-        const int width = min(m.lanes, 32);
-#pragma unroll
-        for (int k = 0; k < 3; k++) {
-          const A own = s.sums(me.plane)[k * m.lanes + me.lane];
-          const A sum = warp_sum(own, width);
-          if (me.lane % 32 == 0) scratch[me.plane * max(1, m.lanes / 32) + me.lane / 32][k] = sum;
+      if (cursor.step() + 1 == strip.steps) {  // these planes are done
+        const int t = static_cast<int>(thread_again()), width = min(m.lanes, 32);
+        // Whole warps turn together.
+        for (int i = t / width; i - t % 32 / width < 3 * m.planes; i += blockDim.x / width) {
+          const int plane = i / 3, k = i - 3 * plane;
+          const int c = strip.c0 + cursor.round() * m.planes + plane;
+          A sum = 0;
+          if (plane < m.planes)
+            for (int l = t % width; l < m.lanes; l += width)
+              sum += s.sums(plane * m.share)[k * m.lanes + l];
+          sum = warp_sum(sum, width);
+          if (plane < m.planes && t % width == 0 && c < strip.end)
+            a.partials[((static_cast<int64_t>(k) * a.N + strip.n) * a.C + c) * a.tiles +
+                       strip.index] = sum;
         }
       }
       cursor = cursor.next(strip.steps);

@@ -55,11 +55,11 @@ struct PixelShared {
     if (backward) {
       // Room for rows of du, and then for the sums of warps.
       xs = max(t.step * t.across, t.threads / 32 * 3) * t.channels * word;
-      dys = xs + 2 * x_stage, sources = dys + 2 * dy_stage, noises = sources + 8 * t.threads;
+      dys = xs + x_stage, sources = dys + dy_stage, noises = sources + 8 * t.threads;
     } else {
       sources = 3 * x_stage, noises = sources + 8 * t.threads;
     }
-    all = noises + (backward ? 2 : 3) * noise_stage;
+    all = noises + (backward ? 1 : 3) * noise_stage;
   }
 };
 
@@ -91,8 +91,9 @@ Plan plan_pixels(int dtype, bool backward, bool noise, int64_t N, int64_t C, int
     return blocks * (shared + 2 * kFixed) <= shared_limit() + kFixed;
   };
   int blocks = static_cast<int>(ceil_div(4 * kPixelThreads, t.threads));
-  for (t.step = 4; blocks > 1 && !fits(blocks); t.step--)
-    if (t.step == 2) t.step = 5, blocks--;
+  const int most = backward ? 8 : 4;
+  for (t.step = most; blocks > 1 && !fits(blocks); t.step--)
+    if (t.step == 2) t.step = most + 1, blocks--;
   while (t.step > 1 && !fits(1)) t.step--;
   t.shared = PixelShared(t, bytes, backward, noise).all;
   t.groups = 1;
@@ -366,7 +367,7 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
     a.dy_step = static_cast<int>(a.step * y_line / V);
     const PixelShared s(t, sizeof(T), backward, noise != nullptr);
     a.xs = s.xs, a.dys = s.dys, a.sources = s.sources, a.noises = s.noises;
-    a.x_stage = s.x_stage, a.dy_stage = s.dy_stage, a.noise_stage = s.noise_stage;
+    a.x_stage = s.x_stage, a.noise_stage = s.noise_stage;
   }
   a.f32 = f32;
   a.format = Format<T>(dtype);

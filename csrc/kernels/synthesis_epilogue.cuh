@@ -39,7 +39,7 @@ struct Args {
   // 16 bytes of a pixel; bytes from the begin of shared memory, and of a stage; elements from even
   // columns to odd ones, there; see PixelRows for the rest.
   int across, magic, threads, step, channels, packs_log2;
-  int xs, dys, sources, noises, x_stage, dy_stage, noise_stage;
+  int xs, dys, sources, noises, x_stage, noise_stage;
   int evens, odd, dy_odd;
   int packs, x_apart, dy_packs, dy_apart, dy_magic, noise_magic;
   int x_step, dy_step;  // packs of the images between steps

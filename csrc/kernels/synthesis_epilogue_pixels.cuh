@@ -2,7 +2,7 @@
 //
 // A block walks down a strip of the result, `step` rows at a time, with 64 bytes of channels of
 // each pixel: two sectors, since a line of the second cache level is looked up as often for one.
-// Rows of the input are copied to shared memory one or two steps ahead, even columns before odd
+// Rows of the input are copied to shared memory a step or two ahead, even columns before odd
 // ones, so that neighbouring threads meet neighbouring words. A thread has some channels of two
 // columns, whose filters share samples. Of each row it takes the sums along x once, and adds them
 // to the three results below that wait for them in registers: no row is filtered twice, none is
@@ -279,8 +279,7 @@ struct alignas(16) Strip {
   int all, c0, top, left;            // rows of x; channels, rows and columns of x from these on
   int dy_top, dy_left, first, last;  // the same of dy; rows of dv that are inside of no other strip
   int own_left, own_cols, dx_cols;   // the same columns; columns of dx
-  // A step's first row, and its stage: for the time up to du, and from then on.
-  int row[2], stage[2];
+  int row[2];                        // a step's first row: for the time up to du, and from then on
   template <typename T>
   __device__ __forceinline__ void set(const Args<T>& a) {
     tile.set(a);
@@ -293,31 +292,26 @@ struct alignas(16) Strip {
     const int cols = tile.col0 + a.tile_w < a.W ? a.tile_w : a.across;
     own_left = max(0, -dy_left), own_cols = max(0, min(cols, a.out_w - dy_left) - own_left);
     dx_cols = min(a.tile_w, a.W - tile.col0);
-    row[0] = stage[0] = 0;
+    row[0] = 0;
   }
 };
 
 // Rows of du = dL/d(filter(x)) go through shared memory, from which their own filter takes them:
-// row r of x makes row r - 3 of dv and du, and that row r - 6 of dx.
+// row r of x makes row r - 3 of dv and du, and that row r - 6 of dx. Rows of x and dy are copied
+// while those of dx are made.
 template <typename T, bool kPwl>
 __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
     synthesis_epilogue_bwd_pixels_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
   constexpr int K = thread_channels(sizeof(T), true), kStep = kMostChannels<T>;
-  GK_DYNAMIC_SHARED(char, shared);  // du, two stages of x and of dy, sources, the noise
+  GK_DYNAMIC_SHARED(char, shared);  // du, x, dy, sources, the noise
   __shared__ Taps<A> taps, adjoint;
   __shared__ __align__(16) A params[3 * kStep];
   __shared__ Strip strip;
   A* const dus = reinterpret_cast<A*>(shared);
-  const auto xs = [&](int stage) {
-    return reinterpret_cast<T*>(shared + (a.xs + stage * a.x_stage));
-  };
-  const auto dys = [&](int stage) {
-    return reinterpret_cast<T*>(shared + (a.dys + stage * a.dy_stage));
-  };
-  const auto noises = [&](int stage) {
-    return reinterpret_cast<A*>(shared + (a.noises + stage * a.noise_stage));
-  };
+  T* const xs = reinterpret_cast<T*>(shared + a.xs);
+  T* const dys = reinterpret_cast<T*>(shared + a.dys);
+  A* const noises = reinterpret_cast<A*>(shared + a.noises);
   const PixelRows<T> x_rows{a.x,     a.H,       a.W,      a.evens,   a.packs,
                             a.magic, a.x_apart, a.x_jump, a.x_sample};
   const PixelRows<T> dy_rows{a.dy,       a.out_h,    a.out_w,   a.across / 2, a.dy_packs,
@@ -326,24 +320,22 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
   const auto sources = [&] {
     return reinterpret_cast<int*>(shared + a.sources) + thread_again() * 2;
   };
-  const auto begin = [&](int stage, int row) {
+  const auto begin = [&](int row) {
     const int count = min(a.step, strip.all - row);
     if (count > 0) {
       if (a.vec_x) {
         Sources next = load_pack<int, 2>(sources());
-        x_rows.copy(xs(stage), strip.tile.n, next.v[0], strip.top + row, count);
-        dy_rows.copy(dys(stage), strip.tile.n, next.v[1], strip.dy_top + row, count);
+        x_rows.copy(xs, strip.tile.n, next.v[0], strip.top + row, count);
+        dy_rows.copy(dys, strip.tile.n, next.v[1], strip.dy_top + row, count);
         if (next.v[0] != x_rows.kNone) next.v[0] += a.x_step;
         if (next.v[1] != dy_rows.kNone) next.v[1] += a.dy_step;
         store_pack<int, 2>(sources(), next);
       } else {
-        x_rows.copy_slowly(xs(stage), a, strip.tile.n, strip.c0, strip.top + row, strip.left,
-                           count);
-        dy_rows.copy_slowly(dys(stage), a, strip.tile.n, strip.c0, strip.dy_top + row,
-                            strip.dy_left, count);
+        x_rows.copy_slowly(xs, a, strip.tile.n, strip.c0, strip.top + row, strip.left, count);
+        dy_rows.copy_slowly(dys, a, strip.tile.n, strip.c0, strip.dy_top + row, strip.dy_left,
+                            count);
       }
-      if (a.noise)
-        copy_noise(noises(stage), a, strip.tile.n, strip.dy_top + row, strip.dy_left, count);
+      if (a.noise) copy_noise(noises, a, strip.tile.n, strip.dy_top + row, strip.dy_left, count);
     }
     copy_batch();
   };
@@ -354,24 +346,23 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
   share_params<T, kStep>(params, a, strip.tile.n, strip.c0, threadIdx.x, a.channels);
   store_pack<int, 2>(sources(), Sources{{x_rows.first(a, strip.c0, strip.top, strip.left),
                                          dy_rows.first(a, strip.c0, strip.dy_top, strip.dy_left)}});
-  begin(0, 0);
-  begin(1, a.step);
+  begin(0);
   A waiting[kHalo][kColumns * K] = {}, waiting_dx[kHalo][kColumns * K] = {}, sums[3][K] = {};
   with_format(a.format, [&](Format<T> format) {
     for (;;) {
-      copy_wait<1>();
+      copy_wait<0>();
       __syncthreads();
       {
-        const int row = strip.row[0], stage = strip.stage[0];
+        const int row = strip.row[0];
         const int t = static_cast<int>(thread_again()), col = (t >> a.lanes_log2) * kColumns;
-        if (t == 0) strip.row[1] = row, strip.stage[1] = stage;
+        if (t == 0) strip.row[1] = row;
         int ch = (t & ((1 << a.lanes_log2) - 1)) * K;
         const int own_left = strip.own_left, own_cols = strip.own_cols;
         if (col < a.across && strip.c0 + ch < a.C)
           with_columns<kColumns, false>(taps, [&](auto take) {
-            const T* line = xs(stage) + t * K;
-            const T* dy = dys(stage) + t * K;
-            const A* z_at = noises(stage) + col;
+            const T* line = xs + t * K;
+            const T* dy = dys + t * K;
+            const A* z_at = noises + col;
             A* du = dus + t * K;
             // Bit r: whether sums take row r of the step, of the first column and, 16 bits on, of
             // the second.
@@ -449,11 +440,11 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
           });
       }
       __syncthreads();
-      begin(strip.stage[1], strip.row[1] + 2 * a.step);
+      begin(strip.row[1] + a.step);
       {
         const int row = strip.row[1];
         const int t = static_cast<int>(thread_again()), col = (t >> a.lanes_log2) * kColumns;
-        if (t == 0) strip.row[0] = row + a.step, strip.stage[0] = 1 - strip.stage[1];
+        if (t == 0) strip.row[0] = row + a.step;
         const int c = strip.c0 + (t & ((1 << a.lanes_log2) - 1)) * K, count = a.C - c;
         const int columns = strip.dx_cols - col;
         if (columns > 0 && count > 0)

@@ -4,7 +4,7 @@
 // and filters by rows and columns where the taps are of rank one. The backward filters twice, and
 // between them keeps dL/d(filter(x)) in shared memory. NCHW (lines): a thread has two columns of
 // a plane; a block has several channels, some at once and some one after another, so that the noise
-// is read once for all of them. Channels-last (pixels): a thread has some channels of a column.
+// is read once for all of them. Channels-last (pixels): a thread has some channels of two columns.
 #include "synthesis_epilogue_lines.cuh"
 #include "synthesis_epilogue_pixels.cuh"
 #include "synthesis_epilogue_second.cuh"
@@ -15,8 +15,8 @@ namespace {
 // A tile of lanes x rows of threads.
 struct Plan {
   int lanes, rows, tile_w, tile_h, tiles_x, tiles_y, threads, groups;
-  // With a filter, channels-last: columns, rows of a step, and bytes.
-  int across, step, shared;
+  // With a filter, channels-last: channels of a block, columns, rows of a step, and bytes.
+  int channels, across, step, shared;
   int span;  // without a filter: channels of a block; groups is the number of such spans there
   LinePlan lines;  // with a filter, NCHW; groups: channels of a block
   int64_t tiles() const { return static_cast<int64_t>(tiles_x) * tiles_y; }
@@ -35,54 +35,54 @@ void cut_rows(Plan& t, int64_t planes, int height, int longest, int unit) {
   }
 }
 
-// Channels-last with a filter: threads of a pixel, which have 64 bytes of its channels; fewer where
-// half of them would have none.
-int pixel_lanes(int dtype, int64_t C) {
-  const int V = vec_of(dtype), own = V == 2 ? 2 : 4, least = max(V / own, 1);
-  int lanes = 4 * V / own;
-  while (lanes > least && 2 * (ceil_div(C, lanes * own) * lanes * own - C) >= lanes * own)
-    lanes /= 2;
-  return lanes;
+// Channels-last with a filter: 64 bytes of a pixel's channels; fewer where half of them would not
+// exist.
+int pixel_channels(int dtype, int64_t C) {
+  const int V = vec_of(dtype);
+  int channels = 4 * V;
+  while (channels > V && 2 * (ceil_div(C, channels) * channels - C) >= channels) channels /= 2;
+  return channels;
 }
 
 // Where the kernels of channels-last images with a filter have what in shared memory, in bytes.
 struct PixelShared {
-  int xs = 0, dys = 0, parked = 0, sources = 0, noises, x_stage, dy_stage, noise_stage, all;
+  int xs = 0, dys = 0, sources = 0, noises, x_stage, dy_stage, noise_stage, all;
   PixelShared(const Plan& t, int bytes, bool backward, bool noise) {
-    const int own = bytes == 8 ? 2 : 4, word = bytes == 8 ? 8 : 4, channels = t.lanes * own;
-    x_stage = t.step * (t.across + kHalo) * channels * bytes;
-    dy_stage = t.step * t.across * channels * bytes;
+    const int word = bytes == 8 ? 8 : 4;
+    x_stage = t.step * (t.across + kHalo) * t.channels * bytes;
+    dy_stage = t.step * t.across * t.channels * bytes;
     noise_stage = noise ? t.step * t.across * word : 0;
     if (backward) {
-      xs = t.step * t.across * channels * word;
-      dys = xs + 2 * x_stage, parked = dys + 2 * dy_stage;
-      sources = parked + 3 * own * word * t.threads, noises = sources + 8 * t.threads;
+      // Room for rows of du, and then for the sums of warps.
+      xs = max(t.step * t.across, t.threads / 32 * 3) * t.channels * word;
+      dys = xs + x_stage, sources = dys + dy_stage, noises = sources + 8 * t.threads;
     } else {
-      noises = 3 * x_stage;
+      sources = 3 * x_stage, noises = sources + 8 * t.threads;
     }
-    all = noises + (backward ? 2 : 3) * noise_stage;
+    all = noises + (backward ? 1 : 3) * noise_stage;
   }
 };
 
 // Strips as wide as there are threads, and the longest of which there are enough.
 Plan plan_pixels(int dtype, bool backward, bool noise, int64_t N, int64_t C, int width,
                  int height) {
-  const int V = vec_of(dtype), own = V == 2 ? 2 : 4;
+  const int V = vec_of(dtype), bytes = 16 / V;
   Plan t{};
-  t.lanes = pixel_lanes(dtype, C);
-  const int halo = backward ? kHalo : 0, channels = t.lanes * own, bytes = 16 / V;
+  t.channels = pixel_channels(dtype, C);
+  t.lanes = t.channels / thread_channels(bytes, backward);
   // Threads for the samples of a row, and for 16 bytes each of a row of x.
-  const int packs = channels / V;
-  const int widest = min(kPixelThreads / t.lanes, kPixelThreads / packs - kHalo) - halo;
-  const int64_t planes = N * ceil_div(C, channels);
-  for (int strips = static_cast<int>(ceil_div(width, widest));; strips *= 2) {
+  const int halo = backward ? kHalo : 0, packs = t.channels / V;
+  const int widest = min(kPixelThreads / t.lanes, (kPixelThreads / packs - kHalo) / kColumns);
+  const int64_t planes = N * ceil_div(C, t.channels);
+  for (int strips = static_cast<int>(ceil_div(width, widest * kColumns - halo));; strips *= 2) {
     t.tile_w = static_cast<int>(ceil_div(width, strips));
     t.tiles_x = static_cast<int>(ceil_div(width, t.tile_w));
     cut_rows(t, planes, height, backward ? 128 : 64, 1);
-    if (t.tiles() * planes >= 3 * sm_count() / 4 || t.tile_w * t.lanes <= 32) break;
+    if (t.tiles() * planes >= 3 * sm_count() / 4 || t.tile_w * t.lanes <= 32 * kColumns) break;
   }
-  t.across = t.tile_w + halo;
-  t.threads = threads_of(max(t.across * t.lanes, (t.across + kHalo) * packs));
+  const int pairs = static_cast<int>(ceil_div(t.tile_w + halo, kColumns));
+  t.across = pairs * kColumns;
+  t.threads = threads_of(max(pairs * t.lanes, (t.across + kHalo) * packs));
   // Steps as long as there is room for four blocks on a multiprocessor, or else for fewer. kFixed:
   // more than the kernels' own arrays, and what the system takes of a block.
   constexpr int kFixed = 1024;
@@ -90,9 +90,10 @@ Plan plan_pixels(int dtype, bool backward, bool noise, int64_t N, int64_t C, int
     const int shared = PixelShared(t, bytes, backward, noise).all;
     return blocks * (shared + 2 * kFixed) <= shared_limit() + kFixed;
   };
-  int blocks = 4 * kPixelThreads / t.threads;
-  for (t.step = 4; blocks > 1 && !fits(blocks); t.step--)
-    if (t.step == 3) t.step = 5, blocks--;
+  int blocks = static_cast<int>(ceil_div(4 * kPixelThreads, t.threads));
+  const int most = backward ? 8 : 4;
+  for (t.step = most; blocks > 1 && !fits(blocks); t.step--)
+    if (t.step == 2) t.step = most + 1, blocks--;
   while (t.step > 1 && !fits(1)) t.step--;
   t.shared = PixelShared(t, bytes, backward, noise).all;
   t.groups = 1;
@@ -217,7 +218,7 @@ struct Launcher {
   int64_t tickets() const { return filtered ? grid().y : (a.N + int64_t(1)) * plan.groups; }
 
   dim3 grid() const {
-    const int step = !filtered ? plan.span : last ? plan.lanes * kPiece<T> : plan.groups;
+    const int step = !filtered ? plan.span : last ? plan.channels : plan.groups;
     const unsigned tiles = static_cast<unsigned>(plan.tiles() * (filtered ? a.N : 1));
     const int64_t groups = ceil_div(a.C, step);
     return dim3(tiles, static_cast<unsigned>(loops ? min(groups, int64_t(65535)) : groups),
@@ -349,22 +350,24 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
   while ((1 << a.lanes_log2) < t.lanes) a.lanes_log2++;
   a.lines = t.lines;
   if (l.filtered && last) {
-    const int packs = max(t.lanes * kPiece<T> / V, 1);
+    const int packs = t.channels / V;
     while ((1 << a.packs_log2) < packs) a.packs_log2++;
-    a.across = t.across, a.threads = t.threads, a.step = t.step, a.channels = t.lanes * kPiece<T>;
+    a.across = t.across, a.threads = t.threads, a.step = t.step, a.channels = t.channels;
     a.packs = (a.across + kHalo) * packs, a.dy_packs = a.across * packs;
+    a.evens = t.across / 2 + 2, a.odd = a.evens * a.channels, a.dy_odd = t.across / 2 * a.channels;
     a.magic = magic_of(a.packs), a.dy_magic = magic_of(a.dy_packs);
     a.noise_magic = magic_of(a.across);
     a.x_apart = a.threads / a.packs, a.dy_apart = a.threads / a.dy_packs;
     const int64_t x_line = W * C, y_line = out_w * C, size = sizeof(T);
+    a.pixel = C * size;
     a.out_line = (backward ? x_line : y_line) * size;
     a.x_jump = a.x_apart * x_line * size, a.dy_jump = a.dy_apart * y_line * size;
     a.x_sample = H * x_line * size, a.dy_sample = out_h * y_line * size;
     a.x_step = static_cast<int>(a.step * x_line / V);
     a.dy_step = static_cast<int>(a.step * y_line / V);
     const PixelShared s(t, sizeof(T), backward, noise != nullptr);
-    a.xs = s.xs, a.dys = s.dys, a.parked = s.parked, a.sources = s.sources, a.noises = s.noises;
-    a.x_stage = s.x_stage, a.dy_stage = s.dy_stage, a.noise_stage = s.noise_stage;
+    a.xs = s.xs, a.dys = s.dys, a.sources = s.sources, a.noises = s.noises;
+    a.x_stage = s.x_stage, a.noise_stage = s.noise_stage;
   }
   a.f32 = f32;
   a.format = Format<T>(dtype);

@@ -36,13 +36,14 @@ struct Args {
   int taps_y, taps_x, x0, y0;
   int tiles, tiles_x, tile_h, tile_w, groups, lanes_log2;
   // With a filter, channels-last: columns of a row, threads, rows of a step, channels of a block,
-  // 16 bytes of a pixel; bytes from the begin of shared memory, and of a stage; see PixelRows for
-  // the rest.
+  // 16 bytes of a pixel; bytes from the begin of shared memory, and of a stage; elements from even
+  // columns to odd ones, there; see PixelRows for the rest.
   int across, magic, threads, step, channels, packs_log2;
-  int xs, dys, parked, sources, noises, x_stage, dy_stage, noise_stage;
+  int xs, dys, sources, noises, x_stage, noise_stage;
+  int evens, odd, dy_odd;
   int packs, x_apart, dy_packs, dy_apart, dy_magic, noise_magic;
-  int x_step, dy_step;                                     // packs of the images between steps
-  int64_t out_line, x_jump, dy_jump, x_sample, dy_sample;  // bytes
+  int x_step, dy_step;  // packs of the images between steps
+  int64_t out_line, x_jump, dy_jump, x_sample, dy_sample, pixel;  // bytes
   int f32;
   Acc<T> filter_gain;
   bool separable, flip, one_noise, one_strength, vec_x, vec_out, vec_noise;

@@ -143,6 +143,69 @@ __device__ __forceinline__ void with_taps(const Taps<A>& taps, F f) {
   }
 }
 
+// Calls f(take), for a thread that has K channels of each of kColumns neighbouring columns:
+// take(sums, read, out) takes a row as take_row() does. read(m, v): the K samples of the m-th
+// column that the filters meet, each of which is read once. kKeep: taps along x of rank one stay in
+// registers.
+template <int kColumns, bool kKeep, typename A, typename F>
+__device__ __forceinline__ void with_columns(const Taps<A>& taps, F f) {
+  constexpr int kSamples = kTaps + kColumns - 1;
+  const auto pack = [](const A* p) { return *reinterpret_cast<const Pack<A, kTaps>*>(p); };
+  if (taps.separable) {
+    Pack<A, kTaps> kept;
+    if (kKeep) kept = pack(taps.x);
+    f([&](auto& sums, auto read, auto& out) {
+      constexpr int N = sizeof out / sizeof(A), K = N / kColumns;
+      const auto x = kKeep ? kept : pack(taps.x);
+      A passed[N];
+#pragma unroll
+      for (int m = 0; m < kSamples; m++) {
+        A v[K];
+        read(m, v);
+#pragma unroll
+        for (int e = 0; e < N; e++) {
+          const int k = m - e / K;
+          if (k == 0) passed[e] = x.v[0] * v[e % K];
+          if (k > 0 && k < kTaps) passed[e] += x.v[k] * v[e % K];
+        }
+      }
+      const auto y = pack(taps.y);
+#pragma unroll
+      for (int e = 0; e < N; e++) {
+        out[e] = sums[0][e] + y.v[3] * passed[e];
+        sums[0][e] = sums[1][e] + y.v[2] * passed[e];
+        sums[1][e] = sums[2][e] + y.v[1] * passed[e];
+        sums[2][e] = y.v[0] * passed[e];
+      }
+    });
+  } else {
+    f([&](auto& sums, auto read, auto& out) {
+      constexpr int N = sizeof out / sizeof(A), K = N / kColumns;
+#pragma unroll
+      for (int e = 0; e < N; e++)
+        out[e] = sums[0][e], sums[0][e] = sums[1][e], sums[1][e] = sums[2][e], sums[2][e] = A(0);
+      // A loop, for want of registers.
+#pragma unroll 1
+      for (int m = 0; m < kSamples; m++) {
+        A v[K];
+        read(m, v);
+#pragma unroll
+        for (int i = 0; i < kColumns; i++) {
+          const int k = m - i;
+          if (k < 0 || k >= kTaps) continue;
+#pragma unroll
+          for (int e = 0; e < K; e++) {
+            out[i * K + e] += taps.all[3][k] * v[e];
+            sums[0][i * K + e] += taps.all[2][k] * v[e];
+            sums[1][i * K + e] += taps.all[1][k] * v[e];
+            sums[2][i * K + e] += taps.all[0][k] * v[e];
+          }
+        }
+      }
+    });
+  }
+}
+
 // threadIdx.x, read again where it is asked for.
 __device__ __forceinline__ unsigned thread_again() {
 #ifdef GANKERN_SIMT

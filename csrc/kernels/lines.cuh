@@ -63,7 +63,7 @@ struct LineCopies {
         return below(behind - c) & ~below(from - c);
       };
       const unsigned wanted = those(0, columns), inside = wanted & those(-left, width - left);
-      what[k] = 0;
+      what[k] = from[k] = 0;
       if (i >= R * m.packs || !wanted) continue;
       what[k] = at * static_cast<int>(sizeof(T)) << 16 | (wanted & ~inside) << 8 |
                 (inside ? 1u << q : 0u);
@@ -80,6 +80,18 @@ struct LineCopies {
   __device__ __forceinline__ void none() {
 #pragma unroll
     for (unsigned& w : what) w = 0;
+  }
+  // To and from shared memory, where a thread's pairs lie `lanes` apart.
+  __device__ __forceinline__ void keep(uint2* to, int lanes) const {
+#pragma unroll
+    for (int k = 0; k < kCount; k++) to[k * lanes] = make_uint2(what[k], from[k]);
+  }
+  __device__ __forceinline__ void find(const uint2* kept, int lanes) {
+#pragma unroll
+    for (int k = 0; k < kCount; k++) {
+      const uint2 pair = kept[k * lanes];
+      what[k] = pair.x, from[k] = pair.y;
+    }
   }
   // rows: a bit for each that the image has; row: column `left` of the first of them; careful: see
   // near_end().
@@ -306,8 +318,14 @@ struct LanePlace {
     }
   }
   static constexpr int kNoLane = 4095;
-  __device__ __forceinline__ int lane() const { return static_cast<int>(packed & 4095); }
-  __device__ __forceinline__ int share() const { return static_cast<int>(packed >> 18 << 4); }
+  // Taken out anew each time: registers are short for these and for addresses made of them.
+  __device__ __forceinline__ unsigned again() const {
+    unsigned p = packed;
+    forget(p);
+    return p;
+  }
+  __device__ __forceinline__ int lane() const { return static_cast<int>(again() & 4095); }
+  __device__ __forceinline__ int share() const { return static_cast<int>(again() >> 18 << 4); }
   // Whether its column e exists; that of dv, and is part of no other strip; that of the result.
   __device__ __forceinline__ bool has(int e) const { return packed >> (12 + e) & 1; }
   __device__ __forceinline__ bool owns(int e) const { return packed >> (14 + e) & 1; }
@@ -331,6 +349,10 @@ struct LineShared {
   // A lane's sums lie m.lanes apart.
   __device__ __forceinline__ Acc<T>* sums(int share) const {
     return reinterpret_cast<Acc<T>*>(shared + (share + m.sums));
+  }
+  // What the backward copies of x and dy.
+  __device__ __forceinline__ uint2* copies(int share) const {
+    return reinterpret_cast<uint2*>(shared + (share + m.copies));
   }
   __device__ __forceinline__ T* outs(int share, int turn) const {
     return reinterpret_cast<T*>(shared + (share + m.outs + turn * m.out_stage));
@@ -364,18 +386,16 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
   Copies copies;
   const auto begin = [&](LineCursor cursor) {
     const int round = cursor.round(), step = cursor.step();
-    LineSlot<T>& slot = s.slot(me.share(), round);
+    const int share = me.share(), lane = me.lane();
+    LineSlot<T>& slot = s.slot(share, round);
     int64_t x;
     bool careful;
     if (step == 0) {
-      // Made anew, since registers are short.
-      const int t = static_cast<int>(thread_again()), mine = quotient(t, m.magic);
-      const int lane = mine < m.planes ? t - mine * m.lanes : LanePlace::kNoLane;
-      const int c = strip.c0 + mine + round * m.planes;
+      const int c = strip.c0 + quotient(thread_again(), m.magic) + round * m.planes;
       const int64_t plane = static_cast<int64_t>(strip.n) * a.C + c;
       careful = Copies::near_end(plane, static_cast<int64_t>(a.N) * a.C, a.H, a.W);
       x = (plane * a.H + strip.top) * a.W + strip.left;
-      copies.plan(m.x, a.x + x, me.lane(), m.lanes, strip.left, m.across + kHalo, a.W);
+      copies.plan(m.x, a.x + x, lane, m.lanes, strip.left, m.across + kHalo, a.W);
       if (c >= strip.end) copies.none();
       if (lane < 3 && c < strip.end) slot.params[lane] = op.param(strip.n, c, lane);
       if (lane == 3) {
@@ -387,7 +407,7 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
       x = slot.x + static_cast<int64_t>(step * R) * a.W;
       careful = slot.careful;
     }
-    copies.copy(s.xs(me.share(), cursor.turn()), a.x + x,
+    copies.copy(s.xs(share, cursor.turn()), a.x + x,
                 rows_between<R>(strip.top + step * R, 0, min(a.H, strip.top + strip.all)), careful,
                 a.x, a.x_end);
   };

@@ -13,9 +13,7 @@ constexpr int kLineRows = sizeof(T) == 8 ? 4 : 8;  // of a step of the forward
 template <typename T>
 constexpr int kGradRows = sizeof(T) == 2 ? 8 : 4;  // and of the backward, which has more to hold
 template <typename T>
-constexpr int kLineThreads = sizeof(T) == 8 ? 288 : 448;  // at most
-template <typename T>
-constexpr int kGradThreads = sizeof(T) == 8 ? 288 : 320;  // of the backward
+constexpr int kLineThreads = sizeof(T) == 8 ? 288 : 512;  // at most
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 template <typename T>
 constexpr int kLineBlocks = 1;  // on a multiprocessor
@@ -39,13 +37,13 @@ struct LineImage {
 
 struct LinePlan {
   int tile_w, tile_h, tiles_x, tiles_y;
-  int across;                      // columns that are filtered: the backward has a halo
-  int lanes, magic, planes;        // threads of a plane; see quotient(); planes of a block at once
-  int channels;                    // of a block
-  LineImage x, dy;                 // backward: both
-  int dus, du_pitch, sums;         // backward: bytes, elements, bytes
-  int outs, out_stage, out_pitch;  // where rows are stored through shared memory: out_stage > 0
-  int share, noises, shared;       // bytes of a plane; where the noise is; of a block
+  int across;                       // columns that are filtered: the backward has a halo
+  int lanes, magic, planes;         // threads of a plane; see quotient(); planes of a block at once
+  int channels;                     // of a block
+  LineImage x, dy;                  // backward: both
+  int dus, du_pitch, sums, copies;  // backward: bytes, elements, bytes, bytes
+  int outs, out_stage, out_pitch;   // where rows are stored through shared memory: out_stage > 0
+  int share, noises, shared;        // bytes of a plane; where the noise is; of a block
   int threads() const { return (lanes * planes + 31) / 32 * 32; }
   int64_t tiles() const { return static_cast<int64_t>(tiles_x) * tiles_y; }
 };
@@ -66,7 +64,7 @@ LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, 
                     int out_w, bool aligned, int limit) {
   constexpr int bytes = sizeof(T), word = sizeof(Acc<T>), V = 16 / bytes, K = kLineColumns<T>;
   const int rows_of_step = backward ? kGradRows<T> : kLineRows<T>;
-  const int threads = backward ? kGradThreads<T> : kLineThreads<T>, copies = rows_of_step * K / V;
+  const int threads = kLineThreads<T>, copies = rows_of_step * K / V;
   const int halo = backward ? kHalo : 0, row = backward ? w : out_w;
   const auto up_to = [](int64_t n, int unit) { return static_cast<int>(ceil_div(n, unit)) * unit; };
   // Of a row, whole sectors of them.
@@ -113,6 +111,7 @@ LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, 
       t.du_pitch = up_to(t.across + kHalo, 2);
       place(t.dus, rows_of_step * t.du_pitch * word);
       place(t.sums, 3 * t.lanes * word);
+      place(t.copies, 2 * max(copies, 1) * t.lanes * 8);
     }
     t.out_pitch = t.tiles_x == 1 ? row : pitch(t.tile_w + 2 * V - 2, row, V);
     t.out_stage = up_to((rows_of_step * t.out_pitch + 2 * V) * bytes, 16);

@@ -66,10 +66,10 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
 // Rows of du = dL/d(filter(x)) go through shared memory, from which their own filter takes them:
 // row r of x, counted in the strip, makes row r - 3 of dv and du, and that row r - 6 of dx.
 template <typename T, bool kPwl>
-__global__ void __launch_bounds__(kGradThreads<T>, kLineBlocks<T>)
+__global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
     synthesis_epilogue_bwd_lines_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
-  constexpr int K = kLineColumns<T>, R = kGradRows<T>, kUnroll = kPwl && sizeof(T) == 4 ? R : 1;
+  constexpr int K = kLineColumns<T>, R = kGradRows<T>, kUnroll = kPwl && sizeof(T) == 4 ? 2 : 1;
   using Copies = LineCopies<T, R>;
   GK_DYNAMIC_SHARED(char, shared);
   __shared__ Taps<A> taps, adjoint;
@@ -92,10 +92,15 @@ __global__ void __launch_bounds__(kGradThreads<T>, kLineBlocks<T>)
   __syncthreads();
 
   const LanePlace me(m, in_shared, T{});
-  Copies x_copies, dy_copies;
+  // Registers are short: what a thread copies waits in shared memory.
+  const auto kept = [&](int share, int lane, bool of_dy) {
+    return s.copies(share) + (of_dy ? Copies::kCount * m.lanes : 0) + lane;
+  };
+  const auto own_sums = [&] { return s.sums(me.share()) + me.lane(); };
   const auto begin = [&](LineCursor cursor) {
     const int round = cursor.round(), step = cursor.step();
-    LineSlot<T>& slot = s.slot(me.share(), round);
+    const int share = me.share(), lane = me.lane();
+    LineSlot<T>& slot = s.slot(share, round);
     const int row = step * R;
     int64_t x, dy;
     bool careful;
@@ -106,12 +111,18 @@ __global__ void __launch_bounds__(kGradThreads<T>, kLineBlocks<T>)
       x = (plane * a.H + strip.top) * a.W + strip.left;
       careful = Copies::near_end(plane, planes, a.H, a.W) ||
                 Copies::near_end(plane, planes, a.out_h, a.out_w);
-      x_copies.plan(m.x, a.x + x, me.lane(), m.lanes, strip.left, m.across + kHalo, a.W);
       dy = (plane * a.out_h + strip.dy_top) * a.out_w + strip.dy_left;
-      dy_copies.plan(m.dy, a.dy + dy, me.lane(), m.lanes, strip.dy_left, m.across, a.out_w);
-      if (c >= strip.end) x_copies.none(), dy_copies.none();
-      if (me.lane() < 3 && c < strip.end) slot.params[me.lane()] = param(a, me.lane(), strip.n, c);
-      if (me.lane() == 3) {
+      if (lane < m.lanes) {
+        Copies copies;
+        copies.plan(m.x, a.x + x, lane, m.lanes, strip.left, m.across + kHalo, a.W);
+        if (c >= strip.end) copies.none();
+        copies.keep(kept(share, lane, false), m.lanes);
+        copies.plan(m.dy, a.dy + dy, lane, m.lanes, strip.dy_left, m.across, a.out_w);
+        if (c >= strip.end) copies.none();
+        copies.keep(kept(share, lane, true), m.lanes);
+      }
+      if (lane < 3 && c < strip.end) slot.params[lane] = param(a, lane, strip.n, c);
+      if (lane == 3) {
         slot.x = x, slot.dy = dy, slot.careful = careful;
         slot.out =
             c < strip.end ? (plane * a.H + strip.row0 - 2 * kHalo) * a.W + strip.col0 : kNoPlane;
@@ -122,8 +133,12 @@ __global__ void __launch_bounds__(kGradThreads<T>, kLineBlocks<T>)
       careful = slot.careful;
     }
     const unsigned rows = step_rows[step];
-    x_copies.copy(s.xs(me.share(), cursor.turn()), a.x + x, rows, careful, a.x, a.x_end);
-    dy_copies.copy(s.dys(me.share(), cursor.turn()), a.dy + dy, rows >> 8, careful, a.dy, a.dy_end);
+    if (lane >= m.lanes) return;
+    Copies copies;
+    copies.find(kept(share, lane, false), m.lanes);
+    copies.copy(s.xs(share, cursor.turn()), a.x + x, rows, careful, a.x, a.x_end);
+    copies.find(kept(share, lane, true), m.lanes);
+    copies.copy(s.dys(share, cursor.turn()), a.dy + dy, rows >> 8, careful, a.dy, a.dy_end);
   };
   begin({});
   copy_batch();
@@ -141,8 +156,14 @@ __global__ void __launch_bounds__(kGradThreads<T>, kLineBlocks<T>)
 #pragma unroll 1
     for (;;) {
       copy_wait<0>();
-      x_copies.clear(s.xs(me.share(), cursor.turn()));
-      dy_copies.clear(s.dys(me.share(), cursor.turn()));
+      if (me.lane() < m.lanes && cursor.round() < strip.rounds) {
+        const int share = me.share(), lane = me.lane();
+        Copies copies;
+        copies.find(kept(share, lane, false), m.lanes);
+        copies.clear(s.xs(share, cursor.turn()));
+        copies.find(kept(share, lane, true), m.lanes);
+        copies.clear(s.dys(share, cursor.turn()));
+      }
       __syncthreads();
       if (m.out_stage && cursor.at) {  // the results of the step before
         const int row = (cursor.step() ? cursor.step() - 1 : strip.steps - 1) * R,
@@ -155,16 +176,12 @@ __global__ void __launch_bounds__(kGradThreads<T>, kLineBlocks<T>)
       }
       if (cursor.round() == strip.rounds) break;
       const LineCursor next = cursor.next(strip.steps);
-      if (next.round() < strip.rounds) {
-        begin(next);
-      } else {
-        x_copies.none(), dy_copies.none();
-      }
+      if (next.round() < strip.rounds) begin(next);
       copy_batch();
       if (cursor.step() == 0) {
 #pragma unroll
         for (int j = 0; j < kHalo; j++) {
-          if (me.lane() < m.lanes) s.sums(me.share())[j * m.lanes + me.lane()] = A(0);
+          if (me.lane() < m.lanes) own_sums()[j * m.lanes] = A(0);
 #pragma unroll
           for (int e = 0; e < K; e++) waiting[j][e] = du_waiting[j][e] = A(0);
         }
@@ -178,10 +195,11 @@ __global__ void __launch_bounds__(kGradThreads<T>, kLineBlocks<T>)
           const int row = cursor.step() * R;
           const T* x = s.xs(me.share(), cursor.turn()) + first_of(a.x + slot.x) + columns.first;
           const T* dy = s.dys(me.share(), cursor.turn()) + first_of(a.dy + slot.dy) + columns.first;
-          // Rows of dv that count, of each column.
-          unsigned own[K];
+          // Rows of dv that count, eight bits for each column.
+          unsigned own = 0;
 #pragma unroll
-          for (int e = 0; e < K; e++) own[e] = me.owns(e) ? step_rows[cursor.step()] >> 16 : 0;
+          for (int e = 0; e < K; e++)
+            own |= me.owns(e) ? (step_rows[cursor.step()] >> 16 & 0xff) << 8 * e : 0;
           A sums[3] = {};
           // Rows before the first make nothing that counts, whatever their noise.
           const A* noise = s.noises() + max(row - kHalo, 0) * m.across + columns.first;
@@ -223,7 +241,7 @@ __global__ void __launch_bounds__(kGradThreads<T>, kLineBlocks<T>)
               }
 #pragma unroll
               for (int e = 0; e < K; e++) {
-                if (!(own[e] >> q & 1)) continue;
+                if (!(own >> (8 * e + q) & 1)) continue;
                 sums[0] += dv[e] * u[e];
                 sums[1] += dv[e];
                 sums[2] += dv[e] * z[e];
@@ -244,7 +262,7 @@ __global__ void __launch_bounds__(kGradThreads<T>, kLineBlocks<T>)
           });
 #pragma unroll
           for (int k = 0; k < 3; k++)  // registers are short
-            s.sums(me.share())[k * m.lanes + me.lane()] += sums[k];
+            own_sums()[k * m.lanes] += sums[k];
         }
       }
       __syncthreads();
@@ -257,7 +275,7 @@ __global__ void __launch_bounds__(kGradThreads<T>, kLineBlocks<T>)
           T* kept = s.outs(me.share(), 0) + first_of(to) + columns.first;
           to += columns.first;
           const unsigned rows = step_rows[cursor.step()] >> 24;
-          with_taps<sizeof(T) == 2>(adjoint, [&](auto filter) {
+          with_taps<false>(adjoint, [&](auto filter) {
             const auto walk_rows = [&](auto stores) {
 #pragma unroll kUnroll
               for (int q = 0; q < R; q++) {

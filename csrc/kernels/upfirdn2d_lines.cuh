@@ -29,7 +29,7 @@ struct LineResult {  // the filter's, as it is
 };
 
 template <typename T>
-__global__ void __launch_bounds__(512, kLineBlocks<T>)  // 64 registers, for more blocks
+__global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
     upfirdn2d_lines_kernel(LineFilter<T> a) {
   filter_lines<T, 2>(a, LineResult{});
 }

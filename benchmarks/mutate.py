@@ -164,7 +164,7 @@ MUTATIONS = [
     ),
     Mutation(
         "upfirdn2d", "lines: what lies beside a row is not cleared", "lines.cuh",
-        "if (!foreign) continue;",
+        "if (!(w & 0xff00)) continue;",
         "continue;",
     ),
     Mutation(
@@ -174,14 +174,14 @@ MUTATIONS = [
     ),
     Mutation(
         "synthesis_epilogue", "barrier: a stage is read while it is copied", "lines.cuh",
-        "copies.clear(s.xs(me.plane, cursor.turn()));\n      }\n      __syncthreads();",
-        "copies.clear(s.xs(me.plane, cursor.turn()));\n      }",
+        "copies.clear(s.xs(me.share(), cursor.turn()));\n      __syncthreads();",
+        "copies.clear(s.xs(me.share(), cursor.turn()));",
         "race",
     ),
     Mutation(
         "synthesis_epilogue", "barrier: du is read at once", "synthesis_epilogue_lines.cuh",
-        "      __syncthreads();\n      const LanePlace me(m);\n      const int64_t out",
-        "      const LanePlace me(m);\n      const int64_t out",
+        "      __syncthreads();\n      const int64_t out = s.slot",
+        "      const int64_t out = s.slot",
         "race",
     ),
     Mutation(
@@ -206,8 +206,8 @@ MUTATIONS = [
     Mutation(
         "synthesis_epilogue", "barrier, channels-last: du is read at once",
         "synthesis_epilogue_pixels.cuh",
-        "turned);\n      __syncthreads();",
-        "turned);",
+        "__syncthreads();\n      begin(strip.row[1] + a.step);",
+        "begin(strip.row[1] + a.step);",
         "race",
     ),
     Mutation(

@@ -54,55 +54,10 @@ __device__ __forceinline__ void share_taps(Taps<A>* taps, Taps<A>* adjoint, cons
   }
 }
 
-// `sums` are results of a column that wait for the rows below: sums[0] lacks one of them, sums[2]
-// three. This takes a row, of which read(k) gives the samples that the filter's column k meets; the
-// result that it makes whole is `out`.
-template <typename A, int K, typename Read>
-__device__ __forceinline__ void take_row(A (&sums)[kHalo][K], const Taps<A>& taps, Read read,
-                                         A (&out)[K]) {
-  const auto pack = [](const A* p) { return *reinterpret_cast<const Pack<A, kTaps>*>(p); };
-  if (taps.separable) {
-    A passed[K];
-    {
-      const auto x = pack(taps.x);
-#pragma unroll
-      for (int k = 0; k < kTaps; k++) {
-        A v[K];
-        read(k, v);
-#pragma unroll
-        for (int e = 0; e < K; e++) passed[e] = k ? passed[e] + x.v[k] * v[e] : x.v[k] * v[e];
-      }
-    }
-    const auto y = pack(taps.y);
-#pragma unroll
-    for (int e = 0; e < K; e++) {
-      out[e] = sums[0][e] + y.v[3] * passed[e];
-      sums[0][e] = sums[1][e] + y.v[2] * passed[e];
-      sums[1][e] = sums[2][e] + y.v[1] * passed[e];
-      sums[2][e] = y.v[0] * passed[e];
-    }
-  } else {
-#pragma unroll
-    for (int e = 0; e < K; e++) {
-      out[e] = sums[0][e], sums[0][e] = sums[1][e], sums[1][e] = sums[2][e], sums[2][e] = A(0);
-    }
-#pragma unroll
-    for (int k = 0; k < kTaps; k++) {
-      A v[K];
-      read(k, v);
-#pragma unroll
-      for (int e = 0; e < K; e++) {
-        out[e] += taps.all[3][k] * v[e];
-        sums[0][e] += taps.all[2][k] * v[e];
-        sums[1][e] += taps.all[1][k] * v[e];
-        sums[2][e] += taps.all[0][k] * v[e];
-      }
-    }
-  }
-}
-
-// Calls f(filter) with a function that takes a row as take_row() does; v(e, k): what column k of
-// the filter meets for result e. kKeep: taps of rank one stay in registers.
+// Calls f(filter) with filter(sums, v, out), which takes a row. `sums` are results of a column that
+// wait for the rows below: sums[0] lacks one of them, sums[2] three; `out` is the result that the
+// row makes whole. v(e, k): what column k of the filter meets for result e. kKeep: taps of rank one
+// stay in registers.
 template <bool kKeep, typename A, typename F>
 __device__ __forceinline__ void with_taps(const Taps<A>& taps, F f) {
   const auto pack = [](const A* p) { return *reinterpret_cast<const Pack<A, kTaps>*>(p); };
@@ -144,7 +99,7 @@ __device__ __forceinline__ void with_taps(const Taps<A>& taps, F f) {
 }
 
 // Calls f(take), for a thread that has K channels of each of kColumns neighbouring columns:
-// take(sums, read, out) takes a row as take_row() does. read(m, v): the K samples of the m-th
+// take(sums, read, out) takes a row as with_taps() has it. read(m, v): the K samples of the m-th
 // column that the filters meet, each of which is read once. kKeep: taps along x of rank one stay in
 // registers.
 template <int kColumns, bool kKeep, typename A, typename F>

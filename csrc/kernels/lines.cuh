@@ -35,17 +35,13 @@ __device__ __forceinline__ unsigned rows_between(int row, int from, int behind) 
 template <typename T, int R>
 struct LineCopies {
   static constexpr int V = 16 / static_cast<int>(sizeof(T));
-  static constexpr int kCount = R * kLineColumns<T> / V > 1 ? R * kLineColumns<T> / V : 1;
+  static constexpr int kCount = kLineCopies<T, R>;
   static_assert(V <= R && R <= 8, "else a pack's place differs from step to step");
-  // Bytes from the stage on << 16, elements to be cleared << 8, and the bit of its row if some of
-  // it is of the image; 0: there is none.
+  // Bytes from the stage on << 16, elements to be cleared << 8, kExists, kInside if some of it is
+  // of the image, and its row; 0: there is none.
   unsigned what[kCount];
-  unsigned from[kCount];  // packs behind before()
+  static constexpr unsigned kRow = 7, kInside = 8, kExists = 16;
 
-  // What no pack of rows lies before, the first of which begins at `row`.
-  static __device__ __forceinline__ const char* before(const T* row) {
-    return reinterpret_cast<const char*>((reinterpret_cast<uintptr_t>(row) & ~uintptr_t(15)) - 32);
-  }
   // Columns [left, left + columns) of rows, the first of which begins at `begin` there.
   __device__ __forceinline__ void plan(const LineImage& m, const T* begin, int lane, int lanes,
                                        int left, int columns, int width) {
@@ -63,13 +59,10 @@ struct LineCopies {
         return below(behind - c) & ~below(from - c);
       };
       const unsigned wanted = those(0, columns), inside = wanted & those(-left, width - left);
-      what[k] = from[k] = 0;
+      what[k] = 0;
       if (i >= R * m.packs || !wanted) continue;
-      what[k] = at * static_cast<int>(sizeof(T)) << 16 | (wanted & ~inside) << 8 |
-                (inside ? 1u << q : 0u);
-      from[k] = static_cast<unsigned>(
-          (there + c * static_cast<int>(sizeof(T)) - reinterpret_cast<uintptr_t>(before(begin))) /
-          16);
+      what[k] = at * static_cast<int>(sizeof(T)) << 16 | (wanted & ~inside) << 8 | kExists |
+                (inside ? kInside : 0u) | q;
     }
   }
   // Whether packs of a plane may reach beyond the tensor.
@@ -81,31 +74,31 @@ struct LineCopies {
 #pragma unroll
     for (unsigned& w : what) w = 0;
   }
-  // To and from shared memory, where a thread's pairs lie `lanes` apart.
-  __device__ __forceinline__ void keep(uint2* to, int lanes) const {
+  // To and from shared memory, where a thread's words lie `lanes` apart.
+  __device__ __forceinline__ void keep(unsigned* to, int lanes) const {
 #pragma unroll
-    for (int k = 0; k < kCount; k++) to[k * lanes] = make_uint2(what[k], from[k]);
+    for (int k = 0; k < kCount; k++) to[k * lanes] = what[k];
   }
-  __device__ __forceinline__ void find(const uint2* kept, int lanes) {
+  __device__ __forceinline__ void find(const unsigned* kept, int lanes) {
 #pragma unroll
-    for (int k = 0; k < kCount; k++) {
-      const uint2 pair = kept[k * lanes];
-      what[k] = pair.x, from[k] = pair.y;
-    }
+    for (int k = 0; k < kCount; k++) what[k] = kept[k * lanes];
   }
-  // rows: a bit for each that the image has; row: column `left` of the first of them; careful: see
-  // near_end().
-  __device__ __forceinline__ void copy(T* stage, const T* row, unsigned rows, bool careful,
-                                       const T* begin, const T* end) const {
-    const char* const base = before(row);
-    rows &= 0xff;
+  // rows: a bit for each that the image has, of `width` columns; row: column `left` of the first of
+  // them; careful: see near_end().
+  __device__ __forceinline__ void copy(const LineImage& m, T* stage, const T* row, int width,
+                                       unsigned rows, bool careful, const T* begin,
+                                       const T* end) const {
+    // Where the stage's begin would be, and what a row of the image is longer: whole packs.
+    const uintptr_t base = reinterpret_cast<uintptr_t>(row) & ~uintptr_t(15);
+    const int64_t longer = static_cast<int64_t>(width - m.pitch) * static_cast<int>(sizeof(T));
     const auto each = [&](auto f) {
 #pragma unroll
       for (int k = 0; k < kCount; k++) {
         const unsigned w = what[k];
         if (w)
           f(reinterpret_cast<T*>(reinterpret_cast<char*>(stage) + (w >> 16)),
-            reinterpret_cast<const T*>(base + uint64_t(from[k]) * 16), (w & rows) != 0);
+            reinterpret_cast<const T*>(base + (w >> 16) + longer * (w & kRow)),
+            (w & kInside) && rows >> (w & kRow) & 1);
       }
     };
     if (!careful) {
@@ -351,8 +344,8 @@ struct LineShared {
     return reinterpret_cast<Acc<T>*>(shared + (share + m.sums));
   }
   // What the backward copies of x and dy.
-  __device__ __forceinline__ uint2* copies(int share) const {
-    return reinterpret_cast<uint2*>(shared + (share + m.copies));
+  __device__ __forceinline__ unsigned* copies(int share) const {
+    return reinterpret_cast<unsigned*>(shared + (share + m.copies));
   }
   __device__ __forceinline__ T* outs(int share, int turn) const {
     return reinterpret_cast<T*>(shared + (share + m.outs + turn * m.out_stage));
@@ -407,7 +400,7 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
       x = slot.x + static_cast<int64_t>(step * R) * a.W;
       careful = slot.careful;
     }
-    copies.copy(s.xs(share, cursor.turn()), a.x + x,
+    copies.copy(m.x, s.xs(share, cursor.turn()), a.x + x, a.W,
                 rows_between<R>(strip.top + step * R, 0, min(a.H, strip.top + strip.all)), careful,
                 a.x, a.x_end);
   };

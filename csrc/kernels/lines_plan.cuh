@@ -12,6 +12,10 @@ template <typename T>
 constexpr int kLineRows = sizeof(T) == 8 ? 4 : 8;  // of a step of the forward
 template <typename T>
 constexpr int kGradRows = sizeof(T) == 2 ? 8 : 4;  // and of the backward, which has more to hold
+// Packs of a step that a thread copies, at most: what its columns are and one more, since rows have
+// some beside their columns.
+template <typename T, int R>
+constexpr int kLineCopies = R * kLineColumns<T> * static_cast<int>(sizeof(T)) / 16 + 1;
 template <typename T>
 constexpr int kLineThreads = sizeof(T) == 8 ? 288 : 512;  // at most
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -64,7 +68,8 @@ LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, 
                     int out_w, bool aligned, int limit) {
   constexpr int bytes = sizeof(T), word = sizeof(Acc<T>), V = 16 / bytes, K = kLineColumns<T>;
   const int rows_of_step = backward ? kGradRows<T> : kLineRows<T>;
-  const int threads = kLineThreads<T>, copies = rows_of_step * K / V;
+  const int threads = kLineThreads<T>;
+  const int copies = backward ? kLineCopies<T, kGradRows<T>> : kLineCopies<T, kLineRows<T>>;
   const int halo = backward ? kHalo : 0, row = backward ? w : out_w;
   const auto up_to = [](int64_t n, int unit) { return static_cast<int>(ceil_div(n, unit)) * unit; };
   // Of a row, whole sectors of them.
@@ -111,7 +116,7 @@ LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, 
       t.du_pitch = up_to(t.across + kHalo, 2);
       place(t.dus, rows_of_step * t.du_pitch * word);
       place(t.sums, 3 * t.lanes * word);
-      place(t.copies, 2 * max(copies, 1) * t.lanes * 8);
+      place(t.copies, 2 * copies * t.lanes * 4);
     }
     t.out_pitch = t.tiles_x == 1 ? row : pitch(t.tile_w + 2 * V - 2, row, V);
     t.out_stage = up_to((rows_of_step * t.out_pitch + 2 * V) * bytes, 16);

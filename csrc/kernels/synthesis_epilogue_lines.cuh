@@ -136,9 +136,10 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
     if (lane >= m.lanes) return;
     Copies copies;
     copies.find(kept(share, lane, false), m.lanes);
-    copies.copy(s.xs(share, cursor.turn()), a.x + x, rows, careful, a.x, a.x_end);
+    copies.copy(m.x, s.xs(share, cursor.turn()), a.x + x, a.W, rows, careful, a.x, a.x_end);
     copies.find(kept(share, lane, true), m.lanes);
-    copies.copy(s.dys(share, cursor.turn()), a.dy + dy, rows >> 8, careful, a.dy, a.dy_end);
+    copies.copy(m.dy, s.dys(share, cursor.turn()), a.dy + dy, a.out_w, rows >> 8, careful, a.dy,
+                a.dy_end);
   };
   begin({});
   copy_batch();

@@ -12,6 +12,7 @@ template <typename T>
 constexpr int kLineRows = sizeof(T) == 8 ? 4 : 8;  // of a step of the forward
 template <typename T>
 constexpr int kGradRows = sizeof(T) == 2 ? 8 : 4;  // and of the backward, which has more to hold
+constexpr int kDuRows = 4;                         // of du at once: a step's, or half of them
 // Packs of a step that a thread copies, at most: what its columns are and one more, since rows have
 // some beside their columns.
 template <typename T, int R>
@@ -46,8 +47,9 @@ struct LinePlan {
   int channels;                     // of a block
   LineImage x, dy;                  // backward: both
   int dus, du_pitch, sums, copies;  // backward: bytes, elements, bytes, bytes
-  int outs, out_stage, out_pitch;   // where rows are stored through shared memory: out_stage > 0
-  int share, noises, shared;        // bytes of a plane; where the noise is; of a block
+  // Where rows are stored through shared memory: out_stage > 0. The backward's lie where dy was.
+  int outs, out_stage, out_pitch;
+  int share, noises, shared;  // bytes of a plane; where the noise is; of a block
   int threads() const { return (lanes * planes + 31) / 32 * 32; }
   int64_t tiles() const { return static_cast<int64_t>(tiles_x) * tiles_y; }
 };
@@ -114,14 +116,14 @@ LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, 
     if (backward) {
       image(t.dy, t.across, out_w);
       t.du_pitch = up_to(t.across + kHalo, 2);
-      place(t.dus, rows_of_step * t.du_pitch * word);
+      place(t.dus, kDuRows * t.du_pitch * word);
       place(t.sums, 3 * t.lanes * word);
       place(t.copies, 2 * copies * t.lanes * 4);
     }
     t.out_pitch = t.tiles_x == 1 ? row : pitch(t.tile_w + 2 * V - 2, row, V);
     t.out_stage = up_to((rows_of_step * t.out_pitch + 2 * V) * bytes, 16);
     const bool whole = aligned && row * bytes % 32 == 0;
-    if (backward || !whole) place(t.outs, (backward ? 1 : 2) * t.out_stage);
+    if (!backward && !whole) place(t.outs, 2 * t.out_stage);
     if (whole) t.out_stage = 0;
     if (t.lanes <= threads && max(1, 32 / t.lanes) * t.share + noise_bytes(8) <= room) break;
   }
@@ -132,7 +134,7 @@ LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, 
   const int least = max(1, 32 / t.lanes);
   t.planes = max(1, (noise ? threads : 256) / t.lanes);
   t.planes = max(min(t.planes, up_to(C, least)), least) / least * least;
-  while (t.planes > least && t.planes * t.share + noise_bytes(32) > room) t.planes -= least;
+  while (t.planes > least && t.planes * t.share + noise_bytes(26) > room) t.planes -= least;
   int longest = kLineStrip;
   while (longest > 4 && t.planes * t.share + noise_bytes(longest) > room) longest--;
   const auto blocks = [&] {

@@ -69,7 +69,8 @@ template <typename T, bool kPwl>
 __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
     synthesis_epilogue_bwd_lines_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
-  constexpr int K = kLineColumns<T>, R = kGradRows<T>, kUnroll = kPwl && sizeof(T) == 4 ? 2 : 1;
+  constexpr int K = kLineColumns<T>, R = kGradRows<T>, D = kDuRows;
+  constexpr int kUnroll = kPwl && sizeof(T) == 4 ? 2 : 1;
   using Copies = LineCopies<T, R>;
   GK_DYNAMIC_SHARED(char, shared);
   __shared__ Taps<A> taps, adjoint;
@@ -101,8 +102,7 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
     const int round = cursor.round(), step = cursor.step();
     const int share = me.share(), lane = me.lane();
     LineSlot<T>& slot = s.slot(share, round);
-    const int row = step * R;
-    int64_t x, dy;
+    int64_t x;
     bool careful;
     if (step == 0) {
       const int c = strip.c0 + quotient(thread_again(), m.magic) + round * m.planes;
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
       x = (plane * a.H + strip.top) * a.W + strip.left;
       careful = Copies::near_end(plane, planes, a.H, a.W) ||
                 Copies::near_end(plane, planes, a.out_h, a.out_w);
-      dy = (plane * a.out_h + strip.dy_top) * a.out_w + strip.dy_left;
+      const int64_t dy = (plane * a.out_h + strip.dy_top) * a.out_w + strip.dy_left;
       if (lane < m.lanes) {
         Copies copies;
         copies.plan(m.x, a.x + x, lane, m.lanes, strip.left, m.across + kHalo, a.W);
@@ -128,27 +128,36 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
             c < strip.end ? (plane * a.H + strip.row0 - 2 * kHalo) * a.W + strip.col0 : kNoPlane;
       }
     } else {
-      x = slot.x + static_cast<int64_t>(row) * a.W,
-      dy = slot.dy + static_cast<int64_t>(row) * a.out_w;
+      x = slot.x + static_cast<int64_t>(step * R) * a.W;
       careful = slot.careful;
     }
-    const unsigned rows = step_rows[step];
     if (lane >= m.lanes) return;
     Copies copies;
     copies.find(kept(share, lane, false), m.lanes);
-    copies.copy(m.x, s.xs(share, cursor.turn()), a.x + x, a.W, rows, careful, a.x, a.x_end);
+    copies.copy(m.x, s.xs(share, cursor.turn()), a.x + x, a.W, step_rows[step], careful, a.x,
+                a.x_end);
+  };
+  // Of dy, later: its stage holds the results of the step before until these are stored.
+  const auto begin_dy = [&](LineCursor cursor) {
+    const int step = cursor.step(), share = me.share(), lane = me.lane();
+    const LineSlot<T>& slot = s.slot(share, cursor.round());
+    if (lane >= m.lanes) return;
+    Copies copies;
     copies.find(kept(share, lane, true), m.lanes);
-    copies.copy(m.dy, s.dys(share, cursor.turn()), a.dy + dy, a.out_w, rows >> 8, careful, a.dy,
-                a.dy_end);
+    copies.copy(m.dy, s.dys(share, cursor.turn()),
+                a.dy + (slot.dy + static_cast<int64_t>(step * R) * a.out_w), a.out_w,
+                step_rows[step] >> 8, slot.careful, a.dy, a.dy_end);
   };
   begin({});
+  __syncthreads();
+  begin_dy({});
   copy_batch();
   if (a.noise)
     line_noise(s.noises(), a, in_shared.n, in_shared.dy_top + kHalo, in_shared.dy_left,
                in_shared.steps * R - kHalo);
   // What lies behind the columns of du is read, and not used.
   if (me.lane() < m.lanes)
-    for (int i = me.lane(); i < R * m.du_pitch; i += m.lanes) s.dus(me.share())[i] = A(0);
+    for (int i = me.lane(); i < D * m.du_pitch; i += m.lanes) s.dus(me.share())[i] = A(0);
   if (threadIdx.x < 32) share_taps<A>(&taps, &adjoint, a);
 
   const auto walk = [&](Format<T> format) {
@@ -172,13 +181,13 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
         const int64_t out =
             s.slot(me.share(), cursor.step() ? cursor.round() : cursor.round() - 1).out;
         if (out != kNoPlane)
-          store_lines(m, a.out + (out + static_cast<int64_t>(row) * a.W), s.outs(me.share(), 0),
-                      max(0, -o), min(R, strip.rows - o), a.W, strip.columns, me.lane());
+          store_lines(m, a.out + (out + static_cast<int64_t>(row) * a.W),
+                      s.dys(me.share(), 1 - cursor.turn()), max(0, -o), min(R, strip.rows - o), a.W,
+                      strip.columns, me.lane());
       }
       if (cursor.round() == strip.rounds) break;
       const LineCursor next = cursor.next(strip.steps);
       if (next.round() < strip.rounds) begin(next);
-      copy_batch();
       if (cursor.step() == 0) {
 #pragma unroll
         for (int j = 0; j < kHalo; j++) {
@@ -187,119 +196,131 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
           for (int e = 0; e < K; e++) waiting[j][e] = du_waiting[j][e] = A(0);
         }
       }
-      {
-        const LineColumns<T> columns(m, me.lane());
-        const LineSlot<T>& slot = s.slot(me.share(), cursor.round());
-        if (slot.out != kNoPlane && me.has(0)) {
-          const A d = slot.params[0], b = slot.params[1], strength = slot.params[2];
-          A* du = s.dus(me.share()) + columns.first;
-          const int row = cursor.step() * R;
-          const T* x = s.xs(me.share(), cursor.turn()) + first_of(a.x + slot.x) + columns.first;
-          const T* dy = s.dys(me.share(), cursor.turn()) + first_of(a.dy + slot.dy) + columns.first;
-          // Rows of dv that count, eight bits for each column.
-          unsigned own = 0;
+#pragma unroll 1
+      for (int part = 0; part < R; part += D) {
+        if (part > 0) __syncthreads();  // the rows of du before have been read
+        {
+          const LineColumns<T> columns(m, me.lane());
+          const LineSlot<T>& slot = s.slot(me.share(), cursor.round());
+          if (slot.out != kNoPlane && me.has(0)) {
+            const A d = slot.params[0], b = slot.params[1], strength = slot.params[2];
+            A* du = s.dus(me.share()) + columns.first;
+            const int row = cursor.step() * R + part;
+            const T* x = s.xs(me.share(), cursor.turn()) + first_of(a.x + slot.x) +
+                         part * m.x.pitch + columns.first;
+            const T* dy = s.dys(me.share(), cursor.turn()) + first_of(a.dy + slot.dy) +
+                          part * m.dy.pitch + columns.first;
+            // Rows of dv that count, eight bits for each column.
+            unsigned own = 0;
 #pragma unroll
-          for (int e = 0; e < K; e++)
-            own |= me.owns(e) ? (step_rows[cursor.step()] >> 16 & 0xff) << 8 * e : 0;
-          A sums[3] = {};
-          // Rows before the first make nothing that counts, whatever their noise.
-          const A* noise = s.noises() + max(row - kHalo, 0) * m.across + columns.first;
-          const int early = row ? m.across : 0;
-          with_taps<false>(taps, [&](auto filter) {
+            for (int e = 0; e < K; e++)
+              own |= me.owns(e) ? (step_rows[cursor.step()] >> 16 >> part & 0xff) << 8 * e : 0;
+            A sums[3] = {};
+            // Rows before the first make nothing that counts, whatever their noise.
+            const A* noise = s.noises() + max(row - kHalo, 0) * m.across + columns.first;
+            const int early = row ? m.across : 0;
+            with_taps<false>(taps, [&](auto filter) {
 #pragma unroll kUnroll
-            for (int q = 0; q < R; q++) {
-              A u[K], v[K], dv[K], z[K];
-              {
-                LineWindow<T, kTaps> window;
-                window.read(x, columns, format);
-                filter(waiting, window, u);
-              }
-              {
-                LineWindow<T, 1> window;
-                window.read(dy, columns, format);
+              for (int q = 0; q < D; q++) {
+                A u[K], v[K], dv[K], z[K];
+                {
+                  LineWindow<T, kTaps> window;
+                  window.read(x, columns, format);
+                  filter(waiting, window, u);
+                }
+                {
+                  LineWindow<T, 1> window;
+                  window.read(dy, columns, format);
 #pragma unroll
-                for (int e = 0; e < K; e++) dv[e] = window(e, 0);
-              }
-              const auto read_noise = [&] {
+                  for (int e = 0; e < K; e++) dv[e] = window(e, 0);
+                }
+                const auto read_noise = [&] {
 #pragma unroll
-                for (int e = 0; e < K; e++) z[e] = A(0);
-                if (!a.noise) return;
-                LineWindow<T, 1> window;
-                window.read(noise, columns);
+                  for (int e = 0; e < K; e++) z[e] = A(0);
+                  if (!a.noise) return;
+                  LineWindow<T, 1> window;
+                  window.read(noise, columns);
 #pragma unroll
-                for (int e = 0; e < K; e++) z[e] = window(e, 0);
-              };
-              read_noise();
+                  for (int e = 0; e < K; e++) z[e] = window(e, 0);
+                };
+                read_noise();
 #pragma unroll
-              for (int e = 0; e < K; e++) v[e] = u[e] * d + (z[e] * strength + b);
-              if constexpr (kPwl) {
-                const Pwl pwl(p);
+                for (int e = 0; e < K; e++) v[e] = u[e] * d + (z[e] * strength + b);
+                if constexpr (kPwl) {
+                  const Pwl pwl(p);
 #pragma unroll
-                for (int e = 0; e < K; e++) dv[e] = pwl.grad_within(p.bound, dv[e], v[e]);
-              } else {
-                grad(dv, v, p);
-                read_noise();  // again, since registers are short
-              }
+                  for (int e = 0; e < K; e++) dv[e] = pwl.grad_within(p.bound, dv[e], v[e]);
+                } else {
+                  grad(dv, v, p);
+                  read_noise();  // again, since registers are short
+                }
 #pragma unroll
-              for (int e = 0; e < K; e++) {
-                if (!(own >> (8 * e + q) & 1)) continue;
-                sums[0] += dv[e] * u[e];
-                sums[1] += dv[e];
-                sums[2] += dv[e] * z[e];
-              }
-              if constexpr (LineColumns<T>::kNeighbours) {
-                Pack<A, K> piece;
+                for (int e = 0; e < K; e++) {
+                  if (!(own >> (8 * e + q) & 1)) continue;
+                  sums[0] += dv[e] * u[e];
+                  sums[1] += dv[e];
+                  sums[2] += dv[e] * z[e];
+                }
+                if constexpr (LineColumns<T>::kNeighbours) {
+                  Pack<A, K> piece;
 #pragma unroll
-                for (int e = 0; e < K; e++) piece.v[e] = dv[e] * d;
-                store_pack<A, K>(du, piece);
-              } else {
-#pragma unroll
-                for (int e = 0; e < K; e++)
-                  if (e == 0 || me.has(e)) du[e * columns.apart] = dv[e] * d;
-              }
-              x += m.x.pitch, dy += m.dy.pitch, du += m.du_pitch;
-              noise += q < kHalo ? early : m.across;
-            }
-          });
-#pragma unroll
-          for (int k = 0; k < 3; k++)  // registers are short
-            own_sums()[k * m.lanes] += sums[k];
-        }
-      }
-      __syncthreads();
-      const int64_t out = s.slot(me.share(), cursor.round()).out;
-      {
-        const LineColumns<T> columns(m, me.lane());
-        if (out != kNoPlane && me.stores(0)) {
-          const A* du = s.dus(me.share()) + columns.first;
-          T* to = a.out + (out + static_cast<int64_t>(cursor.step() * R) * a.W);
-          T* kept = s.outs(me.share(), 0) + first_of(to) + columns.first;
-          to += columns.first;
-          const unsigned rows = step_rows[cursor.step()] >> 24;
-          with_taps<false>(adjoint, [&](auto filter) {
-            const auto walk_rows = [&](auto stores) {
-#pragma unroll kUnroll
-              for (int q = 0; q < R; q++) {
-                LineWindow<T, kTaps> window;
-                window.read(du, columns);
-                A dx[K];
-                filter(du_waiting, window, dx);
-                if (!decltype(stores)::value || rows >> q & 1) {
-                  const Pack<T, K> result = narrow<T, K>(dx, format);
+                  for (int e = 0; e < K; e++) piece.v[e] = dv[e] * d;
+                  store_pack<A, K>(du, piece);
+                } else {
 #pragma unroll
                   for (int e = 0; e < K; e++)
-                    if (e == 0 || me.stores(e))
-                      (decltype(stores)::value ? to : kept)[e * columns.apart] = result.v[e];
+                    if (e == 0 || me.has(e)) du[e * columns.apart] = dv[e] * d;
                 }
-                du += m.du_pitch;
-                if constexpr (decltype(stores)::value)
-                  to += a.W;
-                else
-                  kept += m.out_pitch;
+                x += m.x.pitch, dy += m.dy.pitch, du += m.du_pitch;
+                noise += q < kHalo ? early : m.across;
               }
-            };
-            m.out_stage ? walk_rows(std::false_type{}) : walk_rows(std::true_type{});
-          });
+            });
+#pragma unroll
+            for (int k = 0; k < 3; k++)  // registers are short
+              own_sums()[k * m.lanes] += sums[k];
+          }
+        }
+        __syncthreads();
+        if (part == 0) {
+          const LineCursor next = cursor.next(strip.steps);
+          if (next.round() < strip.rounds) begin_dy(next);
+          copy_batch();
+        }
+        const int64_t out = s.slot(me.share(), cursor.round()).out;
+        {
+          const LineColumns<T> columns(m, me.lane());
+          if (out != kNoPlane && me.stores(0)) {
+            const A* du = s.dus(me.share()) + columns.first;
+            T* to = a.out + (out + static_cast<int64_t>(cursor.step() * R) * a.W);
+            T* kept = s.dys(me.share(), cursor.turn()) + first_of(to) + part * m.out_pitch +
+                      columns.first;
+            to += static_cast<int64_t>(part) * a.W + columns.first;
+            const unsigned rows = step_rows[cursor.step()] >> 24 >> part;
+            with_taps<false>(adjoint, [&](auto filter) {
+              const auto walk_rows = [&](auto stores) {
+#pragma unroll kUnroll
+                for (int q = 0; q < D; q++) {
+                  LineWindow<T, kTaps> window;
+                  window.read(du, columns);
+                  A dx[K];
+                  filter(du_waiting, window, dx);
+                  if (!decltype(stores)::value || rows >> q & 1) {
+                    const Pack<T, K> result = narrow<T, K>(dx, format);
+#pragma unroll
+                    for (int e = 0; e < K; e++)
+                      if (e == 0 || me.stores(e))
+                        (decltype(stores)::value ? to : kept)[e * columns.apart] = result.v[e];
+                  }
+                  du += m.du_pitch;
+                  if constexpr (decltype(stores)::value)
+                    to += a.W;
+                  else
+                    kept += m.out_pitch;
+                }
+              };
+              m.out_stage ? walk_rows(std::false_type{}) : walk_rows(std::true_type{});
+            });
+          }
         }
       }
       if (cursor.step() + 1 == strip.steps) {  // these planes are done

@@ -44,7 +44,7 @@ TESTS = {
     "minibatch_stddev": "test_layouts and f32",
     "demod_coefs": "test_layouts and f32 and (3x3 or odd)",
     "upfirdn2d": "(test_forward_and_gradients and f32 and not strided) or (test_lines and f32)",
-    "synthesis_epilogue": "test_against_reference and f32 and (up_layer or no_filter)",
+    "synthesis_epilogue": "test_against_reference and ((f32 and (up_layer or no_filter)) or (-f16 and up_layer))",
 }
 
 MUTATIONS = [
@@ -180,8 +180,14 @@ MUTATIONS = [
     ),
     Mutation(
         "synthesis_epilogue", "barrier: du is read at once", "synthesis_epilogue_lines.cuh",
-        "      __syncthreads();\n      const int64_t out = s.slot",
-        "      const int64_t out = s.slot",
+        "        __syncthreads();\n        if (part == 0) {",
+        "        if (part == 0) {",
+        "race",
+    ),
+    Mutation(
+        "synthesis_epilogue", "barrier: du is written while it is read",
+        "synthesis_epilogue_lines.cuh",
+        "if (part > 0) __syncthreads();", "",
         "race",
     ),
     Mutation(

@@ -347,8 +347,8 @@ struct LineShared {
   __device__ __forceinline__ unsigned* copies(int share) const {
     return reinterpret_cast<unsigned*>(shared + (share + m.copies));
   }
-  __device__ __forceinline__ T* outs(int share, int turn) const {
-    return reinterpret_cast<T*>(shared + (share + m.outs + turn * m.out_stage));
+  __device__ __forceinline__ T* outs(int share) const {
+    return reinterpret_cast<T*>(shared + (share + m.outs));
   }
   __device__ __forceinline__ Acc<T>* noises() const {
     return reinterpret_cast<Acc<T>*>(shared + m.noises);
@@ -423,7 +423,7 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
             s.slot(me.share(), cursor.step() ? cursor.round() : cursor.round() - 1).out;
         if (out != kNoPlane)
           store_lines(m, a.out + (out + static_cast<int64_t>(row) * a.out_w),
-                      s.outs(me.share(), 1 - cursor.turn()), max(0, -o), min(R, strip.rows - o),
+                      s.outs(me.share()), max(0, -o), min(R, strip.rows - o),
                       a.out_w, strip.columns, me.lane());
       }
       if (cursor.round() == strip.rounds) break;
@@ -434,6 +434,7 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
         copies.none();
       }
       copy_batch();
+      if (m.out_stage) __syncthreads();  // the results before are on their way
       if (cursor.step() == 0)
 #pragma unroll
         for (int j = 0; j < kHalo; j++)
@@ -447,7 +448,7 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
         const T* const stage =
             s.xs(me.share(), cursor.turn()) + first_of(a.x + slot.x) + columns.first;
         T* to = a.out + (out + static_cast<int64_t>(cursor.step() * R) * a.out_w);
-        T* kept = s.outs(me.share(), cursor.turn()) + first_of(to) + columns.first;
+        T* kept = s.outs(me.share()) + first_of(to) + columns.first;
         to += columns.first;
         const int rows = strip.rows, o0 = cursor.step() * R - kHalo;
         const A* noise = s.noises() + o0 * m.across + columns.first;

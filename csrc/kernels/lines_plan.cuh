@@ -123,7 +123,7 @@ LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, 
     t.out_pitch = t.tiles_x == 1 ? row : pitch(t.tile_w + 2 * V - 2, row, V);
     t.out_stage = up_to((rows_of_step * t.out_pitch + 2 * V) * bytes, 16);
     const bool whole = aligned && row * bytes % 32 == 0;
-    if (!backward && !whole) place(t.outs, 2 * t.out_stage);
+    if (!backward && !whole) place(t.outs, t.out_stage);
     if (whole) t.out_stage = 0;
     if (t.lanes <= threads && max(1, 32 / t.lanes) * t.share + noise_bytes(8) <= room) break;
   }
@@ -134,7 +134,7 @@ LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, 
   const int least = max(1, 32 / t.lanes);
   t.planes = max(1, (noise ? threads : 256) / t.lanes);
   t.planes = max(min(t.planes, up_to(C, least)), least) / least * least;
-  while (t.planes > least && t.planes * t.share + noise_bytes(26) > room) t.planes -= least;
+  while (t.planes > least && t.planes * t.share + noise_bytes(18) > room) t.planes -= least;
   int longest = kLineStrip;
   while (longest > 4 && t.planes * t.share + noise_bytes(longest) > room) longest--;
   const auto blocks = [&] {

@@ -28,8 +28,10 @@ struct LineResult {  // the filter's, as it is
   __device__ __forceinline__ void finish(U&, const float (&)[3], Read, const Noise&) const {}
 };
 
+// More threads than there are ever: 56 registers, so that seven blocks of a 257-pixel row's 160
+// threads have room.
 template <typename T>
-__global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
+__global__ void __launch_bounds__(kLineThreads<T> + 64, kLineBlocks<T>)
     upfirdn2d_lines_kernel(LineFilter<T> a) {
   filter_lines<T, 2>(a, LineResult{});
 }

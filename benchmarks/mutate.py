@@ -44,7 +44,9 @@ TESTS = {
     "minibatch_stddev": "test_layouts and f32",
     "demod_coefs": "test_layouts and f32 and (3x3 or odd)",
     "upfirdn2d": "(test_forward_and_gradients and f32 and not strided) or (test_lines and f32)",
-    "synthesis_epilogue": "test_against_reference and ((f32 and (up_layer or no_filter)) or (-f16 and up_layer))",
+    "synthesis_epilogue": (
+        "test_against_reference and ((f32 and (up_layer or no_filter)) or (-f16 and up_layer))"
+    ),
 }
 
 MUTATIONS = [

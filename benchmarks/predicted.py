@@ -12,9 +12,10 @@ counters that launches.py counts are left out:
   bytes         the fewest that the op must move, times the traffic that csrc/simt counted
                 (benchmarks/traffic_budget.json), over the GPU's bandwidth
   instructions  those of the compiled code for each byte that it loads and stores (the least among
-                the kernel's variants, benchmarks/sass.py), times these bytes, over the rate at
-                which all schedulers issue; without a compiled library they are left out. The
-                table has those of all threads
+                the kernel's variants and their loops that do both, benchmarks/sass.py; all paths
+                of a loop count, taken or not), times these bytes, over the rate at which all
+                schedulers issue; without a compiled library they are left out. The table has
+                those of all threads
 
 Bandwidth is the data sheet's, which no kernel reaches: a copy takes about 1.1 times as long. What
 is measured is a CUDA graph of eight calls, as benchmarks/ops.py does.
@@ -125,10 +126,8 @@ def density(kernels: list[sass.Kernel], op: str, way: str, dtype: str, arch: str
             continue
         if re.search("|".join(sass.SIZES), k.name) and TYPES[dtype] not in k.name:
             continue
-        accesses = k.code.loads + k.code.stores  # type: ignore[union-attr]
-        size = sum(width * n for width, n in accesses.items())
-        if size:
-            found.append(k.code.instructions / size)  # type: ignore[union-attr]
+        if k.code.density:  # type: ignore[union-attr]
+            found.append(k.code.density)  # type: ignore[union-attr]
     return min(found, default=0.0)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -65,6 +66,13 @@ class Code:
     stores: Counter = field(default_factory=Counter)
     divisions: int = 0  # of integers, anywhere
     loop_divisions: int = 0  # in innermost loops
+    loop_density: float = math.inf  # instructions a byte, the least of loops that load and store
+
+    @property
+    def density(self) -> float:
+        """Instructions for a byte of global memory, of the kernel or of a loop; 0 without any."""
+        size = sum(width * n for width, n in (self.loads + self.stores).items())
+        return min(self.instructions / size, self.loop_density) if size else 0.0
 
 
 @dataclass
@@ -203,6 +211,7 @@ def width(opcode: str) -> int:
 def read_code(lines: list[str]) -> Code:
     """Counts instructions, and finds loops as branches to an earlier label."""
     code, places, labels, branches = Code(), [], {}, []
+    accesses: list[tuple[int, int, bool]] = []  # place, bytes, whether it is a store
     for line in lines:
         if line.endswith(":"):
             labels[line.strip()[:-1]] = code.instructions
@@ -216,6 +225,7 @@ def read_code(lines: list[str]) -> Code:
             code.spills[root] += 1
         elif root in ("LDG", "LDGSTS", "STG"):
             (code.stores if root == "STG" else code.loads)[width(opcode)] += 1
+            accesses.append((code.instructions, width(opcode), root == "STG"))
         elif divides(opcode, operands):
             places.append(code.instructions)
         elif root == "BRA" and (target := re.search(r"\((\.L\w+)\)", operands)):
@@ -225,6 +235,11 @@ def read_code(lines: list[str]) -> Code:
     innermost = [
         a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)
     ]
+    for begin, end in loops:
+        within = [(size, store) for place, size, store in accesses if begin <= place <= end]
+        if len({store for _, store in within}) == 2:
+            density = (end - begin + 1) / sum(size for size, _ in within)
+            code.loop_density = min(code.loop_density, density)
     code.divisions = len(places)
     code.loop_divisions = sum(any(a <= p <= b for a, b in innermost) for p in places)
     return code

@@ -74,7 +74,7 @@ def test_second_gradients(impl, device, act):
 
 
 @pytest.mark.parametrize(
-    "options", [{"alpha": -0.3}, {"gain": -1.2}, {"gain": 0.0}, {"clamp": 0.0}]
+    "options", [{"alpha": -0.3}, {"gain": -1.2}, {"gain": 0.0}, {"clamp": 0.0}, {"clamp": -0.0}]
 )
 def test_unusual_arguments(impl, device, options):
     f, reference = ops(impl, act="lrelu", **options)

@@ -83,6 +83,8 @@ def test_reads_code():
     assert code.spills == {"STL": 1, "LDL": 1}
     assert (code.divisions, code.loop_divisions) == (3, 1)
     assert code.instructions == 17
+    # 17 for 42 bytes, 9 of the outer loop, 7 of the inner one.
+    assert code.loop_density == code.density == 7 / 42
 
 
 def test_reads_launch_bounds():

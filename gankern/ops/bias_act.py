@@ -116,7 +116,7 @@ def activation(op: str, act: Any, alpha: Any, gain: Any, clamp: Any) -> tuple[fl
         clamp = -1.0
     elif type(clamp) not in (float, int) or not clamp >= 0:
         clamp = _impl.number(op, "clamp", clamp, "a number or None", "None or at least 0")
-    return float(alpha), float(gain), float(clamp)
+    return float(alpha), float(gain), float(clamp) + 0.0  # a clamp of -0.0 is 0
 
 
 # --- Reference: plain PyTorch, differentiable to any order.

@@ -422,9 +422,8 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
         const int64_t out =
             s.slot(me.share(), cursor.step() ? cursor.round() : cursor.round() - 1).out;
         if (out != kNoPlane)
-          store_lines(m, a.out + (out + static_cast<int64_t>(row) * a.out_w),
-                      s.outs(me.share()), max(0, -o), min(R, strip.rows - o),
-                      a.out_w, strip.columns, me.lane());
+          store_lines(m, a.out + (out + static_cast<int64_t>(row) * a.out_w), s.outs(me.share()),
+                      max(0, -o), min(R, strip.rows - o), a.out_w, strip.columns, me.lane());
       }
       if (cursor.round() == strip.rounds) break;
       const LineCursor next = cursor.next(strip.steps);

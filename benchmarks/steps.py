@@ -28,6 +28,7 @@ at a time; ranks are processes of one thread that average their gradients as tra
 from __future__ import annotations
 
 import argparse
+import functools
 import contextlib
 import copy
 import json
@@ -405,18 +406,20 @@ def scaling(scales: dict[str, tuple[int, ...]], rounds: int, device: str, cpu_ti
         for value in values:
             sizes = BASE | {scale: value}
             if sizes["ranks"] == 1:
-                taken = iteration_seconds(sizes, rounds, device, cpu_time)
+                taken, averaging = iteration_seconds(sizes, rounds, device, cpu_time)
             else:
-                taken = seconds_of_ranks(sizes, rounds, cpu_time)
+                taken, averaging = seconds_of_ranks(sizes, rounds, cpu_time)
             images = sizes["batch"] * sizes["ranks"]
             yield sizes | {
                 "scale": scale, "value": value, "impl": "ours", "cpu_time": cpu_time,
-                "ms": 1e3 * taken, "img_s": images / taken,
+                "ms": 1e3 * taken, "averaging_ms": 1e3 * averaging, "img_s": images / taken,
             }  # fmt: skip
 
 
-def iteration_seconds(sizes: dict[str, int], rounds: int, device: str, cpu_time: bool) -> float:
-    """The median time of a step of G and a step of D with averaged gradients."""
+def iteration_seconds(
+    sizes: dict[str, int], rounds: int, device: str, cpu_time: bool
+) -> tuple[float, float]:
+    """The median time of a step of G and a step of D with averaged gradients, and of averaging."""
     torch.manual_seed(0)
     resolution, width = sizes["resolution"], sizes["channels"]
     nets = stylegan2_nets(resolution, width * resolution, width)
@@ -424,23 +427,31 @@ def iteration_seconds(sizes: dict[str, int], rounds: int, device: str, cpu_time:
     z = torch.randn(sizes["batch"], 512, device=device)
     model = Model(G, D, z, torch.randn(sizes["batch"], 3, resolution, resolution, device=device))
 
+    clock = time.process_time if cpu_time else time.perf_counter
+    averaging = 0.0
+
     def iteration() -> None:
+        nonlocal averaging
         for step, net in ((model.step_G, G), (model.step_D, D)):
             step()
-            average_gradients(net, sizes["ranks"])
+            if sizes["ranks"] > 1:
+                average = functools.partial(average_gradients, net, sizes["ranks"])
+                averaging += seconds(average, 1, device, clock)
             net.zero_grad(set_to_none=True)
 
-    clock = time.process_time if cpu_time else time.perf_counter
     iteration()
-    return statistics.median(seconds(iteration, 1, device, clock) for _ in range(rounds))
+    averaging = 0.0
+    taken = statistics.median(seconds(iteration, 1, device, clock) for _ in range(rounds))
+    return taken, averaging / rounds
 
 
-def seconds_of_ranks(sizes: dict[str, int], rounds: int, cpu_time: bool) -> float:
+def seconds_of_ranks(sizes: dict[str, int], rounds: int, cpu_time: bool) -> tuple[float, float]:
     """The same of the slowest of several processes of this machine."""
     with tempfile.TemporaryDirectory() as folder:
         args = (sizes, rounds, cpu_time, folder)
         torch.multiprocessing.spawn(_rank, args, nprocs=sizes["ranks"])
-        return float((Path(folder) / "seconds").read_text())
+        taken, averaging = map(float, (Path(folder) / "seconds").read_text().split())
+        return taken, averaging
 
 
 def _rank(rank: int, sizes: dict[str, int], rounds: int, cpu_time: bool, folder: str) -> None:
@@ -450,7 +461,7 @@ def _rank(rank: int, sizes: dict[str, int], rounds: int, cpu_time: bool, folder:
     taken = torch.tensor(iteration_seconds(sizes, rounds, "cpu", cpu_time))
     dist.all_reduce(taken, dist.ReduceOp.MAX)
     if rank == 0:
-        (Path(folder) / "seconds").write_text(str(taken.item()))
+        (Path(folder) / "seconds").write_text(" ".join(map(str, taken.tolist())))
     dist.destroy_process_group()
 
 
@@ -479,7 +490,8 @@ def main() -> int:
     if args.scaling:
         for row in scaling(SCALES, args.rounds, on, args.cpu_time):
             print(f"{row['scale']:10} {row['value']:4} {row['ms']:9.2f} ms "
-                  f"{row['img_s']:8.1f} img/s", flush=True)  # fmt: skip
+                  f"{row['img_s']:8.1f} img/s, averaging {row['averaging_ms']:.2f} ms",
+                  flush=True)  # fmt: skip
             if args.json:
                 append(args.json, about | row)
         return 0

@@ -255,10 +255,10 @@ def scale_rows() -> list[dict]:
 def test_scaling_counts_images_of_all_ranks(monkeypatch) -> None:
     base = {"batch": 1, "resolution": 8, "channels": 4, "ranks": 1}
     monkeypatch.setattr(steps, "BASE", base)
-    monkeypatch.setattr(steps, "seconds_of_ranks", lambda sizes, *_: 0.25 * sizes["ranks"])
+    monkeypatch.setattr(steps, "seconds_of_ranks", lambda sizes, *_: (0.25 * sizes["ranks"], 0.125))
     found = list(steps.scaling({"batch": (2,), "ranks": (1, 4)}, 1, "cpu", True))
     assert [row["img_s"] * row["ms"] for row in found] == pytest.approx([2000, 1000, 4000])
-    assert found[2]["ms"] == 1000
+    assert (found[2]["ms"], found[2]["averaging_ms"]) == (1000, 125)
     assert [row["value"] for row in found] == [2, 1, 4]
 
 

@@ -12,7 +12,9 @@ template <typename T>
 constexpr int kLineRows = sizeof(T) == 8 ? 4 : 8;  // of a step of the forward
 template <typename T>
 constexpr int kGradRows = sizeof(T) == 2 ? 8 : 4;  // and of the backward, which has more to hold
-constexpr int kDuRows = 4;                         // of du at once: a step's, or half of them
+// Rows of du at once: a step's, or half of them. As many of the result are then written into dy's
+// stage, and end before the rows of dy that are still to be read: these have the greater pitch.
+constexpr int kDuRows = 4;
 // Packs of a step that a thread copies, at most: what its columns are and one more, since rows have
 // some beside their columns.
 template <typename T, int R>

@@ -28,9 +28,9 @@ at a time; ranks are processes of one thread that average their gradients as tra
 from __future__ import annotations
 
 import argparse
-import functools
 import contextlib
 import copy
+import functools
 import json
 import statistics
 import sys

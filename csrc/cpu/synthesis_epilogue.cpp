@@ -324,8 +324,8 @@ int synthesis_epilogue(int dtype, int f32, const void* x, const void* f, const v
   });
 }
 
-int64_t synthesis_epilogue_bwd_workspace(int, int64_t, int64_t, int64_t, int64_t, bool, bool,
-                                         bool) {
+int64_t synthesis_epilogue_bwd_workspace(int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                         bool, bool, bool) {
   return 0;
 }
 

@@ -136,7 +136,7 @@ struct LineColumns {
   int first, apart;
   __device__ __forceinline__ LineColumns(const LinePlan& m, int lane)
       : first(kNeighbours ? lane * K : lane),
-        apart(kNeighbours ? 1 : min(m.lanes, m.across - 1 - lane)) {}
+        apart(kNeighbours ? 1 : min(m.lanes, m.wide - 1 - lane)) {}
   __device__ __forceinline__ int at(const LinePlan& m, int e) const {
     return first + e * (kNeighbours ? 1 : m.lanes);
   }
@@ -254,9 +254,11 @@ struct LineStrip {
   int rows, columns;                  // of the result
   int all, steps, rounds;             // rows of x; steps of a plane; planes one after another
   int top, left, dy_top, dy_left;     // of the images
-  int own_first, own_last, own_cols;  // backward: of dv, what is part of no other strip
-  template <typename Args>
-  __device__ __forceinline__ void set(const Args& a, bool backward, int rows_of_step) {
+  // Backward: of dv, what is part of no other strip, all columns that exist, and those before them
+  // that a result meets.
+  int own_first, own_last, own_cols, dv_cols, before;
+  template <typename T, typename Args>
+  __device__ __forceinline__ void set(const Args& a, bool backward, int rows_of_step, T) {
     const LinePlan& m = a.lines;
     const int tiles = m.tiles_x * m.tiles_y;
     n = static_cast<int>(blockIdx.x) / tiles, index = static_cast<int>(blockIdx.x) - n * tiles;
@@ -272,7 +274,11 @@ struct LineStrip {
     dy_top = top + a.y0 - kHalo, dy_left = left + a.x0;
     own_first = max(kHalo, -dy_top);
     own_last = min(row0 + m.tile_h < a.H ? m.tile_h + kHalo : all, a.out_h - dy_top);
-    own_cols = min(col0 + m.tile_w < a.W ? m.tile_w : m.across, a.out_w - dy_left);
+    const int met = min(columns + kHalo, a.out_w - dy_left);
+    before = backward ? columns_before<T>(dy_left) : 0;
+    dv_cols = met - before;
+    own_cols = (col0 + m.tile_w < a.W ? min(m.tile_w, met) : met) - before;
+    left += before, dy_left += before;
   }
 };
 
@@ -305,10 +311,11 @@ struct LanePlace {
 #pragma unroll
     for (int e = 0; e < columns.K; e++) {
       const int at = columns.at(m, e);
-      if (at < m.across) packed |= 1u << (12 + e);
-      if (at < m.across && strip.dy_left + at >= 0 && at < strip.own_cols) packed |= 1u << (14 + e);
+      if (at < strip.dv_cols) packed |= 1u << (12 + e);
+      if (strip.dy_left + at >= 0 && at < strip.own_cols) packed |= 1u << (14 + e);
       if (at < strip.columns) packed |= 1u << (16 + e);
     }
+    forget(packed);  // or a flag would be looked for in what it was made from
   }
   static constexpr int kNoLane = 4095;
   // Taken out anew each time: registers are short for these and for addresses made of them.
@@ -319,7 +326,7 @@ struct LanePlace {
   }
   __device__ __forceinline__ int lane() const { return static_cast<int>(again() & 4095); }
   __device__ __forceinline__ int share() const { return static_cast<int>(again() >> 18 << 4); }
-  // Whether its column e exists; that of dv, and is part of no other strip; that of the result.
+  // Whether its column e of dv exists; is part of no other strip; that of the result exists.
   __device__ __forceinline__ bool has(int e) const { return packed >> (12 + e) & 1; }
   __device__ __forceinline__ bool owns(int e) const { return packed >> (14 + e) & 1; }
   __device__ __forceinline__ bool stores(int e) const { return packed >> (16 + e) & 1; }
@@ -333,9 +340,6 @@ struct LineShared {
   __device__ __forceinline__ T* xs(int share, int turn) const {
     return reinterpret_cast<T*>(shared + (share + m.x.at + turn * m.x.stage));
   }
-  __device__ __forceinline__ T* dys(int share, int turn) const {
-    return reinterpret_cast<T*>(shared + (share + m.dy.at + turn * m.dy.stage));
-  }
   __device__ __forceinline__ Acc<T>* dus(int share) const {
     return reinterpret_cast<Acc<T>*>(shared + (share + m.dus));
   }
@@ -343,7 +347,11 @@ struct LineShared {
   __device__ __forceinline__ Acc<T>* sums(int share) const {
     return reinterpret_cast<Acc<T>*>(shared + (share + m.sums));
   }
-  // What the backward copies of x and dy.
+  // The results of columns beyond all lanes' that wait for rows, kHalo of each.
+  __device__ __forceinline__ Acc<T>* rests(int share) const {
+    return reinterpret_cast<Acc<T>*>(shared + (share + m.rests));
+  }
+  // What the backward copies.
   __device__ __forceinline__ unsigned* copies(int share) const {
     return reinterpret_cast<unsigned*>(shared + (share + m.copies));
   }
@@ -372,7 +380,7 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
   const volatile LineStrip& strip = in_shared;
   const LinePlan& m = a.lines;
   const LineShared<T> s{shared, m};
-  if (threadIdx.x == 0) in_shared.set(a, false, R);
+  if (threadIdx.x == 0) in_shared.set(a, false, R, T{});
   __syncthreads();
 
   const LanePlace me(m, in_shared, T{});

@@ -12,9 +12,12 @@ template <typename T>
 constexpr int kLineRows = sizeof(T) == 8 ? 4 : 8;  // of a step of the forward
 template <typename T>
 constexpr int kGradRows = sizeof(T) == 2 ? 8 : 4;  // and of the backward, which has more to hold
-// Rows of du at once: a step's, or half of them. As many of the result are then written into dy's
-// stage, and end before the rows of dy that are still to be read: these have the greater pitch.
+// Rows of du at once: a step's, or half of them. As many of the result are then written into x's
+// stage, and end before the rows of x that are still to be read: these have the greater pitch.
 constexpr int kDuRows = 4;
+// Columns of the backward's result beyond two of each lane: the gradient of an image has a few more
+// than it.
+constexpr int kLineRest = 3;
 // Packs of a step that a thread copies, at most: what its columns are and one more, since rows have
 // some beside their columns.
 template <typename T, int R>
@@ -44,12 +47,13 @@ struct LineImage {
 
 struct LinePlan {
   int tile_w, tile_h, tiles_x, tiles_y;
-  int across;                       // columns that are filtered: the backward has a halo
-  int lanes, magic, planes;         // threads of a plane; see quotient(); planes of a block at once
-  int channels;                     // of a block
-  LineImage x, dy;                  // backward: both
-  int dus, du_pitch, sums, copies;  // backward: bytes, elements, bytes, bytes
-  // Where rows are stored through shared memory: out_stage > 0. The backward's lie where dy was.
+  int across;                // columns that are filtered; the backward's: of dv
+  int wide;                  // the most of these and of the result's
+  int lanes, magic, planes;  // threads of a plane; see quotient(); planes of a block at once
+  int channels;              // of a block
+  LineImage x;
+  int dus, du_pitch, sums, copies, rests;  // backward: bytes, elements, bytes, bytes, bytes
+  // Where rows are stored through shared memory: out_stage > 0. The backward's lie where x was.
   int outs, out_stage, out_pitch;
   int share, noises, shared;  // bytes of a plane; where the noise is; of a block
   int threads() const { return (lanes * planes + 31) / 32 * 32; }
@@ -64,12 +68,19 @@ inline int shared_limit() {
   return most;
 }
 
+// Columns of dv before the first that exists, of those that a tile meets from `left` on: as many as
+// can be left out, lanes having pairs of neighbours in 16 bits.
+template <typename T>
+__host__ __device__ inline int columns_before(int left) {
+  return left < 0 ? -left & (sizeof(T) == 2 ? ~1 : ~0) : 0;
+}
+
 // width, height: of the result, forward y and backward dx; w, out_w: of rows
-// of x and y; aligned: so is the result; limit: bytes of shared memory that a block can have. The
-// backward's tiles depend on the sizes of the result alone.
+// of x and y; x0: padding; aligned: so is the result; limit: bytes of shared memory that a block
+// can have. The backward's tiles do not depend on `aligned`.
 template <typename T>
 LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, int height, int w,
-                    int out_w, bool aligned, int limit) {
+                    int out_w, int x0, bool aligned, int limit) {
   constexpr int bytes = sizeof(T), word = sizeof(Acc<T>), V = 16 / bytes, K = kLineColumns<T>;
   const int rows_of_step = backward ? kGradRows<T> : kLineRows<T>;
   const int threads = kLineThreads<T>;
@@ -101,26 +112,32 @@ LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, 
     return up_to(rows + halo + kHalo, rows_of_step) - halo - kHalo;
   };
   const auto noise_bytes = [&](int rows) {
-    return noise ? (in_steps(rows) + halo) * t.across * word : 0;
+    return noise ? (in_steps(rows) + 2 * halo) * t.across * word : 0;
   };
   // Whole rows, as far as there are threads and memory.
   for (t.tiles_x = static_cast<int>(ceil_div(width, K * threads));; t.tiles_x++) {
     t.tile_w = static_cast<int>(ceil_div(width, t.tiles_x));
     if (t.tiles_x > 1) t.tile_w = up_to(t.tile_w, 32 / bytes);
-    t.across = up_to(t.tile_w + halo, K);
+    int across = t.tile_w + halo;
+    if (backward && t.tiles_x == 1) {  // those that exist
+      const int left = x0 - kHalo, before = columns_before<T>(left);
+      across = max(1, min(out_w - left, across) - before);
+    }
+    t.across = up_to(across, K);
+    t.wide = max(t.across, t.tile_w);
     const int64_t lanes =
-        max(ceil_div(t.across, K),
-            ceil_div(rows_of_step * static_cast<int64_t>(packs(t.across + kHalo)), copies));
+        max(ceil_div(max(t.across, t.tile_w - (backward ? kLineRest : 0)), K),
+            ceil_div(rows_of_step * static_cast<int64_t>(packs(t.wide + kHalo)), copies));
     // Of whole rows: store_lines() has warps of a plane.
     t.lanes = lanes <= 32 ? pow2_between(lanes, 4, 32) : up_to(lanes, t.tiles_x > 1 ? 32 : 4);
     t.share = kLineSlots * kLineSlot;  // they come first
-    image(t.x, t.across + kHalo, w);
+    image(t.x, t.wide + kHalo, w);
     if (backward) {
-      image(t.dy, t.across, out_w);
-      t.du_pitch = up_to(t.across + kHalo, 2);
+      t.du_pitch = up_to(t.wide + kHalo + 2, 2);
       place(t.dus, kDuRows * t.du_pitch * word);
       place(t.sums, 3 * t.lanes * word);
-      place(t.copies, 2 * copies * t.lanes * 4);
+      place(t.copies, copies * t.lanes * 4);
+      place(t.rests, kLineRest * kHalo * word);
     }
     t.out_pitch = t.tiles_x == 1 ? row : pitch(t.tile_w + 2 * V - 2, row, V);
     t.out_stage = up_to((rows_of_step * t.out_pitch + 2 * V) * bytes, 16);

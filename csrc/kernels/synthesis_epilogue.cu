@@ -184,9 +184,10 @@ Plan plan_workers(int unit, bool last, bool noise, int64_t N, int64_t C, int are
   return t;
 }
 
-// H, W: of the result; w, out_w: of rows of x and y; unit: see plan_workers().
+// H, W: of the result; w, out_w: of rows of x and y; x0: padding; unit: see plan_workers().
 Plan make_plan(int dtype, bool last, bool backward, bool filtered, bool noise, int unit, int64_t N,
-               int64_t C, int64_t H, int64_t W, int64_t w, int64_t out_w, bool aligned) {
+               int64_t C, int64_t H, int64_t W, int64_t w, int64_t out_w, int64_t x0,
+               bool aligned) {
   const int V = vec_of(dtype), channels = static_cast<int>(C);
   const int width = static_cast<int>(W), height = static_cast<int>(H);
   if (!filtered && (last || backward)) return plan_workers(unit, last, noise, N, C, width * height);
@@ -195,7 +196,7 @@ Plan make_plan(int dtype, bool last, bool backward, bool filtered, bool noise, i
   const auto lines = [&](auto zero) {
     return of_lines(plan_lines<decltype(zero)>(backward, noise, N, C, width, height,
                                                static_cast<int>(w), static_cast<int>(out_w),
-                                               aligned, shared_limit()));
+                                               static_cast<int>(x0), aligned, shared_limit()));
   };
   return dtype == kF64 ? lines(double{}) : dtype == kF32 ? lines(float{}) : lines(Half16{});
 }
@@ -305,7 +306,7 @@ struct Launcher {
 
   // What the backwards add up, with dd, in `workspace`; clears the tickets.
   int add_up(const void* dy, void* dd, void* workspace) {
-    a.dy = static_cast<const T*>(dy), a.dy_end = a.dy + a.N * int64_t(a.C) * a.out_h * a.out_w;
+    a.dy = static_cast<const T*>(dy);
     a.vec_x = a.vec_x && aligned16(dy);
     a.dd = static_cast<Acc<T>*>(dd);
     a.partials = static_cast<Acc<T>*>(workspace);
@@ -334,7 +335,7 @@ Launcher<T> launcher(int dtype, int f32, const void* x, const void* f, const voi
   l.packed = (last ? C : H * W) % unit == 0 && aligned16(x) && aligned16(dy) && aligned16(out);
   const Plan t = l.plan =
       make_plan(dtype, last, backward, l.filtered, noise != nullptr, l.packed ? unit : 1, N, C,
-                backward ? H : out_h, backward ? W : out_w, W, out_w, aligned16(out));
+                backward ? H : out_h, backward ? W : out_w, W, out_w, x0, aligned16(out));
   Args<T>& a = l.a;
   a.x = static_cast<const T*>(x), a.x_end = a.x + N * C * H * W, a.out = static_cast<T*>(out);
   a.f = static_cast<const float*>(f);
@@ -411,12 +412,13 @@ int synthesis_epilogue(int dtype, int f32, const void* x, const void* f, const v
 
 // Bytes of scratch for synthesis_epilogue_bwd.
 int64_t synthesis_epilogue_bwd_workspace(int dtype, int64_t N, int64_t C, int64_t H, int64_t W,
-                                         bool filtered, bool noise, bool channels_last) {
+                                         int64_t out_w, int64_t x0, bool filtered, bool noise,
+                                         bool channels_last) {
   if (N * C * H * W == 0) return 0;
   int64_t bytes = 0;
   for (const int unit : {1, unit_of(dtype, channels_last, true)}) {
-    const Plan t =
-        make_plan(dtype, channels_last, true, filtered, noise, unit, N, C, H, W, W, W, true);
+    const Plan t = make_plan(dtype, channels_last, true, filtered, noise, unit, N, C, H, W, W,
+                             out_w, x0, true);
     const int64_t tickets = filtered ? C : (N + 1) * t.groups;
     bytes = max(bytes, 3 * N * C * t.tiles() * (dtype == kF64 ? 8 : 4) + tickets * 4);
   }

@@ -31,7 +31,7 @@ struct Args {
   T* out;  // y or dx
   Acc<T>*dd, *db, *ds, *partials;
   int* tickets;
-  const T *x_end, *dy_end;
+  const T* x_end;
   int N, C, H, W, out_h, out_w;
   int taps_y, taps_x, x0, y0;
   int tiles, tiles_x, tile_h, tile_w, groups, lanes_log2;

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
     synthesis_epilogue_bwd_lines_kernel(Args<T> a, ActArgs<Acc<T>> p) {
   using A = Acc<T>;
   constexpr int K = kLineColumns<T>, R = kGradRows<T>, D = kDuRows;
-  constexpr int kUnroll = kPwl && sizeof(T) == 4 ? 2 : 1;
+  constexpr int kUnroll = kPwl && sizeof(T) == 4 ? 2 : 1, kAhead = kPwl ? D : 1;
   using Copies = LineCopies<T, R>;
   GK_DYNAMIC_SHARED(char, shared);
   __shared__ Taps<A> taps, adjoint;
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
   const volatile LineStrip& strip = in_shared;
   const LinePlan& m = a.lines;
   const LineShared<T> s{shared, m};
-  if (threadIdx.x == 0) in_shared.set(a, true, R);
+  if (threadIdx.x == 0) in_shared.set(a, true, R, T{});
   __syncthreads();
   if (threadIdx.x < kLineSteps) {
     const int row = static_cast<int>(threadIdx.x) * R;
@@ -94,9 +94,7 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
 
   const LanePlace me(m, in_shared, T{});
   // Registers are short: what a thread copies waits in shared memory.
-  const auto kept = [&](int share, int lane, bool of_dy) {
-    return s.copies(share) + (of_dy ? Copies::kCount * m.lanes : 0) + lane;
-  };
+  const auto kept = [&](int share, int lane) { return s.copies(share) + lane; };
   const auto own_sums = [&] { return s.sums(me.share()) + me.lane(); };
   const auto begin = [&](LineCursor cursor) {
     const int round = cursor.round(), step = cursor.step();
@@ -107,23 +105,18 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
     if (step == 0) {
       const int c = strip.c0 + quotient(thread_again(), m.magic) + round * m.planes;
       const int64_t plane = static_cast<int64_t>(strip.n) * a.C + c;
-      const int64_t planes = static_cast<int64_t>(a.N) * a.C;
       x = (plane * a.H + strip.top) * a.W + strip.left;
-      careful = Copies::near_end(plane, planes, a.H, a.W) ||
-                Copies::near_end(plane, planes, a.out_h, a.out_w);
-      const int64_t dy = (plane * a.out_h + strip.dy_top) * a.out_w + strip.dy_left;
+      careful = Copies::near_end(plane, static_cast<int64_t>(a.N) * a.C, a.H, a.W);
       if (lane < m.lanes) {
         Copies copies;
-        copies.plan(m.x, a.x + x, lane, m.lanes, strip.left, m.across + kHalo, a.W);
+        copies.plan(m.x, a.x + x, lane, m.lanes, strip.left, m.wide + kHalo, a.W);
         if (c >= strip.end) copies.none();
-        copies.keep(kept(share, lane, false), m.lanes);
-        copies.plan(m.dy, a.dy + dy, lane, m.lanes, strip.dy_left, m.across, a.out_w);
-        if (c >= strip.end) copies.none();
-        copies.keep(kept(share, lane, true), m.lanes);
+        copies.keep(kept(share, lane), m.lanes);
       }
       if (lane < 3 && c < strip.end) slot.params[lane] = param(a, lane, strip.n, c);
       if (lane == 3) {
-        slot.x = x, slot.dy = dy, slot.careful = careful;
+        slot.x = x, slot.careful = careful;
+        slot.dy = (plane * a.out_h + strip.dy_top) * a.out_w + strip.dy_left;
         slot.out =
             c < strip.end ? (plane * a.H + strip.row0 - 2 * kHalo) * a.W + strip.col0 : kNoPlane;
       }
@@ -133,32 +126,56 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
     }
     if (lane >= m.lanes) return;
     Copies copies;
-    copies.find(kept(share, lane, false), m.lanes);
+    copies.find(kept(share, lane), m.lanes);
     copies.copy(m.x, s.xs(share, cursor.turn()), a.x + x, a.W, step_rows[step], careful, a.x,
                 a.x_end);
   };
-  // Of dy, later: its stage holds the results of the step before until these are stored.
-  const auto begin_dy = [&](LineCursor cursor) {
-    const int step = cursor.step(), share = me.share(), lane = me.lane();
-    const LineSlot<T>& slot = s.slot(share, cursor.round());
-    if (lane >= m.lanes) return;
-    Copies copies;
-    copies.find(kept(share, lane, true), m.lanes);
-    copies.copy(m.dy, s.dys(share, cursor.turn()),
-                a.dy + (slot.dy + static_cast<int64_t>(step * R) * a.out_w), a.out_w,
-                step_rows[step] >> 8, slot.careful, a.dy, a.dy_end);
-  };
   begin({});
-  __syncthreads();
-  begin_dy({});
   copy_batch();
   if (a.noise)
-    line_noise(s.noises(), a, in_shared.n, in_shared.dy_top + kHalo, in_shared.dy_left,
-               in_shared.steps * R - kHalo);
-  // What lies behind the columns of du is read, and not used.
+    line_noise(s.noises(), a, in_shared.n, in_shared.dy_top, in_shared.dy_left,
+               in_shared.steps * R);
+  // Columns of du that no lane makes are 0, and what lies behind them is read, and not used.
   if (me.lane() < m.lanes)
     for (int i = me.lane(); i < D * m.du_pitch; i += m.lanes) s.dus(me.share())[i] = A(0);
   if (threadIdx.x < 32) share_taps<A>(&taps, &adjoint, a);
+  // kAhead rows of dy go to registers as they lie, from row `first` of a step on: pairs of 16 bits
+  // as words, which are read as such where they are aligned.
+  using Row = std::conditional_t<LineColumns<T>::kNeighbours, unsigned, Pack<T, K>>;
+  const auto load_dy = [&](LineCursor cursor, int first, Row(&to)[kAhead]) {
+    const LineSlot<T>& slot = s.slot(me.share(), cursor.round());
+#pragma unroll
+    for (int q = 0; q < kAhead; q++) to[q] = Row{};
+    if (slot.out == kNoPlane || !me.has(0)) return;
+    const LineColumns<T> columns(m, me.lane());
+    const T* dy = a.dy + (slot.dy + static_cast<int64_t>(cursor.step() * R + first) * a.out_w) +
+                  columns.first;
+    const unsigned rows = step_rows[cursor.step()] >> 8 >> first;
+    const bool paired =
+        (reinterpret_cast<uintptr_t>(a.dy) & 3) == 0 && (a.out_w | strip.dy_left) % 2 == 0;
+#pragma unroll
+    for (int q = 0; q < kAhead; q++) {
+      if (rows >> q & 1) {
+        if constexpr (!LineColumns<T>::kNeighbours) {
+#pragma unroll
+          for (int e = 0; e < K; e++)
+            if (e == 0 || me.has(e)) to[q].v[e] = dy[e * columns.apart];
+        } else if (paired) {
+          to[q] = *reinterpret_cast<const unsigned*>(dy);
+        } else {
+          if (columns.first || strip.dy_left >= 0) to[q] = dy[0].bits;
+          if (me.has(1)) to[q] |= dy[1].bits << 16;
+        }
+      }
+      dy += a.out_w;
+    }
+  };
+  const auto dy_of = [](const Row& row, int e) {
+    if constexpr (LineColumns<T>::kNeighbours)
+      return T{static_cast<unsigned short>(e ? row >> 16 : row & 0xffff)};
+    else
+      return row.v[e];
+  };
 
   const auto walk = [&](Format<T> format) {
     A waiting[kHalo][K], du_waiting[kHalo][K];
@@ -169,10 +186,8 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
       if (me.lane() < m.lanes && cursor.round() < strip.rounds) {
         const int share = me.share(), lane = me.lane();
         Copies copies;
-        copies.find(kept(share, lane, false), m.lanes);
+        copies.find(kept(share, lane), m.lanes);
         copies.clear(s.xs(share, cursor.turn()));
-        copies.find(kept(share, lane, true), m.lanes);
-        copies.clear(s.dys(share, cursor.turn()));
       }
       __syncthreads();
       if (m.out_stage && cursor.at) {  // the results of the step before
@@ -182,13 +197,16 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
             s.slot(me.share(), cursor.step() ? cursor.round() : cursor.round() - 1).out;
         if (out != kNoPlane)
           store_lines(m, a.out + (out + static_cast<int64_t>(row) * a.W),
-                      s.dys(me.share(), 1 - cursor.turn()), max(0, -o), min(R, strip.rows - o), a.W,
+                      s.xs(me.share(), 1 - cursor.turn()), max(0, -o), min(R, strip.rows - o), a.W,
                       strip.columns, me.lane());
       }
       if (cursor.round() == strip.rounds) break;
-      const LineCursor next = cursor.next(strip.steps);
-      if (next.round() < strip.rounds) begin(next);
+      Row dys[kAhead];
+      if (kAhead > 1) load_dy(cursor, 0, dys);
       if (cursor.step() == 0) {
+        if (me.lane() < kLineRest)
+#pragma unroll
+          for (int j = 0; j < kHalo; j++) s.rests(me.share())[me.lane() * kHalo + j] = A(0);
 #pragma unroll
         for (int j = 0; j < kHalo; j++) {
           if (me.lane() < m.lanes) own_sums()[j * m.lanes] = A(0);
@@ -204,21 +222,16 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
           const LineSlot<T>& slot = s.slot(me.share(), cursor.round());
           if (slot.out != kNoPlane && me.has(0)) {
             const A d = slot.params[0], b = slot.params[1], strength = slot.params[2];
-            A* du = s.dus(me.share()) + columns.first;
-            const int row = cursor.step() * R + part;
+            A* du = s.dus(me.share()) + strip.before + columns.first;
             const T* x = s.xs(me.share(), cursor.turn()) + first_of(a.x + slot.x) +
                          part * m.x.pitch + columns.first;
-            const T* dy = s.dys(me.share(), cursor.turn()) + first_of(a.dy + slot.dy) +
-                          part * m.dy.pitch + columns.first;
             // Rows of dv that count, eight bits for each column.
             unsigned own = 0;
 #pragma unroll
             for (int e = 0; e < K; e++)
               own |= me.owns(e) ? (step_rows[cursor.step()] >> 16 >> part & 0xff) << 8 * e : 0;
             A sums[3] = {};
-            // Rows before the first make nothing that counts, whatever their noise.
-            const A* noise = s.noises() + max(row - kHalo, 0) * m.across + columns.first;
-            const int early = row ? m.across : 0;
+            const A* noise = s.noises() + (cursor.step() * R + part) * m.across + columns.first;
             with_taps<false>(taps, [&](auto filter) {
 #pragma unroll kUnroll
               for (int q = 0; q < D; q++) {
@@ -228,12 +241,11 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
                   window.read(x, columns, format);
                   filter(waiting, window, u);
                 }
-                {
-                  LineWindow<T, 1> window;
-                  window.read(dy, columns, format);
+                if (kAhead == 1) load_dy(cursor, part + q, dys);
 #pragma unroll
-                  for (int e = 0; e < K; e++) dv[e] = window(e, 0);
-                }
+                for (int e = 0; e < K; e++) dv[e] = to_acc(dy_of(dys[0], e), format);
+#pragma unroll
+                for (int i = 0; i + 1 < kAhead; i++) dys[i] = dys[i + 1];
                 const auto read_noise = [&] {
 #pragma unroll
                   for (int e = 0; e < K; e++) z[e] = A(0);
@@ -271,8 +283,8 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
                   for (int e = 0; e < K; e++)
                     if (e == 0 || me.has(e)) du[e * columns.apart] = dv[e] * d;
                 }
-                x += m.x.pitch, dy += m.dy.pitch, du += m.du_pitch;
-                noise += q < kHalo ? early : m.across;
+                x += m.x.pitch, du += m.du_pitch;
+                noise += m.across;
               }
             });
 #pragma unroll
@@ -283,42 +295,59 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
         __syncthreads();
         if (part == 0) {
           const LineCursor next = cursor.next(strip.steps);
-          if (next.round() < strip.rounds) begin_dy(next);
+          if (next.round() < strip.rounds) begin(next);
           copy_batch();
         }
+        if (kAhead > 1 && part + D < R) load_dy(cursor, part + D, dys);
         const int64_t out = s.slot(me.share(), cursor.round()).out;
         {
           const LineColumns<T> columns(m, me.lane());
           if (out != kNoPlane && me.stores(0)) {
-            const A* du = s.dus(me.share()) + columns.first;
             T* to = a.out + (out + static_cast<int64_t>(cursor.step() * R) * a.W);
-            T* kept = s.dys(me.share(), cursor.turn()) + first_of(to) + part * m.out_pitch +
-                      columns.first;
-            to += static_cast<int64_t>(part) * a.W + columns.first;
+            T* kept = s.xs(me.share(), cursor.turn()) + first_of(to) + part * m.out_pitch;
+            to += static_cast<int64_t>(part) * a.W;
             const unsigned rows = step_rows[cursor.step()] >> 24 >> part;
             with_taps<false>(adjoint, [&](auto filter) {
-              const auto walk_rows = [&](auto stores) {
+              // Columns `first` and what lies `apart`, and stores(e) of them; v(du): what they
+              // meet.
+              const auto walk_rows = [&](auto direct, auto& waits, int first, int apart, auto v,
+                                         auto stores) {
+                constexpr int N = sizeof waits[0] / sizeof(A);
+                const A* du = s.dus(me.share()) + first;
+                T* out = (decltype(direct)::value ? to : kept) + first;
 #pragma unroll kUnroll
                 for (int q = 0; q < D; q++) {
-                  LineWindow<T, kTaps> window;
-                  window.read(du, columns);
-                  A dx[K];
-                  filter(du_waiting, window, dx);
-                  if (!decltype(stores)::value || rows >> q & 1) {
-                    const Pack<T, K> result = narrow<T, K>(dx, format);
+                  A dx[N];
+                  filter(waits, v(du), dx);
+                  if (!decltype(direct)::value || rows >> q & 1) {
+                    const Pack<T, N> result = narrow<T, N>(dx, format);
 #pragma unroll
-                    for (int e = 0; e < K; e++)
-                      if (e == 0 || me.stores(e))
-                        (decltype(stores)::value ? to : kept)[e * columns.apart] = result.v[e];
+                    for (int e = 0; e < N; e++)
+                      if (e == 0 || stores(e)) out[e * apart] = result.v[e];
                   }
                   du += m.du_pitch;
-                  if constexpr (decltype(stores)::value)
-                    to += a.W;
-                  else
-                    kept += m.out_pitch;
+                  out += decltype(direct)::value ? a.W : m.out_pitch;
                 }
               };
-              m.out_stage ? walk_rows(std::false_type{}) : walk_rows(std::true_type{});
+              const auto walk_all = [&](auto direct) {
+                walk_rows(
+                    direct, du_waiting, columns.first, columns.apart,
+                    [&](const A* du) {
+                      LineWindow<T, kTaps> window;
+                      window.read(du, columns);
+                      return window;
+                    },
+                    [&](int e) { return me.stores(e); });
+                const int rest = me.lane();
+                if (K * m.lanes + rest >= strip.columns) return;
+                A(&waits)
+                [kHalo][1] = *reinterpret_cast<A(*)[kHalo][1]>(s.rests(me.share()) + rest * kHalo);
+                walk_rows(
+                    direct, waits, K * m.lanes + rest, 0,
+                    [](const A* du) { return [du](int, int k) { return du[k]; }; },
+                    [](int) { return true; });
+              };
+              m.out_stage ? walk_all(std::false_type{}) : walk_all(std::true_type{});
             });
           }
         }

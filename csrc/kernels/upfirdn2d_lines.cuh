@@ -40,7 +40,7 @@ template <typename T>
 int launch_lines(const Args& p, void* stream) {
   if (p.images > INT32_MAX) return -1;
   const LinePlan t = plan_lines<T>(false, false, 1, p.images, p.w.out, p.h.out, p.w.in, p.w.out,
-                                   aligned16(p.y), shared_limit());
+                                   p.w.pad, aligned16(p.y), shared_limit());
   if (t.tiles() > INT32_MAX) return -1;
   const T* x = static_cast<const T*>(p.x);
   const LineFilter<T> a{x,

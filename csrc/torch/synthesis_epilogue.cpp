@@ -9,7 +9,8 @@ GANKERN_KERNEL(int, synthesis_epilogue, int dtype, int f32, const void* x, const
                int64_t x0, int64_t y0, bool flip, double filter_gain, bool channels_last, int act,
                double alpha, double gain, double clamp, void* stream)
 GANKERN_KERNEL(int64_t, synthesis_epilogue_bwd_workspace, int dtype, int64_t N, int64_t C,
-               int64_t H, int64_t W, bool filtered, bool noise, bool channels_last)
+               int64_t H, int64_t W, int64_t out_w, int64_t x0, bool filtered, bool noise,
+               bool channels_last)
 GANKERN_KERNEL(int, synthesis_epilogue_bwd, int dtype, int f32, const void* dy, const void* x,
                const void* f, const void* d, const void* noise, const void* strength, const void* b,
                void* dx, void* dd, void* db, void* ds, void* workspace, int64_t N, int64_t C,
@@ -80,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const auto acc = o.code == kF64 ? ScalarType::Double : ScalarType::Float;
   const Launch launch(x);
   const int64_t bytes = kernels::synthesis_epilogue_bwd_workspace(
-      o.code, o.N, o.C, o.H, o.W, o.f.has_value(), o.noise.has_value(), o.last);
+      o.code, o.N, o.C, o.H, o.W, o.out_w, x0, o.f.has_value(), o.noise.has_value(), o.last);
   WithWorkspace dd = empty_with_workspace(x, {o.N, o.C}, acc, bytes);
   Tensor db = empty_beside(x, {o.C}, acc), ds = fresh_like(db);
   if (o.N * o.C * o.out_h * o.out_w * o.H * o.W == 0)
@@ -126,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor> second(const Tensor& dy_in, const Tensor& x_i
   Tensor d_x = vd ? fresh_images(x, o.N, o.C, o.H, o.W, o.last) : empty_beside(x, {0});
   const Launch launch(x);
   const int64_t bytes = kernels::synthesis_epilogue_bwd_workspace(
-      o.code, o.N, o.C, o.H, o.W, o.f.has_value(), o.noise.has_value(), o.last);
+      o.code, o.N, o.C, o.H, o.W, o.out_w, x0, o.f.has_value(), o.noise.has_value(), o.last);
   WithWorkspace d_d = empty_with_workspace(x, {o.N, o.C}, acc, bytes);
   if (o.N * o.C * o.out_h * o.out_w * o.H * o.W == 0) {
     for (Tensor* t : {&d_dy, &d_x, &d_d.out}) torch::stable::zero_(*t);

@@ -19,8 +19,7 @@ length differentiates twice in one kernel the second derivative:
               for, as its launch asks for it; sass.py has what registers leave
 
 No GPU is needed. The bars: traffic at most 1.05 (filters with their halos 1.15 at 4 taps, 1.4 at
-12), sectors at least 0.95, banks at most 1.1, one launch, resident at least 0.5 but where FULL says
-otherwise.
+12), sectors at least 0.95, banks at most 1.1, one launch, resident at least 0.5.
 """
 
 from __future__ import annotations
@@ -73,11 +72,6 @@ WHOLE = {"pixel_norm latent": (8, 1), "minibatch_stddev": (8, 1), "demod_coefs":
 # Rows whose second derivative is a kernel: inputs whose gradients are differentiated again.
 SECOND = {"pixel_norm image": 1, "synthesis_epilogue": 2}
 PASSES = ("forward", "backward", "second")
-
-
-# Rows that fill shared memory with noise, lest each plane read it, and with rows of two images,
-# copied ahead; their bars.
-FULL = {f"synthesis_epilogue up 2 backward {dtype} nchw": 0.4 for dtype in DTYPES}
 
 
 class Figures(NamedTuple):
@@ -184,7 +178,7 @@ def passes(row: Row, layout: str, dtype: str) -> Iterator[Counted]:
 def bars(key: str) -> Figures:
     halo = "upfirdn2d" in key or key.startswith("synthesis_epilogue up")
     traffic = (1.4 if "12 taps" in key else 1.15) if halo else 1.05
-    return Figures(traffic, 0.95, 1.1, 1, FULL.get(key, 0.5))
+    return Figures(traffic, 0.95, 1.1, 1, 0.5)
 
 
 def worse(now: Figures, than: Figures, slack: float = 0.0) -> list[tuple[str, float, float]]:

@@ -127,16 +127,16 @@ struct LineCopies {
   }
 };
 
-// A thread's columns, of `across`: neighbours where two are a word, else as far apart as there are
+// A thread's columns, of `all`: neighbours where two are a word, else as far apart as there are
 // lanes, so that lanes meet different banks. What is read for one that does not exist is another's.
 template <typename T>
 struct LineColumns {
   static constexpr int K = kLineColumns<T>;
   static constexpr bool kNeighbours = sizeof(T) == 2;
   int first, apart;
-  __device__ __forceinline__ LineColumns(const LinePlan& m, int lane)
+  __device__ __forceinline__ LineColumns(const LinePlan& m, int lane, int all)
       : first(kNeighbours ? lane * K : lane),
-        apart(kNeighbours ? 1 : min(m.lanes, m.wide - 1 - lane)) {}
+        apart(kNeighbours ? 1 : min(m.lanes, all - 1 - lane)) {}
   __device__ __forceinline__ int at(const LinePlan& m, int e) const {
     return first + e * (kNeighbours ? 1 : m.lanes);
   }
@@ -307,7 +307,7 @@ struct LanePlace {
     const bool idle = plane >= m.planes;
     const int lane = idle ? kNoLane : t - plane * m.lanes;
     packed = lane | (idle ? 0u : plane * m.share / 16u) << 18;
-    const LineColumns<T> columns(m, lane);
+    const LineColumns<T> columns(m, lane, m.across);
 #pragma unroll
     for (int e = 0; e < columns.K; e++) {
       const int at = columns.at(m, e);
@@ -449,7 +449,7 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
           for (int e = 0; e < K; e++) waiting[j][e] = A(0);
       const LineSlot<T>& slot = s.slot(me.share(), cursor.round());
       const int64_t out = slot.out;
-      const LineColumns<T> columns(m, me.lane());
+      const LineColumns<T> columns(m, me.lane(), m.across);
       if (out != kNoPlane && me.stores(0)) {
         const A params[3] = {slot.params[0], slot.params[1], slot.params[2]};
         const T* const stage =

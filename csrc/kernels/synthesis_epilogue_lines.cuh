@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
 #pragma unroll
     for (int q = 0; q < kAhead; q++) to[q] = Row{};
     if (slot.out == kNoPlane || !me.has(0)) return;
-    const LineColumns<T> columns(m, me.lane());
+    const LineColumns<T> columns(m, me.lane(), m.across);
     const T* dy = a.dy + (slot.dy + static_cast<int64_t>(cursor.step() * R + first) * a.out_w) +
                   columns.first;
     const unsigned rows = step_rows[cursor.step()] >> 8 >> first;
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
       for (int part = 0; part < R; part += D) {
         if (part > 0) __syncthreads();  // the rows of du before have been read
         {
-          const LineColumns<T> columns(m, me.lane());
+          const LineColumns<T> columns(m, me.lane(), m.across);
           const LineSlot<T>& slot = s.slot(me.share(), cursor.round());
           if (slot.out != kNoPlane && me.has(0)) {
             const A d = slot.params[0], b = slot.params[1], strength = slot.params[2];
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
         if (kAhead > 1 && part + D < R) load_dy(cursor, part + D, dys);
         const int64_t out = s.slot(me.share(), cursor.round()).out;
         {
-          const LineColumns<T> columns(m, me.lane());
+          const LineColumns<T> columns(m, me.lane(), m.wide);
           if (out != kNoPlane && me.stores(0)) {
             T* to = a.out + (out + static_cast<int64_t>(cursor.step() * R) * a.W);
             T* kept = s.xs(me.share(), cursor.turn()) + first_of(to) + part * m.out_pitch;

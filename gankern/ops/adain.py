@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gankern.ops import _impl
+from gankern.ops._remember import Plan, remember
 
 if _impl.triton is not None:
     import triton
@@ -42,13 +43,15 @@ def adain(
     of PyTorch's. Saves x, scale and [N, C] statistics.
     Source: Karras et al. 2019, "A Style-Based Generator Architecture", equation 1.
     """
+    return (_call if torch.compiler.is_compiling() else _quick)(x, scale, shift, eps, impl)
+
+
+def _plan(x: Tensor, scale: Tensor, shift: Tensor, eps: float, impl: str | None) -> Plan:
     eps = _check(x, scale, shift, eps)
     chosen = _impl.choose("adain", impl, x)
     if chosen == "reference":
-        return adain_reference(x, scale, shift, eps)
-    if _impl.records(x, scale, shift):
-        return _Adain.apply(x, scale, shift, eps, chosen)
-    return _impl.op(chosen, "adain")(x, scale, shift, eps)[0]
+        return adain_reference, (x, scale, shift, eps)
+    return _fwd, (x, scale, shift, eps, chosen)
 
 
 def _check(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> float:
@@ -263,6 +266,12 @@ _impl.register_fake("adain_bwd", _fake_bwd)
 # --- Autograd, once for all implementations.
 
 
+def _fwd(x: Tensor, scale: Tensor, shift: Tensor, eps: float, impl: str) -> Tensor:
+    if _impl.records(x, scale, shift):
+        return _Adain.apply(x, scale, shift, eps, impl)
+    return _impl.op(impl, "adain")(x, scale, shift, eps)[0]
+
+
 class _Adain(torch.autograd.Function):
     """y from x, scale and shift; keeps each plane's mean and rstd for the gradient."""
 
@@ -280,6 +289,9 @@ class _Adain(torch.autograd.Function):
         else:
             grads = _impl.op(ctx.args[-1], "adain_bwd")(dy, *ctx.saved_tensors)
         return (*grads, None, None)
+
+
+_call, _quick = remember(_plan, _fwd, _Adain)
 
 
 class _AdainBwd(torch.autograd.Function):

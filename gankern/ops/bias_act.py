@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gankern.ops import _impl
+from gankern.ops._remember import Plan, remember
 
 if _impl.triton is not None:
     import triton
@@ -70,11 +71,16 @@ def bias_act(
     PyTorch's. Saves y alone (swish, and lrelu with alpha < 0: x).
     Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", appendix B.
     """
+    call = _call if torch.compiler.is_compiling() else _quick
+    return call(x, b, dim, act, alpha, gain, clamp, impl)
+
+
+def _plan(x, b, dim, act, alpha, gain, clamp, impl) -> Plan:
     dim, args = _check(x, b, dim, act, alpha, gain, clamp)
     chosen = _impl.choose("bias_act", impl, x)
     if chosen == "reference":
-        return bias_act_reference(x, b, dim, act, *args)
-    return _fwd(x, b, dim, act, *args, chosen)
+        return bias_act_reference, (x, b, dim, act, *args)
+    return _fwd, (x, b, (dim, act, *args, chosen))
 
 
 def _check(x, b, dim, act, alpha, gain, clamp) -> tuple[int, tuple[float, float, float]]:
@@ -438,10 +444,12 @@ _impl.register_fake("bias_act_bwd2", _fake_bwd2)
 # --- Autograd, once for all implementations.
 
 
-def _fwd(x: Tensor, b: Tensor | None, dim: int, act: str, *args) -> Tensor:
+def _fwd(x: Tensor, b: Tensor | None, args: tuple[Any, ...]) -> Tensor:
+    """args: dim, act, alpha, gain, clamp, impl."""
     if _impl.records(x, b):
-        return _BiasAct.apply(x, b, (dim, act, *args))
-    return _impl.op(args[-1], "bias_act")(x, b, dim, ACTS[act].code, *args[:-1])
+        return _BiasAct.apply(x, b, args)
+    dim, act, *numbers, impl = args
+    return _impl.op(impl, "bias_act")(x, b, dim, ACTS[act].code, *numbers)
 
 
 def _bwd(dy: Tensor, ref: Tensor, b: Tensor | None, needs_db: bool, dim: int, act: str, *args):
@@ -475,6 +483,9 @@ class _BiasAct(torch.autograd.Function):
         needs_db = ctx.needs_input_grad[1]
         dx, db = _bwd(dy, ref, b, needs_db, *ctx.args)
         return dx, db if needs_db else None, None
+
+
+_call, _quick = remember(_plan, _fwd, _BiasAct)
 
 
 class _BiasActBwd(torch.autograd.Function):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gankern.ops import _impl
+from gankern.ops._remember import set_state
 
 OP = "convolution"
 
@@ -299,12 +300,18 @@ def no_weight_gradients() -> Iterator[None]:
     For penalties whose first gradient is in images or styles alone, such as path length's: what it
     costs is halved. The backward of the penalty itself runs outside, and does reach the weights.
     """
-    global _weight_gradients
-    before, _weight_gradients = _weight_gradients, False
+    before = _weight_gradients
+    _switch(False)
     try:
         yield
     finally:
-        _weight_gradients = before
+        _switch(before)
+
+
+def _switch(on: bool) -> None:
+    global _weight_gradients
+    _weight_gradients = on
+    set_state(int(not on))
 
 
 # --- Shape functions of the registered ops.

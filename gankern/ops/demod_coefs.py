@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gankern.ops import _impl
+from gankern.ops._remember import Plan, remember
 from gankern.ops.convolution import gate, weight_gradients
 
 if _impl.triton is not None:
@@ -38,13 +39,17 @@ def demod_coefs(
     backward computes none in weight.
     Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", equation 3.
     """
+    return (_call if torch.compiler.is_compiling() else _quick)(weight, styles, eps, impl)
+
+
+def _plan(weight: Tensor, styles: Tensor, eps: float, impl: str | None) -> Plan:
     eps = _check(weight, styles, eps)
     if torch.float64 in (weight.dtype, styles.dtype):
         weight, styles = weight.double(), styles.double()
     chosen = _impl.choose("demod_coefs", impl, weight)
     if chosen == "reference":
-        return demod_coefs_reference(gate(weight), styles, eps)
-    return _fwd(weight, styles, eps, chosen)
+        return demod_coefs_reference, (gate(weight), styles, eps)
+    return _fwd, (weight, styles, eps, chosen)
 
 
 def _check(weight: Tensor, styles: Tensor, eps: float) -> float:
@@ -260,6 +265,9 @@ class _DemodCoefs(torch.autograd.Function):
             grads = _impl.op(impl, "demod_coefs_bwd")(dd, d, q, weight, styles, *needs)
         return (*(g if needed else None for g, needed in zip(grads, needs, strict=True)),
                 None, None)  # fmt: skip
+
+
+_call, _quick = remember(_plan, _fwd, _DemodCoefs)
 
 
 class _DemodCoefsBwd(torch.autograd.Function):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gankern.ops import _impl
+from gankern.ops._remember import Plan, remember
 
 if _impl.triton is not None:
     import triton
@@ -46,14 +47,15 @@ def minibatch_stddev(
     Saves x.
     Source: Karras et al. 2018, "Progressive Growing of GANs", section 3.
     """
+    return (_call if torch.compiler.is_compiling() else _quick)(x, group_size, num_channels, impl)
+
+
+def _plan(x: Tensor, group_size: int | None, num_channels: int, impl: str | None) -> Plan:
     group_size, num_channels = _check(x, group_size, num_channels)
     chosen = _impl.choose("minibatch_stddev", impl, x)
     if chosen == "reference":
-        return minibatch_stddev_reference(x, group_size, num_channels)
-    groups = _groups(x.shape[0], group_size)
-    if x.requires_grad and torch.is_grad_enabled():
-        return _MinibatchStddev.apply(x, groups, num_channels, chosen)
-    return _impl.op(chosen, "minibatch_stddev")(x, groups, num_channels)
+        return minibatch_stddev_reference, (x, group_size, num_channels)
+    return _fwd, (x, _groups(x.shape[0], group_size), num_channels, chosen)
 
 
 def _check(x: Tensor, group_size: int | None, num_channels: int) -> tuple[int | None, int]:
@@ -291,6 +293,12 @@ _impl.register_fake("minibatch_stddev_bwd", _fake_bwd)
 # --- Autograd, once for all implementations.
 
 
+def _fwd(x: Tensor, groups: int, num_channels: int, impl: str) -> Tensor:
+    if x.requires_grad and torch.is_grad_enabled():
+        return _MinibatchStddev.apply(x, groups, num_channels, impl)
+    return _impl.op(impl, "minibatch_stddev")(x, groups, num_channels)
+
+
 class _MinibatchStddev(torch.autograd.Function):
     """y from x."""
 
@@ -308,6 +316,9 @@ class _MinibatchStddev(torch.autograd.Function):
         else:
             dx = _impl.op(ctx.args[-1], "minibatch_stddev_bwd")(dy, x, *ctx.args[:-1])
         return dx, None, None, None
+
+
+_call, _quick = remember(_plan, _fwd, _MinibatchStddev)
 
 
 class _MinibatchStddevBwd(torch.autograd.Function):

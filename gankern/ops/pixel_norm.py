@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gankern.ops import _impl
+from gankern.ops._remember import Plan, remember
 
 if _impl.triton is not None:
     import triton
@@ -35,11 +36,15 @@ def pixel_norm(x: Tensor, dim: int = 1, eps: float = 1e-8, *, impl: str | None =
     PyTorch's. Saves x.
     Source: Karras et al. 2018, "Progressive Growing of GANs", section 4.2.
     """
+    return (_call if torch.compiler.is_compiling() else _quick)(x, dim, eps, impl)
+
+
+def _plan(x: Tensor, dim: int, eps: float, impl: str | None) -> Plan:
     dim, eps = _check(x, dim, eps)
     chosen = _impl.choose("pixel_norm", impl, x)
     if chosen == "reference":
-        return pixel_norm_reference(x, dim, eps)
-    return _fwd(x, dim, eps, chosen)
+        return pixel_norm_reference, (x, dim, eps)
+    return _fwd, (x, dim, eps, chosen)
 
 
 def _check(x: Tensor, dim: int, eps: float) -> tuple[int, float]:
@@ -204,6 +209,9 @@ class _PixelNorm(torch.autograd.Function):
     def backward(ctx: Any, dy):
         (x,) = ctx.saved_tensors
         return _bwd(dy, x, *ctx.args), None, None, None
+
+
+_call, _quick = remember(_plan, _fwd, _PixelNorm)
 
 
 class _PixelNormBwd(torch.autograd.Function):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gankern.ops import _impl
+from gankern.ops._remember import Plan, remember
 from gankern.ops.bias_act import ACTS, activation, bias_act, bias_act_reference
 from gankern.ops.bias_act import _bwd as bias_act_bwd
 from gankern.ops.convolution import weight_gradients
@@ -75,6 +76,15 @@ def synthesis_epilogue(
     bias_act.
     Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", figure 2.
     """
+    call = _checked if torch.compiler.is_compiling() else _quick
+    rest = (act, alpha, gain, clamp, impl)
+    return call(x, f, d, noise, noise_strength, b, padding, flip_filter, filter_gain, *rest)
+
+
+def _plan(
+    x, f, d, noise, noise_strength, b, padding, flip_filter, filter_gain, act, alpha, gain, clamp,
+    impl,
+) -> Plan:  # fmt: skip
     pads, shape = _check(x, f, padding, impl)
     if flip_filter is not True and flip_filter is not False:
         flip_filter = _impl.flag(OP, "flip_filter", flip_filter)
@@ -85,7 +95,7 @@ def synthesis_epilogue(
     rest = (noise, noise_strength, b)
     numbers = check_tail(OP, x, shape, *rest, act, alpha, gain, clamp)
     args = (*pads, flip_filter, float(filter_gain), act, *numbers)
-    return epilogue(x, f, d, *rest, args, impl)
+    return _plan_valid(x, f, d, *rest, args, impl)
 
 
 def epilogue(
@@ -99,17 +109,22 @@ def epilogue(
     impl: str | None,
 ) -> Tensor:
     """`synthesis_epilogue` of valid arguments; args: those of its reference behind the tensors."""
+    call = _valid if torch.compiler.is_compiling() else _quick_valid
+    return call(x, f, d, noise, noise_strength, b, args, impl)
+
+
+def _plan_valid(x: Tensor, f, d, noise, noise_strength, b, args: tuple[Any, ...], impl) -> Plan:
     pads = args[:4]
     if f is None and (any(pads) or args[5] != 1):
         f = torch.ones(1, 1, device=x.device)
     chosen = _impl.choose(OP, impl, x)
     if chosen == "reference":
-        return synthesis_epilogue_reference(x, f, d, noise, noise_strength, b, *args)
+        return synthesis_epilogue_reference, (x, f, d, noise, noise_strength, b, *args)
     noise_grad = noise is not None and noise.requires_grad and torch.is_grad_enabled()
     if noise_grad or (f is not None and not _fits(f, pads, chosen)):
-        return _composed(x, f, d, noise, noise_strength, b, *args, chosen)  # type: ignore[call-arg]
+        return _composed, (x, f, d, noise, noise_strength, b, *args, chosen)
     noise, strength = flat_noise(noise, noise_strength)
-    return _fwd(x, f, d, noise, strength, b, (*args, chosen))
+    return _fwd, (x, f, d, noise, strength, b, (*args, chosen))
 
 
 def flat_noise(
@@ -472,6 +487,10 @@ class _Epilogue(torch.autograd.Function):
         if needs_ds:
             ds = (ds if strength.numel() == ds.numel() else ds.sum().reshape(1)).to(strength.dtype)
         return (dx, None, dd, None, ds if needs_ds else None, db, None)
+
+
+_checked, _quick = remember(_plan, _fwd, _Epilogue)
+_valid, _quick_valid = remember(_plan_valid, _fwd, _Epilogue)
 
 
 def _bwd(*tensors_args):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gankern.ops import _impl
+from gankern.ops._remember import Plan, remember
 
 if _impl.triton is not None:
     import triton
@@ -69,14 +70,19 @@ def upfirdn2d(
 
 def _called(op: str, x, f, up, down, padding, flip_filter, gain, impl) -> Tensor:
     """`upfirdn2d`, under the name that was called, which errors tell."""
+    call = _call if torch.compiler.is_compiling() else _quick
+    return call(op, x, f, up, down, padding, flip_filter, gain, impl)
+
+
+def _plan(op: str, x, f, up, down, padding, flip_filter, gain, impl) -> Plan:
     f, args = _check(op, x, f, up, down, padding, flip_filter, gain)
     chosen = _impl.choose("upfirdn2d", impl, x, op)
     if chosen not in ("cpu", "reference") and max(f.shape) > MAX_TAPS:
         check_length(op, "f", f, impl)
         chosen = "reference"
     if chosen == "reference" or x.numel() == 0:
-        return upfirdn2d_reference(x, f, *args)
-    return _run(x, f, (*args, chosen))
+        return upfirdn2d_reference, (x, f, *args)
+    return _run, (x, f, (*args, chosen))
 
 
 def setup_filter(
@@ -499,10 +505,10 @@ def _run(x: Tensor, f: Tensor, args: tuple[Any, ...]) -> Tensor:
     """args: up, down, padding, flip_filter, gain, impl."""
     if (x.requires_grad or f.requires_grad) and torch.is_grad_enabled():
         return _Upfirdn2d.apply(x, f, args)
-    return _call(x, f, *args)
+    return _op(x, f, *args)
 
 
-def _call(x, f, up, down, padding, flip_filter, gain, impl) -> Tensor:
+def _op(x, f, up, down, padding, flip_filter, gain, impl) -> Tensor:
     return _impl.op(impl, "upfirdn2d")(x, f, *up, *down, *padding, flip_filter, gain)
 
 
@@ -514,7 +520,7 @@ class _Upfirdn2d(torch.autograd.Function):
         ctx.save_for_backward(x if f.requires_grad else None, f)
         ctx.shape = x.shape
         ctx.args = args
-        return _call(x, f, *args)
+        return _op(x, f, *args)
 
     @staticmethod
     def backward(ctx: Any, dy):
@@ -531,6 +537,9 @@ class _Upfirdn2d(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             df = _filter_gradient(x, f, dy, *ctx.args[:-1])
         return dx, df, None
+
+
+_call, _quick = remember(_plan, _run, _Upfirdn2d)
 
 
 def _filter_gradient(x, f, dy, up, down, padding, flip_filter, gain) -> Tensor:

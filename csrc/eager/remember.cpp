@@ -1,0 +1,560 @@
+// Remembered calls: what an op's Python checks and choices came to, by the arguments' types and
+// shapes, so that the next such call goes from Python to the dispatcher without them. The autograd
+// node is here too; its gradient is the op's Python one.
+//
+// An extension of one version of Python and of PyTorch, unlike the libraries of csrc/torch, and
+// optional: gankern/ops/_remember.py says what a call is remembered as and does without.
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/grad_mode.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <unordered_map>
+#include <vector>
+
+namespace {
+
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+using NodePtr = decltype(torch::autograd::Edge::function);
+
+constexpr size_t kMostCalls = 1024;  // of an op; then all are forgotten
+constexpr int64_t kFew = 1 << 12;
+
+[[noreturn]] void throw_raised() {
+  python_error error;
+  error.persist();
+  throw error;
+}
+
+// A reference that is dropped under the GIL, from whatever thread, and not after Python's end.
+class Held {
+ public:
+  explicit Held(PyObject* object) : object_(object) { Py_INCREF(object_); }
+  Held(const Held&) = delete;
+  Held& operator=(const Held&) = delete;
+  ~Held() {
+    if (!Py_IsInitialized()) return;
+    const py::gil_scoped_acquire gil;
+    Py_DECREF(object_);
+  }
+  PyObject* get() const { return object_; }
+
+ private:
+  PyObject* object_;
+};
+
+// What a call may depend on, as bytes.
+class Key {
+ public:
+  template <typename T>
+  void put(char tag, const T* values, size_t count) {
+    const size_t bytes = count * sizeof(T);
+    if (size_ + 1 + bytes > sizeof data_) {
+      whole_ = false;
+    } else {
+      data_[size_++] = tag;
+      if (bytes) memcpy(data_ + size_, values, bytes);
+      size_ += bytes;
+    }
+  }
+  void put(char tag, int64_t value) { put(tag, &value, 1); }
+  void put(char tag) { put(tag, "", 0); }
+  bool whole() const { return whole_; }
+  operator std::string_view() const { return {data_, size_}; }
+
+ private:
+  char data_[1024];
+  size_t size_ = 0;
+  bool whole_ = true;
+};
+
+struct Hash {
+  using is_transparent = void;
+  size_t operator()(std::string_view s) const { return std::hash<std::string_view>()(s); }
+};
+
+// What is known of calls: that there was one, that there is no recipe, or the recipe.
+template <typename R>
+struct Known {
+  bool asked = false;
+  std::shared_ptr<const R> recipe;
+};
+template <typename R>
+using Table = std::unordered_map<std::string, Known<R>, Hash, std::equal_to<>>;
+
+// An operator of the dispatcher and its arguments: a constant, or a tensor by its place among those
+// of the call.
+struct Call {
+  struct Argument {
+    int place;  // -1: the constant
+    c10::IValue constant;
+  };
+  explicit Call(c10::OperatorHandle op) : op(std::move(op)) {}
+  c10::OperatorHandle op;
+  std::vector<Argument> arguments;
+
+  template <typename Tensors>  // of a place
+  torch::jit::Stack run(const Tensors& tensors) const {
+    torch::jit::Stack stack;
+    stack.reserve(arguments.size());
+    for (const auto& argument : arguments)
+      if (argument.place >= 0)
+        stack.emplace_back(tensors(argument.place));
+      else
+        stack.push_back(argument.constant);
+    op.callBoxed(stack);
+    return stack;
+  }
+};
+
+// The first gradient of an op, of its node's tensors and then dy.
+struct Gradient {
+  Call call;
+  std::vector<int> outputs;  // of the operator, for each place of the Python gradient; -1: none
+};
+
+// What an op's call is, and how to differentiate it.
+struct Recipe {
+  struct Saved {
+    enum { kInput, kOutput, kNothing } from;
+    int place;  // in the op's arguments, in the operator's outputs
+  };
+  struct Edge {
+    int input;  // its place in the op's arguments
+    int place;  // in what the Python gradient returns
+  };
+
+  explicit Recipe(Call call) : call(std::move(call)) {}
+  Call call;
+  std::vector<Saved> saved;
+  std::vector<Edge> edges;
+  std::string name;                // of the node
+  std::unique_ptr<Held> backward;  // (saved, needs, dy) -> gradients, `places` of them
+  std::unique_ptr<Held> learn;     // (saved, needs, dy) -> what a Gradient is made of, or None
+  int places = 0;
+  bool materialize = true;
+
+  mutable std::mutex mutex;  // of gradients: a device's backward has a thread
+  mutable Table<Gradient> gradients;
+};
+
+// What else calls depend on: set_state() of Python's.
+std::atomic<int64_t> state{0};
+
+bool plain_state();
+bool describe(Key& key, const at::Tensor& t, bool grad_mode);
+std::shared_ptr<const Gradient> read_gradient(PyObject* told);
+
+struct Backward final : Node {
+  Backward(std::shared_ptr<const Recipe> recipe, torch::autograd::edge_list&& edges)
+      : Node(std::move(edges)), recipe(std::move(recipe)) {}
+
+  std::string name() const override { return recipe->name; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& variable : saved) variable.reset_data();
+  }
+
+  // Those saved, undefined where that was None, and dy.
+  variable_list unpack(const at::Tensor& dy) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    variable_list tensors;
+    tensors.reserve(recipe->saved.size() + 1);
+    size_t kept = 0;
+    for (const auto& value : recipe->saved)
+      if (value.from == Recipe::Saved::kNothing)
+        tensors.emplace_back();
+      else
+        tensors.push_back(saved[kept++].unpack(getptr()));
+    tensors.push_back(dy);
+    return tensors;
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    at::Tensor dy = grads[0];
+    if (!dy.defined() && recipe->materialize) dy = input_metadata(0).zeros_like();
+    const variable_list tensors = unpack(dy);
+    Key key;
+    key.put('W', state);
+    for (size_t i = 0; i < recipe->edges.size(); i++)
+      key.put(task_should_compute_output(i) ? '1' : '0');
+    bool learns = false;
+    if (dy.defined() && !torch::autograd::GradMode::is_enabled() && plain_state() &&
+        describe(key, dy, false)) {
+      const auto known = look_up(key);
+      if (known.recipe) return run(*known.recipe, tensors);
+      learns = !known.asked;
+    }
+    return call_python(tensors, learns ? &key : nullptr);
+  }
+
+  // The second time that a gradient is looked for, `asked` is false and the caller shall learn it.
+  Known<Gradient> look_up(const Key& key) const {
+    const std::lock_guard<std::mutex> lock(recipe->mutex);
+    const auto found = recipe->gradients.find(std::string_view(key));
+    if (found != recipe->gradients.end()) {
+      const auto known = found->second;
+      found->second.asked = true;
+      return known;
+    }
+    if (recipe->gradients.size() >= kMostCalls) recipe->gradients.clear();
+    recipe->gradients.emplace(std::string_view(key), Known<Gradient>());
+    return {true, nullptr};
+  }
+
+  variable_list run(const Gradient& gradient, const variable_list& tensors) const {
+    const auto stack = gradient.call.run([&](int place) { return tensors[place]; });
+    variable_list out(recipe->edges.size());
+    for (size_t i = 0; i < out.size(); i++) {
+      const int output = gradient.outputs.at(recipe->edges[i].place);
+      if (output >= 0) out[i] = stack[output].toTensor();
+    }
+    return out;
+  }
+
+  variable_list call_python(const variable_list& tensors, const Key* key) {
+    const py::gil_scoped_acquire gil;
+    const auto wrap = [](const at::Tensor& t) {
+      PyObject* object = t.defined() ? THPVariable_Wrap(t) : Py_NewRef(Py_None);
+      if (!object) throw_raised();
+      return object;
+    };
+    const auto kept = static_cast<Py_ssize_t>(recipe->saved.size());
+    THPObjectPtr saved_tensors(PyTuple_New(kept)), needs(PyTuple_New(recipe->places));
+    if (!saved_tensors || !needs) throw_raised();
+    for (Py_ssize_t i = 0; i < kept; i++)
+      PyTuple_SET_ITEM(saved_tensors.get(), i, wrap(tensors[i]));
+    for (int i = 0; i < recipe->places; i++) PyTuple_SET_ITEM(needs.get(), i, Py_NewRef(Py_False));
+    for (size_t i = 0; i < recipe->edges.size(); i++)
+      if (task_should_compute_output(i))
+        PyTuple_SetItem(needs.get(), recipe->edges[i].place, Py_NewRef(Py_True));
+    THPObjectPtr dy(wrap(tensors.back()));
+    const auto call = [&](const std::unique_ptr<Held>& function) {
+      PyObject* found = PyObject_CallFunctionObjArgs(function->get(), saved_tensors.get(),
+                                                     needs.get(), dy.get(), nullptr);
+      if (!found) throw_raised();
+      return found;
+    };
+    if (key) {
+      THPObjectPtr told(call(recipe->learn));
+      if (told.get() != Py_None) {
+        const auto gradient = read_gradient(told.get());
+        const std::lock_guard<std::mutex> lock(recipe->mutex);
+        recipe->gradients[std::string(std::string_view(*key))] = {true, gradient};
+      }
+    }
+    THPObjectPtr found(call(recipe->backward));
+    TORCH_CHECK(PyTuple_Check(found.get()) && PyTuple_GET_SIZE(found.get()) == recipe->places,
+                name(), ": the gradient must be a tuple of ", recipe->places);
+    variable_list out(recipe->edges.size());
+    for (size_t i = 0; i < out.size(); i++) {
+      PyObject* t = PyTuple_GET_ITEM(found.get(), recipe->edges[i].place);
+      if (THPVariable_Check(t)) out[i] = THPVariable_Unpack(t);
+    }
+    return out;
+  }
+
+  std::shared_ptr<const Recipe> recipe;
+  std::vector<SavedVariable> saved;
+};
+
+template <typename Ptr>  // the node lives by a std::shared_ptr in older PyTorch
+Ptr make_node(std::shared_ptr<const Recipe> recipe, torch::autograd::edge_list&& edges,
+              Backward** node) {
+  if constexpr (std::is_same_v<Ptr, std::shared_ptr<Node>>) {
+    *node = new Backward(std::move(recipe), std::move(edges));
+    return Ptr(*node, [](auto* n) { deleteNode(n); });
+  } else {
+    auto made = c10::make_intrusive<Backward>(std::move(recipe), std::move(edges));
+    *node = made.get();
+    return made;
+  }
+}
+
+// Whether nothing but autograd and autocast stands between a call and the kernel.
+bool plain_state() {
+  const auto local = c10::impl::tls_local_dispatch_key_set();
+  return (local.included_ - c10::default_included_set).empty() &&
+         !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+         !at::impl::torch_function_mode_enabled() &&
+         !torch::autograd::ForwardADLevel::try_get_by_idx(0);
+}
+
+// The keys of a dense tensor of a CPU or a GPU, neither a view of functorch's nor a subclass.
+uint64_t plain_keys() {
+  using c10::DispatchKey;
+  return c10::DispatchKeySet({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU,
+                              DispatchKey::AutogradCUDA, DispatchKey::ADInplaceOrView,
+                              DispatchKey::AutocastCPU, DispatchKey::AutocastCUDA})
+      .raw_repr();
+}
+
+// Adds to key all of an argument that a call may depend on; false if that is not known.
+bool describe(Key& key, const at::Tensor& t, bool grad_mode) {
+  static const uint64_t plain = plain_keys();
+  if (t.key_set().raw_repr() & ~plain) return false;
+  const auto device = t.device();
+  const int64_t about[] = {
+      t.dim(),
+      static_cast<int64_t>(t.scalar_type()),
+      int64_t(device.index()) << 2 | int64_t(device.is_cuda()) << 1 |
+          int64_t(grad_mode && t.requires_grad()),
+  };
+  key.put('T', about, 3);
+  key.put('s', t.sizes().data(), t.dim());
+  key.put('s', t.strides().data(), t.dim());
+  return key.whole();
+}
+
+bool describe(Key& key, PyObject* a, bool grad_mode) {
+  if (THPVariable_CheckExact(a)) return describe(key, THPVariable_Unpack(a), grad_mode);
+  if (a == Py_None) {
+    key.put('N');
+  } else if (PyBool_Check(a)) {
+    key.put(a == Py_True ? '1' : '0');
+  } else if (PyLong_CheckExact(a)) {
+    int overflow = 0;
+    key.put('I', PyLong_AsLongLongAndOverflow(a, &overflow));
+    if (overflow) return false;
+  } else if (PyFloat_CheckExact(a)) {
+    const double value = PyFloat_AS_DOUBLE(a);
+    key.put('F', &value, 1);
+  } else if (PyUnicode_CheckExact(a)) {
+    Py_ssize_t size = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(a, &size);
+    if (!text) PyErr_Clear();
+    if (!text) return false;
+    key.put('S', size);
+    key.put('c', text, size);
+  } else if (PyTuple_CheckExact(a) || PyList_CheckExact(a)) {
+    const Py_ssize_t size = PySequence_Fast_GET_SIZE(a);
+    key.put(PyTuple_CheckExact(a) ? 'U' : 'L', size);
+    for (Py_ssize_t i = 0; i < size && key.whole(); i++)
+      if (THPVariable_Check(PySequence_Fast_GET_ITEM(a, i)) ||
+          !describe(key, PySequence_Fast_GET_ITEM(a, i), grad_mode))
+        return false;
+  } else {
+    return false;
+  }
+  return key.whole();
+}
+
+c10::IValue constant(PyObject* value, const c10::Argument& argument) {
+  if (value == Py_None) return c10::IValue();
+  if (PyBool_Check(value)) return c10::IValue(value == Py_True);
+  if (argument.type()->kind() == c10::TypeKind::FloatType) return py::cast<double>(value);
+  TORCH_CHECK_TYPE(PyLong_Check(value), argument.name(), " must be None, a bool, int or float");
+  return py::cast<int64_t>(value);
+}
+
+// From what `_learn` and `_learn_gradient` of gankern/ops/_remember.py return.
+Call read_call(py::handle name, py::handle arguments) {
+  const auto [op, overload] = name.cast<std::pair<std::string, std::string>>();
+  Call call(c10::Dispatcher::singleton().findSchemaOrThrow(op.c_str(), overload.c_str()));
+  const auto& wanted = call.op.schema().arguments();
+  for (const py::handle item : arguments.cast<py::tuple>()) {
+    const auto [place, value] = item.cast<std::pair<int, py::object>>();
+    const auto& argument = wanted.at(call.arguments.size());
+    call.arguments.push_back({place, place < 0 ? constant(value.ptr(), argument) : c10::IValue()});
+  }
+  for (size_t i = call.arguments.size(); i < wanted.size(); i++) {
+    TORCH_CHECK(wanted[i].default_value(), op, " must get ", wanted[i].name());
+    call.arguments.push_back({-1, *wanted[i].default_value()});
+  }
+  return call;
+}
+
+std::shared_ptr<const Recipe> read_recipe(PyObject* object) {
+  const auto told = py::reinterpret_borrow<py::tuple>(object);
+  auto recipe = std::make_shared<Recipe>(read_call(told[0], told[1]));
+  for (const py::handle item : told[2].cast<py::tuple>()) {
+    const auto [input, output] = item.cast<std::pair<int, int>>();
+    if (input >= 0)
+      recipe->saved.push_back({Recipe::Saved::kInput, input});
+    else if (output >= 0)
+      recipe->saved.push_back({Recipe::Saved::kOutput, output});
+    else
+      recipe->saved.push_back({Recipe::Saved::kNothing, 0});
+  }
+  for (const py::handle item : told[3].cast<py::tuple>()) {
+    const auto [input, place] = item.cast<std::pair<int, int>>();
+    recipe->edges.push_back({input, place});
+  }
+  recipe->places = told[4].cast<int>();
+  recipe->name = told[5].cast<std::string>();
+  recipe->materialize = told[6].cast<bool>();
+  recipe->backward = std::make_unique<Held>(told[7].cast<py::object>().ptr());
+  recipe->learn = std::make_unique<Held>(told[8].cast<py::object>().ptr());
+  return recipe;
+}
+
+std::shared_ptr<const Gradient> read_gradient(PyObject* object) {
+  const auto told = py::reinterpret_borrow<py::tuple>(object);
+  return std::make_shared<Gradient>(
+      Gradient{read_call(told[0], told[1]), told[2].cast<std::vector<int>>()});
+}
+
+PyObject* run(const std::shared_ptr<const Recipe>& recipe, PyObject* const* args, bool grad_mode) {
+  const auto tensor = [&](int place) -> const at::Tensor& {
+    return THPVariable_Unpack(args[place]);
+  };
+  bool records = false;
+  if (grad_mode)
+    for (const auto& edge : recipe->edges) records = records || tensor(edge.input).requires_grad();
+  torch::jit::Stack stack;
+  {
+    const torch::autograd::AutoGradMode no_grad(false);
+    const auto& x = tensor(recipe->edges[0].input);
+    std::optional<py::gil_scoped_release> no_gil;  // which takes longer than a few elements
+    if (!x.is_cpu() || x.numel() > kFew) no_gil.emplace();
+    stack = recipe->call.run(tensor);
+  }
+  const at::Tensor y = stack[0].toTensor();
+  if (records) {
+    torch::autograd::edge_list edges;
+    edges.reserve(recipe->edges.size());
+    for (const auto& edge : recipe->edges)
+      edges.push_back(torch::autograd::impl::gradient_edge(tensor(edge.input)));
+    Backward* node = nullptr;
+    const auto made = make_node<NodePtr>(recipe, std::move(edges), &node);
+    torch::autograd::set_history(y, made);
+    node->saved.reserve(recipe->saved.size());
+    for (const auto& value : recipe->saved)
+      if (value.from == Recipe::Saved::kInput)
+        node->saved.emplace_back(tensor(value.place), false);
+      else if (value.from == Recipe::Saved::kOutput)
+        node->saved.emplace_back(stack[value.place].toTensor(), value.place == 0);
+  }
+  return THPVariable_Wrap(y);
+}
+
+// A callable: an op's Python function, with the calls of it that are remembered.
+struct Remembered {
+  PyObject_HEAD vectorcallfunc vectorcall;
+  PyObject* function;  // the op, checks and all
+  PyObject* learn;     // (*args) -> a recipe, or None where there is none
+  int64_t hits;
+  Table<Recipe>* calls;
+};
+
+PyObject* call(PyObject* callable, PyObject* const* args, size_t nargsf, PyObject* names) {
+  HANDLE_TH_ERRORS
+  auto* self = reinterpret_cast<Remembered*>(callable);
+  const Py_ssize_t n = PyVectorcall_NARGS(nargsf);
+  const bool grad_mode = torch::autograd::GradMode::is_enabled();
+  Key key;
+  key.put('W', state);
+  bool described = !names && plain_state();
+  for (Py_ssize_t i = 0; described && i < n; i++) described = describe(key, args[i], grad_mode);
+  if (!described) return PyObject_Vectorcall(self->function, args, nargsf, names);
+  const auto found = self->calls->find(std::string_view(key));
+  if (found == self->calls->end()) {
+    if (self->calls->size() >= kMostCalls) self->calls->clear();
+    self->calls->emplace(std::string_view(key), Known<Recipe>());
+  } else if (found->second.recipe) {
+    self->hits++;
+    const auto recipe = found->second.recipe;  // whatever becomes of the table meanwhile
+    return run(recipe, args, grad_mode);
+  } else if (!found->second.asked) {  // the second such call: more will come
+    found->second.asked = true;
+    THPObjectPtr told(PyObject_Vectorcall(self->learn, args, nargsf, nullptr));
+    if (!told) return nullptr;
+    if (told.get() != Py_None) {
+      const auto recipe = read_recipe(told.get());
+      (*self->calls)[std::string(std::string_view(key))] = {true, recipe};
+      return run(recipe, args, grad_mode);
+    }
+  }
+  return PyObject_Vectorcall(self->function, args, nargsf, names);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
+  PyObject *function = nullptr, *learn = nullptr;
+  if (!PyArg_ParseTuple(args, "OO", &function, &learn)) return nullptr;
+  auto* self = reinterpret_cast<Remembered*>(type->tp_alloc(type, 0));
+  if (!self) return nullptr;
+  self->vectorcall = call;
+  self->function = Py_NewRef(function);
+  self->learn = Py_NewRef(learn);
+  self->calls = new Table<Recipe>();
+  return reinterpret_cast<PyObject*>(self);
+}
+
+void free_remembered(PyObject* object) {
+  auto* self = reinterpret_cast<Remembered*>(object);
+  delete self->calls;
+  Py_CLEAR(self->function);
+  Py_CLEAR(self->learn);
+  Py_TYPE(object)->tp_free(object);
+}
+
+PyObject* hits(PyObject* self, void*) {
+  return PyLong_FromLongLong(reinterpret_cast<Remembered*>(self)->hits);
+}
+
+PyGetSetDef properties[] = {
+    {"hits", hits, nullptr, "calls that went without the function", nullptr},
+    {nullptr, nullptr, nullptr, nullptr, nullptr},
+};
+
+PyTypeObject remembered_type{};
+
+PyObject* set_state(PyObject*, PyObject* value) {
+  const long long asked = PyLong_AsLongLong(value);
+  if (asked == -1 && PyErr_Occurred()) return nullptr;
+  state = asked;
+  Py_RETURN_NONE;
+}
+
+PyMethodDef functions[] = {
+    {"set_state", set_state, METH_O, "set_state(int): what else calls depend on, 0 at first"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module_def = {
+    PyModuleDef_HEAD_INIT, "_eager", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__eager() {
+  PyTypeObject& type = remembered_type;
+  Py_SET_REFCNT(&type, 1);
+  type.tp_name = "gankern._eager.Remembered";
+  type.tp_basicsize = sizeof(Remembered);
+  type.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL;
+  type.tp_vectorcall_offset = offsetof(Remembered, vectorcall);
+  type.tp_call = PyVectorcall_Call;
+  type.tp_new = make;
+  type.tp_dealloc = free_remembered;
+  type.tp_getset = properties;
+  type.tp_doc = "Remembered(function, learn): function, by what its calls came to before";
+  if (PyType_Ready(&type) < 0) return nullptr;
+  PyObject* module = PyModule_Create(&module_def);
+  if (!module) return nullptr;
+  Py_INCREF(&type);
+  if (PyModule_AddObject(module, "Remembered", reinterpret_cast<PyObject*>(&type)) < 0)
+    return nullptr;
+  return module;
+}

@@ -1,0 +1,209 @@
+"""Calls of ops, remembered: a call like an earlier one goes from Python straight to its operator.
+
+What an op's checks and choices come to depends on its arguments' types, dtypes, devices, shapes and
+strides, on which of them take a gradient, and on its numbers. `gankern._eager` (csrc/eager) keeps
+it by these, asks `learn` at the second call of a kind, and runs later ones itself, autograd's node
+included, in less time than the checks take. It is an extension of one version of Python and of
+PyTorch; without it, and wherever a mode, a transform, a subclass or a compiler looks on, an op is
+its Python function.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gankern.ops import _impl
+
+Plan = tuple[Callable, tuple[Any, ...]]
+
+
+def why_not() -> str:
+    """Why calls are not remembered here, with the cure; empty if they are."""
+    return _WHY_NOT
+
+
+def _load() -> tuple[Any, str]:
+    """The extension, or None and why it is not used."""
+    if os.environ.get("GANKERN_REMEMBER", "1") == "0":
+        return None, "GANKERN_REMEMBER=0"
+    try:
+        about = json.loads((_impl.PACKAGE / "_build.json").read_text())
+        built = about.get("eager", {"built": False})
+    except (OSError, ValueError):
+        return None, "gankern was not built here"
+    if not built["built"]:
+        return None, built.get("reason", "it was not built")
+    if about["torch"] != torch.__version__:  # before it is loaded: it knows PyTorch's insides
+        return None, f"it was built for torch {about['torch']}: build gankern again"
+    try:
+        return importlib.import_module("gankern._eager"), ""
+    except ImportError as error:
+        return None, f"it does not load ({error}): build gankern again"
+
+
+_eager, _WHY_NOT = _load()
+
+
+def set_state(state: int) -> None:
+    """Tell what calls depend on beside their arguments, a number; 0 until then."""
+    if _eager is not None:
+        _eager.set_state(state)
+
+
+def remember(
+    plan: Callable[..., Plan], run: Callable[..., Tensor], function: Any
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """An op twice: its Python function, for compilers, and the one that remembers calls.
+
+    `plan`, of the op's arguments, is (callable, arguments): the op is that call. Where it is `run`,
+    it does `function.apply` if autograd records and else the same without, and the arguments are
+    those of `function.forward`, the tensors among them the op's own.
+    """
+
+    def call(*args: Any) -> Tensor:
+        planned, its_args = plan(*args)
+        return planned(*its_args)
+
+    if _eager is None:
+        return call, call
+    return call, _eager.Remembered(call, functools.partial(_learn, plan, run, function))
+
+
+class _NotOneCallError(Exception):
+    pass
+
+
+class _Capture(TorchDispatchMode):
+    """The one call of an operator of ours that is made under it, in place of which it has the
+    shapes of what that would return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.call: tuple[Any, tuple[Any, ...], Any] | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func._schema.name.split("::")[1]
+        if self.call is not None or kwargs or name not in _impl._fakes:
+            raise _NotOneCallError
+        found = _impl._fakes[name](*(_on_meta(a) if isinstance(a, Tensor) else a for a in args))
+        self.call = func, args, found
+        return found
+
+
+def _on_meta(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+class _Context:
+    """What a Function's forward leaves to its backward."""
+
+    def __init__(self) -> None:
+        self.saved: tuple[Any, ...] = ()
+        self.materialize = True
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        self.materialize = value
+
+
+class _Kept:
+    """The context that a Function's backward sees."""
+
+    def __init__(self, known: dict[str, Any], saved: Any, needs: Any) -> None:
+        self.__dict__.update(known)
+        self.saved_tensors = saved
+        self.needs_input_grad = needs
+
+
+def _call_of(function: Callable[..., Any], *args: Any) -> tuple[Any, Any, tuple[Any, ...]] | None:
+    """What function(*args) returns, the one operator it calls and that one's arguments, and the
+    operator's outputs, all by their shapes alone; None if it is not one."""
+    try:
+        with torch.no_grad(), _Capture() as capture:
+            result = function(*args)
+    except _NotOneCallError:
+        return None
+    if capture.call is None:
+        return None
+    op, op_args, outputs = capture.call
+    return result, (op, op_args), outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _places(tensors: Any) -> dict[int, int]:
+    """Where each tensor is; empty where one is in two places: next time it could be two."""
+    places = {id(t): i for i, t in enumerate(tensors) if isinstance(t, Tensor)}
+    return places if len(places) == sum(isinstance(t, Tensor) for t in tensors) else {}
+
+
+def _recipe(call: Any, places: dict[int, int]) -> tuple[Any, Any] | None:
+    """(The operator's name, (place of a tensor or -1, else the value) for each argument)."""
+    op, args = call
+    if any(isinstance(a, Tensor) and id(a) not in places for a in args):
+        return None  # made of others
+    stack = tuple((places[id(a)], None) if isinstance(a, Tensor) else (-1, a) for a in args)
+    return (op._schema.name, op._schema.overload_name), stack
+
+
+def _learn(
+    plan: Callable[..., Plan], run: Callable[..., Tensor], function: Any, *args: Any
+) -> tuple[Any, ...] | None:
+    """The recipe of csrc/eager for a call, None where it is more than one operator."""
+    planned, its_args = plan(*args)
+    places, context = _places(args), _Context()
+    if planned is not run or not places:
+        return None
+    found = _call_of(function.forward, context, *its_args)
+    recipe = found and _recipe(found[1], places)
+    if not found or not recipe:
+        return None
+    y, _, outputs = found
+    made = {id(t): i for i, t in enumerate(outputs)}
+    edges = [(t, i) for i, t in enumerate(its_args) if isinstance(t, Tensor)]
+    known = [t for t in context.saved if t is not None] + [t for t, _ in edges]
+    if y is not outputs[0] or any(id(t) not in places and id(t) not in made for t in known):
+        return None
+    saved = tuple((places.get(id(t), -1), made.get(id(t), -1)) for t in context.saved)
+    left = {k: v for k, v in vars(context).items() if k not in ("saved", "materialize")}
+    return (
+        *recipe,
+        saved,
+        tuple((places[id(t)], i) for t, i in edges),
+        len(its_args),
+        function.__name__.lstrip("_") + "Backward",
+        context.materialize,
+        functools.partial(_backward, function, left),
+        functools.partial(_learn_gradient, function, left),
+    )
+
+
+def _backward(function: Any, left: dict[str, Any], saved: Any, needs: Any, dy: Any) -> Any:
+    return function.backward(_Kept(left, saved, needs), dy)
+
+
+def _learn_gradient(
+    function: Any, left: dict[str, Any], saved: Any, needs: Any, dy: Any
+) -> tuple[Any, ...] | None:
+    """The recipe of a backward that is one operator, of the tensors saved and then dy."""
+    places = _places((*saved, dy))
+    found = _call_of(_backward, function, left, saved, needs, dy)
+    recipe = found and _recipe(found[1], places)
+    if not found or not recipe:
+        return None
+    grads, _, outputs = found
+    made = {id(t): i for i, t in enumerate(outputs)}
+    if any(g is not None and id(g) not in made for g in grads):
+        return None
+    return *recipe, [made.get(id(g), -1) for g in grads]

@@ -171,10 +171,10 @@ def test_opcheck(impl, device):
         pytest.skip("the reference is not a registered op")
     for layout in ("contiguous", "channels_last", "sliced"):
         x, scale, shift = inputs((2, 3, 4, 4), device, layout=layout)
-        _, mean, rstd = _impl.op(impl, "adain")(x, scale, shift, 1e-5)
+        _, statistics = _impl.op(impl, "adain")(x, scale, shift, 1e-5)
         checks = harness.opchecks(impl, device)
         torch.library.opcheck(_impl.op(impl, "adain"), (x, scale, shift, 1e-5), test_utils=checks)
-        args = (x, x, scale, mean, rstd)
+        args = (x, x, scale, statistics)
         torch.library.opcheck(_impl.op(impl, "adain_bwd"), args, test_utils=checks)
 
 

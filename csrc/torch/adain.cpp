@@ -42,8 +42,15 @@ ScalarType statistic_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Tensor& scale_in,
-                                           const Tensor& shift_in, double eps) {
+// Where rstd is in the statistics (2, N, C), behind the means at `first`.
+template <typename P>
+P* second_plane(const Tensor& statistics, P* first) {
+  using Bytes = std::conditional_t<std::is_const_v<P>, const char, char>;
+  return static_cast<Bytes*>(first) + statistics.numel() / 2 * statistics.element_size();
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Tensor& scale_in,
+                                   const Tensor& shift_in, double eps) {
   STD_TORCH_CHECK(x_in.dim() >= 3, kOp, ": x must be (N, C, *), got ", x_in.dim(), " dimensions");
   const int code = dtype_code(kOp, "x", x_in);
   check_style("scale", scale_in, x_in);
@@ -59,37 +66,34 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Tensor& sca
   const Shape s = shape_of(x);
   const Launch launch(x);
   const int64_t bytes = kernels::adain_workspace(code, s.outer, s.length, s.inner);
-  auto [mean, workspace] =
-      empty_with_workspace(x, {x.size(0), x.size(1)}, statistic_type(x), bytes);
-  Tensor rstd = fresh_like(mean);
-  if (x.numel() == 0) {
-    torch::stable::zero_(mean);
-    torch::stable::zero_(rstd);
-  }
+  auto [statistics, workspace] =
+      empty_with_workspace(x, {2, x.size(0), x.size(1)}, statistic_type(x), bytes);
+  if (x.numel() == 0) torch::stable::zero_(statistics);
+  void* mean = statistics.mutable_data_ptr();
   launch.check(kOp, kernels::adain(code, style, x.const_data_ptr(), scale.const_data_ptr(),
                                    shift.const_data_ptr(), y.mutable_data_ptr(),
-                                   mean.mutable_data_ptr(), rstd.mutable_data_ptr(), workspace,
-                                   s.outer, s.length, s.inner, eps, launch.stream));
-  return {y, mean, rstd};
+                                   mean, second_plane(statistics, mean), workspace, s.outer,
+                                   s.length, s.inner, eps, launch.stream));
+  return {y, statistics};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& x_in,
-                                            const Tensor& scale_in, const Tensor& mean_in,
-                                            const Tensor& rstd_in) {
+                                            const Tensor& scale_in,
+                                            const Tensor& statistics_in) {
   const int code = dtype_code(kOp, "x", x_in);
   STD_TORCH_CHECK(same_sizes(dy_in, x_in) && dy_in.scalar_type() == x_in.scalar_type(), kOp,
                   ": dy must have x's shape and dtype");
   check_style("scale", scale_in, x_in);
-  check_style("mean", mean_in, x_in);
-  check_style("rstd", rstd_in, x_in);
-  STD_TORCH_CHECK(mean_in.scalar_type() == statistic_type(x_in) &&
-                      rstd_in.scalar_type() == statistic_type(x_in),
-                  kOp, ": mean and rstd must be ", dtype_name(statistic_type(x_in)));
+  STD_TORCH_CHECK(statistics_in.dim() == 3 && statistics_in.size(0) == 2 &&
+                      statistics_in.size(1) == x_in.size(0) &&
+                      statistics_in.size(2) == x_in.size(1) &&
+                      statistics_in.scalar_type() == statistic_type(x_in),
+                  kOp, ": statistics must be (2, N, C) of ", dtype_name(statistic_type(x_in)));
   const int style = param_code(kOp, "scale", scale_in, code);
   const Tensor x = planes(x_in), dy = laid_out_like(dy_in, x);
   const Tensor scale = row_major(scale_in);
-  const Tensor mean = row_major(mean_in);
-  const Tensor rstd = row_major(rstd_in);
+  const Tensor statistics = row_major(statistics_in);
+  const void* mean = statistics.const_data_ptr();
   Tensor dx = fresh_like(x);
   const Shape s = shape_of(x);
   const Launch launch(x);
@@ -102,8 +106,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& x
     torch::stable::zero_(dshift);
   }
   launch.check(kOp, kernels::adain_bwd(code, style, dy.const_data_ptr(), x.const_data_ptr(),
-                                       scale.const_data_ptr(), mean.const_data_ptr(),
-                                       rstd.const_data_ptr(), dx.mutable_data_ptr(),
+                                       scale.const_data_ptr(), mean,
+                                       second_plane(statistics, mean), dx.mutable_data_ptr(),
                                        dscale.mutable_data_ptr(), dshift.mutable_data_ptr(),
                                        workspace, s.outer, s.length, s.inner, launch.stream));
   return {dx, dscale, dshift};
@@ -112,9 +116,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& x
 }  // namespace
 
 GANKERN_SCHEMAS(m) {
-  m.def("adain(Tensor x, Tensor scale, Tensor shift, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def("adain(Tensor x, Tensor scale, Tensor shift, float eps) -> (Tensor, Tensor)");
   m.def(
-      "adain_bwd(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd) -> (Tensor, Tensor, "
+      "adain_bwd(Tensor dy, Tensor x, Tensor scale, Tensor statistics) -> (Tensor, Tensor, "
       "Tensor)");
 }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from gankern.ops import _impl
 from gankern.ops._remember import Plan, remember
@@ -43,7 +44,7 @@ def adain(
     of PyTorch's. Saves x, scale and [N, C] statistics.
     Source: Karras et al. 2019, "A Style-Based Generator Architecture", equation 1.
     """
-    return (_call if torch.compiler.is_compiling() else _quick)(x, scale, shift, eps, impl)
+    return (_call if is_compiling() else _quick)(x, scale, shift, eps, impl)
 
 
 def _plan(x: Tensor, scale: Tensor, shift: Tensor, eps: float, impl: str | None) -> Plan:
@@ -212,22 +213,21 @@ if _impl.triton is not None:
     @_impl.triton_op("adain")
     def _triton_fwd(
         x: Tensor, scale: Tensor, shift: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         x = x.contiguous(memory_format=_impl.memory_format(x))
         y = torch.empty_like(x)
-        mean = torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device)
-        rstd = torch.zeros_like(mean)
+        statistics = torch.zeros((2, *x.shape[:2]), dtype=torch.float32, device=x.device)
         if x.numel():
             grid, sizes, blocks = _blocks(x)
             torch.library.wrap_triton(adain_fwd_kernel)[grid](
-                x, scale.contiguous(), shift.contiguous(), y, mean, rstd, mean.numel(), *sizes,
+                x, scale.contiguous(), shift.contiguous(), y, *statistics, scale.numel(), *sizes,
                 eps, **blocks,
             )  # fmt: skip
-        return y, mean, rstd
+        return y, statistics
 
     @_impl.triton_op("adain_bwd")
     def _triton_bwd(
-        dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+        dy: Tensor, x: Tensor, scale: Tensor, statistics: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         layout = _impl.memory_format(x)
         x, dy = x.contiguous(memory_format=layout), dy.contiguous(memory_format=layout)
@@ -236,7 +236,7 @@ if _impl.triton is not None:
         if x.numel():
             grid, sizes, blocks = _blocks(x)
             torch.library.wrap_triton(adain_bwd_kernel)[grid](
-                dy, x, scale, mean, rstd, dx, dscale, dshift, mean.numel(), *sizes, **blocks
+                dy, x, scale, *statistics, dx, dscale, dshift, scale.numel(), *sizes, **blocks
             )
         return dx, dscale, dshift
 
@@ -245,12 +245,12 @@ if _impl.triton is not None:
 
 
 def _fake_fwd(x, scale, shift, eps):
-    statistic = x.new_empty(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
+    dtype = torch.promote_types(x.dtype, torch.float32)
     y = torch.empty_like(x, memory_format=_impl.memory_format(x))
-    return y, statistic, torch.empty_like(statistic)
+    return y, x.new_empty((2, *x.shape[:2]), dtype=dtype)
 
 
-def _fake_bwd(dy, x, scale, mean, rstd):
+def _fake_bwd(dy, x, scale, statistics):
     dscale = scale.new_empty(scale.shape)
     return (
         torch.empty_like(x, memory_format=_impl.memory_format(x)),
@@ -277,8 +277,8 @@ class _Adain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, scale, shift, eps, impl):
-        y, mean, rstd = _impl.op(impl, "adain")(x, scale, shift, eps)
-        ctx.save_for_backward(x, scale, mean, rstd)
+        y, statistics = _impl.op(impl, "adain")(x, scale, shift, eps)
+        ctx.save_for_backward(x, scale, statistics)
         ctx.args = (eps, impl)
         return y
 
@@ -298,15 +298,15 @@ class _AdainBwd(torch.autograd.Function):
     """dx, dscale and dshift from dy; its own gradient is composed of PyTorch's operations."""
 
     @staticmethod
-    def forward(ctx: Any, dy, x, scale, mean, rstd, eps, impl):
+    def forward(ctx: Any, dy, x, scale, statistics, eps, impl):
         ctx.save_for_backward(dy, x, scale)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
-        return _impl.op(impl, "adain_bwd")(dy, x, scale, mean, rstd)
+        return _impl.op(impl, "adain_bwd")(dy, x, scale, statistics)
 
     @staticmethod
     def backward(ctx: Any, *grads):
-        nothing = (None,) * 4
+        nothing = (None,) * 3
         if all(g is None for g in grads):
             return None, None, None, *nothing
         with torch.enable_grad():

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from gankern.ops import _impl
 from gankern.ops._remember import Plan, remember
@@ -71,7 +72,7 @@ def bias_act(
     PyTorch's. Saves y alone (swish, and lrelu with alpha < 0: x).
     Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", appendix B.
     """
-    call = _call if torch.compiler.is_compiling() else _quick
+    call = _call if is_compiling() else _quick
     return call(x, b, dim, act, alpha, gain, clamp, impl)
 
 

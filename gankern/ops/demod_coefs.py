@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from gankern.ops import _impl
 from gankern.ops._remember import Plan, remember
@@ -39,7 +40,7 @@ def demod_coefs(
     backward computes none in weight.
     Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", equation 3.
     """
-    return (_call if torch.compiler.is_compiling() else _quick)(weight, styles, eps, impl)
+    return (_call if is_compiling() else _quick)(weight, styles, eps, impl)
 
 
 def _plan(weight: Tensor, styles: Tensor, eps: float, impl: str | None) -> Plan:

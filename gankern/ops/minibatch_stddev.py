@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from gankern.ops import _impl
 from gankern.ops._remember import Plan, remember
@@ -47,7 +48,7 @@ def minibatch_stddev(
     Saves x.
     Source: Karras et al. 2018, "Progressive Growing of GANs", section 3.
     """
-    return (_call if torch.compiler.is_compiling() else _quick)(x, group_size, num_channels, impl)
+    return (_call if is_compiling() else _quick)(x, group_size, num_channels, impl)
 
 
 def _plan(x: Tensor, group_size: int | None, num_channels: int, impl: str | None) -> Plan:

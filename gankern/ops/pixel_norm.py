@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from gankern.ops import _impl
 from gankern.ops._remember import Plan, remember
@@ -36,7 +37,7 @@ def pixel_norm(x: Tensor, dim: int = 1, eps: float = 1e-8, *, impl: str | None =
     PyTorch's. Saves x.
     Source: Karras et al. 2018, "Progressive Growing of GANs", section 4.2.
     """
-    return (_call if torch.compiler.is_compiling() else _quick)(x, dim, eps, impl)
+    return (_call if is_compiling() else _quick)(x, dim, eps, impl)
 
 
 def _plan(x: Tensor, dim: int, eps: float, impl: str | None) -> Plan:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from gankern.ops import _impl
 from gankern.ops._remember import Plan, remember
@@ -76,9 +77,11 @@ def synthesis_epilogue(
     bias_act.
     Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", figure 2.
     """
-    call = _checked if torch.compiler.is_compiling() else _quick
-    rest = (act, alpha, gain, clamp, impl)
-    return call(x, f, d, noise, noise_strength, b, padding, flip_filter, filter_gain, *rest)
+    call = _checked if is_compiling() else _quick
+    return call(
+        x, f, d, noise, noise_strength, b, padding, flip_filter, filter_gain, act, alpha, gain,
+        clamp, impl,
+    )  # fmt: skip
 
 
 def _plan(
@@ -109,7 +112,7 @@ def epilogue(
     impl: str | None,
 ) -> Tensor:
     """`synthesis_epilogue` of valid arguments; args: those of its reference behind the tensors."""
-    call = _valid if torch.compiler.is_compiling() else _quick_valid
+    call = _valid if is_compiling() else _quick_valid
     return call(x, f, d, noise, noise_strength, b, args, impl)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from gankern.ops import _impl
 from gankern.ops._remember import Plan, remember
@@ -65,12 +66,13 @@ def upfirdn2d(
     the filter flipped, so all its orders are the same kernel; that in f is composed of PyTorch's.
     Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", appendix B.
     """
-    return _called("upfirdn2d", x, f, up, down, padding, flip_filter, gain, impl)
+    call = _call if is_compiling() else _quick
+    return call("upfirdn2d", x, f, up, down, padding, flip_filter, gain, impl)
 
 
 def _called(op: str, x, f, up, down, padding, flip_filter, gain, impl) -> Tensor:
     """`upfirdn2d`, under the name that was called, which errors tell."""
-    call = _call if torch.compiler.is_compiling() else _quick
+    call = _call if is_compiling() else _quick
     return call(op, x, f, up, down, padding, flip_filter, gain, impl)
 
 

@@ -342,6 +342,10 @@ GK_INLINE int by_dtype(int dtype, const F& f) {
 // f(begin, end) over [0, n) on torch's threads, at least `grain` items each.
 template <typename F>
 GK_INLINE void parallel(int64_t n, int64_t grain, const F& f) {
+  if (n <= grain || n == 1) {  // no other thread would take part
+    if (n > 0) f(int64_t(0), n);
+    return;
+  }
   auto body = [](void* context, int64_t begin, int64_t end) {
     (*static_cast<const F*>(context))(begin, end);
   };

@@ -1,9 +1,11 @@
 """Builds gankern/_cpu.so and gankern/_cuda.so, the libraries behind gankern.ops.
 
 Both are plain shared objects that use PyTorch's stable ABI and no Python.h, so one wheel serves
-every Python and every torch from 2.11. Each source of csrc/torch is compiled once per library, each
-of csrc/cpu once per instruction set, each of csrc/kernels by nvcc for all architectures; ninja runs
-it. Objects lie under build/, one folder per torch version, and are reused.
+every Python and every torch from 2.11. A third, gankern/_eager, shortens calls from Python: it is
+of this Python and this torch, and left out where it cannot be built. Each source of csrc/torch is
+compiled once per library, each of csrc/cpu once per instruction set, each of csrc/kernels by nvcc
+for all architectures; ninja runs it. Objects lie under build/, one folder per torch version, and
+are reused.
 
     python setup.py build_ext --inplace [--cpu-only] [--keep-going] [-j N]
 """
@@ -20,6 +22,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,9 @@ NVCC_FLAGS = (
     "-Werror=all-warnings -Xptxas=-v --threads=2"
 )
 
+
+EAGER = "remember"  # the source in csrc/eager
+EAGER_LIBRARY = "_eager" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 
 # The compiler whose warnings are errors: those of others are not known.
 CI_CXX = "g++ 12."
@@ -129,7 +135,7 @@ class Ninja:
 
 @dataclass
 class Library:
-    """One of the two shared objects: what went in, and for `gankern doctor` what came of it."""
+    """One of the shared objects: what went in, and for `gankern doctor` what came of it."""
 
     name: str
     objects: list[str]
@@ -196,6 +202,30 @@ def plan_cuda(ninja: Ninja, torch: Torch, nvcc: Nvcc, cxx: str, warnings: str) -
     return Library("_cuda.so", objects, report, link)
 
 
+def plan_eager(ninja: Ninja, torch: Torch, warnings: str) -> Library:
+    """An extension of Python by PyTorch's own C++ interface: of these very versions."""
+    include = Path(sysconfig.get_paths()["include"])
+    header = torch.home / "include" / "torch" / "csrc" / "autograd" / "python_variable.h"
+    reason = ""
+    if not (include / "Python.h").is_file():
+        reason = f"{include} lacks Python.h; install python3-dev and reinstall gankern"
+    elif not header.is_file():
+        reason = f"torch {torch.version} comes without {header.name}"
+    elif sysconfig.get_config_var("Py_GIL_DISABLED"):
+        reason = "this Python has no GIL"
+    elif EAGER in ninja.without:
+        reason = f"csrc/eager does not compile with torch {torch.version}"
+    if reason:
+        return Library(EAGER_LIBRARY, [], {"built": False, "reason": reason})
+    api = torch.home / "include" / "torch" / "csrc" / "api" / "include"
+    includes = " ".join(f"-isystem {path}" for path in (torch.home / "include", api, include))
+    flags = f"{CXX_FLAGS} {warnings} -std=c++20 -O2 {includes}"
+    source = str(ROOT / "csrc" / "eager" / f"{EAGER}.cpp")
+    made = ninja.build(f"eager/{EAGER}.o", "cxx", [source], flags)
+    link = link_flags(torch, "-ltorch_python").replace("-Wl,--no-undefined ", "")
+    return Library(EAGER_LIBRARY, [made], {"built": True}, link)
+
+
 class BuildLibraries(build_ext):
     """build_ext, with ninja in place of setuptools' compiler."""
 
@@ -219,7 +249,7 @@ class BuildLibraries(build_ext):
         about: dict[str, Any] = {"torch": torch.version, "python": platform.python_version()}
         if cxx is None:
             reason = "no C++ compiler found; install g++ (or set CXX) and reinstall gankern"
-            about |= {name: {"built": False, "reason": reason} for name in ("cpu", "cuda")}
+            about |= {name: {"built": False, "reason": reason} for name in ("cpu", "cuda", "eager")}
         else:
             folder = ROOT / "build" / f"torch-{torch.version}"
             folder.mkdir(parents=True, exist_ok=True)
@@ -250,12 +280,13 @@ class BuildLibraries(build_ext):
             ninja.rule("nvcc", f"{compile_cu} {logged}", depfile=True)
             libraries["cuda"] = plan_cuda(ninja, torch, nvcc, cxx, warnings)
         libraries["cpu"] = plan_cpu(ninja, torch, warnings)
+        libraries["eager"] = plan_eager(ninja, torch, warnings)
         for library in libraries.values():
             if library.objects:
                 ninja.build(library.name, "link", library.objects, library.link)
         if not ninja.run(self.parallel or cores()):
             failed = ninja.failed_ops() - without
-            if not self.keep_going or not failed:
+            if not failed or not (self.keep_going or failed == {EAGER}):
                 raise BuildError("the compiler failed; its messages are above")
             return self.compile(folder, torch, cxx, out, without | failed)
         for library in libraries.values():
@@ -319,7 +350,10 @@ def print_report(about: dict[str, Any]) -> None:
         kept = f", kept from an earlier build: {cuda['kept']}" if "kept" in cuda else ""
         cuda_line = f"{archs} (nvcc {cuda['nvcc']} from {cuda['origin']}{kept})"
     print(f"gankern: built against torch {about['torch']}, {about.get('cxx', 'no compiler')}")
-    print(f"  _cpu.so   {cpu_line}\n  _cuda.so  {cuda_line}")
+    eager = about["eager"]
+    eager_line = "" if eager["built"] else f"not built: {eager['reason']}"
+    eager_line = eager_line or f"Python {about['python']} with torch {about['torch']}"
+    print(f"  _cpu.so   {cpu_line}\n  _cuda.so  {cuda_line}\n  _eager    {eager_line}")
     for name in ("cpu", "cuda"):
         for stem in about[name].get("left_out", []):
             print(f"  _{name}.so is without {stem}: no kernel, or one that does not compile")

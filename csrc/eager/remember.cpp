@@ -514,6 +514,17 @@ PyObject* hits(PyObject* self, void*) {
   return PyLong_FromLongLong(reinterpret_cast<Remembered*>(self)->hits);
 }
 
+PyObject* again(PyObject* object, PyObject*) {
+  auto* self = reinterpret_cast<Remembered*>(object);
+  return PyObject_CallFunctionObjArgs(reinterpret_cast<PyObject*>(Py_TYPE(object)), self->function,
+                                      self->learn, nullptr);
+}
+
+PyMethodDef methods[] = {
+    {"again", again, METH_NOARGS, "the same, with nothing remembered"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
 PyGetSetDef properties[] = {
     {"hits", hits, nullptr, "calls that went without the function", nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
@@ -549,6 +560,7 @@ PyMODINIT_FUNC PyInit__eager() {
   type.tp_new = make;
   type.tp_dealloc = free_remembered;
   type.tp_getset = properties;
+  type.tp_methods = methods;
   type.tp_doc = "Remembered(function, learn): function, by what its calls came to before";
   if (PyType_Ready(&type) < 0) return nullptr;
   PyObject* module = PyModule_Create(&module_def);

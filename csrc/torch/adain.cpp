@@ -71,15 +71,14 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Tensor& scale_in,
   if (x.numel() == 0) torch::stable::zero_(statistics);
   void* mean = statistics.mutable_data_ptr();
   launch.check(kOp, kernels::adain(code, style, x.const_data_ptr(), scale.const_data_ptr(),
-                                   shift.const_data_ptr(), y.mutable_data_ptr(),
-                                   mean, second_plane(statistics, mean), workspace, s.outer,
-                                   s.length, s.inner, eps, launch.stream));
+                                   shift.const_data_ptr(), y.mutable_data_ptr(), mean,
+                                   second_plane(statistics, mean), workspace, s.outer, s.length,
+                                   s.inner, eps, launch.stream));
   return {y, statistics};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& x_in,
-                                            const Tensor& scale_in,
-                                            const Tensor& statistics_in) {
+                                            const Tensor& scale_in, const Tensor& statistics_in) {
   const int code = dtype_code(kOp, "x", x_in);
   STD_TORCH_CHECK(same_sizes(dy_in, x_in) && dy_in.scalar_type() == x_in.scalar_type(), kOp,
                   ": dy must have x's shape and dtype");
@@ -106,10 +105,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& x
     torch::stable::zero_(dshift);
   }
   launch.check(kOp, kernels::adain_bwd(code, style, dy.const_data_ptr(), x.const_data_ptr(),
-                                       scale.const_data_ptr(), mean,
-                                       second_plane(statistics, mean), dx.mutable_data_ptr(),
-                                       dscale.mutable_data_ptr(), dshift.mutable_data_ptr(),
-                                       workspace, s.outer, s.length, s.inner, launch.stream));
+                                       scale.const_data_ptr(), mean, second_plane(statistics, mean),
+                                       dx.mutable_data_ptr(), dscale.mutable_data_ptr(),
+                                       dshift.mutable_data_ptr(), workspace, s.outer, s.length,
+                                       s.inner, launch.stream));
   return {dx, dscale, dshift};
 }
 

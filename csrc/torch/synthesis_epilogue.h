@@ -52,7 +52,7 @@ struct Operands : Shape {
     STD_TORCH_CHECK(out_h >= 0 && out_w >= 0, kOp, ": padding must leave an output, got ", out_h,
                     "x", out_w);
     check_operand("d", d, 1, N * C);
-    if (noise && noise->dim() == 3) noise_n = noise->size(0);
+    if (noise && noise->dim() > 2) noise_n = noise->size(0);
     STD_TORCH_CHECK(noise_n == 1 || noise_n == N, kOp, ": noise must be of 1 or ", N,
                     " samples, got ", noise_n);
     check_operand("noise", noise, 2, noise_n * out_h * out_w);

@@ -125,11 +125,12 @@ def table(rows: Sequence[tuple[str, ...]], indent: str = "  ") -> str:
 @click.command()
 def command() -> None:
     """Show what is built, what each operation would use, and what is missing."""
-    from gankern.ops import _impl
+    from gankern.ops import _impl, _remember
 
     build = read_build()
     click.echo("Versions\n" + table(versions()))
     libraries = [(f"_{name}.so", library_state(name, build)) for name in DEVICES]
+    libraries.append(("_eager", _remember.why_not() or "in use: calls are remembered"))
     click.echo("\nLibraries\n" + table(libraries))
     chosen = [
         (name, *(_impl.default_impl(COMPOSED.get(name, name), d) for d in DEVICES))

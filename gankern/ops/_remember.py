@@ -14,6 +14,7 @@ import functools
 import importlib
 import json
 import os
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -34,20 +35,25 @@ def why_not() -> str:
 def _load() -> tuple[Any, str]:
     """The extension, or None and why it is not used."""
     if os.environ.get("GANKERN_REMEMBER", "1") == "0":
-        return None, "GANKERN_REMEMBER=0"
+        return None, "not loaded: GANKERN_REMEMBER=0"
     try:
         about = json.loads((_impl.PACKAGE / "_build.json").read_text())
         built = about.get("eager", {"built": False})
     except (OSError, ValueError):
-        return None, "gankern was not built here"
+        return None, "not built: there is no _build.json; reinstall gankern"
     if not built["built"]:
-        return None, built.get("reason", "it was not built")
-    if about["torch"] != torch.__version__:  # before it is loaded: it knows PyTorch's insides
-        return None, f"it was built for torch {about['torch']}: build gankern again"
+        return None, f"not built: {built.get('reason', 'build gankern again')}"
+    python = about["python"].rpartition(".")[0]
+    if (python, about["torch"]) != (
+        ".".join(platform.python_version_tuple()[:2]),
+        torch.__version__,
+    ):
+        wanted = f"Python {python} with torch {about['torch']}"  # whose insides it knows
+        return None, f"not loaded: it is for {wanted}; build gankern again"
     try:
         return importlib.import_module("gankern._eager"), ""
     except ImportError as error:
-        return None, f"it does not load ({error}): build gankern again"
+        return None, f"not loaded ({error}): build gankern again"
 
 
 _eager, _WHY_NOT = _load()

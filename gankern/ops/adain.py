@@ -211,9 +211,7 @@ if _impl.triton is not None:
         return grid, (pixels, inner), {"BLOCK_P": block_p, "BLOCK_V": block_v, "WIDTH": width}
 
     @_impl.triton_op("adain")
-    def _triton_fwd(
-        x: Tensor, scale: Tensor, shift: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+    def _triton_fwd(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         x = x.contiguous(memory_format=_impl.memory_format(x))
         y = torch.empty_like(x)
         statistics = torch.zeros((2, *x.shape[:2]), dtype=torch.float32, device=x.device)

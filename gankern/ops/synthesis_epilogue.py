@@ -126,7 +126,7 @@ def _plan_valid(x: Tensor, f, d, noise, noise_strength, b, args: tuple[Any, ...]
     noise_grad = noise is not None and noise.requires_grad and torch.is_grad_enabled()
     if noise_grad or (f is not None and not _fits(f, pads, chosen)):
         return _composed, (x, f, d, noise, noise_strength, b, *args, chosen)
-    noise, strength = flat_noise(noise, noise_strength)
+    strength = None if noise is None else noise_strength
     return _fwd, (x, f, d, noise, strength, b, (*args, chosen))
 
 
@@ -488,7 +488,8 @@ class _Epilogue(torch.autograd.Function):
         db = db.to(b.dtype) if needs[5] else None
         needs_ds = needs[4] and weight_gradients()
         if needs_ds:
-            ds = (ds if strength.numel() == ds.numel() else ds.sum().reshape(1)).to(strength.dtype)
+            ds = ds if strength.shape == ds.shape else ds.sum().reshape(strength.shape)
+            ds = ds.to(strength.dtype)
         return (dx, None, dd, None, ds if needs_ds else None, db, None)
 
 

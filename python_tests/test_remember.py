@@ -1,0 +1,382 @@
+"""Calls that csrc/eager remembers: they give what the op's Python function gives, to the bit."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import threading
+import weakref
+
+import pytest
+import torch
+from harness import DTYPES, lay_out, randn
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from gankern import ops
+from gankern.ops import _remember, no_weight_gradients
+
+F4 = ops.setup_filter([1, 3, 3, 1])
+SHAPES = {"x": (2, 6, 5, 7), "plane": (2, 6), "channel": (6,), "f": (4, 4), "noise": (2, 1, 5, 7)}
+
+# name: module, call of its tensors, and those.
+OPS = {
+    "bias_act": (
+        "bias_act", lambda x, b, **k: ops.bias_act(x, b, act="lrelu", **k), "x", "channel",
+    ),
+    "bias_act alone": ("bias_act", lambda x, **k: ops.bias_act(x, act="swish", **k), "x"),
+    "pixel_norm": ("pixel_norm", ops.pixel_norm, "x"),
+    "minibatch_stddev": (
+        "minibatch_stddev", lambda x, **k: ops.minibatch_stddev(x, 2, 2, **k), "x",
+    ),
+    "adain": ("adain", ops.adain, "x", "plane", "plane"),
+    "demod_coefs": (
+        "demod_coefs", lambda s, w, **k: ops.demod_coefs(w, s, **k), "plane", "x",
+    ),
+    "upfirdn2d": (
+        "upfirdn2d",
+        lambda x, f, **k: ops.upfirdn2d(x, f.detach(), 2, 1, [2, 1, 2, 1], gain=4, **k),
+        "x", "f",
+    ),
+    "upsample2d": ("upfirdn2d", lambda x, f, **k: ops.upsample2d(x, f.detach(), **k), "x", "f"),
+    "synthesis_epilogue": (
+        "synthesis_epilogue",
+        lambda x, d, s, b, z, **k: ops.synthesis_epilogue(x, None, d, z.detach(), s, b, **k),
+        "x", "plane", "channel", "channel", "noise",
+    ),
+    "synthesis_epilogue filter": (
+        "synthesis_epilogue",
+        lambda x, d, b, f, **k: ops.synthesis_epilogue(
+            x, f.detach(), d, b=b, padding=[2, 1, 2, 1], clamp=1, **k
+        ),
+        "x", "plane", "channel", "f",
+    ),
+}  # fmt: skip
+
+
+def module(name):
+    return sys.modules[f"gankern.ops.{OPS[name][0]}"]
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Every op with an empty memory; a call without it: fresh(False)."""
+    if _remember.why_not():
+        pytest.skip(_remember.why_not())
+    kept = {m: m._checked if hasattr(m, "_checked") else m._call for m in map(module, OPS)}
+    learn = {m: m._quick for m in kept}
+
+    def switch(on=True):
+        for m, call in kept.items():
+            monkeypatch.setattr(m, "_quick", learn[m].again() if on else call)
+
+    switch()
+    return switch
+
+
+def tensors(name, device, dtype=torch.float32, layout="contiguous", seed=0):
+    found = []
+    for i, kind in enumerate(OPS[name][2:]):
+        if kind == "f":
+            wide = dtype == torch.float64 and OPS[name][0] == "upfirdn2d"
+            found.append(F4.to(device, dtype if wide else F4.dtype).clone())
+        else:
+            t = randn(*SHAPES[kind], seed=seed + i).to(device, dtype)
+            found.append(lay_out(t, layout) if kind == "x" else t)
+    return found
+
+
+def results(name, inputs, **rest):
+    """y, its gradients, and those of a penalty on them."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    y = OPS[name][1](*leaves, **rest)
+    dy = torch.linspace(-1, 2, y.numel(), device=y.device).reshape(y.shape).to(y.dtype)
+    wanted = leaves[: -1 if OPS[name][-1] in ("f", "noise") else None]
+    first = torch.autograd.grad(y, wanted, dy, retain_graph=True)
+    graph = torch.autograd.grad(y, wanted, dy, create_graph=True)
+    penalty = sum(g.square().sum() for g in graph)
+    second = ()
+    if penalty.requires_grad:  # that of a linear op does not depend on its input
+        second = torch.autograd.grad(penalty, wanted, allow_unused=True)
+    with torch.no_grad():
+        alone = OPS[name][1](*leaves, **rest)
+    return [y, alone, *first, *graph, *second]
+
+
+def same(a, b):
+    assert len(a) == len(b)
+    for one, other in zip(a, b, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert one.stride() == other.stride()
+            assert one.dtype == other.dtype
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "f64"])
+@pytest.mark.parametrize("name", OPS)
+def test_same_bits(fresh, impl, device, name, dtype, layout):
+    """Calls of one kind, of other numbers each."""
+    if impl == "triton" and (dtype == "f64" or layout == "sliced"):
+        pytest.skip("not Triton's")
+    cases = [tensors(name, device, DTYPES[dtype], layout, seed) for seed in range(4)]
+    fresh(False)
+    expected = [results(name, case, impl=impl) for case in cases]
+    fresh()
+    found = [results(name, case, impl=impl) for case in cases]
+    for a, b in zip(found, expected, strict=True):
+        same(a, b)
+    quick = module(name)._quick
+    assert (quick.hits > 0) == (impl != "reference"), quick.hits
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_gradients_that_are_asked_for(fresh, device, name):
+    """Every choice of inputs that take one, in turns."""
+    op, kinds = OPS[name][1], OPS[name][2:]
+    inputs = tensors(name, device)
+    most = len([k for k in kinds if k not in ("f", "noise")])
+    found = {}
+    for on in (False, True):
+        fresh(on)
+        for turn in range(4):
+            for chosen in range(1 << most):
+                leaves = [t.clone().requires_grad_(bool(chosen >> i & 1 and i < most))
+                          for i, t in enumerate(inputs)]  # fmt: skip
+                y = op(*leaves)
+                assert y.requires_grad == bool(chosen)
+                if chosen:
+                    y.backward(torch.ones_like(y))
+                grads = [t.grad for t in leaves]
+                if not on:
+                    found[chosen] = [y, *grads]
+                same([y, *grads], found[chosen])
+            if not on and turn == 0:
+                break
+
+
+def test_each_argument_counts(fresh, device):
+    x, b = tensors("bias_act", device)
+    calls = [
+        lambda: ops.bias_act(x, b),
+        lambda: ops.bias_act(x, b, act="relu"),
+        lambda: ops.bias_act(x, b, act="lrelu", alpha=0.5),
+        lambda: ops.bias_act(x, b, act="lrelu", alpha=0.25),
+        lambda: ops.bias_act(x, b, gain=1),
+        lambda: ops.bias_act(x, b, gain=2),
+        lambda: ops.bias_act(x, b, gain=2.0, clamp=0.5),
+        lambda: ops.bias_act(x, b, clamp=1),
+        lambda: ops.bias_act(x),
+        lambda: ops.bias_act(x[:, :, :2], b),
+        lambda: ops.bias_act(x.transpose(2, 3), b),
+        lambda: ops.bias_act(x.double(), b),
+        lambda: ops.bias_act(x.double(), b.double()),
+        lambda: ops.bias_act(x.mT.contiguous(), b[:5], dim=3),
+        lambda: ops.upfirdn2d(x, F4.to(device), 2, padding=[2, 1, 2, 1]),
+        lambda: ops.upfirdn2d(x, F4.to(device), 2, padding=(2, 1, 2, 1)),
+        lambda: ops.upfirdn2d(x, F4.to(device), [2, 1], padding=[2, 1, 2, 1]),
+        lambda: ops.upfirdn2d(x, F4.to(device), 2, padding=[2, 1, 2, 1], flip_filter=True),
+        lambda: ops.upfirdn2d(x, F4.to(device), padding=2, gain=-0.0),
+        lambda: ops.upfirdn2d(x, F4.to(device), padding=2, gain=0.0),
+    ]
+    fresh(False)
+    expected = [c() for c in calls]
+    fresh()
+    for _ in range(3):
+        same([c() for c in calls], expected)
+
+
+def test_errors_stay(fresh, device):
+    x, b = tensors("bias_act", device)
+    for _ in range(4):
+        ops.bias_act(x, b)
+        with pytest.raises(ValueError, match=r"bias_act: b must have shape"):
+            ops.bias_act(x, b[:3])
+        with pytest.raises(TypeError, match=r"bias_act: x must be a tensor"):
+            ops.bias_act("x", b)
+        with pytest.raises(ValueError, match=r"upsample2d: padding must leave"):
+            ops.upsample2d(x, F4.to(device), padding=-99)
+        with pytest.raises(RuntimeError, match="cannot run"):
+            ops.bias_act(x, b, impl="cuda" if device == "cpu" else "cpu")
+
+
+def test_one_tensor_in_two_places(fresh, device):
+    x, scale, shift = tensors("adain", device)
+    expected = ops.adain(x, scale, shift, impl="reference")
+    for _ in range(4):
+        ops.adain(x, scale, scale)
+    for _ in range(4):
+        torch.testing.assert_close(ops.adain(x, scale, shift), expected, rtol=1e-4, atol=1e-5)
+    for _ in range(3):
+        both = ops.adain(x, scale, scale)
+    torch.testing.assert_close(both, ops.adain(x, scale, scale.clone()), rtol=0, atol=0)
+
+
+def test_within_no_weight_gradients(fresh, device):
+    for _ in range(4):
+        for off in (False, True):
+            s, w = (t.requires_grad_() for t in tensors("demod_coefs", device))
+            d = ops.demod_coefs(w, s)
+            if off:
+                with no_weight_gradients():
+                    d.sum().backward()
+            else:
+                d.sum().backward()
+            assert (w.grad is None) == off
+            assert s.grad is not None
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+class Sub(torch.Tensor):
+    pass
+
+
+def test_whoever_looks_on_sees_the_call(fresh, device):
+    """Modes, subclasses, transforms, tracing and profiles, of calls that are known already."""
+    x = tensors("pixel_norm", device)[0]
+    expected = ops.pixel_norm(x)
+    for _ in range(3):
+        ops.pixel_norm(x)
+        ops.pixel_norm(x.clone().requires_grad_()).sum().backward()
+    with Seen() as seen:
+        ops.pixel_norm(x)
+    impl = ops._impl.default_impl("pixel_norm", device)
+    if impl != "reference":
+        assert seen.names[-1].endswith("::pixel_norm")
+    sub = ops.pixel_norm(x.as_subclass(Sub))
+    assert type(sub) is Sub
+    assert torch.equal(sub, expected)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert ops.pixel_norm(fake.from_tensor(x)).shape == x.shape
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(
+        torch.func.vmap(lambda t: ops.pixel_norm(t, 0))(x), expected, **close
+    )
+    gradient = torch.func.grad(lambda t: ops.pixel_norm(t).square().sum())(x)
+    assert gradient.abs().max() < 1e-3
+    with forward_ad.dual_level():
+        dual = ops.pixel_norm(forward_ad.make_dual(x, x))
+        assert forward_ad.unpack_dual(dual).tangent.abs().max() < 1e-3
+    traced = torch.jit.trace(ops.pixel_norm, (x,), check_trace=False)
+    torch.testing.assert_close(traced(x * 2), ops.pixel_norm(x * 2), **close)
+    with torch.profiler.profile() as profile:
+        ops.pixel_norm(x)
+    if impl != "reference":
+        assert any(e.key.endswith("::pixel_norm") for e in profile.key_averages())
+    with torch.inference_mode():
+        assert torch.equal(ops.pixel_norm(x), expected)
+    assert torch.equal(ops.pixel_norm(torch.nn.Parameter(x)), expected)
+
+
+def test_compile_takes_the_python_function(fresh, device):
+    x = tensors("pixel_norm", device)[0]
+    for _ in range(3):
+        expected = ops.pixel_norm(x)
+    compiled = torch.compile(lambda t: ops.pixel_norm(t), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+
+
+def test_graph_is_that_of_a_function(fresh, device):
+    """Its node's name, saved-tensor hooks, checkpoints, a second backward, a change in place."""
+    x = tensors("pixel_norm", device)[0].requires_grad_()
+    for _ in range(3):
+        y = ops.pixel_norm(x)
+        y.sum().backward()
+    assert y.grad_fn.name() == "PixelNormBackward"
+    with pytest.raises(RuntimeError, match="second time"):
+        y.sum().backward()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or len(kept) - 1,
+                                                  lambda i: kept[i]):  # fmt: skip
+        y = ops.pixel_norm(x)
+    assert len(kept) == 1
+    (with_hooks,) = torch.autograd.grad(y.square().sum() + y.sum(), x)
+    z = checkpoint(ops.pixel_norm, x, use_reentrant=False)
+    (again,) = torch.autograd.grad(z.square().sum() + z.sum(), x)
+    y = ops.pixel_norm(x)
+    (plain,) = torch.autograd.grad(y.square().sum() + y.sum(), x)
+    assert torch.equal(plain, with_hooks)
+    assert torch.equal(plain, again)
+    inner = x * 1
+    y = ops.pixel_norm(inner)
+    inner.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_nothing_is_kept_alive(fresh, device):
+    x, b = tensors("bias_act", device)
+    gone = []
+    for _ in range(5):
+        leaf = x.clone().requires_grad_()
+        y = ops.bias_act(leaf, b, act="lrelu")
+        y.sum().backward()
+        gone += [weakref.ref(leaf), weakref.ref(y)]
+        del leaf, y
+    gc.collect()
+    assert [r for r in gone if r() is not None] == []
+
+
+def test_more_kinds_than_are_kept(fresh, device):
+    x = torch.ones(1, device=device)
+    for n in (*range(1, 1100), *range(1, 20), *range(1, 20)):
+        y = ops.pixel_norm(x.expand(n).contiguous(), 0)
+        assert y.shape == (n,)
+    torch.testing.assert_close(y, torch.ones(19, device=device))
+
+
+def test_threads(fresh, device):
+    """Calls of the same kinds and backwards from several threads at once."""
+    inputs = [tensors("bias_act", device, seed=s) for s in range(4)]
+    expected = [results("bias_act", case) for case in inputs]
+    failed = []
+
+    def work(i):
+        try:
+            for _ in range(50):
+                same(results("bias_act", inputs[i]), expected[i])
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert failed == []
+
+
+def test_without_the_extension(monkeypatch, tmp_path):
+    code = (
+        "import torch; from gankern.ops import _remember, pixel_norm; "
+        "print(_remember.why_not(), pixel_norm(torch.ones(2, 3)).sum().item())"
+    )
+    environ = os.environ | {"GANKERN_REMEMBER": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
+    assert done.stdout.strip() == "not loaded: GANKERN_REMEMBER=0 6.0", done
+    monkeypatch.setattr(_remember._impl, "PACKAGE", tmp_path)
+    monkeypatch.delenv("GANKERN_REMEMBER", raising=False)
+    assert _remember._load() == (None, "not built: there is no _build.json; reinstall gankern")
+    about = {"torch": "1.0", "python": "3.8.1", "eager": {"built": True}}
+    (tmp_path / "_build.json").write_text(json.dumps(about))
+    assert _remember._load()[1] == (
+        "not loaded: it is for Python 3.8 with torch 1.0; build gankern again"
+    )
+    about["eager"] = {"built": False, "reason": "no compiler"}
+    (tmp_path / "_build.json").write_text(json.dumps(about))
+    assert _remember._load()[1] == "not built: no compiler"

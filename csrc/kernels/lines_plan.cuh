@@ -9,7 +9,7 @@ namespace {
 template <typename T>
 constexpr int kLineColumns = sizeof(T) == 8 ? 1 : 2;  // of a thread: see LineColumns
 template <typename T>
-constexpr int kLineRows = sizeof(T) == 8 ? 4 : 8;  // of a step of the forward
+constexpr int kLineRows = sizeof(T) == 2 ? 8 : 4;  // of a step
 template <typename T>
 constexpr int kGradRows = sizeof(T) == 2 ? 8 : 4;  // and of the backward, which has more to hold
 // Rows of du at once: a step's, or half of them. As many of the result are then written into x's

@@ -265,16 +265,17 @@ struct LineStrip {
     const int y = index / m.tiles_x;
     row0 = y * m.tile_h, col0 = (index - y * m.tiles_x) * m.tile_w;
     c0 = static_cast<int>(blockIdx.y) * m.channels, end = c0 + min(m.channels, a.C - c0);
+    const int halo = backward ? kHalo : 0;
     rows = min(m.tile_h, (backward ? a.H : a.out_h) - row0);
     columns = min(m.tile_w, (backward ? a.W : a.out_w) - col0);
-    all = rows + (backward ? 2 * kHalo : kHalo);
+    all = rows + halo + kHalo;
     steps = (all + rows_of_step - 1) / rows_of_step;
     rounds = (end - c0 + m.planes - 1) / m.planes;
     top = row0 - (backward ? kHalo : a.y0), left = col0 - (backward ? kHalo : a.x0);
     dy_top = top + a.y0 - kHalo, dy_left = left + a.x0;
     own_first = max(kHalo, -dy_top);
     own_last = min(row0 + m.tile_h < a.H ? m.tile_h + kHalo : all, a.out_h - dy_top);
-    const int met = min(columns + kHalo, a.out_w - dy_left);
+    const int met = min(columns + halo, a.out_w - dy_left);
     before = backward ? columns_before<T>(dy_left) : 0;
     dv_cols = met - before;
     own_cols = (col0 + m.tile_w < a.W ? min(m.tile_w, met) : met) - before;
@@ -366,9 +367,10 @@ struct LineShared {
   }
 };
 
-// y = op(filter(x)). Op: param(n, c, which) is a parameter of a channel; noise(shared, strip) puts
-// the strip's noise into shared memory; finish(u, params, read, z) makes results of filtered
-// samples and, once read() has read it, their noise. kUnroll: rows at a time.
+// y = op(filter(x)). Op: param(n, c, which) is a parameter of a channel; copy_noise(shared, strip,
+// me, row) begins to copy the noise of the step from that row on, and have_noise(shared, me) makes
+// numbers of what has come; finish(u, params, read, z) makes results of filtered samples and, once
+// read() has read it, their noise. kUnroll: rows at a time.
 template <typename T, int kUnroll, typename Args, typename Op>
 __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
   using A = Acc<T>;
@@ -385,6 +387,7 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
 
   const LanePlace me(m, in_shared, T{});
   Copies copies;
+  const auto noises = [&](LineCursor cursor) { return s.noises() + cursor.turn() * R * m.across; };
   const auto begin = [&](LineCursor cursor) {
     const int round = cursor.round(), step = cursor.step();
     const int share = me.share(), lane = me.lane();
@@ -411,10 +414,10 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
     copies.copy(m.x, s.xs(share, cursor.turn()), a.x + x, a.W,
                 rows_between<R>(strip.top + step * R, 0, min(a.H, strip.top + strip.all)), careful,
                 a.x, a.x_end);
+    op.copy_noise(noises(cursor), strip, me, step * R);
   };
   begin({});
   copy_batch();
-  op.noise(s.noises(), in_shared);
   if (threadIdx.x < 32) share_taps<A>(&taps, nullptr, a);
 
   const auto walk = [&](Format<T> format) {
@@ -424,6 +427,7 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
     for (;;) {
       copy_wait<0>();
       copies.clear(s.xs(me.share(), cursor.turn()));
+      if (cursor.round() < strip.rounds) op.have_noise(noises(cursor), me);
       __syncthreads();
       if (m.out_stage && cursor.at) {  // the results of the step before
         const int row = (cursor.step() ? cursor.step() - 1 : strip.steps - 1) * R, o = row - kHalo;
@@ -458,7 +462,7 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
         T* kept = s.outs(me.share()) + first_of(to) + columns.first;
         to += columns.first;
         const int rows = strip.rows, o0 = cursor.step() * R - kHalo;
-        const A* noise = s.noises() + o0 * m.across + columns.first;
+        const A* noise = noises(cursor) + columns.first;
         with_taps<(kUnroll > 1)>(taps, [&](auto filter) {
           const auto walk_rows = [&](auto whole, auto stores) {
             const T* row = stage;

@@ -23,7 +23,9 @@ struct LineFilter {
 
 struct LineResult {  // the filter's, as it is
   __device__ __forceinline__ float param(int, int, int) const { return 0.f; }
-  __device__ __forceinline__ void noise(float*, const LineStrip&) const {}
+  __device__ __forceinline__ void copy_noise(float*, const volatile LineStrip&, const LanePlace&,
+                                             int) const {}
+  __device__ __forceinline__ void have_noise(float*, const LanePlace&) const {}
   template <typename U, typename Read, typename Noise>
   __device__ __forceinline__ void finish(U&, const float (&)[3], Read, const Noise&) const {}
 };

@@ -31,8 +31,6 @@ constexpr int kLineBlocks = sizeof(T) == 8 ? 1 : 2;
 #endif
 
 constexpr int kLineSlot = 56;  // bytes of a LineSlot, at most
-// Of a round's channels, while those of the round before are stored and the next ones are begun.
-constexpr int kLineSlots = 4;
 
 // Rows of a strip, but for its halo, so that 257 of them are four, and steps of the backward, at
 // most.
@@ -48,8 +46,7 @@ struct LinePlan {
   int tile_w, tile_h, tiles_x, tiles_y;
   int across;                // columns that are filtered; the backward's: of dv
   int wide;                  // the most of these and of the result's
-  int lanes, magic, planes;  // threads of a plane; see quotient(); planes of a block at once
-  int channels;              // of a block
+  int lanes, magic, planes;  // threads of a plane; see quotient(); planes of a block
   LineImage x;
   int dus, du_pitch, sums, copies, rests;  // backward: bytes, elements, bytes, bytes, bytes
   // Where rows are stored through shared memory: out_stage > 0. The backward's lie where x was.
@@ -57,6 +54,8 @@ struct LinePlan {
   int share, noises, shared;  // bytes of a plane; where the noise is; of a block
   int threads() const { return (lanes * planes + 31) / 32 * 32; }
   int64_t tiles() const { return static_cast<int64_t>(tiles_x) * tiles_y; }
+  // Those of the same planes follow each other.
+  int64_t blocks(int64_t N, int64_t C) const { return tiles() * N * ceil_div(C, planes); }
 };
 
 // Bytes that a block can have: 64 KiB on Turing, 99 and more since.
@@ -129,7 +128,7 @@ LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, 
             ceil_div(rows_of_step * static_cast<int64_t>(packs(t.wide + kHalo)), copies));
     // Of whole rows: store_lines() has warps of a plane.
     t.lanes = lanes <= 32 ? pow2_between(lanes, 4, 32) : up_to(lanes, t.tiles_x > 1 ? 32 : 4);
-    t.share = kLineSlots * kLineSlot;  // they come first
+    t.share = up_to(kLineSlot, 16);  // it comes first
     image(t.x, t.wide + kHalo, w);
     if (backward) {
       t.du_pitch = up_to(t.wide + kHalo + 2, 2);
@@ -148,24 +147,21 @@ LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, 
   t.tiles_x = static_cast<int>(ceil_div(width, t.tile_w));
   t.magic = magic_of(t.lanes);
 
-  // Several planes at once, with noise as many as share it.
+  // Several planes, with noise as many as share it.
   const int least = max(1, 32 / t.lanes);
   t.planes = max(1, (noise ? threads : 256) / t.lanes);
   t.planes = max(min(t.planes, up_to(C, least)), least) / least * least;
   while (t.planes > least && t.planes * t.share + noise_bytes() > room) t.planes -= least;
   const auto blocks = [&] {
     t.tiles_y = static_cast<int>(ceil_div(height, t.tile_h));
-    return t.tiles() * N * ceil_div(C, t.channels);
+    return t.blocks(N, C);
   };
-  t.channels = t.planes;
   for (int strips = static_cast<int>(ceil_div(height, kLineStrip));; strips *= 2) {
     const int rows = static_cast<int>(ceil_div(height, strips));
     t.tile_h = min(in_steps(rows), height);
     if (4 * blocks() >= 3 * sms || rows <= 4) break;
   }
-  while (t.planes > least && 4 * blocks() < 3 * sms) t.channels = t.planes -= least;
-  while (ceil_div(C, t.channels) > 65535) t.channels *= 2;
-  blocks();
+  while (t.planes > least && 4 * blocks() < 3 * sms) t.planes -= least;
   t.shared = t.planes * t.share + noise_bytes();
   t.noises = t.planes * t.share;
   return t;

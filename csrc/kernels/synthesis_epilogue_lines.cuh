@@ -172,14 +172,13 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
   // Registers are short: what a thread copies waits in shared memory.
   const auto kept = [&](int share, int lane) { return s.copies(share) + lane; };
   const auto own_sums = [&] { return s.sums(me.share()) + me.lane(); };
-  const auto begin = [&](LineCursor cursor) {
-    const int round = cursor.round(), step = cursor.step();
+  const auto begin = [&](int step) {
     const int share = me.share(), lane = me.lane();
-    LineSlot<T>& slot = s.slot(share, round);
+    LineSlot<T>& slot = s.slot(share);
     int64_t x;
     bool careful;
     if (step == 0) {
-      const int c = strip.c0 + quotient(thread_again(), m.magic) + round * m.planes;
+      const int c = strip.c0 + quotient(thread_again(), m.magic);
       const int64_t plane = static_cast<int64_t>(strip.n) * a.C + c;
       x = (plane * a.H + strip.top) * a.W + strip.left;
       careful = Copies::near_end(plane, static_cast<int64_t>(a.N) * a.C, a.H, a.W);
@@ -203,38 +202,42 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
     if (lane >= m.lanes) return;
     Copies copies;
     copies.find(kept(share, lane), m.lanes);
-    copies.copy(m.x, s.xs(share, cursor.turn()), a.x + x, a.W, step_rows[step], careful, a.x,
-                a.x_end);
+    copies.copy(m.x, s.xs(share, step % 2), a.x + x, a.W, step_rows[step], careful, a.x, a.x_end);
   };
   // Of D rows, from row `first` of a step on.
-  const auto copy_noise = [&](LineCursor cursor, int first) {
-    if (!a.noise || cursor.round() == strip.rounds) return;
-    const unsigned rows = step_rows[cursor.step()] >> 8 >> first;
-    LineNoise<T>{a}.copy(s.noises(), strip, me, cursor.step() * R + first, D,
+  const auto copy_noise = [&](int step, int first) {
+    if (!a.noise || step == strip.steps) return;
+    const unsigned rows = step_rows[step] >> 8 >> first;
+    LineNoise<T>{a}.copy(s.noises(), strip, me, step * R + first, D,
                          [&](int q) { return (rows >> q & 1) != 0; });
   };
   const auto have_noise = [&] {
     if (a.noise) LineNoise<T>{a}.have(s.noises(), me, D);
   };
-  copy_noise({}, 0);
-  begin({});
+  copy_noise(0, 0);
+  begin(0);
   copy_batch();
   // Columns of du that no lane makes are 0, and what lies behind them is read, and not used.
   if (me.lane() < m.lanes)
     for (int i = me.lane(); i < D * m.du_pitch; i += m.lanes) s.dus(me.share())[i] = A(0);
+#pragma unroll
+  for (int j = 0; j < kHalo; j++) {
+    if (me.lane() < m.lanes) own_sums()[j * m.lanes] = A(0);
+    if (me.lane() < kLineRest) s.rests(me.share())[me.lane() * kHalo + j] = A(0);
+  }
   if (threadIdx.x < 32) share_taps<A>(&taps, &adjoint, a);
   // kAhead rows of dy go to registers as they lie, from row `first` of a step on: pairs of 16 bits
   // as words, which are read as such where they are aligned.
   using Row = std::conditional_t<LineColumns<T>::kNeighbours, unsigned, Pack<T, K>>;
-  const auto load_dy = [&](LineCursor cursor, int first, Row(&to)[kAhead]) {
-    const LineSlot<T>& slot = s.slot(me.share(), cursor.round());
+  const auto load_dy = [&](int step, int first, Row(&to)[kAhead]) {
+    const LineSlot<T>& slot = s.slot(me.share());
 #pragma unroll
     for (int q = 0; q < kAhead; q++) to[q] = Row{};
     if (slot.out == kNoPlane || !me.has(0)) return;
     const LineColumns<T> columns(m, me.lane(), m.across);
-    const T* dy = a.dy + (slot.dy + static_cast<int64_t>(cursor.step() * R + first) * a.out_w) +
-                  columns.first;
-    const unsigned rows = step_rows[cursor.step()] >> 8 >> first;
+    const T* dy =
+        a.dy + (slot.dy + static_cast<int64_t>(step * R + first) * a.out_w) + columns.first;
+    const unsigned rows = step_rows[step] >> 8 >> first;
     const bool words = paired(a.dy, a.out_w, strip.dy_left);
 #pragma unroll
     for (int q = 0; q < kAhead; q++) {
@@ -258,43 +261,29 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
   };
 
   const auto walk = [&](Format<T> format) {
-    A waiting[kHalo][K], du_waiting[kHalo][K];
-    LineCursor cursor;
+    A waiting[kHalo][K] = {}, du_waiting[kHalo][K] = {};
 #pragma unroll 1
-    for (;;) {
+    for (int step = 0;; step++) {
       copy_wait<0>();
-      if (me.lane() < m.lanes && cursor.round() < strip.rounds) {
+      if (me.lane() < m.lanes && step < strip.steps) {
         const int share = me.share(), lane = me.lane();
         Copies copies;
         copies.find(kept(share, lane), m.lanes);
-        copies.clear(s.xs(share, cursor.turn()));
+        copies.clear(s.xs(share, step % 2));
       }
-      if (cursor.round() < strip.rounds) have_noise();
+      if (step < strip.steps) have_noise();
       __syncthreads();
-      if (m.out_stage && cursor.at) {  // the results of the step before
-        const int row = (cursor.step() ? cursor.step() - 1 : strip.steps - 1) * R,
-                  o = row - 2 * kHalo;
-        const int64_t out =
-            s.slot(me.share(), cursor.step() ? cursor.round() : cursor.round() - 1).out;
+      if (m.out_stage && step > 0) {  // the results of the step before
+        const int row = (step - 1) * R, o = row - 2 * kHalo;
+        const int64_t out = s.slot(me.share()).out;
         if (out != kNoPlane)
           store_lines(m, a.out + (out + static_cast<int64_t>(row) * a.W),
-                      s.xs(me.share(), 1 - cursor.turn()), max(0, -o), min(R, strip.rows - o), a.W,
+                      s.xs(me.share(), 1 - step % 2), max(0, -o), min(R, strip.rows - o), a.W,
                       strip.columns, me.lane());
       }
-      if (cursor.round() == strip.rounds) break;
+      if (step == strip.steps) break;
       Row dys[kAhead];
-      if (kAhead > 1) load_dy(cursor, 0, dys);
-      if (cursor.step() == 0) {
-        if (me.lane() < kLineRest)
-#pragma unroll
-          for (int j = 0; j < kHalo; j++) s.rests(me.share())[me.lane() * kHalo + j] = A(0);
-#pragma unroll
-        for (int j = 0; j < kHalo; j++) {
-          if (me.lane() < m.lanes) own_sums()[j * m.lanes] = A(0);
-#pragma unroll
-          for (int e = 0; e < K; e++) waiting[j][e] = du_waiting[j][e] = A(0);
-        }
-      }
+      if (kAhead > 1) load_dy(step, 0, dys);
 #pragma unroll 1
       for (int part = 0; part < R; part += D) {
         if (part > 0) {
@@ -304,17 +293,17 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
         }
         {
           const LineColumns<T> columns(m, me.lane(), m.across);
-          const LineSlot<T>& slot = s.slot(me.share(), cursor.round());
+          const LineSlot<T>& slot = s.slot(me.share());
           if (slot.out != kNoPlane && me.has(0)) {
             const A d = slot.params[0], b = slot.params[1], strength = slot.params[2];
             A* du = s.dus(me.share()) + strip.before + columns.first;
-            const T* x = s.xs(me.share(), cursor.turn()) + first_of(a.x + slot.x) +
-                         part * m.x.pitch + columns.first;
+            const T* x = s.xs(me.share(), step % 2) + first_of(a.x + slot.x) + part * m.x.pitch +
+                         columns.first;
             // Rows of dv that count, eight bits for each column.
             unsigned own = 0;
 #pragma unroll
             for (int e = 0; e < K; e++)
-              own |= me.owns(e) ? (step_rows[cursor.step()] >> 16 >> part & 0xff) << 8 * e : 0;
+              own |= me.owns(e) ? (step_rows[step] >> 16 >> part & 0xff) << 8 * e : 0;
             A sums[3] = {};
             const A* noise = s.noises() + columns.first;
             with_taps<false>(taps, [&](auto filter) {
@@ -326,7 +315,7 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
                   window.read(x, columns, format);
                   filter(waiting, window, u);
                 }
-                if (kAhead == 1) load_dy(cursor, part + q, dys);
+                if (kAhead == 1) load_dy(step, part + q, dys);
 #pragma unroll
                 for (int e = 0; e < K; e++) dv[e] = to_acc(dy_of(dys[0], e), format);
 #pragma unroll
@@ -378,24 +367,21 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
           }
         }
         __syncthreads();
-        {
-          const LineCursor next = cursor.next(strip.steps);
-          part + D < R ? copy_noise(cursor, part + D) : copy_noise(next, 0);
+        part + D < R ? copy_noise(step, part + D) : copy_noise(step + 1, 0);
+        copy_batch();
+        if (part == 0) {
+          if (step + 1 < strip.steps) begin(step + 1);
           copy_batch();
-          if (part == 0) {
-            if (next.round() < strip.rounds) begin(next);
-            copy_batch();
-          }
         }
-        if (kAhead > 1 && part + D < R) load_dy(cursor, part + D, dys);
-        const int64_t out = s.slot(me.share(), cursor.round()).out;
+        if (kAhead > 1 && part + D < R) load_dy(step, part + D, dys);
+        const int64_t out = s.slot(me.share()).out;
         {
           const LineColumns<T> columns(m, me.lane(), m.wide);
           if (out != kNoPlane && me.stores(0)) {
-            T* to = a.out + (out + static_cast<int64_t>(cursor.step() * R) * a.W);
-            T* kept = s.xs(me.share(), cursor.turn()) + first_of(to) + part * m.out_pitch;
+            T* to = a.out + (out + static_cast<int64_t>(step * R) * a.W);
+            T* kept = s.xs(me.share(), step % 2) + first_of(to) + part * m.out_pitch;
             to += static_cast<int64_t>(part) * a.W;
-            const unsigned rows = step_rows[cursor.step()] >> 24 >> part;
+            const unsigned rows = step_rows[step] >> 24 >> part;
             with_taps<false>(adjoint, [&](auto filter) {
               // Columns `first` and what lies `apart`, and stores(e) of them; v(du): what they
               // meet.
@@ -441,27 +427,23 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
           }
         }
       }
-      if (cursor.step() + 1 == strip.steps) {  // these planes are done
-        const int t = static_cast<int>(thread_again()), width = min(m.lanes, 32);
-        // Whole warps turn together.
-        for (int i = t / width; i - t % 32 / width < 3 * m.planes; i += blockDim.x / width) {
-          const int plane = i / 3, k = i - 3 * plane;
-          const int c = strip.c0 + cursor.round() * m.planes + plane;
-          A sum = 0;
-          if (plane < m.planes)
-            for (int l = t % width; l < m.lanes; l += width)
-              sum += s.sums(plane * m.share)[k * m.lanes + l];
-          sum = warp_sum(sum, width);
-          if (plane < m.planes && t % width == 0 && c < strip.end)
-            a.partials[((static_cast<int64_t>(k) * a.N + strip.n) * a.C + c) * a.tiles +
-                       strip.index] = sum;
-        }
-      }
-      cursor = cursor.next(strip.steps);
     }
   };
   with_format(a.format, walk);
-  finish<T>(a, m.channels);
+  const int t = static_cast<int>(thread_again()), width = min(m.lanes, 32);
+  // Whole warps turn together.
+  for (int i = t / width; i - t % 32 / width < 3 * m.planes; i += blockDim.x / width) {
+    const int plane = i / 3, k = i - 3 * plane, c = strip.c0 + plane;
+    A sum = 0;
+    if (plane < m.planes)
+      for (int l = t % width; l < m.lanes; l += width)
+        sum += s.sums(plane * m.share)[k * m.lanes + l];
+    sum = warp_sum(sum, width);
+    if (plane < m.planes && t % width == 0 && c < strip.end)
+      a.partials[((static_cast<int64_t>(k) * a.N + strip.n) * a.C + c) * a.tiles + strip.index] =
+          sum;
+  }
+  finish<T>(a, m.planes, strip.c0 / m.planes, a.tiles * a.N);
 }
 
 }  // namespace

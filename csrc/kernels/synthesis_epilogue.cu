@@ -3,8 +3,8 @@
 // With a filter, of 4x4 taps (fewer are padded with zeros), a block walks down strips of its input
 // and filters by rows and columns where the taps are of rank one. The backward filters twice, and
 // between them keeps dL/d(filter(x)) in shared memory. NCHW (lines): a thread has two columns of
-// a plane; a block has several channels, some at once and some one after another, so that the noise
-// is read once for all of them. Channels-last (pixels): a thread has some channels of two columns.
+// a plane; a block has several channels, which share the noise. Channels-last (pixels): a thread
+// has some channels of two columns.
 #include "synthesis_epilogue_lines.cuh"
 #include "synthesis_epilogue_pixels.cuh"
 #include "synthesis_epilogue_second.cuh"

@@ -431,7 +431,7 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
       if (m.out_stage) __syncthreads();  // the results before are on their way
       const LineSlot<T>& slot = s.slot(me.share());
       const int64_t out = slot.out;
-      const LineColumns<T> columns(m, me.lane(), m.across);
+      const LineColumns<T> columns(m, me.lane(), strip.dv_cols);
       if (out != kNoPlane && me.stores(0)) {
         const A params[3] = {slot.params[0], slot.params[1], slot.params[2]};
         const T* const stage = s.xs(me.share(), step % 2) + first_of(a.x + slot.x) + columns.first;

@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
 #pragma unroll
     for (int q = 0; q < kAhead; q++) to[q] = Row{};
     if (slot.out == kNoPlane || !me.has(0)) return;
-    const LineColumns<T> columns(m, me.lane(), m.across);
+    const LineColumns<T> columns(m, me.lane(), strip.dv_cols);
     const T* dy =
         a.dy + (slot.dy + static_cast<int64_t>(step * R + first) * a.out_w) + columns.first;
     const unsigned rows = step_rows[step] >> 8 >> first;
@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
           __syncthreads();  // the rows of du before have been read
         }
         {
-          const LineColumns<T> columns(m, me.lane(), m.across);
+          const LineColumns<T> columns(m, me.lane(), strip.dv_cols);
           const LineSlot<T>& slot = s.slot(me.share());
           if (slot.out != kNoPlane && me.has(0)) {
             const A d = slot.params[0], b = slot.params[1], strength = slot.params[2];

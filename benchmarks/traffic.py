@@ -15,11 +15,12 @@ length differentiates twice in one kernel the second derivative:
   sectors     bytes used over the bytes of the 32-byte sectors touched
   banks       cycles of shared memory over those without bank conflicts
   launches    kernels started, and their threads a block and blocks
-  resident    share of an H100 multiprocessor's threads that the blocks' shared memory leaves room
+  H100, A100  share of a multiprocessor's threads there that the blocks' shared memory leaves room
               for, as its launch asks for it; sass.py has what registers leave
 
-No GPU is needed. The bars: traffic at most 1.05 (filters with their halos 1.15 at 4 taps, 1.4 at
-12), sectors at least 0.95, banks at most 1.1, one launch, resident at least 0.5.
+Launches that depend on a GPU's shared memory are counted as both have them: the worse is shown. No
+GPU is needed. The bars: traffic at most 1.05 (filters with their halos 1.15 at 4 taps, 1.4 at 12),
+sectors at least 0.95, banks at most 1.1, one launch, room for at least 0.5 of the threads.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +63,8 @@ ROWS = [row for row in ops.ROWS if not row.convolves and row.name != REPEATED] +
 # Channels by memory format: channels-last needs enough of them to fill a warp's sectors.
 SIDE, CHANNELS = 256, {"nchw": 4, "nhwc": 16}
 PLANES, PROCESSORS = 4 * 64, 132  # batch times channels of StyleGAN2-256, on an H100
+# Compute capability, and KiB of shared memory that a block can have.
+GPUS = {"H100": ("sm_90", 227), "A100": ("sm_80", 163)}
 # Rows with other channels.
 OTHERS = {
     "adain": {"nchw": 8, "nhwc": 64},  # so that a group of blocks finds room
@@ -79,7 +82,8 @@ class Figures(NamedTuple):
     sectors: float
     banks: float
     launches: int
-    resident: float
+    h100: float
+    a100: float
 
     @classmethod
     def of(cls, c: dict[str, Any], fewest: int) -> Figures:
@@ -89,17 +93,27 @@ class Figures(NamedTuple):
         conflicts = c["shared_load_conflicts"] + c["shared_store_conflicts"]
         banks = cycles / (cycles - conflicts) if cycles else 1.0
         ratios = used / fewest, used / max(1, 32 * sectors), banks
-        room = min((resident(launch) for launch in c["launch_list"]), default=1.0)
-        return cls(*(round(ratio, 3) for ratio in ratios), c["launches"], round(room, 3))
+        rooms = (round(resident(c["launch_list"], gpu), 3) for gpu in GPUS)
+        return cls(*(round(ratio, 3) for ratio in ratios), c["launches"], *rooms)
 
 
-def resident(launch: dict[str, Any]) -> float:
-    """Of a multiprocessor's threads, with the shared memory that the launch asks for."""
-    return sass.occupancy("sm_90", 1, launch["smem"], math.prod(launch["block"]))
+def resident(launches: list[dict[str, Any]], gpu: str) -> float:
+    """Of a multiprocessor's threads, with the shared memory that the launches ask for."""
+    arch = GPUS[gpu][0]
+    rooms = (sass.occupancy(arch, 1, c["smem"], math.prod(c["block"])) for c in launches)
+    return min(rooms, default=1.0)
 
 
-NAMES = ("traffic", "sectors used", "bank cycles", "launches", "resident threads")
-SIGNS = (1, -1, 1, 1, -1)  # -1: more is better
+NAMES = ("traffic", "sectors used", "bank cycles", "launches", *(f"{gpu} threads" for gpu in GPUS))
+SIGNS = (1, -1, 1, 1, -1, -1)  # -1: more is better
+
+
+def both(h100: Figures, a100: Figures) -> Figures:
+    """The worse of two GPUs' figures, and the room that each has."""
+    worse = (
+        max(pair, key=lambda v, s=s: s * v) for s, *pair in zip(SIGNS, h100, a100, strict=True)
+    )
+    return Figures(*worse)._replace(h100=h100.h100, a100=a100.a100)
 
 
 class Case(NamedTuple):
@@ -144,32 +158,50 @@ def passes(row: Row, layout: str, dtype: str) -> Iterator[Counted]:
         inputs = [t.contiguous(memory_format=LAST) if t.ndim == 4 else t for t in inputs]
     leaves = [t.detach().requires_grad_() for t in row.leaves(inputs)]
 
-    def counted(what: str, fewest: int) -> Counted:
-        c = simt.counters()
+    def counted(
+        what: str, call: Callable[[], Any], fewest: Callable[[Any], int]
+    ) -> tuple[Counted, Any]:
+        runs = []
+        for _, kib in GPUS.values():
+            if runs and not runs[0]["asked_shared"]:
+                break
+            simt.max_shared(kib << 10)
+            simt.reset()
+            result = call()
+            runs.append(simt.counters())
+        simt.max_shared(GPUS["H100"][1] << 10)
+        c = runs[0]
+        figures = both(*(Figures.of(run, fewest(result)) for run in (c, runs[-1])))
         first = (c["launch_list"] or [{"grid": (), "block": ()}])[0]
-        figures = Figures.of(c, fewest)
         used = c["global_load_used_bytes"] + c["global_store_used_bytes"]
         key = f"{row.name} {what} {dtype} {layout}"
-        return Counted(key, figures, first["grid"], first["block"], used)
+        return Counted(key, figures, first["grid"], first["block"], used), result
 
-    simt.reset()
-    y = row.call(*leaves, *inputs[len(leaves) :], impl="simt")
-    yield counted("forward", row.forward_bytes(inputs, y))
+    done, y = counted(
+        "forward",
+        lambda: row.call(*leaves, *inputs[len(leaves) :], impl="simt"),
+        lambda y: row.forward_bytes(inputs, y),
+    )
+    yield done
     dy = torch.empty_like(y).copy_(make.tensor(y.numel()).view(y.shape))
-    simt.reset()
-    torch.autograd.grad(y, leaves, dy, retain_graph=True)
-    yield counted("backward", row.backward_bytes(inputs, y))
+    yield counted(
+        "backward",
+        lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True),
+        lambda _: row.backward_bytes(inputs, y),
+    )[0]
     if row.name not in SECOND:
         return
     twice = leaves[: SECOND[row.name]]
     dy.requires_grad_()
     gradients = torch.autograd.grad(y, twice, dy, create_graph=True)
     cotangents = [torch.empty_like(g).copy_(make.tensor(*g.shape)) for g in gradients]
-    simt.reset()
-    torch.autograd.grad(gradients, [dy, *twice], cotangents)
     # dy, the inputs and the cotangents are read, a gradient of each but the cotangents is written.
     fewest = 2 * ops.nbytes(dy) + sum(map(ops.nbytes, [*inputs, *twice, *twice]))
-    yield counted("second", fewest)
+    yield counted(
+        "second",
+        lambda: torch.autograd.grad(gradients, [dy, *twice], cotangents, retain_graph=True),
+        lambda _: fewest,
+    )[0]
 
 
 # --- Judging.
@@ -178,7 +210,7 @@ def passes(row: Row, layout: str, dtype: str) -> Iterator[Counted]:
 def bars(key: str) -> Figures:
     halo = "upfirdn2d" in key or key.startswith("synthesis_epilogue up")
     traffic = (1.4 if "12 taps" in key else 1.15) if halo else 1.05
-    return Figures(traffic, 0.95, 1.1, 1, 0.5)
+    return Figures(traffic, 0.95, 1.1, 1, 0.5, 0.5)
 
 
 def worse(now: Figures, than: Figures, slack: float = 0.0) -> list[tuple[str, float, float]]:
@@ -224,7 +256,8 @@ def write_budget(path: Path, budget: dict[str, Figures]) -> None:
 def show(c: Counted) -> None:
     f = c.figures
     grid, block = ("x".join(map(str, size)) for size in (c.grid, c.block))
-    columns = f"{f.traffic:7.3f} {f.sectors:7.3f} {f.banks:6.3f} {f.launches:8} {f.resident:8.0%}"
+    columns = f"{f.traffic:7.3f} {f.sectors:7.3f} {f.banks:6.3f} {f.launches:8}"
+    columns += f" {f.h100:5.0%} {f.a100:5.0%}"
     print(f"{c.key:50} {columns} {grid:>11} {block:>8} {c.moved / 2**20:7.2f}", flush=True)
 
 
@@ -280,7 +313,7 @@ def main() -> int:
     if args.markdown:
         print(markdown(budget))
         return 0
-    head = f"{'traffic':>7} {'sectors':>7} {'banks':>6} launches resident"
+    head = f"{'traffic':>7} {'sectors':>7} {'banks':>6} launches {'H100':>5} {'A100':>5}"
     print(f"{'op':50} {head} {'grid':>11} {'block':>8} {'MiB':>7}")
     measured: dict[str, Figures] = {}
     found: list[str] = []

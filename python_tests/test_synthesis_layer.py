@@ -179,18 +179,26 @@ def test_strips(impl, device, f, channels, dtype):
     "shape", [(2, 5, 3, 9), (1, 3, 70, 33), (1, 2, 9, 1100), (2, 3, 5, 261)], ids=str
 )
 def test_lines(impl, device, shape, dtype):
-    """Planes that are cut across or down, or share a block; rows that begin anywhere in memory."""
+    """Planes that are cut across or down, or share a block; rows, and those of noise in x's dtype
+    and in float32, that begin anywhere in memory."""
     if impl not in ("simt", "cuda"):
         pytest.skip("for the strips of the CUDA kernels")
     n, c, h, w = shape
     for offset, f in ((0, F4), (1, LOPSIDED), (3, F4)):
         memory = randn(n * c * h * w + offset, seed=offset).to(dtype)
         _, d, z, s, b = make_inputs(shape, f, (1, 2), dtype)
+        z = (
+            randn(offset + z.numel())
+            .to(dtype if offset < 3 else torch.float32)[offset:]
+            .view(z.shape)
+        )
         x, d, z, s, b = (t.to(device) for t in (memory[offset:].view(shape), d, z, s, b))
         with gpu_of(1, impl):
             compare(
                 lambda x, d, s, b, f=f, z=z: runner(impl, f, (1, 2))(x, d, z, s, b),
-                lambda x, d, s, b, f=f, z=z: runner("reference", f, (1, 2))(x, d, z, s, b),
+                lambda x, d, s, b, f=f, z=z: runner("reference", f, (1, 2))(
+                    x, d, z.to(d.dtype), s, b
+                ),
                 [x, d, s, b],
             )
 

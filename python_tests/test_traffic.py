@@ -51,16 +51,18 @@ def test_check_fails_when_a_figure_gets_worse(tmp_path):
 
 def test_judging():
     assert judge("""
-good, key = traffic.Figures(1.0, 1.0, 1.0, 1, 1.0), "bias_act lrelu forward f32 nchw"
+good, key = traffic.Figures(1.0, 1.0, 1.0, 1, 1.0, 1.0), "bias_act lrelu forward f32 nchw"
 judge = lambda now, budget: print(*traffic.problems({key: now}, {key: budget}), sep="|")
 judge(good, good)
 judge(good._replace(sectors=0.96), good)
 judge(good._replace(banks=1.2), good._replace(banks=1.2))
+judge(good._replace(a100=0.375), good._replace(a100=0.375))
 print(*traffic.problems({key: good}, {}))
 """).splitlines() == [
         "",
         "bias_act lrelu forward f32 nchw: sectors used 0.96, the budget has 1.0",
         "bias_act lrelu forward f32 nchw: bank cycles 1.2, the bar is 1.1",
+        "bias_act lrelu forward f32 nchw: A100 threads 0.375, the bar is 0.5",
         "bias_act lrelu forward f32 nchw: not in the budget; --update adds it",
     ]
 

@@ -237,7 +237,7 @@ __device__ __forceinline__ void store_lines(const LinePlan& m, T* first, const T
 
 constexpr int64_t kNoPlane = INT64_MIN;
 
-// What belongs to a channel, by the plane of the block that has it.
+// What belongs to a plane of a block.
 template <typename T>
 struct alignas(8) LineSlot {
   Acc<T> params[3];
@@ -252,7 +252,7 @@ static_assert(sizeof(LineSlot<double>) <= kLineSlot, "a plan counts on it");
 struct LineStrip {
   int n, index, row0, col0, c0, end;  // end: behind the last channel
   int rows, columns;                  // of the result
-  int all, steps, rounds;             // rows of x; steps of a plane; planes one after another
+  int all, steps;                     // rows of x
   int top, left, dy_top, dy_left;     // of the images
   // Backward: of dv, what is part of no other strip, all columns that exist, and those before them
   // that a result meets.
@@ -260,39 +260,27 @@ struct LineStrip {
   template <typename T, typename Args>
   __device__ __forceinline__ void set(const Args& a, bool backward, int rows_of_step, T) {
     const LinePlan& m = a.lines;
-    const int tiles = m.tiles_x * m.tiles_y;
-    n = static_cast<int>(blockIdx.x) / tiles, index = static_cast<int>(blockIdx.x) - n * tiles;
+    const int tiles = m.tiles_x * m.tiles_y, of_all = static_cast<int>(blockIdx.x) / tiles;
+    index = static_cast<int>(blockIdx.x) - of_all * tiles;
+    const int group = of_all / a.N;
+    n = of_all - group * a.N;
     const int y = index / m.tiles_x;
     row0 = y * m.tile_h, col0 = (index - y * m.tiles_x) * m.tile_w;
-    c0 = static_cast<int>(blockIdx.y) * m.channels, end = c0 + min(m.channels, a.C - c0);
+    c0 = group * m.planes, end = min(c0 + m.planes, a.C);
+    const int halo = backward ? kHalo : 0;
     rows = min(m.tile_h, (backward ? a.H : a.out_h) - row0);
     columns = min(m.tile_w, (backward ? a.W : a.out_w) - col0);
-    all = rows + (backward ? 2 * kHalo : kHalo);
+    all = rows + halo + kHalo;
     steps = (all + rows_of_step - 1) / rows_of_step;
-    rounds = (end - c0 + m.planes - 1) / m.planes;
     top = row0 - (backward ? kHalo : a.y0), left = col0 - (backward ? kHalo : a.x0);
     dy_top = top + a.y0 - kHalo, dy_left = left + a.x0;
     own_first = max(kHalo, -dy_top);
     own_last = min(row0 + m.tile_h < a.H ? m.tile_h + kHalo : all, a.out_h - dy_top);
-    const int met = min(columns + kHalo, a.out_w - dy_left);
+    const int met = min(columns + halo, a.out_w - dy_left);
     before = backward ? columns_before<T>(dy_left) : 0;
     dv_cols = met - before;
     own_cols = (col0 + m.tile_w < a.W ? min(m.tile_w, met) : met) - before;
     left += before, dy_left += before;
-  }
-};
-
-// Where a block is: in which step of which round of planes. One register, since these are short.
-struct LineCursor {
-  unsigned at = 0;  // the step, the round << 16, and what turns with every step << 31
-  __device__ __forceinline__ int step() const { return static_cast<int>(at & 0xffff); }
-  __device__ __forceinline__ int round() const { return static_cast<int>(at >> 16 & 0x7fff); }
-  __device__ __forceinline__ int turn() const { return static_cast<int>(at >> 31); }
-  __device__ __forceinline__ LineCursor next(int steps) const {
-    LineCursor then;
-    then.at = step() + 1 == steps ? (at & ~0xffffu) + 0x10000 : at + 1;
-    then.at ^= 1u << 31;
-    return then;
   }
 };
 
@@ -361,14 +349,15 @@ struct LineShared {
   __device__ __forceinline__ Acc<T>* noises() const {
     return reinterpret_cast<Acc<T>*>(shared + m.noises);
   }
-  __device__ __forceinline__ LineSlot<T>& slot(int share, int round) const {
-    return reinterpret_cast<LineSlot<T>*>(shared + share)[round & (kLineSlots - 1)];
+  __device__ __forceinline__ LineSlot<T>& slot(int share) const {
+    return *reinterpret_cast<LineSlot<T>*>(shared + share);
   }
 };
 
-// y = op(filter(x)). Op: param(n, c, which) is a parameter of a channel; noise(shared, strip) puts
-// the strip's noise into shared memory; finish(u, params, read, z) makes results of filtered
-// samples and, once read() has read it, their noise. kUnroll: rows at a time.
+// y = op(filter(x)). Op: param(n, c, which) is a parameter of a channel; copy_noise(shared, strip,
+// me, row) begins to copy the noise of the step from that row on, and have_noise(shared, me) makes
+// numbers of what has come; finish(u, params, read, z) makes results of filtered samples and, once
+// read() has read it, their noise. kUnroll: rows at a time.
 template <typename T, int kUnroll, typename Args, typename Op>
 __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
   using A = Acc<T>;
@@ -385,14 +374,14 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
 
   const LanePlace me(m, in_shared, T{});
   Copies copies;
-  const auto begin = [&](LineCursor cursor) {
-    const int round = cursor.round(), step = cursor.step();
+  const auto noises = [&](int step) { return s.noises() + step % 2 * R * m.across; };
+  const auto begin = [&](int step) {
     const int share = me.share(), lane = me.lane();
-    LineSlot<T>& slot = s.slot(share, round);
+    LineSlot<T>& slot = s.slot(share);
     int64_t x;
     bool careful;
     if (step == 0) {
-      const int c = strip.c0 + quotient(thread_again(), m.magic) + round * m.planes;
+      const int c = strip.c0 + quotient(thread_again(), m.magic);
       const int64_t plane = static_cast<int64_t>(strip.n) * a.C + c;
       careful = Copies::near_end(plane, static_cast<int64_t>(a.N) * a.C, a.H, a.W);
       x = (plane * a.H + strip.top) * a.W + strip.left;
@@ -408,57 +397,49 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
       x = slot.x + static_cast<int64_t>(step * R) * a.W;
       careful = slot.careful;
     }
-    copies.copy(m.x, s.xs(share, cursor.turn()), a.x + x, a.W,
+    copies.copy(m.x, s.xs(share, step % 2), a.x + x, a.W,
                 rows_between<R>(strip.top + step * R, 0, min(a.H, strip.top + strip.all)), careful,
                 a.x, a.x_end);
+    op.copy_noise(noises(step), strip, me, step * R);
   };
-  begin({});
+  begin(0);
   copy_batch();
-  op.noise(s.noises(), in_shared);
   if (threadIdx.x < 32) share_taps<A>(&taps, nullptr, a);
 
   const auto walk = [&](Format<T> format) {
-    A waiting[kHalo][K];
-    LineCursor cursor;
+    A waiting[kHalo][K] = {};
 #pragma unroll 1
-    for (;;) {
+    for (int step = 0;; step++) {
       copy_wait<0>();
-      copies.clear(s.xs(me.share(), cursor.turn()));
+      copies.clear(s.xs(me.share(), step % 2));
+      if (step < strip.steps) op.have_noise(noises(step), me);
       __syncthreads();
-      if (m.out_stage && cursor.at) {  // the results of the step before
-        const int row = (cursor.step() ? cursor.step() - 1 : strip.steps - 1) * R, o = row - kHalo;
-        const int64_t out =
-            s.slot(me.share(), cursor.step() ? cursor.round() : cursor.round() - 1).out;
+      if (m.out_stage && step > 0) {  // the results of the step before
+        const int row = (step - 1) * R, o = row - kHalo;
+        const int64_t out = s.slot(me.share()).out;
         if (out != kNoPlane)
           store_lines(m, a.out + (out + static_cast<int64_t>(row) * a.out_w), s.outs(me.share()),
                       max(0, -o), min(R, strip.rows - o), a.out_w, strip.columns, me.lane());
       }
-      if (cursor.round() == strip.rounds) break;
-      const LineCursor next = cursor.next(strip.steps);
-      if (next.round() < strip.rounds) {
-        begin(next);
+      if (step == strip.steps) break;
+      if (step + 1 < strip.steps) {
+        begin(step + 1);
       } else {
         copies.none();
       }
       copy_batch();
       if (m.out_stage) __syncthreads();  // the results before are on their way
-      if (cursor.step() == 0)
-#pragma unroll
-        for (int j = 0; j < kHalo; j++)
-#pragma unroll
-          for (int e = 0; e < K; e++) waiting[j][e] = A(0);
-      const LineSlot<T>& slot = s.slot(me.share(), cursor.round());
+      const LineSlot<T>& slot = s.slot(me.share());
       const int64_t out = slot.out;
-      const LineColumns<T> columns(m, me.lane(), m.across);
+      const LineColumns<T> columns(m, me.lane(), strip.dv_cols);
       if (out != kNoPlane && me.stores(0)) {
         const A params[3] = {slot.params[0], slot.params[1], slot.params[2]};
-        const T* const stage =
-            s.xs(me.share(), cursor.turn()) + first_of(a.x + slot.x) + columns.first;
-        T* to = a.out + (out + static_cast<int64_t>(cursor.step() * R) * a.out_w);
+        const T* const stage = s.xs(me.share(), step % 2) + first_of(a.x + slot.x) + columns.first;
+        T* to = a.out + (out + static_cast<int64_t>(step * R) * a.out_w);
         T* kept = s.outs(me.share()) + first_of(to) + columns.first;
         to += columns.first;
-        const int rows = strip.rows, o0 = cursor.step() * R - kHalo;
-        const A* noise = s.noises() + o0 * m.across + columns.first;
+        const int rows = strip.rows, o0 = step * R - kHalo;
+        const A* noise = noises(step) + columns.first;
         with_taps<(kUnroll > 1)>(taps, [&](auto filter) {
           const auto walk_rows = [&](auto whole, auto stores) {
             const T* row = stage;
@@ -498,7 +479,6 @@ __device__ __forceinline__ void filter_lines(const Args& a, const Op op) {
                   : walk_rows(std::false_type{}, std::true_type{});
         });
       }
-      cursor = cursor.next(strip.steps);
     }
   };
   with_format(a.format, walk);

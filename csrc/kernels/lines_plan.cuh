@@ -9,9 +9,7 @@ namespace {
 template <typename T>
 constexpr int kLineColumns = sizeof(T) == 8 ? 1 : 2;  // of a thread: see LineColumns
 template <typename T>
-constexpr int kLineRows = sizeof(T) == 8 ? 4 : 8;  // of a step of the forward
-template <typename T>
-constexpr int kGradRows = sizeof(T) == 2 ? 8 : 4;  // and of the backward, which has more to hold
+constexpr int kLineRows = sizeof(T) == 2 ? 8 : 4;  // of a step
 // Rows of du at once: a step's, or half of them. As many of the result are then written into x's
 // stage, and end before the rows of x that are still to be read: these have the greater pitch.
 constexpr int kDuRows = 4;
@@ -33,11 +31,10 @@ constexpr int kLineBlocks = sizeof(T) == 8 ? 1 : 2;
 #endif
 
 constexpr int kLineSlot = 56;  // bytes of a LineSlot, at most
-// Of a round's channels, while those of the round before are stored and the next ones are begun.
-constexpr int kLineSlots = 4;
 
-// Rows of a strip, but for its halo, and steps of the backward, at most.
-constexpr int kLineStrip = 64, kLineSteps = 32;
+// Rows of a strip, but for its halo, so that 257 of them are four, and steps of the backward, at
+// most.
+constexpr int kLineStrip = 66, kLineSteps = 32;
 
 // Rows of an image in shared memory.
 struct LineImage {
@@ -49,8 +46,7 @@ struct LinePlan {
   int tile_w, tile_h, tiles_x, tiles_y;
   int across;                // columns that are filtered; the backward's: of dv
   int wide;                  // the most of these and of the result's
-  int lanes, magic, planes;  // threads of a plane; see quotient(); planes of a block at once
-  int channels;              // of a block
+  int lanes, magic, planes;  // threads of a plane; see quotient(); planes of a block
   LineImage x;
   int dus, du_pitch, sums, copies, rests;  // backward: bytes, elements, bytes, bytes, bytes
   // Where rows are stored through shared memory: out_stage > 0. The backward's lie where x was.
@@ -58,6 +54,8 @@ struct LinePlan {
   int share, noises, shared;  // bytes of a plane; where the noise is; of a block
   int threads() const { return (lanes * planes + 31) / 32 * 32; }
   int64_t tiles() const { return static_cast<int64_t>(tiles_x) * tiles_y; }
+  // Those of the same planes follow each other.
+  int64_t blocks(int64_t N, int64_t C) const { return tiles() * N * ceil_div(C, planes); }
 };
 
 // Bytes that a block can have: 64 KiB on Turing, 99 and more since.
@@ -82,9 +80,8 @@ template <typename T>
 LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, int height, int w,
                     int out_w, int x0, bool aligned, int limit) {
   constexpr int bytes = sizeof(T), word = sizeof(Acc<T>), V = 16 / bytes, K = kLineColumns<T>;
-  const int rows_of_step = backward ? kGradRows<T> : kLineRows<T>;
-  const int threads = kLineThreads<T>;
-  const int copies = backward ? kLineCopies<T, kGradRows<T>> : kLineCopies<T, kLineRows<T>>;
+  constexpr int rows_of_step = kLineRows<T>, threads = kLineThreads<T>;
+  constexpr int copies = kLineCopies<T, rows_of_step>;
   const int halo = backward ? kHalo : 0, row = backward ? w : out_w;
   const auto up_to = [](int64_t n, int unit) { return static_cast<int>(ceil_div(n, unit)) * unit; };
   // Of a row, whole sectors of them.
@@ -111,8 +108,9 @@ LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, 
   const auto in_steps = [&](int rows) {
     return up_to(rows + halo + kHalo, rows_of_step) - halo - kHalo;
   };
-  const auto noise_bytes = [&](int rows) {
-    return noise ? (in_steps(rows) + 2 * halo) * t.across * word : 0;
+  // The forward's next rows come while a step's are read, the backward's once they have been.
+  const auto noise_bytes = [&] {
+    return noise ? (backward ? kDuRows : 2 * rows_of_step) * t.across * word : 0;
   };
   // Whole rows, as far as there are threads and memory.
   for (t.tiles_x = static_cast<int>(ceil_div(width, K * threads));; t.tiles_x++) {
@@ -130,7 +128,7 @@ LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, 
             ceil_div(rows_of_step * static_cast<int64_t>(packs(t.wide + kHalo)), copies));
     // Of whole rows: store_lines() has warps of a plane.
     t.lanes = lanes <= 32 ? pow2_between(lanes, 4, 32) : up_to(lanes, t.tiles_x > 1 ? 32 : 4);
-    t.share = kLineSlots * kLineSlot;  // they come first
+    t.share = up_to(kLineSlot, 16);  // it comes first
     image(t.x, t.wide + kHalo, w);
     if (backward) {
       t.du_pitch = up_to(t.wide + kHalo + 2, 2);
@@ -144,33 +142,27 @@ LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, 
     const bool whole = aligned && row * bytes % 32 == 0;
     if (!backward && !whole) place(t.outs, t.out_stage);
     if (whole) t.out_stage = 0;
-    if (t.lanes <= threads && max(1, 32 / t.lanes) * t.share + noise_bytes(8) <= room) break;
+    if (t.lanes <= threads && max(1, 32 / t.lanes) * t.share + noise_bytes() <= room) break;
   }
   t.tiles_x = static_cast<int>(ceil_div(width, t.tile_w));
   t.magic = magic_of(t.lanes);
 
-  // Several planes at once, with noise as many as share it; as many rows as there is room for.
+  // Several planes, with noise as many as share it.
   const int least = max(1, 32 / t.lanes);
   t.planes = max(1, (noise ? threads : 256) / t.lanes);
   t.planes = max(min(t.planes, up_to(C, least)), least) / least * least;
-  while (t.planes > least && t.planes * t.share + noise_bytes(18) > room) t.planes -= least;
-  int longest = kLineStrip;
-  while (longest > 4 && t.planes * t.share + noise_bytes(longest) > room) longest--;
+  while (t.planes > least && t.planes * t.share + noise_bytes() > room) t.planes -= least;
   const auto blocks = [&] {
     t.tiles_y = static_cast<int>(ceil_div(height, t.tile_h));
-    return t.tiles() * N * ceil_div(C, t.channels);
+    return t.blocks(N, C);
   };
-  t.channels = t.planes;
-  for (int strips = static_cast<int>(ceil_div(height, longest));; strips *= 2) {
+  for (int strips = static_cast<int>(ceil_div(height, kLineStrip));; strips *= 2) {
     const int rows = static_cast<int>(ceil_div(height, strips));
     t.tile_h = min(in_steps(rows), height);
     if (4 * blocks() >= 3 * sms || rows <= 4) break;
   }
-  while (t.planes > least && 4 * blocks() < 3 * sms) t.channels = t.planes -= least;
-  while (noise && t.channels < 8 && t.channels < C && blocks() >= 2 * sms) t.channels *= 2;
-  while (ceil_div(C, t.channels) > 65535) t.channels *= 2;
-  blocks();
-  t.shared = t.planes * t.share + noise_bytes(t.tile_h);
+  while (t.planes > least && 4 * blocks() < 3 * sms) t.planes -= least;
+  t.shared = t.planes * t.share + noise_bytes();
   t.noises = t.planes * t.share;
   return t;
 }

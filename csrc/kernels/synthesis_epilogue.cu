@@ -3,8 +3,8 @@
 // With a filter, of 4x4 taps (fewer are padded with zeros), a block walks down strips of its input
 // and filters by rows and columns where the taps are of rank one. The backward filters twice, and
 // between them keeps dL/d(filter(x)) in shared memory. NCHW (lines): a thread has two columns of
-// a plane; a block has several channels, some at once and some one after another, so that the noise
-// is read once for all of them. Channels-last (pixels): a thread has some channels of two columns.
+// a plane; a block has several channels, which share the noise. Channels-last (pixels): a thread
+// has some channels of two columns.
 #include "synthesis_epilogue_lines.cuh"
 #include "synthesis_epilogue_pixels.cuh"
 #include "synthesis_epilogue_second.cuh"
@@ -105,7 +105,7 @@ Plan of_lines(const LinePlan& lines) {
   t.lines = lines;
   t.tile_w = lines.tile_w, t.tile_h = lines.tile_h;
   t.tiles_x = lines.tiles_x, t.tiles_y = lines.tiles_y;
-  t.threads = lines.threads(), t.groups = lines.channels, t.shared = lines.shared;
+  t.threads = lines.threads(), t.groups = lines.planes, t.shared = lines.shared;
   return t;
 }
 
@@ -216,10 +216,14 @@ struct Launcher {
 
   // Sums that the backward's blocks leave for each other, and its tickets.
   int64_t partials() const { return 3 * a.N * static_cast<int64_t>(a.C) * plan.tiles(); }
-  int64_t tickets() const { return filtered ? grid().y : (a.N + int64_t(1)) * plan.groups; }
+  int64_t tickets() const {
+    return filtered ? ceil_div(a.C, last ? plan.channels : plan.groups)
+                    : (a.N + int64_t(1)) * plan.groups;
+  }
 
   dim3 grid() const {
-    const int step = !filtered ? plan.span : last ? plan.channels : plan.groups;
+    if (filtered && !last) return dim3(static_cast<unsigned>(plan.lines.blocks(a.N, a.C)));
+    const int step = filtered ? plan.channels : plan.span;
     const unsigned tiles = static_cast<unsigned>(plan.tiles() * (filtered ? a.N : 1));
     const int64_t groups = ceil_div(a.C, step);
     return dim3(tiles, static_cast<unsigned>(loops ? min(groups, int64_t(65535)) : groups),
@@ -294,7 +298,7 @@ struct Launcher {
     constexpr int64_t kMost = int64_t(INT32_MAX) * kVec<T>;
     if (filtered && last && a.C * (max(a.H, a.out_h) + int64_t(16)) * max(a.W, a.out_w) > kMost)
       return false;
-    if (filtered) return plan.tiles() * a.N <= INT32_MAX;
+    if (filtered) return (last ? plan.tiles() * a.N : plan.lines.blocks(a.N, a.C)) <= INT32_MAX;
     return !loops || !last || static_cast<int64_t>(min(plan.tile_w, a.out_w)) * a.C <= INT32_MAX;
   }
 

@@ -23,21 +23,20 @@ __device__ __forceinline__ void write_partials(const Acc<T>* scratch, const Args
   __syncthreads();
 }
 
-// The last block of a group of `span` channels adds the partial sums of all, in order.
+// The last of `blocks` of a group of `span` channels adds the partial sums of all, in order.
 template <typename T>
-__device__ __forceinline__ void finish(const Args<T>& a, int span) {
+__device__ __forceinline__ void finish(const Args<T>& a, int span, int group, int blocks) {
   using A = Acc<T>;
   __shared__ int last;
   const unsigned thread = thread_again();
   __threadfence();
   __syncthreads();
-  if (thread == 0)
-    last = atomicAdd(a.tickets + blockIdx.y, 1) == static_cast<int>(gridDim.x * gridDim.z) - 1;
+  if (thread == 0) last = atomicAdd(a.tickets + group, 1) == blocks - 1;
   __syncthreads();
   if (!last) return;
   __threadfence();
   // A warp adds the tiles of one sum of one plane; then a thread the samples of a channel.
-  const int first = static_cast<int>(blockIdx.y) * span;
+  const int first = group * span;
   const unsigned channels = min(span, a.C - first), items = channels * a.N;
   const int64_t planes = static_cast<int64_t>(a.N) * a.C;
   for (unsigned i = thread / 32; i < 3 * items; i += blockDim.x / 32) {

@@ -487,7 +487,7 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
       if (t % 32 < lanes) scratch[(warp * 3 + k) * a.channels + t % lanes * K + e] = v;
     }
   write_partials(scratch, a, strip.tile.n, strip.c0, a.channels, strip.tile.index);
-  finish<T>(a, a.channels);
+  finish<T>(a, a.channels, static_cast<int>(blockIdx.y), static_cast<int>(gridDim.x));
 }
 
 }  // namespace

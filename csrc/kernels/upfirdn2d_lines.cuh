@@ -23,7 +23,9 @@ struct LineFilter {
 
 struct LineResult {  // the filter's, as it is
   __device__ __forceinline__ float param(int, int, int) const { return 0.f; }
-  __device__ __forceinline__ void noise(float*, const LineStrip&) const {}
+  __device__ __forceinline__ void copy_noise(float*, const volatile LineStrip&, const LanePlace&,
+                                             int) const {}
+  __device__ __forceinline__ void have_noise(float*, const LanePlace&) const {}
   template <typename U, typename Read, typename Noise>
   __device__ __forceinline__ void finish(U&, const float (&)[3], Read, const Noise&) const {}
 };
@@ -41,7 +43,8 @@ int launch_lines(const Args& p, void* stream) {
   if (p.images > INT32_MAX) return -1;
   const LinePlan t = plan_lines<T>(false, false, 1, p.images, p.w.out, p.h.out, p.w.in, p.w.out,
                                    p.w.pad, aligned16(p.y), shared_limit());
-  if (t.tiles() > INT32_MAX) return -1;
+  const int64_t blocks = t.blocks(1, p.images);
+  if (blocks > INT32_MAX) return -1;
   const T* x = static_cast<const T*>(p.x);
   const LineFilter<T> a{x,
                         x + p.images * p.h.in * p.w.in,
@@ -67,10 +70,8 @@ int launch_lines(const Args& p, void* stream) {
         upfirdn2d_lines_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, t.shared);
     if (e != cudaSuccess) return static_cast<int>(e);
   }
-  GK_LAUNCH(
-      (upfirdn2d_lines_kernel<T>),
-      dim3(static_cast<unsigned>(t.tiles()), static_cast<unsigned>(ceil_div(p.images, t.channels))),
-      dim3(t.threads()), t.shared, stream, a);
+  GK_LAUNCH((upfirdn2d_lines_kernel<T>), dim3(static_cast<unsigned>(blocks)), dim3(t.threads()),
+            t.shared, stream, a);
   return static_cast<int>(cudaGetLastError());
 }
 

@@ -11,7 +11,8 @@ namespace gankern {
 namespace {
 
 constexpr int kStripThreads = 256, kStripHeight = 64;
-constexpr int kMostStripFactor = 16;  // of up and down: see quotient()
+constexpr int kStripBytes = 40 * 1024;  // at most: four blocks of an A100's multiprocessor
+constexpr int kMostStripFactor = 16;    // of up and down: see quotient()
 
 struct Strip {
   int ring_rows, stage_rows, log2_phases, magic_up;
@@ -170,7 +171,7 @@ int launch_strips(Args p, void* stream) {
     s.ring_rows = samples_for(p.h, step) + (p.h.up > 1);
     const int fixed = 8 * kMaxTaps + s.ring_rows * 8 * N * x;
     s.stage_rows = min(min(s.ring_rows, max(step * p.h.down / p.h.up, 1)),
-                       (kSharedBytes - fixed) / (16 * p.pitch));
+                       (kStripBytes - fixed) / (16 * p.pitch));
     shared = fixed + s.stage_rows * 16 * p.pitch;
     const int64_t blocks = ceil_div(p.h.out, p.tile_h) * p.tiles_w * p.images * p.chunks;
     if (s.stage_rows > 0 && (blocks >= sm_count() || (x == 8 && p.tile_h <= step))) break;

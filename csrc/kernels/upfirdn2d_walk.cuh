@@ -10,7 +10,9 @@
 namespace gankern {
 namespace {
 
-constexpr int kStages = 3;  // of the ring
+// Stages of the ring: fewer of the wide ones, so that half of an A100's threads have room.
+template <int kDown>
+constexpr int kStages = kDown == 2 ? 2 : 3;
 constexpr int kWalkThreads = 256, kWalkHeight = 68, kWalkBytes = 128;
 
 template <typename T, int kUp, int kDown>
@@ -78,7 +80,7 @@ __global__ void __launch_bounds__(kWalkThreads, 4) upfirdn2d_walk_kernel(Args p,
     iy += 2;
     x += s.stage_x;
   };
-  for (int k = 0; k < kStages - 1; k++) {
+  for (int k = 0; k < kStages<kDown> - 1; k++) {
     if (2 * k < rows) copy_stage(2 * k * s.row);
     copy_batch();
   }
@@ -135,9 +137,9 @@ __global__ void __launch_bounds__(kWalkThreads, 4) upfirdn2d_walk_kernel(Args p,
     };
     int stage = 0;
     for (int r = 0; r < rows; r += 2) {
-      copy_wait<kStages - 2>();
+      copy_wait<kStages<kDown> - 2>();
       __syncthreads();  // this stage is there, and the one before has been read
-      if (r + 2 * (kStages - 1) < rows) copy_stage(stage > 0 ? stage - 2 * s.row : s.last);
+      if (r + 2 * (kStages<kDown> - 1) < rows) copy_stage(stage > 0 ? stage - 2 * s.row : s.last);
       copy_batch();
       if (busy) {
         take(0, r, own + stage);
@@ -213,7 +215,7 @@ int launch_walk(Args p, void* stream) {
     const int apart = max(8 / W::kPhases, granules);
     while (W::kPhases > 1 && granules < 8 && pixels * granules % (2 * apart) != apart) pixels++;
     s.pixel = chunk, s.phase = pixels * chunk, s.row = W::kPhases * s.phase;
-    shared = 64 + int64_t(2) * kStages * s.row;
+    shared = 64 + int64_t(2) * kStages<kDown> * s.row;
     // Long strips only where their blocks fill the multiprocessors.
     const int64_t blocks = strips * p.tiles_w * p.images * p.chunks;
     const int filled = p.tile_h > 34 ? 1024 : p.tile_h > 17 ? 512 : p.tile_h > 9 ? 256 : 0;
@@ -231,7 +233,7 @@ int launch_walk(Args p, void* stream) {
       threads /= 2;
   }
   if (strips > 65535 || p.chunks > 65535) return -1;
-  s.last = 2 * (kStages - 1) * s.row;
+  s.last = 2 * (kStages<kDown> - 1) * s.row;
   s.across = threads / 2 * 16 / chunk;
   s.copy_ring = s.across / W::kPhases * chunk, s.copy_x = s.across * bytes;
   s.stage_x = 2 * p.w.in * bytes;

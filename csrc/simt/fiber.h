@@ -72,8 +72,9 @@ inline void switch_to(Fiber& from, Fiber& to, [[maybe_unused]] bool last = false
 #endif
 }
 
-// Stacks for a block's threads, each above a page that faults. Tops are staggered, because equal
-// offsets within a page would make all stacks compete for the same cache sets.
+// Stacks for a block's threads, each above a page that faults, as far as a process may have so many
+// mappings (65,530, two a stack). Tops are staggered, because equal offsets within a page would
+// make all stacks compete for the same cache sets.
 class Stacks {
  public:
 #if defined(GANKERN_SIMT_ASAN) || defined(GANKERN_SIMT_RACE)
@@ -87,7 +88,7 @@ class Stacks {
     if (!memory_) reserve();
     char* base = memory_ + i * kSize;
     if (i >= guarded_) {
-      mprotect(base, kGuard, PROT_NONE);
+      if (guards++ < kMostGuards) mprotect(base, kGuard, PROT_NONE);
       guarded_ = i + 1;
     }
     fiber.stack = base + kGuard;
@@ -103,6 +104,8 @@ class Stacks {
 
  private:
   static constexpr size_t kAll = 1024 * kSize;
+  static constexpr int kMostGuards = 24 << 10;
+  static inline int guards = 0;
   void reserve() {
     void* p = mmap(nullptr, kAll, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

@@ -115,12 +115,14 @@ static py::dict all_counters() {
   py::dict d = as_dict(total);
   d["kernels"] = kernels;
   d["launch_list"] = launches;
+  d["asked_shared"] = asked_shared;
   return d;
 }
 
 static void reset() {
   counters.clear();
   launch_records.clear();
+  asked_shared = false;
 }
 
 // Memory as cudaMalloc gives it: aligned to 256 bytes.
@@ -159,7 +161,9 @@ PYBIND11_MODULE(simt, m) {
   py::register_exception<simt::Error>(m, "Error", PyExc_RuntimeError);
   m.attr("variant") = simt::variant;
   m.def("load", &simt::load, py::arg("path"), "Loads a library; returns its launchers by name.");
-  m.def("counters", &simt::all_counters, "Totals, and \"kernels\" and \"launch_list\".");
+  m.def("counters", &simt::all_counters,
+        "Totals, \"kernels\" and \"launch_list\"; \"asked_shared\": plans may depend on "
+        "max_shared().");
   m.def("reset", &simt::reset, "Sets all counters to zero.");
   m.def(
       "processors", [](int count) { simt::processors = count; }, py::arg("count"),

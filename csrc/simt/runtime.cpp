@@ -490,6 +490,7 @@ cudaError_t get_device(int* device) {
 }
 
 int processors = 132, max_shared = 227 << 10;
+bool asked_shared = false;
 
 // Another GPU has been told nothing about its kernels.
 void set_max_shared(int bytes) { max_shared = bytes, shared_limits.clear(); }
@@ -506,8 +507,10 @@ cudaError_t get_attribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMaxSharedMemoryPerBlock:
       return *value = kMaxSharedDefault, cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      asked_shared = true;
       return *value = max_shared, cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      asked_shared = true;
       return *value = max_shared + kSharedReserved, cudaSuccess;
     case cudaDevAttrMaxGridDimX:
       return *value = 0x7fffffff, cudaSuccess;

@@ -60,6 +60,7 @@ extern Running running;
 extern int processors;  // multiprocessors of the simulated GPU
 extern int max_shared;  // bytes that a block of it can ask for; see set_max_shared()
 void set_max_shared(int bytes);
+extern bool asked_shared;  // whether a launcher asked for it
 
 // Ends the launch with an error that starts with `what` and names kernel, block and thread.
 [[noreturn]] void fail(const std::string& what, const void* place = nullptr);

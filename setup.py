@@ -98,7 +98,7 @@ def torch_sources(folder: str, other: str, without: set[str]) -> tuple[list[Path
     stems = {path.stem for path in sources(folder, without)}
     lacking = {path.stem for path in sources(other, without)} - stems
     found = sources("torch", without | lacking)
-    return found, sorted(lacking | without)
+    return found, sorted(lacking | without - {EAGER})
 
 
 class Ninja:
@@ -130,7 +130,8 @@ class Ninja:
         """After a run that failed: the ops with a file that does not compile."""
         command = [find_ninja(), "-C", str(self.folder), "-n"]
         left = subprocess.run(command, capture_output=True, text=True).stdout
-        return set(re.findall(r"(?:cxx|nvcc) \w+/(\w+)\.", left))
+        failed = set(re.findall(r"(?:cxx|nvcc) \w+/(\w+)\.", left))
+        return failed | ({EAGER} if EAGER_LIBRARY in left else set())
 
 
 @dataclass

@@ -70,8 +70,11 @@ def fresh(monkeypatch):
         pytest.skip(_remember.why_not())
     kept = {m: m._checked if hasattr(m, "_checked") else m._call for m in map(module, OPS)}
     learn = {m: m._quick for m in kept}
+    layers = sys.modules["gankern.ops.synthesis_epilogue"]
+    valid = layers._quick_valid
 
     def switch(on=True):
+        monkeypatch.setattr(layers, "_quick_valid", valid.again() if on else layers._valid)
         for m, call in kept.items():
             monkeypatch.setattr(m, "_quick", learn[m].again() if on else call)
 
@@ -289,6 +292,46 @@ def test_compile_takes_the_python_function(fresh, device):
         expected = ops.pixel_norm(x)
     compiled = torch.compile(lambda t: ops.pixel_norm(t), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected)
+
+
+def test_backward_within_a_compiled_step(fresh, device):
+    """Dynamo looks at each frame of Python while a step of it runs."""
+    x = tensors("pixel_norm", device)[0].requires_grad_()
+    op = torch._dynamo.disable(ops.pixel_norm)
+
+    def step(x):
+        y = op(x)
+        (y.square().sum() + (3 * y).sum()).backward()
+
+    (expected,) = torch.autograd.grad(
+        ops.pixel_norm(x).square().sum() + 3 * ops.pixel_norm(x).sum(), x
+    )
+    compiled = torch.compile(step, backend="eager")
+    for _ in range(4):
+        x.grad = None
+        compiled(x)
+        torch.testing.assert_close(x.grad, expected)
+
+
+def test_compiled_autograd(fresh, device):
+    x = tensors("pixel_norm", device)[0].requires_grad_()
+    for _ in range(3):
+        y = ops.pixel_norm(x)
+        (expected,) = torch.autograd.grad(y.square().sum() + y.sum(), x)
+    graphs = []
+
+    def compiler(graph):
+        graphs.append(graph)
+        return graph
+
+    from torch._dynamo import compiled_autograd
+
+    for _ in range(3):
+        x.grad, y = None, ops.pixel_norm(x)
+        with compiled_autograd._enable(compiler):
+            (y.square().sum() + y.sum()).backward()
+        torch.testing.assert_close(x.grad, expected)
+    assert graphs
 
 
 def test_graph_is_that_of_a_function(fresh, device):

@@ -16,6 +16,7 @@
 #include <torch/csrc/autograd/grad_mode.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -45,6 +46,28 @@ constexpr int64_t kFew = 1 << 12;
   error.persist();
   throw error;
 }
+
+// Keeps torch.compile, where a step of it runs eagerly, from the frames of Python that are called.
+class NoDynamo {
+ public:
+  static PyObject* setter;  // torch._C._dynamo.eval_frame.set_eval_frame
+  NoDynamo() : prior_(PyObject_CallOneArg(setter, Py_None)) {
+    if (!prior_) throw_raised();
+  }
+  NoDynamo(const NoDynamo&) = delete;
+  NoDynamo& operator=(const NoDynamo&) = delete;
+  ~NoDynamo() {
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    Py_XDECREF(PyObject_CallOneArg(setter, prior_));
+    Py_DECREF(prior_);
+    PyErr_Restore(type, value, trace);
+  }
+
+ private:
+  PyObject* prior_;
+};
+PyObject* NoDynamo::setter = nullptr;
 
 // A reference that is dropped under the GIL, from whatever thread, and not after Python's end.
 class Held {
@@ -145,6 +168,8 @@ struct Recipe {
   };
 
   explicit Recipe(Call call) : call(std::move(call)) {}
+  static inline std::atomic<int64_t> made{0};
+  const int64_t id = ++made;  // no other's, for the cache of compiled autograd
   Call call;
   std::vector<Saved> saved;
   std::vector<Edge> edges;
@@ -191,6 +216,25 @@ struct Backward final : Node {
     return tensors;
   }
 
+  // Compiled autograd traces the Python gradient.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(recipe->id);
+    args.collect(state.load());
+    size_t kept = 0;
+    for (const auto& value : recipe->saved)
+      if (value.from != Recipe::Saved::kNothing)
+        args.collect(saved[kept++], value.from == Recipe::Saved::kOutput && value.place == 0);
+    for (size_t i = 0; i < recipe->edges.size(); i++) args.collect(task_should_compute_output(i));
+  }
+
+  variable_list apply_with_saved(const variable_list& grads,
+                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    swap.before(saved);
+    auto found = apply(variable_list(grads));
+    swap.after(saved);
+    return found;
+  }
+
   variable_list apply(variable_list&& grads) override {
     at::Tensor dy = grads[0];
     if (!dy.defined() && recipe->materialize) dy = input_metadata(0).zeros_like();
@@ -235,6 +279,7 @@ struct Backward final : Node {
 
   variable_list call_python(const variable_list& tensors, const Key* key) {
     const py::gil_scoped_acquire gil;
+    const NoDynamo eager;
     const auto wrap = [](const at::Tensor& t) {
       PyObject* object = t.defined() ? THPVariable_Wrap(t) : Py_NewRef(Py_None);
       if (!object) throw_raised();
@@ -313,7 +358,7 @@ uint64_t plain_keys() {
 // Adds to key all of an argument that a call may depend on; false if that is not known.
 bool describe(Key& key, const at::Tensor& t, bool grad_mode) {
   static const uint64_t plain = plain_keys();
-  if (t.key_set().raw_repr() & ~plain) return false;
+  if (!t.defined() || t.key_set().raw_repr() & ~plain) return false;
   const auto device = t.device();
   const int64_t about[] = {
       t.dim(),
@@ -478,7 +523,11 @@ PyObject* call(PyObject* callable, PyObject* const* args, size_t nargsf, PyObjec
     return run(recipe, args, grad_mode);
   } else if (!found->second.asked) {  // the second such call: more will come
     found->second.asked = true;
-    THPObjectPtr told(PyObject_Vectorcall(self->learn, args, nargsf, nullptr));
+    THPObjectPtr told;
+    {
+      const NoDynamo eager;
+      told = PyObject_Vectorcall(self->learn, args, nargsf, nullptr);
+    }
     if (!told) return nullptr;
     if (told.get() != Py_None) {
       const auto recipe = read_recipe(told.get());
@@ -550,6 +599,13 @@ PyModuleDef module_def = {
 }  // namespace
 
 PyMODINIT_FUNC PyInit__eager() {
+  try {
+    const auto module = py::module_::import("torch._C._dynamo.eval_frame");
+    NoDynamo::setter = py::object(module.attr("set_eval_frame")).release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return nullptr;
+  }
   PyTypeObject& type = remembered_type;
   Py_SET_REFCNT(&type, 1);
   type.tp_name = "gankern._eager.Remembered";

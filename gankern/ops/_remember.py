@@ -52,7 +52,7 @@ def _load() -> tuple[Any, str]:
         return None, f"not loaded: it is for {wanted}; build gankern again"
     try:
         return importlib.import_module("gankern._eager"), ""
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         return None, f"not loaded ({error}): build gankern again"
 
 
@@ -99,8 +99,9 @@ class _Capture(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        name = func._schema.name.split("::")[1]
-        if self.call is not None or kwargs or name not in _impl._fakes:
+        namespace, name = func._schema.name.split("::")
+        ours = namespace in _impl.NAMESPACES.values() and name in _impl._fakes
+        if self.call is not None or kwargs or not ours:
             raise _NotOneCallError
         found = _impl._fakes[name](*(_on_meta(a) if isinstance(a, Tensor) else a for a in args))
         self.call = func, args, found
@@ -140,7 +141,7 @@ def _call_of(function: Callable[..., Any], *args: Any) -> tuple[Any, Any, tuple[
     try:
         with torch.no_grad(), _Capture() as capture:
             result = function(*args)
-    except _NotOneCallError:
+    except Exception:  # not one, or an error that the call itself shall tell
         return None
     if capture.call is None:
         return None

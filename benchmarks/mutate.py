@@ -144,8 +144,8 @@ MUTATIONS = [
     Mutation(
         "upfirdn2d", "barrier, channels-last: a stage is read while it is copied",
         "upfirdn2d_walk.cuh",
-        "copy_wait<kStages - 2>();\n      __syncthreads();",
-        "copy_wait<kStages - 2>();",
+        "copy_wait<kStages<kDown> - 2>();\n      __syncthreads();",
+        "copy_wait<kStages<kDown> - 2>();",
         "race",
     ),
     Mutation(
@@ -171,26 +171,30 @@ MUTATIONS = [
     ),
     Mutation(
         "synthesis_epilogue", "index: the noise of the next row", "synthesis_epilogue_lines.cuh",
-        "line_noise(shared, a, strip.n, strip.row0, strip.col0, strip.rows)",
-        "line_noise(shared, a, strip.n, strip.row0 + 1, strip.col0, strip.rows)",
+        "LineNoise<T>{a}.copy(shared, strip, me, row, ",
+        "LineNoise<T>{a}.copy(shared, strip, me, row + 1, ",
     ),
     Mutation(
         "synthesis_epilogue", "barrier: a stage is read while it is copied", "lines.cuh",
-        "copies.clear(s.xs(me.share(), cursor.turn()));\n      __syncthreads();",
-        "copies.clear(s.xs(me.share(), cursor.turn()));",
+        "op.have_noise(noises(step), me);\n      __syncthreads();",
+        "op.have_noise(noises(step), me);",
         "race",
     ),
     Mutation(
         "synthesis_epilogue", "barrier: du is read at once", "synthesis_epilogue_lines.cuh",
-        "        __syncthreads();\n        if (part == 0) {",
-        "        if (part == 0) {",
+        "        __syncthreads();\n        part + D < R ?",
+        "        part + D < R ?",
         "race",
     ),
     Mutation(
         "synthesis_epilogue", "barrier: du is written while it is read",
         "synthesis_epilogue_lines.cuh",
-        "if (part > 0) __syncthreads();", "",
+        "__syncthreads();  // the rows of du before", "//",
         "race",
+    ),
+    Mutation(
+        "synthesis_epilogue", "index: a pair of noise beside a row", "synthesis_epilogue_lines.cuh",
+        "strip.dy_left + columns.first + e >= 0", "strip.dy_left + columns.first + e >= -1",
     ),
     Mutation(
         "synthesis_epilogue", "index: the sums of one more row of dv",

@@ -239,7 +239,7 @@ def test_memory_of_a_kernel(impl, device, name, layout, monkeypatch):
     run = functools.partial(op, impl=impl)
     # What the gradient needs besides is an output of the registered operation: adain's mean and
     # 1 / deviation, the squares of demod_coefs. So is the epilogue's gradient of its noise.
-    aux = {"adain": 2, "demod_coefs": 1}.get(name, 0)
+    aux = {"adain": 1, "demod_coefs": 1}.get(name, 0)
     with torch.no_grad():
         y = run(*inputs)
         count, size = allocated(lambda: run(*inputs))

@@ -193,10 +193,6 @@ MUTATIONS = [
         "race",
     ),
     Mutation(
-        "synthesis_epilogue", "index: a pair of noise beside a row", "synthesis_epilogue_lines.cuh",
-        "strip.dy_left + columns.first + e >= 0", "strip.dy_left + columns.first + e >= -1",
-    ),
-    Mutation(
         "synthesis_epilogue", "index: the sums of one more row of dv",
         "lines.cuh",
         "own_last = min(row0 + m.tile_h < a.H ? m.tile_h + kHalo : all",

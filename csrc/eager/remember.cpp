@@ -122,8 +122,30 @@ struct Known {
   bool asked = false;
   std::shared_ptr<const R> recipe;
 };
+
+// What is known, by the key. The place found last is looked at first: to hash a key takes longer
+// than to compare it.
 template <typename R>
-using Table = std::unordered_map<std::string, Known<R>, Hash, std::equal_to<>>;
+class Table {
+ public:
+  Known<R>* find(std::string_view key) {
+    if (last_ && last_->first == key) return &last_->second;
+    const auto found = known_.find(key);
+    if (found == known_.end()) return nullptr;
+    last_ = &*found;
+    return &found->second;
+  }
+  Known<R>& add(std::string_view key) {
+    if (Known<R>* found = find(key)) return *found;
+    if (known_.size() >= kMostCalls) last_ = nullptr, known_.clear();
+    return known_[std::string(key)];
+  }
+
+ private:
+  using Map = std::unordered_map<std::string, Known<R>, Hash, std::equal_to<>>;
+  Map known_;
+  typename Map::value_type* last_ = nullptr;
+};
 
 // An operator of the dispatcher and its arguments: a constant, or a tensor by its place among those
 // of the call.
@@ -256,14 +278,12 @@ struct Backward final : Node {
   // The second time that a gradient is looked for, `asked` is false and the caller shall learn it.
   Known<Gradient> look_up(const Key& key) const {
     const std::lock_guard<std::mutex> lock(recipe->mutex);
-    const auto found = recipe->gradients.find(std::string_view(key));
-    if (found != recipe->gradients.end()) {
-      const auto known = found->second;
-      found->second.asked = true;
+    if (Known<Gradient>* found = recipe->gradients.find(key)) {
+      const auto known = *found;
+      found->asked = true;
       return known;
     }
-    if (recipe->gradients.size() >= kMostCalls) recipe->gradients.clear();
-    recipe->gradients.emplace(std::string_view(key), Known<Gradient>());
+    recipe->gradients.add(key);
     return {true, nullptr};
   }
 
@@ -306,7 +326,7 @@ struct Backward final : Node {
       if (told.get() != Py_None) {
         const auto gradient = read_gradient(told.get());
         const std::lock_guard<std::mutex> lock(recipe->mutex);
-        recipe->gradients[std::string(std::string_view(*key))] = {true, gradient};
+        recipe->gradients.add(*key) = {true, gradient};
       }
     }
     THPObjectPtr found(call(recipe->backward));
@@ -513,16 +533,15 @@ PyObject* call(PyObject* callable, PyObject* const* args, size_t nargsf, PyObjec
   bool described = !names && plain_state();
   for (Py_ssize_t i = 0; described && i < n; i++) described = describe(key, args[i], grad_mode);
   if (!described) return PyObject_Vectorcall(self->function, args, nargsf, names);
-  const auto found = self->calls->find(std::string_view(key));
-  if (found == self->calls->end()) {
-    if (self->calls->size() >= kMostCalls) self->calls->clear();
-    self->calls->emplace(std::string_view(key), Known<Recipe>());
-  } else if (found->second.recipe) {
+  Known<Recipe>* const found = self->calls->find(key);
+  if (!found) {
+    self->calls->add(key);
+  } else if (found->recipe) {
     self->hits++;
-    const auto recipe = found->second.recipe;  // whatever becomes of the table meanwhile
+    const auto recipe = found->recipe;  // whatever becomes of the table meanwhile
     return run(recipe, args, grad_mode);
-  } else if (!found->second.asked) {  // the second such call: more will come
-    found->second.asked = true;
+  } else if (!found->asked) {  // the second such call: more will come
+    found->asked = true;
     THPObjectPtr told;
     {
       const NoDynamo eager;
@@ -531,7 +550,7 @@ PyObject* call(PyObject* callable, PyObject* const* args, size_t nargsf, PyObjec
     if (!told) return nullptr;
     if (told.get() != Py_None) {
       const auto recipe = read_recipe(told.get());
-      (*self->calls)[std::string(std::string_view(key))] = {true, recipe};
+      self->calls->add(key) = {true, recipe};
       return run(recipe, args, grad_mode);
     }
   }

@@ -32,9 +32,28 @@ constexpr int kLineBlocks = sizeof(T) == 8 ? 1 : 2;
 
 constexpr int kLineSlot = 56;  // bytes of a LineSlot, at most
 
-// Rows of a strip, but for its halo, so that 257 of them are four, and steps of the backward, at
-// most.
-constexpr int kLineStrip = 66, kLineSteps = 32;
+// Rows of a strip, but for its halo, and steps of the backward, at most.
+constexpr int kLineStrip = 100, kLineSteps = 32;
+
+// Into how many strips to cut `height` rows, so that blocks(strips), of rows(strips) and a halo,
+// take the least time of `slots` that run at once: the last round, if it is not full, takes less
+// than another, but more than its share. Strips are not longer than `longest`, nor so short that
+// their halo would cost more than the last round can.
+template <typename Rows, typename Blocks>
+int cut_strips(int height, int longest, int halo, int64_t slots, Rows rows, Blocks blocks) {
+  constexpr int kShort = 43;
+  const int fewest = static_cast<int>(ceil_div(height, longest));
+  int best = fewest;
+  double least = 0;
+  for (int strips = fewest; strips == fewest || height / strips >= kShort; strips++) {
+    const int64_t all = blocks(strips);
+    const double rounds = static_cast<double>(all) / static_cast<double>(slots);
+    const double time =
+        (rows(strips) + halo) * (static_cast<double>(ceil_div(all, slots)) + rounds);
+    if (strips == fewest || time < least) least = time, best = strips;
+  }
+  return best;
+}
 
 // Rows of an image in shared memory.
 struct LineImage {
@@ -147,21 +166,28 @@ LinePlan plan_lines(bool backward, bool noise, int64_t N, int64_t C, int width, 
   t.tiles_x = static_cast<int>(ceil_div(width, t.tile_w));
   t.magic = magic_of(t.lanes);
 
-  // Several planes, with noise as many as share it.
+  // Several planes: of 256 threads, since four blocks of them wait less at barriers than two of
+  // 512. More share the noise where that is a large part of what a step does, or of its memory.
   const int least = max(1, 32 / t.lanes);
-  t.planes = max(1, (noise ? threads : 256) / t.lanes);
+  const bool many = noise && !backward && bytes == 2;
+  t.planes = max(1, (many ? threads : 256) / t.lanes);
+  const auto part = [&] { return (t.planes * t.share + noise_bytes()) * threads; };
+  while (noise && 2 * t.planes * t.lanes <= threads && part() > room * t.planes * t.lanes)
+    t.planes *= 2;
   t.planes = max(min(t.planes, up_to(C, least)), least) / least * least;
   while (t.planes > least && t.planes * t.share + noise_bytes() > room) t.planes -= least;
-  const auto blocks = [&] {
+  const auto rows = [&](int strips) {
+    return min(in_steps(static_cast<int>(ceil_div(height, strips))), height);
+  };
+  const auto blocks = [&](int strips) {
+    t.tile_h = rows(strips);
     t.tiles_y = static_cast<int>(ceil_div(height, t.tile_h));
     return t.blocks(N, C);
   };
-  for (int strips = static_cast<int>(ceil_div(height, kLineStrip));; strips *= 2) {
-    const int rows = static_cast<int>(ceil_div(height, strips));
-    t.tile_h = min(in_steps(rows), height);
-    if (4 * blocks() >= 3 * sms || rows <= 4) break;
-  }
-  while (t.planes > least && 4 * blocks() < 3 * sms) t.planes -= least;
+  const int64_t slots = sms * max(1, 2 * kLineThreads<float> / t.threads());
+  int strips = cut_strips(height, kLineStrip, halo + kHalo, slots, rows, blocks);
+  while (4 * blocks(strips) < 3 * sms && height > 4 * strips) strips *= 2;
+  while (t.planes > least && 4 * blocks(strips) < 3 * sms) t.planes -= least;
   t.shared = t.planes * t.share + noise_bytes();
   t.noises = t.planes * t.share;
   return t;

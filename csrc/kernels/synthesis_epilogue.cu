@@ -14,26 +14,18 @@ namespace {
 
 // A tile of lanes x rows of threads.
 struct Plan {
-  int lanes, rows, tile_w, tile_h, tiles_x, tiles_y, threads, groups;
+  int lanes, rows, tile_w, tile_h, tiles_x, tiles_y, threads;
+  int groups;  // of channels, by blocks; without a filter, NCHW, forward: rounds of a block
   // With a filter, channels-last: channels of a block, columns, rows of a step, and bytes.
   int channels, across, step, shared;
-  int span;  // without a filter: channels of a block; groups is the number of such spans there
-  LinePlan lines;  // with a filter, NCHW; groups: channels of a block
+  int span;  // without a filter: channels of a block
+  LinePlan lines;  // with a filter, NCHW
   int64_t tiles() const { return static_cast<int64_t>(tiles_x) * tiles_y; }
 };
 
 constexpr int vec_of(int dtype) { return dtype == kF64 ? 2 : dtype == kF32 ? 4 : 8; }
 
 int threads_of(int n) { return static_cast<int>(ceil_div(n, 32)) * 32; }
-
-// The height of tiles: rows of a multiple of `unit`, as high as `longest` and as there are enough.
-void cut_rows(Plan& t, int64_t planes, int height, int longest, int unit) {
-  for (int strips = static_cast<int>(ceil_div(height, longest));; strips *= 2) {
-    t.tile_h = static_cast<int>(ceil_div(ceil_div(height, strips), unit)) * unit;
-    t.tiles_y = static_cast<int>(ceil_div(height, t.tile_h));
-    if (t.tiles() * planes >= 3 * sm_count() / 4 || t.tile_h <= 4) break;
-  }
-}
 
 // Channels-last with a filter: 64 bytes of a pixel's channels; fewer where half of them would not
 // exist.
@@ -63,7 +55,7 @@ struct PixelShared {
   }
 };
 
-// Strips as wide as there are threads, and the longest of which there are enough.
+// Strips as wide as there are threads, and as long as cut_strips() finds best.
 Plan plan_pixels(int dtype, bool backward, bool noise, int64_t N, int64_t C, int width,
                  int height) {
   const int V = vec_of(dtype), bytes = 16 / V;
@@ -73,16 +65,25 @@ Plan plan_pixels(int dtype, bool backward, bool noise, int64_t N, int64_t C, int
   // Threads for the samples of a row, and for 16 bytes each of a row of x.
   const int halo = backward ? kHalo : 0, packs = t.channels / V;
   const int widest = min(kPixelThreads / t.lanes, (kPixelThreads / packs - kHalo) / kColumns);
-  const int64_t planes = N * ceil_div(C, t.channels);
-  for (int strips = static_cast<int>(ceil_div(width, widest * kColumns - halo));; strips *= 2) {
-    t.tile_w = static_cast<int>(ceil_div(width, strips));
+  t.groups = static_cast<int>(ceil_div(C, t.channels));
+  const auto rows = [&](int strips) { return static_cast<int>(ceil_div(height, strips)); };
+  const auto blocks_of = [&](int strips) {
+    t.tile_h = rows(strips);
+    t.tiles_y = static_cast<int>(ceil_div(height, t.tile_h));
+    return t.tiles() * N * t.groups;
+  };
+  const int64_t sms = sm_count();
+  for (int strips_x = static_cast<int>(ceil_div(width, widest * kColumns - halo));; strips_x *= 2) {
+    t.tile_w = static_cast<int>(ceil_div(width, strips_x));
     t.tiles_x = static_cast<int>(ceil_div(width, t.tile_w));
-    cut_rows(t, planes, height, backward ? 128 : 64, 1);
-    if (t.tiles() * planes >= 3 * sm_count() / 4 || t.tile_w * t.lanes <= 32 * kColumns) break;
+    const int pairs = static_cast<int>(ceil_div(t.tile_w + halo, kColumns));
+    t.across = pairs * kColumns;
+    t.threads = threads_of(max(pairs * t.lanes, (t.across + kHalo) * packs));
+    const int64_t slots = sms * (4 * kPixelThreads / t.threads);
+    int strips = cut_strips(height, 128, halo + kHalo, slots, rows, blocks_of);
+    while (4 * blocks_of(strips) < 3 * sms && t.tile_h > 4) strips *= 2;
+    if (4 * blocks_of(strips) >= 3 * sms || t.tile_w * t.lanes <= 32 * kColumns) break;
   }
-  const int pairs = static_cast<int>(ceil_div(t.tile_w + halo, kColumns));
-  t.across = pairs * kColumns;
-  t.threads = threads_of(max(pairs * t.lanes, (t.across + kHalo) * packs));
   // Steps as long as there is room for four blocks on a multiprocessor, or else for fewer. kFixed:
   // more than the kernels' own arrays, and what the system takes of a block.
   constexpr int kFixed = 1024;
@@ -96,16 +97,16 @@ Plan plan_pixels(int dtype, bool backward, bool noise, int64_t N, int64_t C, int
     if (t.step == 2) t.step = most + 1, blocks--;
   while (t.step > 1 && !fits(1)) t.step--;
   t.shared = PixelShared(t, bytes, backward, noise).all;
-  t.groups = 1;
   return t;
 }
 
-Plan of_lines(const LinePlan& lines) {
+Plan of_lines(const LinePlan& lines, int64_t C) {
   Plan t{};
   t.lines = lines;
   t.tile_w = lines.tile_w, t.tile_h = lines.tile_h;
   t.tiles_x = lines.tiles_x, t.tiles_y = lines.tiles_y;
-  t.threads = lines.threads(), t.groups = lines.planes, t.shared = lines.shared;
+  t.threads = lines.threads(), t.shared = lines.shared;
+  t.groups = static_cast<int>(ceil_div(C, lines.planes));
   return t;
 }
 
@@ -196,7 +197,8 @@ Plan make_plan(int dtype, bool last, bool backward, bool filtered, bool noise, i
   const auto lines = [&](auto zero) {
     return of_lines(plan_lines<decltype(zero)>(backward, noise, N, C, width, height,
                                                static_cast<int>(w), static_cast<int>(out_w),
-                                               static_cast<int>(x0), aligned, shared_limit()));
+                                               static_cast<int>(x0), aligned, shared_limit()),
+                    C);
   };
   return dtype == kF64 ? lines(double{}) : dtype == kF32 ? lines(float{}) : lines(Half16{});
 }
@@ -216,18 +218,16 @@ struct Launcher {
 
   // Sums that the backward's blocks leave for each other, and its tickets.
   int64_t partials() const { return 3 * a.N * static_cast<int64_t>(a.C) * plan.tiles(); }
-  int64_t tickets() const {
-    return filtered ? ceil_div(a.C, last ? plan.channels : plan.groups)
-                    : (a.N + int64_t(1)) * plan.groups;
-  }
+  int64_t tickets() const { return (a.N + int64_t(1)) * plan.groups; }
+
+  int64_t filtered_blocks() const { return plan.tiles() * a.N * plan.groups; }
 
   dim3 grid() const {
-    if (filtered && !last) return dim3(static_cast<unsigned>(plan.lines.blocks(a.N, a.C)));
-    const int step = filtered ? plan.channels : plan.span;
-    const unsigned tiles = static_cast<unsigned>(plan.tiles() * (filtered ? a.N : 1));
-    const int64_t groups = ceil_div(a.C, step);
-    return dim3(tiles, static_cast<unsigned>(loops ? min(groups, int64_t(65535)) : groups),
-                filtered ? 1 : static_cast<unsigned>(min(a.N, 65535)));
+    if (filtered) return dim3(static_cast<unsigned>(filtered_blocks()));
+    const int64_t groups = ceil_div(a.C, plan.span);
+    return dim3(static_cast<unsigned>(plan.tiles()),
+                static_cast<unsigned>(loops ? min(groups, int64_t(65535)) : groups),
+                static_cast<unsigned>(min(a.N, 65535)));
   }
 
   template <typename Kernel, typename... Rest>
@@ -298,7 +298,7 @@ struct Launcher {
     constexpr int64_t kMost = int64_t(INT32_MAX) * kVec<T>;
     if (filtered && last && a.C * (max(a.H, a.out_h) + int64_t(16)) * max(a.W, a.out_w) > kMost)
       return false;
-    if (filtered) return (last ? plan.tiles() * a.N : plan.lines.blocks(a.N, a.C)) <= INT32_MAX;
+    if (filtered) return filtered_blocks() <= INT32_MAX;
     return !loops || !last || static_cast<int64_t>(min(plan.tile_w, a.out_w)) * a.C <= INT32_MAX;
   }
 
@@ -423,7 +423,7 @@ int64_t synthesis_epilogue_bwd_workspace(int dtype, int64_t N, int64_t C, int64_
   for (const int unit : {1, unit_of(dtype, channels_last, true)}) {
     const Plan t = make_plan(dtype, channels_last, true, filtered, noise, unit, N, C, H, W, W,
                              out_w, x0, true);
-    const int64_t tickets = filtered ? C : (N + 1) * t.groups;
+    const int64_t tickets = (N + 1) * t.groups;
     bytes = max(bytes, 3 * N * C * t.tiles() * (dtype == kF64 ? 8 : 4) + tickets * 4);
   }
   return bytes;

@@ -23,41 +23,34 @@ __device__ __forceinline__ void write_partials(const Acc<T>* scratch, const Args
   __syncthreads();
 }
 
-// The last of `blocks` of a group of `span` channels adds the partial sums of all, in order.
+// The last block of a sample's `span` channels adds the partial sums of its tiles, and the last of
+// these blocks those of the samples, in order.
 template <typename T>
-__device__ __forceinline__ void finish(const Args<T>& a, int span, int group, int blocks) {
+__device__ __forceinline__ void finish(const Args<T>& a, int n, int span, int group) {
   using A = Acc<T>;
-  __shared__ int last;
   const unsigned thread = thread_again();
-  __threadfence();
-  __syncthreads();
-  if (thread == 0) last = atomicAdd(a.tickets + group, 1) == blocks - 1;
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
-  // A warp adds the tiles of one sum of one plane; then a thread the samples of a channel.
-  const int first = group * span;
-  const unsigned channels = min(span, a.C - first), items = channels * a.N;
-  const int64_t planes = static_cast<int64_t>(a.N) * a.C;
-  for (unsigned i = thread / 32; i < 3 * items; i += blockDim.x / 32) {
-    const unsigned k = i / items, n = (i - k * items) / channels;
-    const int64_t plane = static_cast<int64_t>(n) * a.C + first + (i - k * items - n * channels);
-    A* part = a.partials + (k * planes + plane) * a.tiles;
+  const int first = group * span, channels = min(span, a.C - first);
+  const auto partial = [&](int k, int n, int c) {
+    return a.partials + ((static_cast<int64_t>(k) * a.N + n) * a.C + first + c) * a.tiles;
+  };
+  if (!arrives_last(a.tickets + static_cast<int64_t>(n) * a.groups + group, a.tiles)) return;
+  // A warp adds the tiles of one sum of one channel.
+  for (int i = thread / 32; i < 3 * channels; i += blockDim.x / 32) {
+    const int k = (i >= channels) + (i >= 2 * channels), c = i - k * channels;
+    A* const part = partial(k, n, c);
     A sum = 0;
 #pragma unroll 2
     for (int t = thread % 32; t < a.tiles; t += 32) sum += part[t];
     sum = warp_sum(sum);
-    if (thread % 32 == 0) *(k ? part : a.dd + plane) = sum;
+    if (thread % 32 == 0) *(k ? part : a.dd + static_cast<int64_t>(n) * a.C + first + c) = sum;
   }
-  __syncthreads();
-  for (unsigned i = thread; i < 2 * channels; i += blockDim.x) {
-    const int k = i < channels ? 1 : 2,
-              c = first + static_cast<int>(i < channels ? i : i - channels);
+  if (!arrives_last(a.tickets + static_cast<int64_t>(a.N) * a.groups + group, a.N)) return;
+  for (int i = thread; i < 2 * channels; i += blockDim.x) {
+    const int k = i < channels ? 1 : 2, c = i < channels ? i : i - channels;
     A sum = 0;
 #pragma unroll 4
-    for (int n = 0; n < a.N; n++)
-      sum += a.partials[(k * planes + static_cast<int64_t>(n) * a.C + c) * a.tiles];
-    (k == 1 ? a.db : a.ds)[c] = sum;
+    for (int n = 0; n < a.N; n++) sum += *partial(k, n, c);
+    (k == 1 ? a.db : a.ds)[first + c] = sum;
   }
 }
 

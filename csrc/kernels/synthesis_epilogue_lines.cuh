@@ -443,7 +443,7 @@ __global__ void __launch_bounds__(kLineThreads<T>, kLineBlocks<T>)
       a.partials[((static_cast<int64_t>(k) * a.N + strip.n) * a.C + c) * a.tiles + strip.index] =
           sum;
   }
-  finish<T>(a, m.planes, strip.c0 / m.planes, a.tiles * a.N);
+  finish<T>(a, strip.n, m.planes, strip.c0 / m.planes);
 }
 
 }  // namespace

@@ -31,17 +31,19 @@ __host__ __device__ constexpr int thread_channels(int bytes, bool backward) {
 // p and so many bytes.
 template <typename T>
 __device__ __forceinline__ T* beyond(T* p, int64_t bytes) {
-  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes));
+  return reinterpret_cast<T*>(const_cast<char*>(reinterpret_cast<const char*>(p)) + bytes);
 }
 
 // The tile of y or dx that a block makes. It lies in shared memory, since registers are short, and
-// is read anew for each phase.
+// is read anew for each phase. Blocks follow each other that have the channels of the same pixels.
 struct Tile {
-  int n, row0, col0, index;
+  int n, row0, col0, index, group, c0;
   template <typename T>
   __device__ __forceinline__ void set(const Args<T>& a) {
-    n = static_cast<int>(blockIdx.x) / a.tiles;
-    index = static_cast<int>(blockIdx.x) - n * a.tiles;
+    const int of_all = static_cast<int>(blockIdx.x) / a.groups;
+    group = static_cast<int>(blockIdx.x) - of_all * a.groups, c0 = group * a.channels;
+    n = of_all / a.tiles;
+    index = of_all - n * a.tiles;
     const int y = index / a.tiles_x;
     row0 = y * a.tile_h, col0 = (index - y * a.tiles_x) * a.tile_w;
   }
@@ -173,8 +175,10 @@ __device__ __forceinline__ void store_columns(T* out, const Args<T>& a,
     Acc<T> part[K];
 #pragma unroll
     for (int e = 0; e < K; e++) part[e] = v[i * K + e];
+    int64_t apart = i * a.pixel;
+    if (i > 0) forget(apart);
     if (i < columns)
-      store_packed<T, K>(beyond(out, i * a.pixel), narrow<T, K>(part, format), a.vec_out, count);
+      store_packed<T, K>(beyond(out, apart), narrow<T, K>(part, format), a.vec_out, count);
   }
 }
 
@@ -187,7 +191,7 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
   __shared__ Taps<A> taps;
   __shared__ __align__(16) A params[3 * kMostChannels<T>];
   __shared__ Tile tile;
-  const auto c0 = [&] { return static_cast<int>(blockIdx.y) * a.channels; };
+  const auto c0 = [&] { return static_cast<const volatile Tile&>(tile).c0; };
   const PixelRows<T> x_rows{a.x,     a.H,       a.W,      a.evens,   a.packs,
                             a.magic, a.x_apart, a.x_jump, a.x_sample};
   const auto xs = [&](int stage) { return reinterpret_cast<T*>(shared + stage * a.x_stage); };
@@ -236,13 +240,16 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
       const int columns = min(a.tile_w, a.out_w - at.col0) - col;
       if (columns > 0 && count > 0)
         with_columns<kColumns, false>(taps, [&](auto take) {
+          // In one register: columns, channels, rows that make no result, and all rows that are
+          // left.
+          int counts = min(columns, kColumns) << 24 | min(count, K) << 16 |
+                       max(kHalo - row, 0) << 8 | min(a.step, all() - row);
           const T* line = xs(stage) + t * K;
           T* out = a.out + offset<true>(a.C, at.n, c0() + ch, a.out_h, a.out_w,
                                         at.row0 - kHalo + row, at.col0 + col);
           const A* z_at = noises(stage) + col;
-          const int behind = min(row + a.step, all());
 #pragma unroll 1
-          for (int r = row; r < behind; r++) {
+          for (; counts & 255; counts--) {
             A u[kColumns * K];
             take(
                 waiting,
@@ -251,7 +258,9 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
                   widen(load_pack<T, K>(at), format, v);
                 },
                 u);
-            if (r >= kHalo) {
+            if (counts >> 8 & 255) {
+              counts -= 1 << 8;
+            } else {
               A v[kColumns * K];
               affine<T, K>(v, u, Params<T, K>(params + ch), noise_pair(z_at, a.noise));
               if constexpr (kPwl) {
@@ -263,7 +272,8 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
                     [&](int, A& to) { to = clamped(act_value<false>(to, p) * p.gain, p.clamp); },
                     v);
               }
-              store_columns<T, K>(out, a, v, columns, count, format);
+              forget(counts);
+              store_columns<T, K>(out, a, v, counts >> 24, counts >> 16 & 255, format);
             }
             line += a.packs * kVec<T>, z_at += a.across, out = beyond(out, a.out_line);
           }
@@ -283,8 +293,7 @@ struct alignas(16) Strip {
   template <typename T>
   __device__ __forceinline__ void set(const Args<T>& a) {
     tile.set(a);
-    all = min(a.tile_h, a.H - tile.row0) + 2 * kHalo,
-    c0 = static_cast<int>(blockIdx.y) * a.channels;
+    all = min(a.tile_h, a.H - tile.row0) + 2 * kHalo, c0 = tile.c0;
     top = tile.row0 - kHalo, left = tile.col0 - kHalo;
     dy_top = top + a.y0 - kHalo, dy_left = left + a.x0;
     first = max(kHalo, -dy_top), last = min(all, a.out_h - dy_top);
@@ -487,7 +496,7 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelBlocks<T>)
       if (t % 32 < lanes) scratch[(warp * 3 + k) * a.channels + t % lanes * K + e] = v;
     }
   write_partials(scratch, a, strip.tile.n, strip.c0, a.channels, strip.tile.index);
-  finish<T>(a, a.channels, static_cast<int>(blockIdx.y), static_cast<int>(gridDim.x));
+  finish<T>(a, strip.tile.n, a.channels, strip.tile.group);
 }
 
 }  // namespace

@@ -7,7 +7,8 @@
 
 Columns: forward without gradients, forward that records them, forward and backward. Rounds go
 through all ops and the eager pair, x * scale + b of one shape, once each; printed are medians, of
-the time and of the rounds' ratios to the pair's. On a CPU the time is that of the process, which a
+the time and of the rounds' ratios to the pair's. The pair has as many dimensions as the op's
+result, since torch.autograd.grad compares those of y and dy one by one in Python. On a CPU the time is that of the process, which a
 busy machine disturbs less; on a GPU it is the host's, and nothing waits for the device.
 Allocations are those of a forward on a CPU, by PyTorch's profiler, and of them the bytes beyond the
 outputs'.
@@ -40,7 +41,6 @@ Call = Callable[..., Tensor]  # of (*inputs, impl=)
 
 # Shapes of the inputs that take a gradient, x first, and the call.
 CALLS: dict[str, tuple[list[tuple[int, ...]], Call]] = {
-    PAIR: ([(1,), (1,), (1,)], lambda x, scale, b, impl: x * scale + b),
     "bias_act": (
         [(1, 1, 1, 1), (1,)],
         lambda x, b, impl: ops.bias_act(x, b, act="lrelu", impl=impl),
@@ -61,6 +61,10 @@ CALLS: dict[str, tuple[list[tuple[int, ...]], Call]] = {
         lambda x, d, b, impl: ops.synthesis_epilogue(x, None, d, b=b, impl=impl),
     ),
 }
+# The same of the eager pair, of a number of dimensions.
+PAIRS: dict[int, tuple[list[tuple[int, ...]], Call]] = {
+    dims: ([(1,) * dims] * 3, lambda x, scale, b, impl: x * scale + b) for dims in (2, 4)
+}
 _ones: dict[torch.device, Tensor] = {}
 
 
@@ -71,9 +75,15 @@ def one(x: Tensor) -> Tensor:
     return _ones[x.device]
 
 
-def calls(name: str, impl: str, device: str) -> dict[str, Callable[[], Any]]:
-    """A call without arguments for each of WAYS."""
+def dims_of(name: str, impl: str, device: str) -> int:
+    """Of an op's result."""
     shapes, call = CALLS[name]
+    return call(*(torch.ones(shape, device=device) for shape in shapes), impl=impl).ndim
+
+
+def calls(name: str | int, impl: str, device: str) -> dict[str, Callable[[], Any]]:
+    """A call without arguments for each of WAYS, of an op or of the pair of so many dimensions."""
+    shapes, call = PAIRS[name] if isinstance(name, int) else CALLS[name]
     inputs = [torch.ones(shape, device=device) for shape in shapes]
     leaves = [t.clone().requires_grad_() for t in inputs]
     dy = torch.ones_like(call(*inputs, impl=impl))
@@ -102,13 +112,13 @@ def host_seconds(f: Callable[[], Any], count: int) -> float:
 
 
 def measure(
-    names: list[str], impl: str, device: str, rounds: int, count: int = 100
-) -> dict[tuple[str, str], list[float]]:
+    names: list[str | int], impl: str, device: str, rounds: int, count: int = 100
+) -> dict[tuple[str | int, str], list[float]]:
     """Seconds a call of each (name, way) in each round."""
     steps = {(n, way): f for n in names for way, f in calls(n, impl, device).items()}
     for f in steps.values():
         host_seconds(f, 20)
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
+    times: dict[tuple[str | int, str], list[float]] = {key: [] for key in steps}
     for _ in range(rounds):
         for key, f in steps.items():
             times[key].append(host_seconds(f, count))
@@ -133,15 +143,17 @@ def beyond_outputs(f: Callable[[], Any]) -> int:
 
 
 def results(names: list[str], impl: str, device: str, rounds: int) -> list[dict[str, Any]]:
-    times = measure([PAIR, *names], impl, device, rounds)
+    dims: dict[str | int, int] = {name: dims_of(name, impl, device) for name in names}
+    pairs = {n: n for n in sorted(set(dims.values()))}
+    times = measure([*pairs, *names], impl, device, rounds)
     rows = []
-    for name in (PAIR, *names):
-        row: dict[str, Any] = {"op": name, "impl": impl}
+    for name, n in (pairs | dims).items():
+        row: dict[str, Any] = {"op": PAIR if name == n else name, "dims": n, "impl": impl}
         for way in WAYS:
-            pairs = zip(times[name, way], times[PAIR, way], strict=True)
+            both = zip(times[name, way], times[n, way], strict=True)
             row[way] = 1e6 * statistics.median(times[name, way])
-            row[f"{way} ratio"] = statistics.median(a / b for a, b in pairs)
-        if device == "cpu" and name != PAIR:
+            row[f"{way} ratio"] = statistics.median(a / b for a, b in both)
+        if device == "cpu" and name != n:
             call = calls(name, impl, device)["forward"]
             row |= {"allocations": len(allocations(call)), "beyond": beyond_outputs(call)}
         rows.append(row)
@@ -151,7 +163,7 @@ def results(names: list[str], impl: str, device: str, rounds: int) -> list[dict[
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     on = "cuda" if torch.cuda.is_available() else "cpu"
-    known = [name for name in CALLS if name != PAIR]
+    known = list(CALLS)
     parser.add_argument("--device", choices=["cpu", "cuda"], default=on)
     parser.add_argument("--impl", help="default: the best of the device")
     parser.add_argument("--op", nargs="+", choices=known, default=known)
@@ -170,7 +182,8 @@ def main() -> int:
         extra = ""
         if "allocations" in row:
             extra = f"  {row['allocations']} allocations, {row['beyond']} bytes beyond the outputs"
-        print(f"{row['op']:30}{columns}{extra}")
+        name = row["op"] + (f", {row['dims']} dimensions" if row["op"] == PAIR else "")
+        print(f"{name:30}{columns}{extra}")
         slower += [f"{row['op']} {w}" for w in WAYS if row[w + " ratio"] > 1]
         if args.json:
             with args.json.open("a") as file:

@@ -221,7 +221,7 @@ def test_tables() -> None:
 
 
 @needs_cpu
-@pytest.mark.parametrize("name", [name for name in overhead.CALLS if name != overhead.PAIR])
+@pytest.mark.parametrize("name", list(overhead.CALLS))
 def test_ops_allocate_their_outputs_alone(name) -> None:
     shapes, call = overhead.CALLS[name]
     inputs = [torch.rand(4, *shape[1:]) if len(shape) > 1 else torch.rand(1) for shape in shapes]
@@ -260,7 +260,7 @@ def test_ops_named_in_overhead_are_all_registered_ones() -> None:
     composed |= {"modulated_gemm"}  # synthesis_layer, unless impl names its kernel
     resampling = {"downsample2d", "filter2d", "setup_filter", "upsample2d"}
     others = composed | resampling | {"no_weight_gradients"}
-    assert set(ops.__all__) - others == set(overhead.CALLS) - {overhead.PAIR}
+    assert set(ops.__all__) - others == set(overhead.CALLS)
 
 
 # --- Predicted.

@@ -4,8 +4,11 @@
 //
 // An extension of one version of Python and of PyTorch, unlike the libraries of csrc/torch, and
 // optional: gankern/ops/_remember.py says what a call is remembered as and does without.
+// Kernels of csrc/torch are called as the dispatcher would call them, without it, unless something
+// listens to it: a profiler.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -17,6 +20,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
+#include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -147,19 +151,59 @@ class Table {
   typename Map::value_type* last_ = nullptr;
 };
 
+// What an operator returned: tensors.
+using Outputs = c10::SmallVector<at::Tensor, 4>;
+
 // An operator of the dispatcher and its arguments: a constant, or a tensor by its place among those
 // of the call.
 struct Call {
   struct Argument {
     int place;  // -1: the constant
     c10::IValue constant;
+    bool optional;
   };
-  explicit Call(c10::OperatorHandle op) : op(std::move(op)) {}
+  // As csrc/torch/common.h has it. A word is what torch/csrc/stable/stableivalue_conversions.h of
+  // PyTorch 2.11 makes of a value, whose ABI those libraries keep: the value's bytes, a tensor's
+  // handle, of an optional one a pointer to that.
+  using Word = uint64_t;
+  using Boxed = void (*)(Word*, uint64_t, uint64_t);
+  static constexpr size_t kMost = 24;
+
+  Call(c10::OperatorHandle op, uintptr_t boxed)
+      : op(std::move(op)), boxed(reinterpret_cast<Boxed>(boxed)) {}
   c10::OperatorHandle op;
+  Boxed boxed;  // null: only the dispatcher knows
   std::vector<Argument> arguments;
+  Word constants[kMost] = {};
+
+  template <typename T>
+  static Word word(T value) {
+    static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ && sizeof(T) <= sizeof(Word));
+    Word made = 0;
+    memcpy(&made, &value, sizeof value);
+    return made;
+  }
+
+  void add(Argument argument) {
+    const auto& constant = argument.constant;
+    if (arguments.size() == kMost ||
+        !(argument.place >= 0 || constant.isNone() ||
+          (!argument.optional && (constant.isBool() || constant.isInt() || constant.isDouble()))))
+      boxed = nullptr;
+    else if (constant.isBool())
+      constants[arguments.size()] = word(constant.toBool());
+    else if (constant.isInt())
+      constants[arguments.size()] = word(constant.toInt());
+    else if (constant.isDouble())
+      constants[arguments.size()] = word(constant.toDouble());
+    arguments.push_back(std::move(argument));
+  }
 
   template <typename Tensors>  // of a place
-  torch::jit::Stack run(const Tensors& tensors) const {
+  Outputs run(const Tensors& tensors) const {
+    const size_t outputs = op.schema().returns().size();
+    if (boxed && !at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION))
+      return run_boxed(tensors, outputs);
     torch::jit::Stack stack;
     stack.reserve(arguments.size());
     for (const auto& argument : arguments)
@@ -168,7 +212,31 @@ struct Call {
       else
         stack.push_back(argument.constant);
     op.callBoxed(stack);
-    return stack;
+    Outputs found;
+    for (size_t i = 0; i < outputs; i++) found.push_back(std::move(stack[i]).toTensor());
+    return found;
+  }
+
+ private:
+  template <typename Tensors>
+  Outputs run_boxed(const Tensors& tensors, size_t outputs) const {
+    Word stack[kMost];
+    memcpy(stack, constants, arguments.size() * sizeof *stack);
+    for (size_t i = 0; i < arguments.size(); i++) {
+      const Argument& argument = arguments[i];
+      if (argument.place < 0) continue;
+      const at::Tensor& t = tensors(argument.place);
+      // The kernel's own: it takes what it is called with.
+      const Word handle = word(torch::aot_inductor::new_tensor_handle(at::Tensor(t)));
+      stack[i] = argument.optional ? word(new Word(handle)) : handle;
+    }
+    boxed(stack, arguments.size(), outputs);
+    Outputs found;
+    for (size_t i = 0; i < outputs; i++) {
+      const std::unique_ptr<at::Tensor> made(reinterpret_cast<at::Tensor*>(stack[i]));
+      found.push_back(std::move(*made));
+    }
+    return found;
   }
 };
 
@@ -288,11 +356,12 @@ struct Backward final : Node {
   }
 
   variable_list run(const Gradient& gradient, const variable_list& tensors) const {
-    const auto stack = gradient.call.run([&](int place) { return tensors[place]; });
+    Outputs outputs =
+        gradient.call.run([&](int place) -> const at::Tensor& { return tensors[place]; });
     variable_list out(recipe->edges.size());
     for (size_t i = 0; i < out.size(); i++) {
       const int output = gradient.outputs.at(recipe->edges[i].place);
-      if (output >= 0) out[i] = stack[output].toTensor();
+      if (output >= 0) out[i] = outputs[output];
     }
     return out;
   }
@@ -435,17 +504,19 @@ c10::IValue constant(PyObject* value, const c10::Argument& argument) {
 
 // From what `_learn` and `_learn_gradient` of gankern/ops/_remember.py return.
 Call read_call(py::handle name, py::handle arguments) {
-  const auto [op, overload] = name.cast<std::pair<std::string, std::string>>();
-  Call call(c10::Dispatcher::singleton().findSchemaOrThrow(op.c_str(), overload.c_str()));
+  const auto [op, overload, boxed] = name.cast<std::tuple<std::string, std::string, uintptr_t>>();
+  Call call(c10::Dispatcher::singleton().findSchemaOrThrow(op.c_str(), overload.c_str()), boxed);
   const auto& wanted = call.op.schema().arguments();
   for (const py::handle item : arguments.cast<py::tuple>()) {
     const auto [place, value] = item.cast<std::pair<int, py::object>>();
     const auto& argument = wanted.at(call.arguments.size());
-    call.arguments.push_back({place, place < 0 ? constant(value.ptr(), argument) : c10::IValue()});
+    const bool optional = argument.type()->kind() == c10::TypeKind::OptionalType;
+    call.add({place, place < 0 ? constant(value.ptr(), argument) : c10::IValue(), optional});
   }
   for (size_t i = call.arguments.size(); i < wanted.size(); i++) {
     TORCH_CHECK(wanted[i].default_value(), op, " must get ", wanted[i].name());
-    call.arguments.push_back({-1, *wanted[i].default_value()});
+    const bool optional = wanted[i].type()->kind() == c10::TypeKind::OptionalType;
+    call.add({-1, *wanted[i].default_value(), optional});
   }
   return call;
 }
@@ -487,15 +558,15 @@ PyObject* run(const std::shared_ptr<const Recipe>& recipe, PyObject* const* args
   bool records = false;
   if (grad_mode)
     for (const auto& edge : recipe->edges) records = records || tensor(edge.input).requires_grad();
-  torch::jit::Stack stack;
+  Outputs outputs;
   {
     const torch::autograd::AutoGradMode no_grad(false);
     const auto& x = tensor(recipe->edges[0].input);
     std::optional<py::gil_scoped_release> no_gil;  // which takes longer than a few elements
     if (!x.is_cpu() || x.numel() > kFew) no_gil.emplace();
-    stack = recipe->call.run(tensor);
+    outputs = recipe->call.run(tensor);
   }
-  const at::Tensor y = stack[0].toTensor();
+  const at::Tensor& y = outputs[0];
   if (records) {
     torch::autograd::edge_list edges;
     edges.reserve(recipe->edges.size());
@@ -509,7 +580,7 @@ PyObject* run(const std::shared_ptr<const Recipe>& recipe, PyObject* const* args
       if (value.from == Recipe::Saved::kInput)
         node->saved.emplace_back(tensor(value.place), false);
       else if (value.from == Recipe::Saved::kOutput)
-        node->saved.emplace_back(stack[value.place].toTensor(), value.place == 0);
+        node->saved.emplace_back(outputs[value.place], value.place == 0);
   }
   return THPVariable_Wrap(y);
 }

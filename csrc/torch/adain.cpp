@@ -122,8 +122,8 @@ GANKERN_SCHEMAS(m) {
 }
 
 GANKERN_IMPLS(m) {
-  m.impl("adain", TORCH_BOX(&forward));
-  m.impl("adain_bwd", TORCH_BOX(&backward));
+  implement(m, "adain", TORCH_BOX(&forward));
+  implement(m, "adain_bwd", TORCH_BOX(&backward));
 }
 
 }  // namespace gankern

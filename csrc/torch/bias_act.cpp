@@ -99,9 +99,9 @@ GANKERN_SCHEMAS(m) {
 }
 
 GANKERN_IMPLS(m) {
-  m.impl("bias_act", TORCH_BOX(&forward));
-  m.impl("bias_act_bwd", TORCH_BOX(&backward));
-  m.impl("bias_act_bwd2", TORCH_BOX(&backward2));
+  implement(m, "bias_act", TORCH_BOX(&forward));
+  implement(m, "bias_act_bwd", TORCH_BOX(&backward));
+  implement(m, "bias_act_bwd2", TORCH_BOX(&backward2));
 }
 
 }  // namespace gankern

@@ -13,7 +13,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -85,6 +87,14 @@ namespace kernels = ::gankern::GANKERN_BACKEND;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
+
+// What the dispatcher calls for each op of this library, so that csrc/eager can without it.
+using Boxed = void (*)(StableIValue*, uint64_t, uint64_t);
+inline std::map<std::string, Boxed> implementations;
+inline void implement(torch::stable::detail::StableLibrary& m, const char* name, Boxed boxed) {
+  m.impl(name, boxed);
+  implementations[name] = boxed;
+}
 
 inline const char* dtype_name(ScalarType t) {
   switch (t) {

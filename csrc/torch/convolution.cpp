@@ -332,14 +332,14 @@ GANKERN_SCHEMAS(m) {
 }
 
 GANKERN_IMPLS(m) {
-  m.impl("convolution", TORCH_BOX(&forward));
-  m.impl("convolution_epilogue", TORCH_BOX(&with_epilogue));
-  m.impl("convolution_few", TORCH_BOX(&few));
-  m.impl("convolution_few_weight_gradient", TORCH_BOX(&few_weight_gradient));
-  m.impl("convolution_image", TORCH_BOX(&image));
-  m.impl("convolution_image_weight_gradient", TORCH_BOX(&image_weight_gradient));
-  m.impl("convolution_scaled_backward", TORCH_BOX(&scaled_backward));
-  m.impl("convolution_weight_gradient", TORCH_BOX(&weight_gradient));
+  implement(m, "convolution", TORCH_BOX(&forward));
+  implement(m, "convolution_epilogue", TORCH_BOX(&with_epilogue));
+  implement(m, "convolution_few", TORCH_BOX(&few));
+  implement(m, "convolution_few_weight_gradient", TORCH_BOX(&few_weight_gradient));
+  implement(m, "convolution_image", TORCH_BOX(&image));
+  implement(m, "convolution_image_weight_gradient", TORCH_BOX(&image_weight_gradient));
+  implement(m, "convolution_scaled_backward", TORCH_BOX(&scaled_backward));
+  implement(m, "convolution_weight_gradient", TORCH_BOX(&weight_gradient));
 }
 
 }  // namespace gankern

@@ -87,8 +87,8 @@ GANKERN_SCHEMAS(m) {
 }
 
 GANKERN_IMPLS(m) {
-  m.impl("demod_coefs", TORCH_BOX(&forward));
-  m.impl("demod_coefs_bwd", TORCH_BOX(&backward));
+  implement(m, "demod_coefs", TORCH_BOX(&forward));
+  implement(m, "demod_coefs_bwd", TORCH_BOX(&backward));
 }
 
 }  // namespace gankern

@@ -1,5 +1,13 @@
-// The library as a whole: which instruction set the CPU kernels use, and torch's thread pool.
+// The library as a whole: what implements its ops; which instruction set the CPU kernels use, and
+// torch's thread pool.
 #include "common.h"
+
+// Null where this library has no such op.
+extern "C" __attribute__((visibility("default"))) gankern::Boxed gankern_implementation(
+    const char* name) {
+  const auto found = gankern::implementations.find(name);
+  return found == gankern::implementations.end() ? nullptr : found->second;
+}
 
 #if GK_BACKEND_ID == 1
 namespace gankern::cpu {

@@ -84,8 +84,8 @@ GANKERN_SCHEMAS(m) {
 }
 
 GANKERN_IMPLS(m) {
-  m.impl("minibatch_stddev", TORCH_BOX(&forward));
-  m.impl("minibatch_stddev_bwd", TORCH_BOX(&backward));
+  implement(m, "minibatch_stddev", TORCH_BOX(&forward));
+  implement(m, "minibatch_stddev_bwd", TORCH_BOX(&backward));
 }
 
 }  // namespace gankern

@@ -73,9 +73,9 @@ GANKERN_SCHEMAS(m) {
 }
 
 GANKERN_IMPLS(m) {
-  m.impl("pixel_norm", TORCH_BOX(&forward));
-  m.impl("pixel_norm_bwd", TORCH_BOX(&backward));
-  m.impl("pixel_norm_bwd2", TORCH_BOX(&backward2));
+  implement(m, "pixel_norm", TORCH_BOX(&forward));
+  implement(m, "pixel_norm_bwd", TORCH_BOX(&backward));
+  implement(m, "pixel_norm_bwd2", TORCH_BOX(&backward2));
 }
 
 }  // namespace gankern

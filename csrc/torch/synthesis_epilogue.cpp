@@ -164,9 +164,9 @@ GANKERN_SCHEMAS(m) {
 }
 
 GANKERN_IMPLS(m) {
-  m.impl("synthesis_epilogue", TORCH_BOX(&forward));
-  m.impl("synthesis_epilogue_bwd", TORCH_BOX(&backward));
-  m.impl("synthesis_epilogue_bwd2", TORCH_BOX(&second));
+  implement(m, "synthesis_epilogue", TORCH_BOX(&forward));
+  implement(m, "synthesis_epilogue_bwd", TORCH_BOX(&backward));
+  implement(m, "synthesis_epilogue_bwd2", TORCH_BOX(&second));
 }
 
 }  // namespace gankern

@@ -56,6 +56,6 @@ GANKERN_SCHEMAS(m) {
       "int y0, int y1, bool flip_filter, float gain) -> Tensor");
 }
 
-GANKERN_IMPLS(m) { m.impl("upfirdn2d", TORCH_BOX(&forward)); }
+GANKERN_IMPLS(m) { implement(m, "upfirdn2d", TORCH_BOX(&forward)); }
 
 }  // namespace gankern

@@ -225,6 +225,16 @@ def memory_format(x: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
+def implementation(name: str, device: str) -> int:
+    """The address of what the dispatcher calls for `gankern::<op>` there; 0 if it is not ours."""
+    namespace, op_name = name.split("::")
+    if namespace != "gankern" or LIBRARIES.get(device, "no such library"):
+        return 0
+    library = ctypes.CDLL(str(PACKAGE / f"_{device}.so"))
+    library.gankern_implementation.restype = ctypes.c_void_p
+    return library.gankern_implementation(op_name.encode()) or 0
+
+
 def set_cpu_isa(level: int) -> int:
     """Limit the CPU kernels to 0 (base), 1 (AVX2) or 2 (AVX-512); -1: the best. For tests."""
     library = ctypes.CDLL(str(PACKAGE / "_cpu.so"))

@@ -156,12 +156,15 @@ def _places(tensors: Any) -> dict[int, int]:
 
 
 def _recipe(call: Any, places: dict[int, int]) -> tuple[Any, Any] | None:
-    """(The operator's name, (place of a tensor or -1, else the value) for each argument)."""
+    """(The operator's name and where its kernel is, (place of a tensor or -1, else the value) for
+    each argument)."""
     op, args = call
     if any(isinstance(a, Tensor) and id(a) not in places for a in args):
         return None  # made of others
     stack = tuple((places[id(a)], None) if isinstance(a, Tensor) else (-1, a) for a in args)
-    return (op._schema.name, op._schema.overload_name), stack
+    device = next(a.device.type for a in args if isinstance(a, Tensor))
+    kernel = _impl.implementation(op._schema.name, device)
+    return (op._schema.name, op._schema.overload_name, kernel), stack
 
 
 def _learn(

@@ -6,9 +6,11 @@
     python benchmarks/overhead.py --json overhead.jsonl
 
 Columns: forward without gradients, forward that records them, forward and backward. Rounds go
-through all ops and the eager pair, x * scale + b of one shape, once each; printed are medians, of
+through all ops and the eager pair, x * scale + b of one shape, once each, in a new order each time,
+since a step finds memory and caches as the one before has left them; printed are medians, of
 the time and of the rounds' ratios to the pair's. The pair has as many dimensions as the op's
-result, since torch.autograd.grad compares those of y and dy one by one in Python. On a CPU the time is that of the process, which a
+result, since torch.autograd.grad compares those of y and dy one by one in Python. As in Python's
+timeit, garbage is not collected meanwhile: it would be at one op's cost. On a CPU the time is that of the process, which a
 busy machine disturbs less; on a GPU it is the host's, and nothing waits for the device.
 Allocations are those of a forward on a CPU, by PyTorch's profiler, and of them the bytes beyond the
 outputs'.
@@ -17,7 +19,9 @@ outputs'.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import random
 import statistics
 import sys
 import time
@@ -65,14 +69,15 @@ CALLS: dict[str, tuple[list[tuple[int, ...]], Call]] = {
 PAIRS: dict[int, tuple[list[tuple[int, ...]], Call]] = {
     dims: ([(1,) * dims] * 3, lambda x, scale, b, impl: x * scale + b) for dims in (2, 4)
 }
-_ones: dict[torch.device, Tensor] = {}
+_ones: dict[bool, Tensor] = {}
 
 
 def one(x: Tensor) -> Tensor:
-    """A filter of one tap, on x's device, made once."""
-    if x.device not in _ones:
-        _ones[x.device] = torch.ones(1, 1, device=x.device)
-    return _ones[x.device]
+    """A filter of one tap, on x's device, made once; the look-up shall cost nothing to speak of."""
+    found = _ones.get(x.is_cuda)
+    if found is None:
+        found = _ones[x.is_cuda] = torch.ones(1, 1, device=x.device)
+    return found
 
 
 def dims_of(name: str, impl: str, device: str) -> int:
@@ -100,7 +105,10 @@ def calls(name: str | int, impl: str, device: str) -> dict[str, Callable[[], Any
 
 
 def host_seconds(f: Callable[[], Any], count: int) -> float:
-    """Of one call, without waiting for a device."""
+    """Of one call, without waiting for a device; the first few, which fetch the code that the step
+    before has pushed out of the caches, are not counted."""
+    for _ in range(10):
+        f()
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     start = clock()
     for _ in range(count):
@@ -119,9 +127,16 @@ def measure(
     for f in steps.values():
         host_seconds(f, 20)
     times: dict[tuple[str | int, str], list[float]] = {key: [] for key in steps}
-    for _ in range(rounds):
-        for key, f in steps.items():
-            times[key].append(host_seconds(f, count))
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            order = random.sample(list(steps), len(steps))
+            for key in order:
+                times[key].append(host_seconds(steps[key], count))
+    finally:
+        if collects:
+            gc.enable()
     return times
 
 

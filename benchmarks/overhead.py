@@ -7,13 +7,13 @@
 
 Columns: forward without gradients, forward that records them, forward and backward. Rounds go
 through all ops and the eager pair, x * scale + b of one shape, once each, in a new order each time,
-since a step finds memory and caches as the one before has left them; printed are medians, of
-the time and of the rounds' ratios to the pair's. The pair has as many dimensions as the op's
-result, since torch.autograd.grad compares those of y and dy one by one in Python. As in Python's
-timeit, garbage is not collected meanwhile: it would be at one op's cost. On a CPU the time is that of the process, which a
-busy machine disturbs less; on a GPU it is the host's, and nothing waits for the device.
-Allocations are those of a forward on a CPU, by PyTorch's profiler, and of them the bytes beyond the
-outputs'.
+since a step finds memory and caches as the one before has left them; printed are medians, of the
+time and of the rounds' ratios to the pair's. The pair has as many dimensions as the op's result,
+since torch.autograd.grad compares those of y and dy one by one in Python. As in Python's timeit,
+garbage is not collected meanwhile: it would be at one op's cost. On a CPU the time is that of the
+process, which a busy machine disturbs less; on a GPU it is the host's, and nothing waits for the
+device. Allocations are those of a forward on a CPU, by PyTorch's profiler, and of them the bytes
+beyond the outputs'.
 """
 
 from __future__ import annotations

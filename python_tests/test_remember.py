@@ -375,6 +375,34 @@ def test_nothing_is_kept_alive(fresh, device):
     assert [r for r in gone if r() is not None] == []
 
 
+def users(t: torch.Tensor) -> int:
+    return torch._C._storage_Use_Count(t.untyped_storage()._cdata)
+
+
+@pytest.mark.parametrize("name", list(OPS))
+def test_kernels_give_back_their_arguments(fresh, name, device):
+    """With and without a copy into another layout, remembered and not, and where a check fails."""
+    inputs = tensors(name, device)
+    inputs[0] = inputs[0].mT.contiguous().mT if inputs[0].ndim == 4 else inputs[0]
+    before = [users(t) for t in inputs]
+    for _ in range(4):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        y = OPS[name][1](*leaves)
+        wanted = leaves[: -1 if OPS[name][-1] in ("f", "noise") else None]
+        torch.autograd.grad(y, wanted, torch.ones_like(y))
+        with torch.no_grad():
+            OPS[name][1](*inputs)
+        del leaves, wanted, y
+    op = getattr(torch.ops.gankern, OPS[name][0]).default
+    kinds = [str(a.type) for a in op._schema.arguments]
+    values = {"int": 1, "SymInt": 1, "float": 1.0, "bool": False, "Optional[Tensor]": inputs[-1]}
+    for _ in range(3):
+        with pytest.raises(RuntimeError):  # a tensor of no dimension
+            op(*(values.get(kind, inputs[0][0, 0].flatten()[0]) for kind in kinds))
+    gc.collect()
+    assert [users(t) for t in inputs] == before
+
+
 def test_more_kinds_than_are_kept(fresh, device):
     x = torch.ones(1, device=device)
     for n in (*range(1, 1100), *range(1, 20), *range(1, 20)):

@@ -18,7 +18,7 @@ struct Plan {
   int groups;  // of channels, by blocks; without a filter, NCHW, forward: rounds of a block
   // With a filter, channels-last: channels of a block, columns, rows of a step, and bytes.
   int channels, across, step, shared;
-  int span;  // without a filter: channels of a block
+  int span;        // without a filter: channels of a block
   LinePlan lines;  // with a filter, NCHW
   int64_t tiles() const { return static_cast<int64_t>(tiles_x) * tiles_y; }
 };

@@ -24,9 +24,7 @@ void check_style(const char* name, const Tensor& t, const Tensor& x) {
 }
 
 // x as (N, C, P) or, in channels-last memory, (N, P, C); other layouts are copied.
-Tensor planes(const Tensor& x) {
-  return x.is_contiguous() || is_channels_last(x) ? x : torch::stable::contiguous(x);
-}
+Tensor planes(const Tensor& x) { return is_channels_last(x) ? x.lent() : row_major(x); }
 
 struct Shape {
   int64_t outer, length, inner;
@@ -68,13 +66,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Tensor& scale_in,
   const int64_t bytes = kernels::adain_workspace(code, s.outer, s.length, s.inner);
   auto [statistics, workspace] =
       empty_with_workspace(x, {2, x.size(0), x.size(1)}, statistic_type(x), bytes);
-  if (x.numel() == 0) torch::stable::zero_(statistics);
+  if (x.numel() == 0) zero(statistics);
   void* mean = statistics.mutable_data_ptr();
   launch.check(kOp, kernels::adain(code, style, x.const_data_ptr(), scale.const_data_ptr(),
                                    shift.const_data_ptr(), y.mutable_data_ptr(), mean,
                                    second_plane(statistics, mean), workspace, s.outer, s.length,
                                    s.inner, eps, launch.stream));
-  return {y, statistics};
+  return {std::move(y), std::move(statistics)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& x_in,
@@ -101,15 +99,15 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& x
       empty_with_workspace(scale, {scale.size(0), scale.size(1)}, scale.scalar_type(), bytes);
   Tensor dshift = fresh_like(scale);
   if (x.numel() == 0) {
-    torch::stable::zero_(dscale);
-    torch::stable::zero_(dshift);
+    zero(dscale);
+    zero(dshift);
   }
   launch.check(kOp, kernels::adain_bwd(code, style, dy.const_data_ptr(), x.const_data_ptr(),
                                        scale.const_data_ptr(), mean, second_plane(statistics, mean),
                                        dx.mutable_data_ptr(), dscale.mutable_data_ptr(),
                                        dshift.mutable_data_ptr(), workspace, s.outer, s.length,
                                        s.inner, launch.stream));
-  return {dx, dscale, dshift};
+  return {std::move(dx), std::move(dscale), std::move(dshift)};
 }
 
 }  // namespace
@@ -122,8 +120,8 @@ GANKERN_SCHEMAS(m) {
 }
 
 GANKERN_IMPLS(m) {
-  implement(m, "adain", TORCH_BOX(&forward));
-  implement(m, "adain_bwd", TORCH_BOX(&backward));
+  implement<&forward>(m, "adain");
+  implement<&backward>(m, "adain_bwd");
 }
 
 }  // namespace gankern

@@ -56,13 +56,13 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& ref_in,
   const Launch launch(ref);
   const int64_t bytes = needs_db ? kernels::bias_act_bwd_workspace(code, a.outer, a.C, a.inner) : 0;
   WithWorkspace db = empty_with_workspace(ref, {needs_db ? a.C : 0}, b_type, bytes);
-  if (ref.numel() == 0 && needs_db) torch::stable::zero_(db.out);
+  if (ref.numel() == 0 && needs_db) zero(db.out);
   launch.check(kOp, kernels::bias_act_bwd(
                         code, b_code, dy.const_data_ptr(), ref.const_data_ptr(),
                         b ? b->const_data_ptr() : nullptr, dx.mutable_data_ptr(),
                         needs_db ? db.out.mutable_data_ptr() : nullptr, db.workspace, a.outer, a.C,
                         a.inner, static_cast<int>(act), alpha, gain, clamp, from_x, launch.stream));
-  return {dx, db.out};
+  return {std::move(dx), std::move(db.out)};
 }
 
 Tensor backward2(const Tensor& dy_in, const Tensor& v_in, const Tensor& ref_in,
@@ -99,9 +99,9 @@ GANKERN_SCHEMAS(m) {
 }
 
 GANKERN_IMPLS(m) {
-  implement(m, "bias_act", TORCH_BOX(&forward));
-  implement(m, "bias_act_bwd", TORCH_BOX(&backward));
-  implement(m, "bias_act_bwd2", TORCH_BOX(&backward2));
+  implement<&forward>(m, "bias_act");
+  implement<&backward>(m, "bias_act_bwd");
+  implement<&backward2>(m, "bias_act_bwd2");
 }
 
 }  // namespace gankern

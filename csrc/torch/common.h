@@ -4,22 +4,15 @@
 // -DGANKERN_NS=gankern|gankern_simt, the dispatcher's namespace. PyTorch's stable ABI only.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <cstring>
 #include <map>
-#include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "../dtype.h"
+#include "tensor.h"
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -31,8 +24,8 @@
 #define GK_IS_simt 3
 #define GK_BACKEND_ID GK_CAT(GK_IS_, GANKERN_BACKEND)
 
-// GANKERN_SCHEMAS(m) { m.def(...); } and GANKERN_IMPLS(m) { m.impl(...); } register an op. The CPU
-// library owns the schemas; the CUDA library adds kernels to them.
+// GANKERN_SCHEMAS(m) { m.def(...); } and GANKERN_IMPLS(m) { implement<&f>(m, ...); } register an
+// op. The CPU library owns the schemas; the CUDA library adds kernels to them.
 #if GK_BACKEND_ID == 2
 #define GANKERN_SCHEMAS(m) \
   [[maybe_unused]] static void gk_unused_schemas(torch::stable::detail::StableLibrary& m)
@@ -84,16 +77,14 @@ extern "C" int gankern_cpu_isa();
 namespace gankern {
 namespace GANKERN_BACKEND {}
 namespace kernels = ::gankern::GANKERN_BACKEND;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 // What the dispatcher calls for each op of this library, so that csrc/eager can without it.
 using Boxed = void (*)(StableIValue*, uint64_t, uint64_t);
 inline std::map<std::string, Boxed> implementations;
-inline void implement(torch::stable::detail::StableLibrary& m, const char* name, Boxed boxed) {
-  m.impl(name, boxed);
-  implementations[name] = boxed;
+template <auto function>
+void implement(torch::stable::detail::StableLibrary& m, const char* name) {
+  m.impl(name, Boxing<function>::call);
+  implementations[name] = Boxing<function>::call;
 }
 
 inline const char* dtype_name(ScalarType t) {
@@ -165,17 +156,29 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
 
 // Torch's own stable functions look an operator up by its name at every call, which takes longer
 // than what most of them do: they are called where there is something to copy, and not to allocate.
-inline Tensor row_major(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+inline Tensor copied(Tensor to, const Tensor& from) {
+  torch::stable::Tensor out = to.stable();
+  torch::stable::copy_(out, from.stable());
+  return to;
 }
-inline Tensor dense(const Tensor& t) {
-  if (is_dense(t)) return t;
-  Tensor out = torch::stable::empty_like(t);  // in t's order of dimensions
-  return torch::stable::copy_(out, t);
+inline void zero(const Tensor& t) {
+  torch::stable::Tensor out = t.stable();
+  torch::stable::zero_(out);
+}
+inline Tensor empty_like(const Tensor& t) {  // in t's order of dimensions, if it is dense
+  return Tensor(torch::stable::empty_like(t.stable()));
 }
 
+// t, lent, or a copy in the layout that is wanted.
+inline Tensor row_major(const Tensor& t) {
+  return t.is_contiguous() ? t.lent() : Tensor(torch::stable::contiguous(t.stable()));
+}
+inline Tensor dense(const Tensor& t) { return is_dense(t) ? t.lent() : copied(empty_like(t), t); }
+// What is lent of a temporary tensor would not live.
+Tensor row_major(const Tensor&&) = delete;
+Tensor dense(const Tensor&&) = delete;
+
 // Uninitialised, of t's device, sizes and strides in elements.
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 // For tests: fresh memory of the CPU holds NaN, but where it is too much to be touched.
 inline bool poisoned = GK_BACKEND_ID == 3;
 inline Tensor empty_strided([[maybe_unused]] const Tensor& t, Sizes sizes, const int64_t* strides,
@@ -269,15 +272,14 @@ inline Tensor fresh(Tensor t) {
 }
 inline Tensor fresh_like(const Tensor& t) {
   return fresh(is_dense(t) ? empty_strided(t, t.sizes(), t.strides().data(), t.scalar_type())
-                           : torch::stable::empty_like(t));
+                           : empty_like(t));
 }
 
-// t in the memory layout of `like`, copied only if it has another one.
+// t, lent, or a copy in the memory layout of `like`.
 inline Tensor laid_out_like(const Tensor& t, const Tensor& like) {
-  if (same_strides(t, like)) return t;
-  Tensor out = fresh_like(like);
-  return torch::stable::copy_(out, t);
+  return same_strides(t, like) ? t.lent() : copied(fresh_like(like), t);
 }
+Tensor laid_out_like(const Tensor&&, const Tensor&) = delete;
 
 // Fresh images (N, C, H, W) of t's dtype, in channels-last memory or contiguous.
 inline Tensor fresh_images(const Tensor& t, int64_t N, int64_t C, int64_t H, int64_t W, bool last) {

@@ -90,8 +90,8 @@ struct Convolution {
   Convolution(const Tensor& x_in, const Tensor& w_in, const MaybeTensor& factors_in, int64_t stride,
               int64_t pad_y, int64_t pad_x, bool transposed, int64_t rest_y, int64_t rest_x,
               bool last)
-      : x(checked("x", x_in)),
-        w(checked("w", w_in)),
+      : x(checked("x", x_in).lent()),
+        w(checked("w", w_in).lent()),
         factors("factors", factors_in, x_in),
         stride(stride),
         pad_y(pad_y),
@@ -171,7 +171,7 @@ Tensor few(const Tensor& x, const Tensor& w, bool transposed, int64_t rest_y, in
 // channels-last memory of many.
 Tensor image(const Tensor& x_in, const Tensor& w, bool transposed, int64_t rest_y, int64_t rest_x) {
   const bool last = by_channels(checked("x", x_in));
-  const Tensor x = last ? x_in : row_major(x_in);
+  const Tensor x = last ? x_in.lent() : row_major(x_in);
   STD_TORCH_CHECK(last || !transposed, kOp, ": 4x4 taps take images in channels-last memory");
   const Convolution c = four_taps(x, w, transposed, rest_y, rest_x, true);
   Tensor y = fresh_images(x, c.N, c.O, c.out_h, c.out_w, !transposed);
@@ -227,19 +227,19 @@ std::tuple<Tensor, Tensor> scaled_backward(const Tensor& dy, const Tensor& w, co
                   "x", w.size(3));
   STD_TORCH_CHECK(!c.last || is_channels_last(x_in), kOp,
                   ": x and dy must be in the same memory format");
-  const Tensor x = c.last ? checked("x", x_in) : row_major(checked("x", x_in));
+  const Tensor x = c.last ? checked("x", x_in).lent() : row_major(checked("x", x_in));
   STD_TORCH_CHECK(
       x.size(0) == c.N && x.size(1) == c.O && x.size(2) == c.out_h && x.size(3) == c.out_w, kOp,
       ": x must have the shape of its gradient");
-  const Factors factors("d", d, x);
+  const Factors factors("d", MaybeTensor(d.lent()), x);
   Tensor dd = empty_beside(x, {c.N, c.O});
   cpu::Finish finish{};
   finish.d = static_cast<const float*>(factors.data());
   finish.x = static_cast<const float*>(x.const_data_ptr());
   finish.dots = static_cast<float*>(dd.mutable_data_ptr());
   Tensor dx = c.run(&finish);
-  if (dx.numel() == 0) torch::stable::zero_(dd);
-  return {dx, dd};
+  if (dx.numel() == 0) zero(dd);
+  return {std::move(dx), std::move(dd)};
 }
 
 Tensor weight_gradient(const Tensor& dy_in, const Tensor& x_in, const MaybeTensor& dy_factors_in,
@@ -249,8 +249,8 @@ Tensor weight_gradient(const Tensor& dy_in, const Tensor& x_in, const MaybeTenso
   checked("x", x_in);
   const bool last = is_channels_last(dy_in) && is_channels_last(x_in);
   check_form(taps, stride, pad_y, pad_x, last);
-  const Tensor dy = last ? dy_in : row_major(dy_in);
-  const Tensor x = last ? x_in : row_major(x_in);
+  const Tensor dy = last ? dy_in.lent() : row_major(dy_in);
+  const Tensor x = last ? x_in.lent() : row_major(x_in);
   const Factors dy_factors("dy_factors", dy_factors_in, dy),
       x_factors("x_factors", x_factors_in, x);
   const int64_t N = x.size(0), O = dy.size(1), I = x.size(1);
@@ -279,7 +279,7 @@ Tensor four_taps_weight_gradient(const Tensor& dy, const Tensor& x, const F& run
                   kOp, ": dy must have the shape of the convolution's output");
   Tensor dw = empty_beside(x, {O, I, 4, 4});
   if (dy.numel() == 0)
-    torch::stable::zero_(dw);
+    zero(dw);
   else
     run(dw.mutable_data_ptr(), N, O, dy.size(2), dy.size(3), I, x.size(2), x.size(3));
   return dw;
@@ -299,7 +299,7 @@ Tensor few_weight_gradient(const Tensor& dy, const Tensor& x) {
 Tensor image_weight_gradient(const Tensor& dy, const Tensor& x_in) {
   checked("dy", dy);
   const bool last = by_channels(checked("x", x_in));
-  const Tensor x = last ? x_in : row_major(x_in);
+  const Tensor x = last ? x_in.lent() : row_major(x_in);
   STD_TORCH_CHECK(by_channels(dy), kOp, ": 4x4 taps take images in channels-last memory");
   return four_taps_weight_gradient(dy, x, [&](auto... args) {
     kernels::convolution_image_weight_gradient(kF32, dy.const_data_ptr(), x.const_data_ptr(),
@@ -332,14 +332,14 @@ GANKERN_SCHEMAS(m) {
 }
 
 GANKERN_IMPLS(m) {
-  implement(m, "convolution", TORCH_BOX(&forward));
-  implement(m, "convolution_epilogue", TORCH_BOX(&with_epilogue));
-  implement(m, "convolution_few", TORCH_BOX(&few));
-  implement(m, "convolution_few_weight_gradient", TORCH_BOX(&few_weight_gradient));
-  implement(m, "convolution_image", TORCH_BOX(&image));
-  implement(m, "convolution_image_weight_gradient", TORCH_BOX(&image_weight_gradient));
-  implement(m, "convolution_scaled_backward", TORCH_BOX(&scaled_backward));
-  implement(m, "convolution_weight_gradient", TORCH_BOX(&weight_gradient));
+  implement<&forward>(m, "convolution");
+  implement<&with_epilogue>(m, "convolution_epilogue");
+  implement<&few>(m, "convolution_few");
+  implement<&few_weight_gradient>(m, "convolution_few_weight_gradient");
+  implement<&image>(m, "convolution_image");
+  implement<&image_weight_gradient>(m, "convolution_image_weight_gradient");
+  implement<&scaled_backward>(m, "convolution_scaled_backward");
+  implement<&weight_gradient>(m, "convolution_weight_gradient");
 }
 
 }  // namespace gankern

@@ -17,7 +17,7 @@ constexpr const char* kOp = "demod_coefs";
 struct Operands {
   Operands(const Tensor& weight_in, const Tensor& styles_in)
       : channels_last(is_channels_last(weight_in)),
-        weight(channels_last ? weight_in : row_major(weight_in)),
+        weight(channels_last ? weight_in.lent() : row_major(weight_in)),
         styles(row_major(styles_in)),
         code(dtype_code(kOp, "weight", weight)),
         styles_code(dtype_code(kOp, "styles", styles)) {
@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& weight, const Tensor& styles, d
                                          a.styles.const_data_ptr(), d.mutable_data_ptr(),
                                          q.mutable_data_ptr(), a.N, a.O, a.I, a.K, a.channels_last,
                                          eps, launch.stream));
-  return {d, q};
+  return {std::move(d), std::move(q)};
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& dd_in, const Tensor& d_in, const Tensor& q_in,
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dd_in, const Tensor& d_in, con
                         dweight.numel() ? dweight.mutable_data_ptr() : nullptr,
                         dstyles.numel() ? dstyles.mutable_data_ptr() : nullptr, a.N, a.O, a.I, a.K,
                         a.channels_last, factor, launch.stream));
-  return {dweight, dstyles};
+  return {std::move(dweight), std::move(dstyles)};
 }
 
 }  // namespace
@@ -87,8 +87,8 @@ GANKERN_SCHEMAS(m) {
 }
 
 GANKERN_IMPLS(m) {
-  implement(m, "demod_coefs", TORCH_BOX(&forward));
-  implement(m, "demod_coefs_bwd", TORCH_BOX(&backward));
+  implement<&forward>(m, "demod_coefs");
+  implement<&backward>(m, "demod_coefs_bwd");
 }
 
 }  // namespace gankern

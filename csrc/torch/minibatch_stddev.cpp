@@ -37,7 +37,7 @@ Tensor empty_with_channels(const Tensor& x, int64_t channels, bool last) {
 Tensor forward(const Tensor& x_in, int64_t groups, int64_t num_channels) {
   const int code = check(x_in, groups, num_channels);
   const bool last = is_channels_last(x_in);
-  const Tensor x = last ? x_in : row_major(x_in);
+  const Tensor x = last ? x_in.lent() : row_major(x_in);
   const int64_t n = x.size(0), c = x.size(1);
   const int64_t pixels = x.numel() ? x.numel() / (n * c) : 0;
   Tensor y = empty_with_channels(x, c + num_channels, last);
@@ -56,7 +56,7 @@ Tensor forward(const Tensor& x_in, int64_t groups, int64_t num_channels) {
 Tensor backward(const Tensor& dy_in, const Tensor& x_in, int64_t groups, int64_t num_channels) {
   const int code = check(x_in, groups, num_channels);
   const bool last = is_channels_last(x_in);
-  const Tensor x = last ? x_in : row_major(x_in);
+  const Tensor x = last ? x_in.lent() : row_major(x_in);
   const int64_t n = x.size(0), c = x.size(1);
   STD_TORCH_CHECK(dy_in.dim() == x.dim() && dy_in.size(0) == n &&
                       dy_in.size(1) == c + num_channels &&
@@ -65,7 +65,7 @@ Tensor backward(const Tensor& dy_in, const Tensor& x_in, int64_t groups, int64_t
                   kOp, ": dy must have y's shape and dtype");
   const Tensor dy = !last ? row_major(dy_in)
                     : is_channels_last(dy_in)
-                        ? dy_in
+                        ? dy_in.lent()
                         : laid_out_like(dy_in, empty_with_channels(x, c + num_channels, last));
   Tensor dx = fresh_like(x);
   const int64_t pixels = x.numel() ? x.numel() / (n * c) : 0;
@@ -84,8 +84,8 @@ GANKERN_SCHEMAS(m) {
 }
 
 GANKERN_IMPLS(m) {
-  implement(m, "minibatch_stddev", TORCH_BOX(&forward));
-  implement(m, "minibatch_stddev_bwd", TORCH_BOX(&backward));
+  implement<&forward>(m, "minibatch_stddev");
+  implement<&backward>(m, "minibatch_stddev_bwd");
 }
 
 }  // namespace gankern

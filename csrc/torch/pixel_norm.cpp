@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor> backward2(const Tensor& g_in, const Tensor& dy_in, co
                                              x.const_data_ptr(), d_dy.mutable_data_ptr(),
                                              d_x.mutable_data_ptr(), a.outer, a.C, a.inner, eps,
                                              launch.stream));
-  return {d_dy, d_x};
+  return {std::move(d_dy), std::move(d_x)};
 }
 
 }  // namespace
@@ -73,9 +73,9 @@ GANKERN_SCHEMAS(m) {
 }
 
 GANKERN_IMPLS(m) {
-  implement(m, "pixel_norm", TORCH_BOX(&forward));
-  implement(m, "pixel_norm_bwd", TORCH_BOX(&backward));
-  implement(m, "pixel_norm_bwd2", TORCH_BOX(&backward2));
+  implement<&forward>(m, "pixel_norm");
+  implement<&backward>(m, "pixel_norm_bwd");
+  implement<&backward2>(m, "pixel_norm_bwd2");
 }
 
 }  // namespace gankern

@@ -33,7 +33,7 @@ namespace {
 using namespace epilogue;
 
 // x as the kernels want it.
-Tensor images(const Tensor& x) { return is_channels_last(x) ? x : row_major(x); }
+Tensor images(const Tensor& x) { return is_channels_last(x) ? x.lent() : row_major(x); }
 
 Shape shape_of(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 4, kOp, ": x must be [N, C, H, W], got ", x.dim(), " dimensions");
@@ -64,9 +64,8 @@ Tensor laid_out(const char* name, const Tensor& t, const Operands& o, int64_t h,
   STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == o.N && t.size(1) == o.C && t.size(2) == h &&
                       t.size(3) == w && dtype_code(kOp, name, t) == o.code,
                   kOp, ": ", name, " must have the shape and dtype of what it is the gradient of");
-  if (o.last ? is_channels_last(t) || t.numel() == 0 : t.is_contiguous()) return t;
-  Tensor out = fresh_images(x, o.N, o.C, h, w, o.last);
-  return torch::stable::copy_(out, t);
+  if (o.last ? is_channels_last(t) || t.numel() == 0 : t.is_contiguous()) return t.lent();
+  return copied(fresh_images(x, o.N, o.C, h, w, o.last), t);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
@@ -85,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   WithWorkspace dd = empty_with_workspace(x, {o.N, o.C}, acc, bytes);
   Tensor db = empty_beside(x, {o.C}, acc), ds = fresh_like(db);
   if (o.N * o.C * o.out_h * o.out_w * o.H * o.W == 0)
-    for (Tensor* t : {&dx, &dd.out, &db, &ds}) torch::stable::zero_(*t);
+    for (Tensor* t : {&dx, &dd.out, &db, &ds}) zero(*t);
   else {
     launch.check(kOp,
                  kernels::synthesis_epilogue_bwd(
@@ -96,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
                      o.separable, o.noise_n, o.strength_n, x0, y0, flip, filter_gain, o.last,
                      static_cast<int>(act), alpha, gain, clamp, launch.stream));
   }
-  return {dx, dd.out, db, ds};
+  return {std::move(dx), std::move(dd.out), std::move(db), std::move(ds)};
 }
 
 // Gradients of dy, x and d from cotangents of dx, dd, dstrength [C] and db, for piecewise linear
@@ -130,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> second(const Tensor& dy_in, const Tensor& x_i
       o.code, o.N, o.C, o.H, o.W, o.out_w, x0, o.f.has_value(), o.noise.has_value(), o.last);
   WithWorkspace d_d = empty_with_workspace(x, {o.N, o.C}, acc, bytes);
   if (o.N * o.C * o.out_h * o.out_w * o.H * o.W == 0) {
-    for (Tensor* t : {&d_dy, &d_x, &d_d.out}) torch::stable::zero_(*t);
+    for (Tensor* t : {&d_dy, &d_x, &d_d.out}) zero(*t);
   } else {
     launch.check(
         kOp, kernels::synthesis_epilogue_bwd2(
@@ -141,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> second(const Tensor& dy_in, const Tensor& x_i
                  o.taps_y, o.taps_x, o.separable, o.noise_n, o.strength_n, x0, y0, flip,
                  filter_gain, o.last, static_cast<int>(act), alpha, gain, clamp, launch.stream));
   }
-  return {d_dy, d_x, d_d.out};
+  return {std::move(d_dy), std::move(d_x), std::move(d_d.out)};
 }
 
 }  // namespace
@@ -164,9 +163,9 @@ GANKERN_SCHEMAS(m) {
 }
 
 GANKERN_IMPLS(m) {
-  implement(m, "synthesis_epilogue", TORCH_BOX(&forward));
-  implement(m, "synthesis_epilogue_bwd", TORCH_BOX(&backward));
-  implement(m, "synthesis_epilogue_bwd2", TORCH_BOX(&second));
+  implement<&forward>(m, "synthesis_epilogue");
+  implement<&backward>(m, "synthesis_epilogue_bwd");
+  implement<&second>(m, "synthesis_epilogue_bwd2");
 }
 
 }  // namespace gankern

@@ -38,7 +38,7 @@ Tensor forward(const Tensor& x_in, const Tensor& f_in, int64_t up_x, int64_t up_
   const int64_t out_w = width / down_x + 1, out_h = height / down_y + 1;
 
   const bool last = is_channels_last(x_in);
-  const Tensor x = last ? x_in : row_major(x_in), f = row_major(f_in);
+  const Tensor x = last ? x_in.lent() : row_major(x_in), f = row_major(f_in);
   Tensor y = fresh_images(x, N, C, out_h, out_w, last);
   const Launch launch(x);
   launch.check(
@@ -56,6 +56,6 @@ GANKERN_SCHEMAS(m) {
       "int y0, int y1, bool flip_filter, float gain) -> Tensor");
 }
 
-GANKERN_IMPLS(m) { implement(m, "upfirdn2d", TORCH_BOX(&forward)); }
+GANKERN_IMPLS(m) { implement<&forward>(m, "upfirdn2d"); }
 
 }  // namespace gankern

@@ -218,7 +218,7 @@ class Filtered {
         g_(g),
         f_(f, g.taps_y, g.taps_x, (g.out_w + g.taps_x - 1) * step),
         step_(step),
-        ring_(g.taps_y, padded((g.out_w + g.taps_x) * step)),
+        ring_(g.taps_y, g.filtered ? padded((g.out_w + g.taps_x) * step) : 0),
         next_(0) {}
 
   // Rows come in order.

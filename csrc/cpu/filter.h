@@ -21,7 +21,7 @@ struct Filter {
       for (int64_t j = 0; j < nx && !one_d; j++)
         full[i * nx + j] = S(f[flip ? i * nx + j : ny * nx - 1 - i * nx - j] * gain);
     }
-    if (!one_d) factorise(ny, nx);
+    if (!one_d && ny * nx > 0) factorise(ny, nx);
   }
 
   void factorise(int64_t ny, int64_t nx) {

@@ -9,7 +9,11 @@
 namespace gankern::cpu::GANKERN_ISA {
 namespace {
 
-constexpr float kOne = 1.f;  // the filter that is none
+// The filter, or one of no taps where there is none.
+template <typename S>
+Filter<S> filter_of(const Operands& o, const Geometry& g, bool separable, bool flip, double gain) {
+  return Filter<S>(o.f, separable, o.f ? g.taps_y : 0, o.f ? g.taps_x : 0, flip, gain);
+}
 
 template <bool kPwl, typename T>
 void forward_unit(const T* x, T* y, const Geometry& g, const Operands& o,
@@ -20,7 +24,7 @@ void forward_unit(const T* x, T* y, const Geometry& g, const Operands& o,
   const Unit<T> unit(g, o, n, c, step);
   Filtered<T> filtered(x, g, f, n, c, step);
   const Plane<T> out(y, g, g.out_h, g.out_w, n, c);
-  Buffer<S> u(padded(g.out_w * step)), noise(padded(g.out_w));
+  Buffer<S> u(padded(g.out_w * step)), noise(o.noise ? padded(g.out_w) : 0);
   for (int64_t i = 0; i < g.out_h; i++) {
     filtered.row(&u[0], i);
     if (o.noise) unit.read_noise(&noise[0], i);
@@ -65,7 +69,7 @@ class Backward {
         step_(step),
         u_(padded(g.out_w * step)),
         dv_(padded(g.out_w * step)),
-        noise_(padded(g.out_w)) {
+        noise_(o.noise ? padded(g.out_w) : 0) {
     for (int64_t j = 0; j < kBlock; j++) sums.u[j] = sums.one[j] = sums.noise[j] = 0;
   }
 
@@ -212,7 +216,7 @@ class Second {
         u_(padded(g.out_w * step)),
         uv_(padded(g.out_w * step)),
         t_(padded(g.out_w * step)),
-        noise_(padded(g.out_w)) {
+        noise_(o.noise ? padded(g.out_w) : 0) {
     for (int64_t j = 0; j < kBlock; j++) {
       const int64_t k = c + (j < step ? j : 0);
       vd_[j] = v.d ? v.d[n * g.C + k] : S(0);
@@ -312,7 +316,7 @@ int synthesis_epilogue(int dtype, int f32, const void* x, const void* f, const v
   return by_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using S = Scalar<T>;
-    const Filter<S> taps(f ? o.f : &kOne, separable, taps_y, taps_x, flip, filter_gain);
+    const auto taps = filter_of<S>(o, g, separable, flip, filter_gain);
     const ActArgs<S> p = act_args<S>(act, alpha, gain, clamp);
     by_act(act, [&](auto tag) {
       each_unit(g, [&](int64_t n, int64_t c, int64_t step) {
@@ -343,8 +347,8 @@ int synthesis_epilogue_bwd(int dtype, int f32, const void* dy, const void* x, co
   return by_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using S = Scalar<T>;
-    const Filter<S> taps(f ? o.f : &kOne, separable, taps_y, taps_x, flip, filter_gain);
-    const Filter<S> adjoint(f ? o.f : &kOne, separable, taps_y, taps_x, !flip, filter_gain);
+    const auto taps = filter_of<S>(o, g, separable, flip, filter_gain);
+    const auto adjoint = filter_of<S>(o, g, separable, !flip, filter_gain);
     Buffer<S> sum_b(N * C), sum_s(N * C);
     const ActArgs<S> p = act_args<S>(act, alpha, gain, clamp);
     by_act(act, [&](auto tag) {
@@ -385,8 +389,8 @@ int synthesis_epilogue_bwd2(int dtype, int f32, const void* dy, const void* x, c
   return by_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     using S = Scalar<T>;
-    const Filter<S> taps(f ? o.f : &kOne, separable, taps_y, taps_x, flip, filter_gain);
-    const Filter<S> adjoint(f ? o.f : &kOne, separable, taps_y, taps_x, !flip, filter_gain);
+    const auto taps = filter_of<S>(o, g, separable, flip, filter_gain);
+    const auto adjoint = filter_of<S>(o, g, separable, !flip, filter_gain);
     const ActArgs<S> p = act_args<S>(act, alpha, gain, clamp);
     const Cotangents<T> v{static_cast<const T*>(vx), static_cast<const S*>(vd),
                           static_cast<const S*>(vs), static_cast<const S*>(vb)};

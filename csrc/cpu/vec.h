@@ -308,8 +308,10 @@ class Buffer {
  public:
   explicit Buffer(int64_t n)
       : bytes_(static_cast<size_t>(n) * sizeof(S) + 1),
-        data_(static_cast<S*>(take_scratch(bytes_))) {}
-  ~Buffer() { put_scratch(data_, bytes_); }
+        data_(n ? static_cast<S*>(take_scratch(bytes_)) : nullptr) {}
+  ~Buffer() {
+    if (data_) put_scratch(data_, bytes_);
+  }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   S& operator[](int64_t i) const { return data_[i]; }

@@ -45,7 +45,8 @@ TESTS = {
     "demod_coefs": "test_layouts and f32 and (3x3 or odd)",
     "upfirdn2d": "(test_forward_and_gradients and f32 and not strided) or (test_lines and f32)",
     "synthesis_epilogue": (
-        "test_against_reference and ((f32 and (up_layer or no_filter)) or (-f16 and up_layer))"
+        "(test_against_reference and ((f32 and (up_layer or no_filter)) or (-f16 and up_layer)))"
+        " or (test_strips and f32 and 40)"
     ),
 }
 
@@ -204,6 +205,30 @@ MUTATIONS = [
         "int c0, int step, int tile) {\n  __syncthreads();",
         "int c0, int step, int tile) {",
         "race",
+    ),
+    Mutation(
+        "synthesis_epilogue", "sums: the last tile of a sample is left out",
+        "synthesis_epilogue_bwd.cuh",
+        "t < a.tiles; t += 32",
+        "t < a.tiles - 1; t += 32",
+    ),
+    Mutation(
+        "synthesis_epilogue", "barrier: the sums of samples are read before all have come",
+        "synthesis_epilogue_bwd.cuh",
+        "(a.tickets + static_cast<int64_t>(a.N) * a.groups + group, a.N)",
+        "(a.tickets + static_cast<int64_t>(a.N) * a.groups + group, 1)",
+    ),
+    Mutation(
+        "synthesis_epilogue", "index, channels-last: the first row of results is left out",
+        "synthesis_epilogue_pixels.cuh",
+        "max(kHalo - row, 0) << 8",
+        "max(kHalo + 1 - row, 0) << 8",
+    ),
+    Mutation(
+        "synthesis_epilogue", "index, channels-last: channels of the block before",
+        "synthesis_epilogue_pixels.cuh",
+        "c0 = group * a.channels;",
+        "c0 = max(group - 1, 0) * a.channels;",
     ),
     Mutation(
         "synthesis_epilogue", "index, channels-last: the noise of the next row",

@@ -5,7 +5,7 @@
 // An extension of one version of Python and of PyTorch, unlike the libraries of csrc/torch, and
 // optional: gankern/ops/_remember.py says what a call is remembered as and does without.
 // Kernels of csrc/torch are called as the dispatcher would call them, without it, unless something
-// listens to it: a profiler.
+// listens to it: a profiler. What is registered for their operators later is not asked.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/record_function.h>
@@ -184,26 +184,31 @@ struct Call {
     return made;
   }
 
-  void add(Argument argument) {
-    const auto& constant = argument.constant;
-    if (arguments.size() == kMost ||
-        !(argument.place >= 0 || constant.isNone() ||
-          (!argument.optional && (constant.isBool() || constant.isInt() || constant.isDouble()))))
+  // An argument of which the schema says `wanted`.
+  void add(int place, const c10::IValue& constant, const c10::Argument& wanted) {
+    const size_t at = arguments.size();
+    const auto kind = wanted.type()->kind();
+    const bool optional = kind == c10::TypeKind::OptionalType;
+    const bool whole = kind == c10::TypeKind::IntType || kind == c10::TypeKind::SymIntType;
+    arguments.push_back({place, constant, optional});
+    if (at >= kMost)
       boxed = nullptr;
-    else if (constant.isBool())
-      constants[arguments.size()] = word(constant.toBool());
-    else if (constant.isInt())
-      constants[arguments.size()] = word(constant.toInt());
-    else if (constant.isDouble())
-      constants[arguments.size()] = word(constant.toDouble());
-    arguments.push_back(std::move(argument));
+    else if (place >= 0 || (constant.isNone() && optional))
+      constants[at] = 0;
+    else if (constant.isBool() && kind == c10::TypeKind::BoolType)
+      constants[at] = word(constant.toBool());
+    else if (constant.isInt() && whole)
+      constants[at] = word(constant.toInt());
+    else if (constant.isDouble() && kind == c10::TypeKind::FloatType)
+      constants[at] = word(constant.toDouble());
+    else
+      boxed = nullptr;
   }
 
   template <typename Tensors>  // of a place
   Outputs run(const Tensors& tensors) const {
     const size_t outputs = op.schema().returns().size();
-    if (boxed && !at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION))
-      return run_boxed(tensors, outputs);
+    if (boxed && !at::hasCallbacks()) return run_boxed(tensors, outputs);
     torch::jit::Stack stack;
     stack.reserve(arguments.size());
     for (const auto& argument : arguments)
@@ -510,13 +515,11 @@ Call read_call(py::handle name, py::handle arguments) {
   for (const py::handle item : arguments.cast<py::tuple>()) {
     const auto [place, value] = item.cast<std::pair<int, py::object>>();
     const auto& argument = wanted.at(call.arguments.size());
-    const bool optional = argument.type()->kind() == c10::TypeKind::OptionalType;
-    call.add({place, place < 0 ? constant(value.ptr(), argument) : c10::IValue(), optional});
+    call.add(place, place < 0 ? constant(value.ptr(), argument) : c10::IValue(), argument);
   }
   for (size_t i = call.arguments.size(); i < wanted.size(); i++) {
     TORCH_CHECK(wanted[i].default_value(), op, " must get ", wanted[i].name());
-    const bool optional = wanted[i].type()->kind() == c10::TypeKind::OptionalType;
-    call.add({-1, *wanted[i].default_value(), optional});
+    call.add(-1, *wanted[i].default_value(), wanted[i]);
   }
   return call;
 }

@@ -38,13 +38,14 @@ constexpr int kLineStrip = 100, kLineSteps = 32;
 // Into how many strips to cut `height` rows, so that blocks(strips), of rows(strips) and a halo,
 // take the least time of `slots` that run at once: the last round, if it is not full, takes less
 // than another, but more than its share. Strips are not longer than `longest`, nor, where there is
-// a choice, shorter than 14 halos.
+// a choice, shorter than 14 halos; many are not worth a search.
 template <typename Rows, typename Blocks>
 int cut_strips(int height, int longest, int halo, int64_t slots, Rows rows, Blocks blocks) {
   const int fewest = static_cast<int>(ceil_div(height, longest));
   int best = fewest;
   double least = 0;
-  for (int strips = fewest; strips == fewest || height >= 14 * halo * strips; strips++) {
+  const int most = min(fewest + 8, max(fewest, height / (14 * halo)));
+  for (int strips = fewest; strips <= most; strips++) {
     const int64_t all = blocks(strips);
     const double rounds = static_cast<double>(all) / static_cast<double>(slots);
     const double time =

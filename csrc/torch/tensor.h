@@ -34,7 +34,10 @@ class Tensor {
   explicit Tensor(AtenTensorHandle handle) : handle_(handle), owned_(true) {}
   Tensor(Tensor&& other) noexcept { *this = std::move(other); }
   Tensor& operator=(Tensor&& other) noexcept {
-    if (handle_ == other.handle_) return *this;  // lent to itself: t = row_major(t)
+    if (handle_ == other.handle_) {  // lent to itself: t = row_major(t)
+      if (other.owned_) std::swap(owned_, other.owned_);
+      return *this;
+    }
     std::swap(handle_, other.handle_), std::swap(owned_, other.owned_);
     forget(), other.forget();
     return *this;
@@ -59,15 +62,15 @@ class Tensor {
   torch::stable::Tensor stable() const { return torch::stable::Tensor(another()); }
 
   int64_t dim() const {
-    if (dim_ < 0) check(aoti_torch_get_dim(handle_, &dim_));
+    if (dim_ < 0) TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle_, &dim_));
     return dim_;
   }
   Sizes sizes() const {
-    if (!sizes_) check(aoti_torch_get_sizes(handle_, &sizes_));
+    if (!sizes_) TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle_, &sizes_));
     return Sizes(sizes_, dim());
   }
   Sizes strides() const {
-    if (!strides_) check(aoti_torch_get_strides(handle_, &strides_));
+    if (!strides_) TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle_, &strides_));
     return Sizes(strides_, dim());
   }
   int64_t size(int64_t i) const { return sizes()[within(i)]; }
@@ -90,7 +93,7 @@ class Tensor {
   // Undefined for a dtype that no op takes.
   ScalarType scalar_type() const {
     int32_t code;
-    check(aoti_torch_get_dtype(handle_, &code));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &code));
     return code == dtype_codes.f32    ? ScalarType::Float
            : code == dtype_codes.f16  ? ScalarType::Half
            : code == dtype_codes.bf16 ? ScalarType::BFloat16
@@ -99,31 +102,30 @@ class Tensor {
   }
   size_t element_size() const {
     int32_t code;
-    check(aoti_torch_get_dtype(handle_, &code));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &code));
     return aoti_torch_dtype_element_size(code);
   }
   const void* const_data_ptr() const {
     const void* data;
-    check(torch_get_const_data_ptr(handle_, &data));
+    TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_, &data));
     return data;
   }
   void* mutable_data_ptr() const {
     void* data;
-    check(torch_get_mutable_data_ptr(handle_, &data));
+    TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_, &data));
     return data;
   }
   int32_t get_device_index() const {
     int32_t index;
-    check(aoti_torch_get_device_index(handle_, &index));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle_, &index));
     return index;
   }
 
  private:
   Tensor(AtenTensorHandle handle, bool owned) : handle_(handle), owned_(owned) {}
-  static void check(AOTITorchError error) { STABLE_TORCH_ERROR_CODE_CHECK(error); }
   static AtenTensorHandle another(AtenTensorHandle handle) {
     AtenTensorHandle copy;
-    check(aoti_torch_new_tensor_handle(handle, &copy));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle, &copy));
     return copy;
   }
   AtenTensorHandle another() const { return another(handle_); }

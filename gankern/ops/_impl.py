@@ -230,9 +230,11 @@ def implementation(name: str, device: str) -> int:
     namespace, op_name = name.split("::")
     if namespace != "gankern" or LIBRARIES.get(device, "no such library"):
         return 0
-    library = ctypes.CDLL(str(PACKAGE / f"_{device}.so"))
-    library.gankern_implementation.restype = ctypes.c_void_p
-    return library.gankern_implementation(op_name.encode()) or 0
+    find = getattr(ctypes.CDLL(str(PACKAGE / f"_{device}.so")), "gankern_implementation", None)
+    if find is None:  # of an older build
+        return 0
+    find.restype = ctypes.c_void_p
+    return find(op_name.encode()) or 0
 
 
 def set_cpu_isa(level: int) -> int:

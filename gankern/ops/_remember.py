@@ -162,8 +162,8 @@ def _recipe(call: Any, places: dict[int, int]) -> tuple[Any, Any] | None:
     if any(isinstance(a, Tensor) and id(a) not in places for a in args):
         return None  # made of others
     stack = tuple((places[id(a)], None) if isinstance(a, Tensor) else (-1, a) for a in args)
-    device = next(a.device.type for a in args if isinstance(a, Tensor))
-    kernel = _impl.implementation(op._schema.name, device)
+    devices = {a.device.type for a in args if isinstance(a, Tensor)}
+    kernel = _impl.implementation(op._schema.name, devices.pop()) if len(devices) == 1 else 0
     return (op._schema.name, op._schema.overload_name, kernel), stack
 
 

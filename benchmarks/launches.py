@@ -81,7 +81,8 @@ SHAPE_OF_FIRST = {
 }  # fmt: skip
 # Ours that clear counters before the kernel, besides bias_act_bwd.
 CLEARING = {
-    "synthesis_epilogue_bwd", "synthesis_epilogue_bwd2", "minibatch_stddev", "adain", "adain_bwd",
+    "synthesis_epilogue_bwd", "synthesis_epilogue_bwd_plain", "synthesis_epilogue_bwd2",
+    "minibatch_stddev", "adain", "adain_bwd",
 }  # fmt: skip
 # PyTorch's sums: blocks share an output of more than 256 values for each of 512 threads, if a GPU,
 # here of 64 multiprocessors, has room for two an output (ATen/native/cuda/Reduce.cuh).

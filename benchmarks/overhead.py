@@ -5,7 +5,7 @@
     python benchmarks/overhead.py --check         exit 1 if an op costs more than the two eager ops
     python benchmarks/overhead.py --json overhead.jsonl
 
-Columns: forward without gradients, forward that records them, forward and backward. Rounds go
+Columns: forward of tensors that take no gradient, of such that do, forward and backward. Rounds go
 through all ops and the eager pair, x * scale + b of one shape, once each, in a new order each time,
 since a step finds memory and caches as the one before has left them; printed are medians, of the
 time and of the rounds' ratios to the pair's. The pair has as many dimensions as the op's result,
@@ -93,12 +93,8 @@ def calls(name: str | int, impl: str, device: str) -> dict[str, Callable[[], Any
     leaves = [t.clone().requires_grad_() for t in inputs]
     dy = torch.ones_like(call(*inputs, impl=impl))
 
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return call(*inputs, impl=impl)
-
     return {
-        "forward": forward,
+        "forward": lambda: call(*inputs, impl=impl),
         "recorded": lambda: call(*leaves, impl=impl),
         "forward+backward": lambda: torch.autograd.grad(call(*leaves, impl=impl), leaves, dy),
     }

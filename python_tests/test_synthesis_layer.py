@@ -272,8 +272,8 @@ def test_opcheck(impl, device, name):
         op = _impl.op(impl, "synthesis_epilogue")
         torch.library.opcheck(op, (x, *args), test_utils=checks)
         y = op(x, *args)
-        backward = _impl.op(impl, "synthesis_epilogue_bwd")
-        torch.library.opcheck(backward, (y, x, *args), test_utils=checks)
+        for backward in ("synthesis_epilogue_bwd", "synthesis_epilogue_bwd_plain"):
+            torch.library.opcheck(_impl.op(impl, backward), (y, x, *args), test_utils=checks)
     # On a GPU the second kernel takes no filter.
     if not _impl.has(impl, "synthesis_epilogue_bwd2") or (f is not None and impl != "cpu"):
         return

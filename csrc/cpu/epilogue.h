@@ -39,11 +39,13 @@ struct Plane {
         column(g.last ? g.C : 1) {}
 };
 
+// Rows are padded: whole vectors are written, since one that is loaded whole soon after would wait
+// for the store of a part.
 template <typename T, typename S>
 GK_INLINE void read(S* out, const T* in, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(out + i, load(in + i));
-  if (i < n) store_part(out + i, load_part(in + i, n - i), n - i);
+  if (i < n) store(out + i, load_part(in + i, n - i));
 }
 
 template <typename T, typename S>
@@ -151,6 +153,10 @@ class Ring {
   Buffer<S> data_;
 };
 
+// The channels whose operands and sums a unit of `step` has: those of whole vectors, or a plane's
+// one.
+int64_t channels_of(const Geometry& g, int64_t step) { return step == 1 && !g.last ? 1 : kBlock; }
+
 // One unit's operands in compute precision, for a row at a time.
 template <typename T>
 struct Unit {
@@ -163,7 +169,7 @@ struct Unit {
 
   Unit(const Geometry& g, const Operands& o, int64_t n, int64_t c, int64_t step)
       : g(g), o(o), n(n), c(c), step(step) {
-    for (int64_t j = 0; j < kBlock; j++) {
+    for (int64_t j = 0; j < channels_of(g, step); j++) {
       const int64_t k = c + (j < step ? j : 0);
       d[j] = o.d ? load_param<T>(o.d, o.d_f32(), n * g.C + k) : S(1);
       b[j] = o.b ? load_param<T>(o.b, o.b_f32(), k) : S(0);
@@ -189,7 +195,7 @@ struct Unit {
   // Calls f(index, d, b, strength * noise, noise, lane count, channel) for each vector of a row.
   template <typename F>
   GK_INLINE void each(const S* noise, const F& f) const {
-    if (step == 1 && !g.last) {
+    if (channels_of(g, step) == 1) {
       const V dv = splat<V>(d[0]), bv = splat<V>(b[0]), sv = splat<V>(strength[0]);
       for (int64_t i = 0; i < g.out_w; i += kLanes) {
         const int64_t m = g.out_w - i < kLanes ? g.out_w - i : kLanes;

@@ -70,7 +70,7 @@ class Backward {
         u_(padded(g.out_w * step)),
         dv_(padded(g.out_w * step)),
         noise_(o.noise ? padded(g.out_w) : 0) {
-    for (int64_t j = 0; j < kBlock; j++) sums.u[j] = sums.one[j] = sums.noise[j] = 0;
+    for (int64_t j = 0; j < channels_of(g, step); j++) sums.u[j] = sums.one[j] = sums.noise[j] = 0;
   }
 
   // dL/d(filter(x)) of row i; rows come in order.
@@ -78,7 +78,7 @@ class Backward {
     filtered_.row(&u_[0], i);
     read_row(&dv_[0], dy_, i, g_.out_h, g_.out_w, 0, g_.out_w, step_);
     if (o_.noise) unit_.read_noise(&noise_[0], i);
-    const bool row_sums = step_ == 1 && !g_.last;
+    const bool row_sums = channels_of(g_, step_) == 1;
     V su{}, sv{}, sn{};
     Sums<S> of_row;
     if (!row_sums)
@@ -175,16 +175,6 @@ void adjoint_unit(T* dx, const Geometry& g, const Filter<Scalar<T>>& f_adjoint, 
   advance(g.out_h);
 }
 
-template <bool kPwl, typename T>
-Sums<Scalar<T>> backward_unit(const T* dy, const T* x, T* dx, const Geometry& g, const Operands& o,
-                              const ActArgs<Scalar<T>>& p, const Filter<Scalar<T>>& f,
-                              const Filter<Scalar<T>>& f_adjoint, int64_t n, int64_t c,
-                              int64_t step) {
-  Backward<kPwl, T> back(dy, x, g, o, p, f, n, c, step);
-  adjoint_unit(dx, g, f_adjoint, n, c, step, [&](Scalar<T>* du, int64_t i) { back.row(du, i); });
-  return back.sums;
-}
-
 // Cotangents of dx, dd [N, C], ds [C] and db [C], each or null.
 template <typename T>
 struct Cotangents {
@@ -217,7 +207,7 @@ class Second {
         uv_(padded(g.out_w * step)),
         t_(padded(g.out_w * step)),
         noise_(o.noise ? padded(g.out_w) : 0) {
-    for (int64_t j = 0; j < kBlock; j++) {
+    for (int64_t j = 0; j < channels_of(g, step); j++) {
       const int64_t k = c + (j < step ? j : 0);
       vd_[j] = v.d ? v.d[n * g.C + k] : S(0);
       vs_[j] = v.s ? v.s[k] : S(0);
@@ -232,7 +222,7 @@ class Second {
     if (has_vx_) filtered_v_.row(&uv_[0], i);
     read_row(&t_[0], dy_, i, g_.out_h, g_.out_w, 0, g_.out_w, step_);
     if (o_.noise) unit_.read_noise(&noise_[0], i);
-    const bool plane = step_ == 1 && !g_.last;
+    const bool plane = channels_of(g_, step_) == 1;
     const auto of = [plane](const S* rows, int64_t j) {
       return plane ? splat<V>(rows[0]) : load(rows + j);
     };
@@ -333,7 +323,7 @@ int64_t synthesis_epilogue_bwd_workspace(int, int64_t, int64_t, int64_t, int64_t
   return 0;
 }
 
-// dd [N, C], db [C] and ds [C] are float32, or float64 for float64.
+// dd [N, C], db [C] and ds [C] are float32, or float64 for float64; ds may be null.
 int synthesis_epilogue_bwd(int dtype, int f32, const void* dy, const void* x, const void* f,
                            const void* d, const void* noise, const void* strength, const void* b,
                            void* dx, void* dd, void* db, void* ds, void*, int64_t N, int64_t C,
@@ -353,13 +343,14 @@ int synthesis_epilogue_bwd(int dtype, int f32, const void* dy, const void* x, co
     const ActArgs<S> p = act_args<S>(act, alpha, gain, clamp);
     by_act(act, [&](auto tag) {
       each_unit(g, [&](int64_t n, int64_t c, int64_t step) {
-        const auto sums = backward_unit<decltype(tag)::value>(
-            static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx), g, o, p, taps,
-            adjoint, n, c, step);
+        Backward<decltype(tag)::value, T> back(static_cast<const T*>(dy), static_cast<const T*>(x),
+                                               g, o, p, taps, n, c, step);
+        adjoint_unit(static_cast<T*>(dx), g, adjoint, n, c, step,
+                     [&](S* du, int64_t i) { back.row(du, i); });
         for (int64_t j = 0; j < step; j++) {
-          static_cast<S*>(dd)[n * C + c + j] = sums.u[j];
-          sum_b[n * C + c + j] = sums.one[j];
-          sum_s[n * C + c + j] = sums.noise[j];
+          static_cast<S*>(dd)[n * C + c + j] = back.sums.u[j];
+          sum_b[n * C + c + j] = back.sums.one[j];
+          sum_s[n * C + c + j] = back.sums.noise[j];
         }
       });
     });
@@ -367,7 +358,7 @@ int synthesis_epilogue_bwd(int dtype, int f32, const void* dy, const void* x, co
       S b_sum = 0, s_sum = 0;
       for (int64_t n = 0; n < N; n++) b_sum += sum_b[n * C + c], s_sum += sum_s[n * C + c];
       static_cast<S*>(db)[c] = b_sum;
-      static_cast<S*>(ds)[c] = s_sum;
+      if (ds) static_cast<S*>(ds)[c] = s_sum;
     }
     return 0;
   });

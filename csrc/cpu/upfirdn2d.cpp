@@ -92,7 +92,8 @@ struct Worker {
         part_stride(padded((span.hi - span.lo + parts - 1) / parts * channels)),
         line_stride(parts * part_stride),
         rows(most_taps(y)),
-        batch(last ? 1 : 8),  // lines made before they are read: by then their stores have settled
+        batch(last ? 1 : min_(8, y.out)),  // lines made before they are read: by then their stores
+                                           // have settled
         begin(max_(span.lo, 0)),
         end(max_(begin, min_(span.hi, x.in))),
         lines(max_(batch, rows) * line_stride),

@@ -26,6 +26,7 @@ using Body = void (*)(void*, int64_t, int64_t);
 void parallel_for(int64_t n, int64_t grain, Body body, void* context);
 void* take_scratch(size_t& bytes);
 void put_scratch(void* data, size_t bytes);
+extern bool poisons_scratch;  // for tests: it is full of NaN
 
 namespace GANKERN_ISA {
 namespace {
@@ -145,15 +146,25 @@ GK_INLINE void store(T* p, vf v) {
 GK_INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 GK_INLINE void store(double* p, vd v) { memcpy(p, &v, sizeof v); }
 
-// The first n < kLanes elements; lanes beyond are zero.
+// The first n <= kLanes elements; lanes beyond are zero.
 template <typename T>
 GK_INLINE Vec<T> load_part(const T* p, int64_t n) {
+#if defined(__AVX512F__)
+  const auto mask = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (std::is_same_v<T, float>) return (vf)_mm512_maskz_loadu_ps(mask, p);
+  if constexpr (sizeof(T) == 2) return widen((vu16)_mm256_maskz_loadu_epi16(mask, p), T{});
+#endif
   T buffer[kLanes] = {};
   memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
   return load(buffer);
 }
 template <typename T>
 GK_INLINE void store_part(T* p, Vec<T> v, int64_t n) {
+#if defined(__AVX512F__)
+  const auto mask = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, mask, (__m512)v);
+  if constexpr (sizeof(T) == 2) return _mm256_mask_storeu_epi16(p, mask, (__m256i)narrow(v, T{}));
+#endif
   T buffer[kLanes];
   store(buffer, v);
   memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
@@ -302,23 +313,29 @@ GK_BY_LANE(tanh_, std::tanh)
 // --- Scratch, dispatch and threads.
 
 // Uninitialised scratch of n elements, on a cache line's boundary: a vector that lies across two
-// takes two loads.
+// takes two loads. A few elements lie in the Buffer: a tiny image's filter has fifteen of them.
 template <typename S>
 class Buffer {
  public:
-  explicit Buffer(int64_t n)
-      : bytes_(static_cast<size_t>(n) * sizeof(S) + 1),
-        data_(n ? static_cast<S*>(take_scratch(bytes_)) : nullptr) {}
+  explicit Buffer(int64_t n) : bytes_(static_cast<size_t>(n) * sizeof(S)) {
+    if (bytes_ <= sizeof few_) {
+      data_ = few_;
+      if (poisons_scratch) memset(few_, 0xff, sizeof few_);
+    } else {
+      data_ = static_cast<S*>(take_scratch(bytes_));
+    }
+  }
   ~Buffer() {
-    if (data_) put_scratch(data_, bytes_);
+    if (data_ != few_) put_scratch(data_, bytes_);
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   S& operator[](int64_t i) const { return data_[i]; }
 
  private:
-  size_t bytes_;  // initialised before data_
+  size_t bytes_;
   S* data_;
+  alignas(64) S few_[320 / sizeof(S)];
 };
 
 // Calls f with a value of the element type; the only place where dtypes become types. float64 is

@@ -20,7 +20,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
-#include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -160,19 +159,18 @@ struct Call {
   struct Argument {
     int place;  // -1: the constant
     c10::IValue constant;
-    bool optional;
   };
-  // As csrc/torch/common.h has it. A word is what torch/csrc/stable/stableivalue_conversions.h of
-  // PyTorch 2.11 makes of a value, whose ABI those libraries keep: the value's bytes, a tensor's
-  // handle, of an optional one a pointer to that.
+  // As csrc/torch has it. A word is what torch/csrc/stable/stableivalue_conversions.h of PyTorch
+  // 2.11 makes of a value, whose ABI those libraries keep, the value's bytes; of a tensor its
+  // handle, which is lent, or 0.
   using Word = uint64_t;
-  using Boxed = void (*)(Word*, uint64_t, uint64_t);
+  using Kernel = void (*)(Word*);
   static constexpr size_t kMost = 24;
 
-  Call(c10::OperatorHandle op, uintptr_t boxed)
-      : op(std::move(op)), boxed(reinterpret_cast<Boxed>(boxed)) {}
+  Call(c10::OperatorHandle op, uintptr_t kernel)
+      : op(std::move(op)), kernel(reinterpret_cast<Kernel>(kernel)) {}
   c10::OperatorHandle op;
-  Boxed boxed;  // null: only the dispatcher knows
+  Kernel kernel;  // null: only the dispatcher knows
   std::vector<Argument> arguments;
   Word constants[kMost] = {};
 
@@ -190,9 +188,9 @@ struct Call {
     const auto kind = wanted.type()->kind();
     const bool optional = kind == c10::TypeKind::OptionalType;
     const bool whole = kind == c10::TypeKind::IntType || kind == c10::TypeKind::SymIntType;
-    arguments.push_back({place, constant, optional});
+    arguments.push_back({place, constant});
     if (at >= kMost)
-      boxed = nullptr;
+      kernel = nullptr;
     else if (place >= 0 || (constant.isNone() && optional))
       constants[at] = 0;
     else if (constant.isBool() && kind == c10::TypeKind::BoolType)
@@ -202,13 +200,13 @@ struct Call {
     else if (constant.isDouble() && kind == c10::TypeKind::FloatType)
       constants[at] = word(constant.toDouble());
     else
-      boxed = nullptr;
+      kernel = nullptr;
   }
 
   template <typename Tensors>  // of a place
   Outputs run(const Tensors& tensors) const {
     const size_t outputs = op.schema().returns().size();
-    if (boxed && !at::hasCallbacks()) return run_boxed(tensors, outputs);
+    if (kernel && !at::hasCallbacks()) return run_kernel(tensors, outputs);
     torch::jit::Stack stack;
     stack.reserve(arguments.size());
     for (const auto& argument : arguments)
@@ -224,18 +222,12 @@ struct Call {
 
  private:
   template <typename Tensors>
-  Outputs run_boxed(const Tensors& tensors, size_t outputs) const {
+  Outputs run_kernel(const Tensors& tensors, size_t outputs) const {
     Word stack[kMost];
     memcpy(stack, constants, arguments.size() * sizeof *stack);
-    for (size_t i = 0; i < arguments.size(); i++) {
-      const Argument& argument = arguments[i];
-      if (argument.place < 0) continue;
-      const at::Tensor& t = tensors(argument.place);
-      // The kernel's own: it takes what it is called with.
-      const Word handle = word(torch::aot_inductor::new_tensor_handle(at::Tensor(t)));
-      stack[i] = argument.optional ? word(new Word(handle)) : handle;
-    }
-    boxed(stack, arguments.size(), outputs);
+    for (size_t i = 0; i < arguments.size(); i++)
+      if (arguments[i].place >= 0) stack[i] = word(&tensors(arguments[i].place));
+    kernel(stack);
     Outputs found;
     for (size_t i = 0; i < outputs; i++) {
       const std::unique_ptr<at::Tensor> made(reinterpret_cast<at::Tensor*>(stack[i]));
@@ -509,8 +501,8 @@ c10::IValue constant(PyObject* value, const c10::Argument& argument) {
 
 // From what `_learn` and `_learn_gradient` of gankern/ops/_remember.py return.
 Call read_call(py::handle name, py::handle arguments) {
-  const auto [op, overload, boxed] = name.cast<std::tuple<std::string, std::string, uintptr_t>>();
-  Call call(c10::Dispatcher::singleton().findSchemaOrThrow(op.c_str(), overload.c_str()), boxed);
+  const auto [op, overload, kernel] = name.cast<std::tuple<std::string, std::string, uintptr_t>>();
+  Call call(c10::Dispatcher::singleton().findSchemaOrThrow(op.c_str(), overload.c_str()), kernel);
   const auto& wanted = call.op.schema().arguments();
   for (const py::handle item : arguments.cast<py::tuple>()) {
     const auto [place, value] = item.cast<std::pair<int, py::object>>();

@@ -429,7 +429,7 @@ int64_t synthesis_epilogue_bwd_workspace(int dtype, int64_t N, int64_t C, int64_
   return bytes;
 }
 
-// dd [N, C], db [C] and ds [C] are float32, or float64 for float64.
+// dd [N, C], db [C] and ds [C] are float32, or float64 for float64; ds may be null.
 int synthesis_epilogue_bwd(int dtype, int f32, const void* dy, const void* x, const void* f,
                            const void* d, const void* noise, const void* strength, const void* b,
                            void* dx, void* dd, void* db, void* ds, void* workspace, int64_t N,

@@ -45,7 +45,7 @@ __device__ __forceinline__ void finish(const Args<T>& a, int n, int span, int gr
     if (thread % 32 == 0) *(k ? part : a.dd + static_cast<int64_t>(n) * a.C + first + c) = sum;
   }
   if (!arrives_last(a.tickets + static_cast<int64_t>(a.N) * a.groups + group, a.N)) return;
-  for (int i = thread; i < 2 * channels; i += blockDim.x) {
+  for (int i = thread; i < (a.ds ? 2 : 1) * channels; i += blockDim.x) {
     const int k = i < channels ? 1 : 2, c = i < channels ? i : i - channels;
     A sum = 0;
 #pragma unroll 4

@@ -313,7 +313,7 @@ __device__ __forceinline__ void finish_flat(const Args<T>& a, Acc<T> (&sums)[kSu
       A* to = a.partials + sample + (level ? 0 : blockIdx.x * row) + k * static_cast<int64_t>(a.C);
       if (level && k == 0) to = a.dd + static_cast<int64_t>(n) * a.C;
       if (whole && k) to = k == 1 ? a.db : a.ds;
-      to[c] = sum;
+      if (kSums == 1 || to) to[c] = sum;
     });
     if (whole) return;
     const int of = level ? a.N : a.tiles;

@@ -78,13 +78,13 @@ namespace gankern {
 namespace GANKERN_BACKEND {}
 namespace kernels = ::gankern::GANKERN_BACKEND;
 
-// What the dispatcher calls for each op of this library, so that csrc/eager can without it.
-using Boxed = void (*)(StableIValue*, uint64_t, uint64_t);
-inline std::map<std::string, Boxed> implementations;
+// What csrc/eager calls for each op of this library, without the dispatcher.
+using Kernel = void (*)(StableIValue*);
+inline std::map<std::string, Kernel> implementations;
 template <auto function>
 void implement(torch::stable::detail::StableLibrary& m, const char* name) {
   m.impl(name, Boxing<function>::call);
-  implementations[name] = Boxing<function>::call;
+  implementations[name] = Boxing<function>::call_lent;
 }
 
 inline const char* dtype_name(ScalarType t) {

@@ -3,8 +3,7 @@
 #include "common.h"
 
 // Null where this library has no such op.
-extern "C" __attribute__((visibility("default"))) gankern::Boxed gankern_implementation(
-    const char* name) {
+extern "C" __attribute__((visibility("default"))) gankern::Kernel gankern_kernel(const char* name) {
   const auto found = gankern::implementations.find(name);
   return found == gankern::implementations.end() ? nullptr : found->second;
 }
@@ -84,11 +83,12 @@ class Kept {
 };
 
 static thread_local Kept kept;
+bool poisons_scratch = false;
 
 // What csrc/cpu/vec.h calls; torch's headers stay out of files built for AVX.
 void* take_scratch(size_t& bytes) {
   void* data = kept.take(bytes);
-  if (poisoned && data) memset(data, 0xff, bytes);
+  if (poisons_scratch && data) memset(data, 0xff, bytes);
   return data;
 }
 
@@ -123,6 +123,6 @@ extern "C" __attribute__((visibility("default"))) int gankern_set_cpu_isa(int wa
 
 // For tests: fresh memory holds NaN. PyTorch's own switch for it is not asked.
 extern "C" __attribute__((visibility("default"))) void gankern_poison_memory(int on) {
-  gankern::poisoned = on;
+  gankern::poisoned = gankern::cpu::poisons_scratch = on;
 }
 #endif

@@ -68,11 +68,14 @@ Tensor laid_out(const char* name, const Tensor& t, const Operands& o, int64_t h,
   return copied(fresh_images(x, o.N, o.C, h, w, o.last), t);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& dy_in, const Tensor& x_in, const MaybeTensor& f, const MaybeTensor& d,
-    const MaybeTensor& noise, const MaybeTensor& strength, const MaybeTensor& b, int64_t x0,
-    int64_t x1, int64_t y0, int64_t y1, bool flip, double filter_gain, int64_t act, double alpha,
-    double gain, double clamp) {
+struct Gradients {
+  Tensor dx, dd, db;
+  MaybeTensor ds;
+};
+Gradients gradients(bool with_ds, const Tensor& dy_in, const Tensor& x_in, const MaybeTensor& f,
+                    const MaybeTensor& d, const MaybeTensor& noise, const MaybeTensor& strength,
+                    const MaybeTensor& b, int64_t x0, int64_t x1, int64_t y0, int64_t y1, bool flip,
+                    double filter_gain, int64_t act, double alpha, double gain, double clamp) {
   const Tensor x = images(x_in);
   const Operands o(shape_of(x), f, d, noise, strength, b, x0, x1, y0, y1);
   const Tensor dy = laid_out("dy", dy_in, o, o.out_h, o.out_w, x);
@@ -82,20 +85,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const int64_t bytes = kernels::synthesis_epilogue_bwd_workspace(
       o.code, o.N, o.C, o.H, o.W, o.out_w, x0, o.f.has_value(), o.noise.has_value(), o.last);
   WithWorkspace dd = empty_with_workspace(x, {o.N, o.C}, acc, bytes);
-  Tensor db = empty_beside(x, {o.C}, acc), ds = fresh_like(db);
-  if (o.N * o.C * o.out_h * o.out_w * o.H * o.W == 0)
-    for (Tensor* t : {&dx, &dd.out, &db, &ds}) zero(*t);
-  else {
-    launch.check(kOp,
-                 kernels::synthesis_epilogue_bwd(
-                     o.code, o.f32, dy.const_data_ptr(), x.const_data_ptr(), data(o.f), data(o.d),
-                     data(o.noise), data(o.strength), data(o.b), dx.mutable_data_ptr(),
-                     dd.out.mutable_data_ptr(), db.mutable_data_ptr(), ds.mutable_data_ptr(),
-                     dd.workspace, o.N, o.C, o.H, o.W, o.out_h, o.out_w, o.taps_y, o.taps_x,
-                     o.separable, o.noise_n, o.strength_n, x0, y0, flip, filter_gain, o.last,
-                     static_cast<int>(act), alpha, gain, clamp, launch.stream));
+  Tensor db = empty_beside(x, {o.C}, acc);
+  MaybeTensor ds;
+  if (with_ds) ds = fresh_like(db);
+  if (o.N * o.C * o.out_h * o.out_w * o.H * o.W == 0) {
+    for (Tensor* t : {&dx, &dd.out, &db}) zero(*t);
+    if (ds) zero(*ds);
+  } else {
+    launch.check(
+        kOp, kernels::synthesis_epilogue_bwd(
+                 o.code, o.f32, dy.const_data_ptr(), x.const_data_ptr(), data(o.f), data(o.d),
+                 data(o.noise), data(o.strength), data(o.b), dx.mutable_data_ptr(),
+                 dd.out.mutable_data_ptr(), db.mutable_data_ptr(),
+                 ds ? ds->mutable_data_ptr() : nullptr, dd.workspace, o.N, o.C, o.H, o.W, o.out_h,
+                 o.out_w, o.taps_y, o.taps_x, o.separable, o.noise_n, o.strength_n, x0, y0, flip,
+                 filter_gain, o.last, static_cast<int>(act), alpha, gain, clamp, launch.stream));
   }
   return {std::move(dx), std::move(dd.out), std::move(db), std::move(ds)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& dy, const Tensor& x, const MaybeTensor& f, const MaybeTensor& d,
+    const MaybeTensor& noise, const MaybeTensor& strength, const MaybeTensor& b, int64_t x0,
+    int64_t x1, int64_t y0, int64_t y1, bool flip, double filter_gain, int64_t act, double alpha,
+    double gain, double clamp) {
+  auto found = gradients(true, dy, x, f, d, noise, strength, b, x0, x1, y0, y1, flip, filter_gain,
+                         act, alpha, gain, clamp);
+  return {std::move(found.dx), std::move(found.dd), std::move(found.db), std::move(*found.ds)};
+}
+
+// Without ds, which most calls do not want: they have no noise.
+std::tuple<Tensor, Tensor, Tensor> backward_plain(const Tensor& dy, const Tensor& x,
+                                                  const MaybeTensor& f, const MaybeTensor& d,
+                                                  const MaybeTensor& noise,
+                                                  const MaybeTensor& strength, const MaybeTensor& b,
+                                                  int64_t x0, int64_t x1, int64_t y0, int64_t y1,
+                                                  bool flip, double filter_gain, int64_t act,
+                                                  double alpha, double gain, double clamp) {
+  auto found = gradients(false, dy, x, f, d, noise, strength, b, x0, x1, y0, y1, flip, filter_gain,
+                         act, alpha, gain, clamp);
+  return {std::move(found.dx), std::move(found.dd), std::move(found.db)};
 }
 
 // Gradients of dy, x and d from cotangents of dx, dd, dstrength [C] and db, for piecewise linear
@@ -156,6 +185,11 @@ GANKERN_SCHEMAS(m) {
       "float filter_gain, int act, float alpha, float gain, float clamp) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "synthesis_epilogue_bwd_plain(Tensor dy, Tensor x, Tensor? f, Tensor? d, Tensor? noise, "
+      "Tensor? strength, Tensor? b, int x0, int x1, int y0, int y1, bool flip_filter, "
+      "float filter_gain, int act, float alpha, float gain, float clamp) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
       "synthesis_epilogue_bwd2(Tensor dy, Tensor x, Tensor? f, Tensor? d, Tensor? noise, "
       "Tensor? strength, Tensor? b, Tensor? vx, Tensor? vd, Tensor? vs, Tensor? vb, int x0, "
       "int x1, int y0, int y1, bool flip_filter, float filter_gain, int act, float alpha, "
@@ -165,6 +199,7 @@ GANKERN_SCHEMAS(m) {
 GANKERN_IMPLS(m) {
   implement<&forward>(m, "synthesis_epilogue");
   implement<&backward>(m, "synthesis_epilogue_bwd");
+  implement<&backward_plain>(m, "synthesis_epilogue_bwd_plain");
   implement<&second>(m, "synthesis_epilogue_bwd2");
 }
 

@@ -50,7 +50,8 @@ class Tensor {
   }
 
   // The same tensor, while its owner lives.
-  Tensor lent() const& { return Tensor(handle_, false); }
+  static Tensor lent(AtenTensorHandle handle) { return Tensor(handle, false); }
+  Tensor lent() const& { return lent(handle_); }
   Tensor lent() const&& = delete;
 
   AtenTensorHandle get() const { return handle_; }
@@ -131,8 +132,12 @@ class Tensor {
   AtenTensorHandle another() const { return another(handle_); }
   void forget() { dim_ = -1, sizes_ = strides_ = nullptr; }
   int64_t within(int64_t i) const {
-    STD_TORCH_CHECK(0 <= i && i < dim(), "dimension ", i, " of a tensor of ", dim());
+    if (i < 0 || i >= dim()) fail_within(i);
     return i;
+  }
+  [[noreturn, gnu::cold, gnu::noinline]] void fail_within(int64_t i) const {
+    STD_TORCH_CHECK(false, "dimension ", i, " of a tensor of ", dim());
+    abort();  // not reached: the check throws
   }
 
   AtenTensorHandle handle_ = nullptr;
@@ -142,16 +147,21 @@ class Tensor {
 };
 using MaybeTensor = std::optional<Tensor>;
 
-// Arguments of an op from the dispatcher's words, whose tensors they own, and what it returns.
+// Arguments of an op from words, and what it returns. The dispatcher's words hold tensors that
+// become the op's; words of csrc/eager lend them, by their handles, 0 for none.
 template <typename T>
 struct Word {
   static_assert(std::is_same_v<T, int64_t> || std::is_same_v<T, double> || std::is_same_v<T, bool>);
   static T take(StableIValue word) { return torch::stable::detail::to<T>(word); }
+  static T borrow(StableIValue word) { return take(word); }
 };
 template <>
 struct Word<Tensor> {
   static Tensor take(StableIValue word) {
     return Tensor(torch::stable::detail::to<AtenTensorHandle>(word));
+  }
+  static Tensor borrow(StableIValue word) {
+    return Tensor::lent(torch::stable::detail::to<AtenTensorHandle>(word));
   }
   static StableIValue give(Tensor&& t) { return torch::stable::detail::from(t.release()); }
 };
@@ -160,6 +170,9 @@ struct Word<MaybeTensor> {
   static MaybeTensor take(StableIValue word) {
     const auto handle = torch::stable::detail::to<std::optional<AtenTensorHandle>>(word);
     return handle ? MaybeTensor(Tensor(*handle)) : std::nullopt;
+  }
+  static MaybeTensor borrow(StableIValue word) {
+    return word ? MaybeTensor(Word<Tensor>::borrow(word)) : std::nullopt;
   }
 };
 
@@ -177,14 +190,24 @@ struct Boxing<function> {
     STD_TORCH_CHECK(arguments == sizeof...(Args) && outputs == kOutputs, "the schema has ",
                     arguments, " arguments and ", outputs, " outputs, the function ",
                     sizeof...(Args), " and ", kOutputs);
-    call(stack, std::index_sequence_for<Args...>());
+    call<false>(stack, std::index_sequence_for<Args...>());
+  }
+  static void call_lent(StableIValue* stack) {
+    call<true>(stack, std::index_sequence_for<Args...>());
   }
 
  private:
-  template <size_t... I>
+  template <bool kLent, typename T>
+  static T argument(StableIValue word) {
+    if constexpr (kLent)
+      return Word<T>::borrow(word);
+    else
+      return Word<T>::take(word);
+  }
+  template <bool kLent, size_t... I>
   static void call(StableIValue* stack, std::index_sequence<I...>) {
     // In braces, so in this order: what is not taken would be lost.
-    std::tuple<std::decay_t<Args>...> arguments{Word<std::decay_t<Args>>::take(stack[I])...};
+    std::tuple<std::decay_t<Args>...> arguments{argument<kLent, std::decay_t<Args>>(stack[I])...};
     auto returned = std::apply(function, arguments);
     if constexpr (std::is_same_v<R, Tensor>)
       stack[0] = Word<Tensor>::give(std::move(returned));

@@ -226,12 +226,12 @@ def memory_format(x: torch.Tensor) -> torch.memory_format:
 
 
 def implementation(name: str, device: str) -> int:
-    """The address of what the dispatcher calls for `gankern::<op>` there; 0 if it is not ours."""
+    """The address of `gankern::<op>` there, for csrc/eager; 0 if it is not ours."""
     namespace, op_name = name.split("::")
     if namespace != "gankern" or LIBRARIES.get(device, "no such library"):
         return 0
-    find = getattr(ctypes.CDLL(str(PACKAGE / f"_{device}.so")), "gankern_implementation", None)
-    if find is None:  # of an older build
+    find = getattr(ctypes.CDLL(str(PACKAGE / f"_{device}.so")), "gankern_kernel", None)
+    if find is None:  # an older build
         return 0
     find.restype = ctypes.c_void_p
     return find(op_name.encode()) or 0

@@ -266,7 +266,7 @@ class _ModulatedGemm(torch.autograd.Function):
         scaled = x * styles[:, :, None, None]
         u = convolution(scaled, weight, form)
         args = (0, 0, 0, 0, False, 1.0, *ctx.numbers, "triton")
-        du, dd, db, ds = epilogue_bwd(dy, u, None, d, noise, strength, b, args)
+        du, dd, db, ds = epilogue_bwd(dy, u, None, d, noise, strength, b, args, needs_ds=needs[5])
         dx = dweight = dstyles = None
         if needs[0] or needs[2]:
             dscaled = convolution(du, weight, form.adjoint(scaled, du, weight))

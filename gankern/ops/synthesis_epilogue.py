@@ -392,11 +392,28 @@ if _impl.triton is not None:
                     filter_gain, act, alpha, gain, clamp)  # fmt: skip
         return y
 
+    @_impl.triton_op("synthesis_epilogue_bwd_plain")
+    def _triton_bwd_plain(
+        dy: Tensor, x: Tensor, f: Tensor | None, d: Tensor | None, noise: Tensor | None,
+        strength: Tensor | None, b: Tensor | None, x0: int, x1: int, y0: int, y1: int,
+        flip_filter: bool, filter_gain: float, act: int, alpha: float, gain: float, clamp: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        found = _run_bwd(dy, x, f, d, noise, strength, b, x0, x1, y0, y1, flip_filter, filter_gain,
+                         act, alpha, gain, clamp)  # fmt: skip
+        return found[0], found[1], found[2]
+
     @_impl.triton_op("synthesis_epilogue_bwd")
     def _triton_bwd(
         dy: Tensor, x: Tensor, f: Tensor | None, d: Tensor | None, noise: Tensor | None,
         strength: Tensor | None, b: Tensor | None, x0: int, x1: int, y0: int, y1: int,
         flip_filter: bool, filter_gain: float, act: int, alpha: float, gain: float, clamp: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        return _run_bwd(dy, x, f, d, noise, strength, b, x0, x1, y0, y1, flip_filter, filter_gain,
+                        act, alpha, gain, clamp)  # fmt: skip
+
+    def _run_bwd(
+        dy, x, f, d, noise, strength, b, x0, x1, y0, y1, flip_filter, filter_gain, act, alpha, gain,
+        clamp,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         form = _impl.memory_format(x)
         x, dy = x.contiguous(memory_format=form), dy.contiguous(memory_format=form)
@@ -438,6 +455,10 @@ def _fake_bwd(dy, x, *args):
     return dx, *(x.new_empty(shape, dtype=acc) for shape in ((n, c), (c,), (c,)))
 
 
+def _fake_bwd_plain(dy, x, *args):
+    return _fake_bwd(dy, x)[:3]
+
+
 def _fake_bwd2(dy, x, f, d, noise, strength, b, vx, vd, *args):
     layout = _impl.memory_format(x)
     d_dy = torch.empty_like(dy, memory_format=layout)
@@ -447,6 +468,7 @@ def _fake_bwd2(dy, x, f, d, noise, strength, b, vx, vd, *args):
 
 _impl.register_fake(OP, _fake_fwd)
 _impl.register_fake(OP + "_bwd", _fake_bwd)
+_impl.register_fake(OP + "_bwd_plain", _fake_bwd_plain)
 _impl.register_fake(OP + "_bwd2", _fake_bwd2)
 
 
@@ -482,11 +504,11 @@ class _Epilogue(torch.autograd.Function):
         if dy is None:
             return (None,) * 7
         x, f, d, noise, strength, b = ctx.saved_tensors
-        dx, dd, db, ds = _bwd(dy, x, f, d, noise, strength, b, ctx.args)
         needs = ctx.needs_input_grad
+        needs_ds = needs[4] and weight_gradients()
+        dx, dd, db, ds = _bwd(dy, x, f, d, noise, strength, b, ctx.args, needs_ds=needs_ds)
         dd = dd.to(d.dtype) if needs[2] else None
         db = db.to(b.dtype) if needs[5] else None
-        needs_ds = needs[4] and weight_gradients()
         if needs_ds:
             ds = ds if strength.shape == ds.shape else ds.sum().reshape(strength.shape)
             ds = ds.to(strength.dtype)
@@ -497,10 +519,12 @@ _checked, _quick = remember(_plan, _fwd, _Epilogue)
 _valid, _quick_valid = remember(_plan_valid, _fwd, _Epilogue)
 
 
-def _bwd(*tensors_args):
+def _bwd(*tensors_args, needs_ds: bool = False) -> tuple[Any, Any, Any, Any]:
     if torch.is_grad_enabled():
         return _EpilogueBwd.apply(*tensors_args)
-    return _call(OP + "_bwd", *tensors_args)
+    if needs_ds:
+        return _call(OP + "_bwd", *tensors_args)
+    return *_call(OP + "_bwd_plain", *tensors_args), None
 
 
 class _EpilogueBwd(torch.autograd.Function):

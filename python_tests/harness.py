@@ -15,6 +15,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from gankern.ops import _impl
+
 DATA = Path(__file__).parent / "data"
 DTYPES = {
     "f32": torch.float32,
@@ -39,16 +41,34 @@ def interpreted(impl: str, device: str) -> bool:
     return impl == "triton" and device == "cpu"
 
 
-def opchecks(impl: str, device: str) -> tuple[str, ...]:
-    """The parts of opcheck that can run: Triton's interpreter refuses fake tensors."""
-    if interpreted(impl, device):
-        return ("test_schema", "test_autograd_registration")
-    return (
-        "test_schema",
-        "test_autograd_registration",
-        "test_faketensor",
-        "test_aot_dispatch_dynamic",
-    )
+def opcheck(op: Any, args: tuple[Any, ...]) -> None:
+    """torch.library.opcheck. Triton's interpreter refuses fake tensors: there, what the op returns
+    is compared with what its shape function says; triton_traced.py does the rest."""
+    checks = ["test_schema", "test_autograd_registration"]
+    on_cpu = all(t.is_cpu for t in args if isinstance(t, Tensor))
+    if op.namespace == _impl.NAMESPACES["triton"] and on_cpu:
+        name = op._schema.name.split("::")[1]
+        told = _impl._fakes[name](*map(on_meta, args))
+        for one, other in zip(flat(op(*args)), flat(told), strict=True):
+            assert form(one) == form(other), name
+    else:
+        checks += ["test_faketensor", "test_aot_dispatch_dynamic"]
+    torch.library.opcheck(op, args, test_utils=tuple(checks))
+
+
+def on_meta(t: Any) -> Any:
+    """A tensor's form without its values; what else there is, as it is."""
+    if not isinstance(t, Tensor):
+        return t
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+def form(t: Tensor) -> tuple[Any, ...]:
+    return tuple(t.shape), t.stride(), t.dtype
+
+
+def flat(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 LAYOUTS = ("contiguous", "channels_last", "strided")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 
+import harness
 import pytest
 import torch
 from harness import (
@@ -12,7 +13,6 @@ from harness import (
     assert_as_good_as,
     compare,
     lay_out,
-    opchecks,
     output,
     outputs_and_grads,
     randn,
@@ -453,43 +453,34 @@ def test_opcheck():
     ops = torch.ops.gankern
     x, w, up = *inputs_of("odd", FORMS["down"]), randn(17, 24, 3, 3).float()
     args = [(1, 1, 1, False, 0, 0), (2, 0, 0, False, 0, 0)]
-    checks = opchecks("cpu", "cpu")
     for rest in args:
         for layout in LAYOUTS:
             laid = lay_out(x, layout)
-            torch.library.opcheck(
-                ops.convolution.default, (laid, w, None, *rest), test_utils=checks
-            )
+            harness.opcheck(ops.convolution.default, (laid, w, None, *rest))
     factors = randn(*x.shape[:2]).float()
     rest = (2, 0, 0, True, 1, 0)
-    torch.library.opcheck(ops.convolution.default, (x, up, factors, *rest), test_utils=checks)
+    harness.opcheck(ops.convolution.default, (x, up, factors, *rest))
     dy = randn(3, 24, 9, 13).float()
     gradient = ops.convolution_weight_gradient.default
-    torch.library.opcheck(gradient, (dy, x, None, factors, 3, 1, 1, 1), test_utils=checks)
+    harness.opcheck(gradient, (dy, x, None, factors, 3, 1, 1, 1))
     last = [lay_out(t, "channels_last") for t in (randn(3, 24, 4, 6).float(), x)]
-    torch.library.opcheck(gradient, (*last, None, factors, 4, 2, 1, 1), test_utils=checks)
+    harness.opcheck(gradient, (*last, None, factors, 4, 2, 1, 1))
     at, b = (2, 0, 0), randn(24).float()
     args = (last[1], w, factors, *at, None, None, None, b, 2, 0.2, 1.0, -1.0)
-    torch.library.opcheck(ops.convolution_epilogue.default, args, test_utils=checks)
+    harness.opcheck(ops.convolution_epilogue.default, args)
     args = (last[0], w, randn(3, 17, 9, 13).float(), factors.t().contiguous().t(), *at, True, 0, 0)
     args = (*args[:2], lay_out(args[2], "channels_last"), *args[3:])
-    torch.library.opcheck(ops.convolution_scaled_backward.default, args, test_utils=checks)
+    harness.opcheck(ops.convolution_scaled_backward.default, args)
     four = randn(24, 17, 4, 4).float()
     few = (last[1], four, False, 0, 0), (last[0], four, True, 1, 0)
     for args in few:
-        torch.library.opcheck(ops.convolution_few.default, args, test_utils=checks)
-    torch.library.opcheck(
-        ops.convolution_few_weight_gradient.default, tuple(last), test_utils=checks
-    )
+        harness.opcheck(ops.convolution_few.default, args)
+    harness.opcheck(ops.convolution_few_weight_gradient.default, tuple(last))
     image = (x[:, :3], four[:, :3], False, 0, 0), (last[0], four[:, :3], True, 1, 0)
     for args in image:
-        torch.library.opcheck(ops.convolution_image.default, args, test_utils=checks)
-    torch.library.opcheck(
-        ops.convolution_image_weight_gradient.default, (last[0], x[:, :3]), test_utils=checks
-    )
-    torch.library.opcheck(
-        ops.convolution.default, (last[1], four, None, 2, 1, 1, False, 0, 0), test_utils=checks
-    )
+        harness.opcheck(ops.convolution_image.default, args)
+    harness.opcheck(ops.convolution_image_weight_gradient.default, (last[0], x[:, :3]))
+    harness.opcheck(ops.convolution.default, (last[1], four, None, 2, 1, 1, False, 0, 0))
 
 
 def test_compile():

@@ -155,15 +155,13 @@ def test_third_order(impl, device):
 def test_opcheck(impl, device):
     if impl == "reference":
         pytest.skip("the reference is not a registered op")
-    checks = harness.opchecks(impl, device)
     for layout in ("contiguous", "channels_last", "sliced"):
         weight, styles = inputs((4, 8, 3, 3), 2, device, layout=layout)
-        torch.library.opcheck(_impl.op(impl, "demod_coefs"), (weight, styles, 1e-8),
-                              test_utils=checks)  # fmt: skip
+        harness.opcheck(_impl.op(impl, "demod_coefs"), (weight, styles, 1e-8))
         d, q = _impl.op(impl, "demod_coefs")(weight, styles, 1e-8)
         for needs in ((True, True), (False, True)):
             args = (torch.randn_like(d), d, q, weight, styles, *needs)
-            torch.library.opcheck(_impl.op(impl, "demod_coefs_bwd"), args, test_utils=checks)
+            harness.opcheck(_impl.op(impl, "demod_coefs_bwd"), args)
 
 
 @pytest.mark.parametrize("name", ["3x3", "odd"])

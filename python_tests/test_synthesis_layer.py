@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,6 @@ from harness import (
     launches,
     lay_out,
     led_by,
-    opchecks,
     output,
     outputs_and_grads,
     randn,
@@ -266,14 +266,13 @@ def test_opcheck(impl, device, name):
     x, d, z, s, b = (t.to(device) for t in make_inputs(shape, f, padding, torch.float32))
     f = None if f is None else f.to(device)
     args = (f, d, z[:, 0], s, b, *[padding] * 4, False, 4.0 if padding else 1.0, 2, 0.2, 1.4, -1.0)
-    checks = opchecks(impl, device)
     for layout in ("contiguous", "channels_last"):
         x = lay_out(x, layout)
         op = _impl.op(impl, "synthesis_epilogue")
-        torch.library.opcheck(op, (x, *args), test_utils=checks)
+        harness.opcheck(op, (x, *args))
         y = op(x, *args)
         for backward in ("synthesis_epilogue_bwd", "synthesis_epilogue_bwd_plain"):
-            torch.library.opcheck(_impl.op(impl, backward), (y, x, *args), test_utils=checks)
+            harness.opcheck(_impl.op(impl, backward), (y, x, *args))
     # On a GPU the second kernel takes no filter.
     if not _impl.has(impl, "synthesis_epilogue_bwd2") or (f is not None and impl != "cpu"):
         return
@@ -281,7 +280,7 @@ def test_opcheck(impl, device, name):
     for vd in (None, torch.ones_like(d)):
         cotangents = (torch.ones_like(x), vd, None, torch.ones_like(b))
         inputs = (y, x, *args[:5], *cotangents, *args[5:])
-        torch.library.opcheck(second, inputs, test_utils=checks)
+        harness.opcheck(second, inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -250,6 +250,26 @@ def test_kernels_compile(capability: int) -> None:
     assert not dividing, f"integers divided for each element: {dividing}"
 
 
+def test_operators_are_traced_with_symbolic_sizes() -> None:
+    """As torch.compile traces them on a GPU, in a process whose GPU is imagined."""
+    from gankern.ops import _impl
+
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, str(Path(__file__).parent / "triton_traced.py")]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-4000:]
+    rows = [line.split() for line in run.stdout.splitlines() if line.startswith("gankern_triton::")]
+    names = {op.split("::")[1] for op, *_ in rows}
+    assert names == {name for impl, name in _impl._overloads if impl == "triton"}
+    for op, traced, launches in rows:
+        # With a filter the gradient is also upfirdn2d's kernel.
+        filtered = "epilogue_bwd" in op
+        assert int(launches) == int(traced) * (1.5 if filtered else 1), op
+
+
 if __name__ == "__main__":
     for line in compile_all(int(sys.argv[1]), *sys.argv[2:]):
         print(json.dumps(line), flush=True)

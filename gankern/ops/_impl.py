@@ -73,6 +73,44 @@ def triton_op(name: str) -> Callable[[Callable], Callable]:
     return lambda function: function
 
 
+def dense(t: torch.Tensor) -> torch.Tensor:
+    """t if its elements fill their memory, in whatever order of dimensions; else a copy that does,
+    in t's order."""
+    expected = 1
+    for stride, size in sorted((t.stride(d), t.shape[d]) for d in range(t.dim())):
+        if size != 1:
+            if stride != expected:
+                return t.clone()
+            expected *= size
+    return t
+
+
+def laid_out_like(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """t, or a copy, with the strides of `like`, which is dense."""
+    return t if t.stride() == like.stride() else torch.empty_like(like).copy_(t)
+
+
+def around(t: torch.Tensor, dim: int) -> tuple[int, int, int]:
+    """(outer, C, inner) of a dense t around its dimension `dim`, in memory order."""
+    C, numel = t.shape[dim], t.numel()
+    if C == 1 or numel == 0:
+        return 1, C, numel // C if C else 0
+    inner = t.stride(dim)
+    return numel // (C * inner), C, inner
+
+
+def power_of_2(n: int, most: int) -> int:
+    """The least power of 2 that is no less than n, up to `most`, a power too: a block of a kernel.
+
+    Of a symbolic n, of torch.compile, this is an int and n's range a guard. The bit operations of
+    triton.next_power_of_2 would stay symbolic, and SymPy simplifies a few of them for minutes.
+    """
+    power = 1
+    while power < most and power < n:
+        power *= 2
+    return power
+
+
 def register_fake(name: str, fake: Callable) -> None:
     """Give op `name`, once defined, its shape function in every namespace that has the op."""
     _fakes[name] = fake

@@ -202,10 +202,10 @@ if _impl.triton is not None:
         """The grid; pixels of a plane and the distance between them; the kernels' blocks."""
         pixels = x[0, 0].numel()
         inner = 1 if x.is_contiguous() else x.shape[1]
-        block_v = 1 if inner == 1 else min(32, triton.next_power_of_2(inner))
-        block_p = min(triton.next_power_of_2(pixels), 4096 // block_v)
+        block_v = 1 if inner == 1 else _impl.power_of_2(inner, 32)
+        block_p = _impl.power_of_2(pixels, 4096 // block_v)
         block_v = max(block_v, 256 // block_p)
-        width = min(block_v, triton.next_power_of_2(inner))
+        width = _impl.power_of_2(inner, block_v)
         outer = x.shape[0] if inner > 1 else x.shape[0] * x.shape[1]
         grid = (triton.cdiv(outer, block_v // width) * triton.cdiv(inner, width),)
         return grid, (pixels, inner), {"BLOCK_P": block_p, "BLOCK_V": block_v, "WIDTH": width}

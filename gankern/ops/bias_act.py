@@ -334,19 +334,6 @@ if _impl.triton is not None:
             else:
                 tl.store(sums, tl.sum(acc))
 
-    def _in_order(x: Tensor) -> Tensor:
-        """x in contiguous or channels-last memory."""
-        return x.contiguous(memory_format=_impl.memory_format(x))
-
-    def _around(x: Tensor, dim: int) -> tuple[int, int, int]:
-        """(outer, C, inner) of x around dim, as it lies in memory."""
-        order = (0, 2, 3, 1) if _impl.memory_format(x) == torch.channels_last else range(x.dim())
-        sizes = [x.shape[d] for d in order]
-        at = list(order).index(dim)
-        return math.prod(sizes[:at]), x.shape[dim], math.prod(sizes[at + 1 :])
-
-    _power = triton.next_power_of_2
-
     def _even(items: int, parts: int) -> int:
         """The fewest parts of which none has more items than in `parts` parts."""
         return triton.cdiv(items, triton.cdiv(items, min(items, parts)))
@@ -355,11 +342,11 @@ if _impl.triton is not None:
     def _triton_fwd(
         x: Tensor, b: Tensor | None, dim: int, act: int, alpha: float, gain: float, clamp: float
     ) -> Tensor:
-        x = _in_order(x)
+        x = _impl.dense(x)
         y = torch.empty_like(x)
         if x.numel() == 0:
             return y
-        _, C, inner = _around(x, dim)
+        _, C, inner = _impl.around(x, dim)
         slope = 1.0 if act == 0 else alpha
         torch.library.wrap_triton(bias_act_fwd_kernel)[(triton.cdiv(x.numel(), BLOCK),)](
             x, x if b is None else b, y, x.numel(), C, inner, slope, gain, clamp,
@@ -371,30 +358,30 @@ if _impl.triton is not None:
         dy: Tensor, v: Tensor | None, ref: Tensor, b: Tensor | None, dim: int, act: int,
         alpha: float, gain: float, clamp: float, from_x: bool, needs_db: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        ref = _in_order(ref)
-        layout = _impl.memory_format(ref)
-        dy = dy.contiguous(memory_format=layout)
-        v = None if v is None else v.contiguous(memory_format=layout)
+        ref = _impl.dense(ref)
+        dy = _impl.laid_out_like(dy, ref)
+        v = None if v is None else _impl.laid_out_like(v, ref)
         dx = torch.empty_like(ref)
         db_dtype = ref.dtype if b is None else b.dtype
         C = ref.shape[dim]
         if ref.numel() == 0:
             return dx, torch.zeros(C if needs_db else 0, dtype=db_dtype, device=ref.device)
         b = b if from_x else None  # y has it
-        outer, channels, inner = _around(ref, dim)
+        outer, channels, inner = _impl.around(ref, dim)
         last = inner == 1
         if last and C < 16 and outer % 16 == 0:
             # 16 rows as one of 16 C channels, whose accesses are of 16 bytes.
             outer, channels, b = outer // 16, 16 * C, None if b is None else b.repeat(16)
-        block = min(64, _power(channels)) if last else min(BLOCK, _power(inner))
-        rows = min(BLOCK // block, _power(outer))
+        block = _impl.power_of_2(channels, 64) if last else _impl.power_of_2(inner, BLOCK)
+        rows = _impl.power_of_2(outer, BLOCK // block)
         groups, spans = (
             (triton.cdiv(channels, block), 1) if last else (C, triton.cdiv(inner, block))
         )
         parts = max(64, 2048 // groups)
-        parts = max(1, min(triton.cdiv(triton.cdiv(outer, rows) * spans, 4), parts))
-        row_parts = _even(triton.cdiv(outer, rows), parts)
-        parts = row_parts * _even(spans, parts // row_parts)
+        # Ints also where sizes are symbolic: a shape is to be made of them.
+        parts = int(max(1, min(triton.cdiv(triton.cdiv(outer, rows) * spans, 4), parts)))
+        row_parts = int(_even(triton.cdiv(outer, rows), parts))
+        parts = row_parts * int(_even(spans, parts // row_parts))
         sums = torch.empty((parts, channels) if needs_db else (0, C), device=ref.device)
         slope = {0: 1.0, 1: 0.0}.get(act, alpha)
         torch.library.wrap_triton(bias_act_bwd_kernel)[(groups, parts)](

@@ -184,8 +184,8 @@ if _impl.triton is not None:
         q = weight.new_empty((o, i), dtype=torch.float32)
         if o * max(n, i) == 0:
             return d, q
-        block_n = min(triton.next_power_of_2(max(n, 1)), 16)
-        block_i = min(triton.next_power_of_2(max(i, 1)), 512)
+        block_n = _impl.power_of_2(n, 16)
+        block_i = _impl.power_of_2(i, 512)
         grid = (o * triton.cdiv(max(n, 1), block_n),)
         torch.library.wrap_triton(demod_coefs_fwd_kernel)[grid](
             weight, styles.contiguous(), d, q, n, o, i, k, 1 if last else k, i if last else 1, eps,
@@ -204,7 +204,7 @@ if _impl.triton is not None:
         dstyles = torch.empty_like(styles) if needs_dstyles else styles.new_empty(0)
         (o, i), k, n = weight.shape[:2], weight.shape[2] * weight.shape[3], styles.shape[0]
         style_programs = n * triton.cdiv(i, 64) if dstyles.numel() else 0
-        block = min(1024, triton.next_power_of_2(max(i, 1))) if last else 1024
+        block = _impl.power_of_2(i, 1024) if last else 1024
         parts = k * triton.cdiv(i, block) if last else triton.cdiv(i * k, block)
         programs = style_programs + (o * parts if dweight.numel() else 0)
         if programs == 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -133,22 +132,15 @@ if _impl.triton is not None:
 
     def _launch(order: int, tensors: list[Tensor], dim: int, eps: float) -> list[Tensor]:
         """tensors: x, or dy and x, or g, dy and x."""
-        x = tensors[-1]
-        nhwc = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if nhwc else torch.contiguous_format
-        tensors = [t.contiguous(memory_format=layout) for t in tensors]
-        x = tensors[-1]
+        x = _impl.dense(tensors[-1])
+        tensors = [*(_impl.laid_out_like(t, x) for t in tensors[:-1]), x]
         outputs = [torch.empty_like(x) for _ in range(2 if order == 2 else 1)]
         if x.numel() == 0:
             return outputs
-        memory_order = [0, 2, 3, 1] if nhwc else list(range(x.dim()))
-        place = memory_order.index(dim)
-        outer = math.prod(x.shape[d] for d in memory_order[:place])
-        inner = math.prod(x.shape[d] for d in memory_order[place + 1 :])
-        C = x.shape[dim]
-        block_c = min(triton.next_power_of_2(C), 1024)
+        outer, C, inner = _impl.around(x, dim)
+        block_c = _impl.power_of_2(C, 1024)
         block_v = max(8, 4096 // block_c)
-        width = min(block_v, triton.next_power_of_2(inner))
+        width = _impl.power_of_2(inner, block_v)
         grid = (triton.cdiv(outer, block_v // width) * triton.cdiv(inner, width),)
         g, dy = (tensors[-3] if order == 2 else x), (tensors[-2] if order else x)
         torch.library.wrap_triton(pixel_norm_kernel)[grid](

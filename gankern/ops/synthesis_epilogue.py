@@ -352,9 +352,9 @@ if _impl.triton is not None:
                 alpha, gain, clamp):  # fmt: skip
         (n, c, h, w), (oh, ow) = x.shape, y_shape[2:]
         last = _impl.memory_format(x) == torch.channels_last
-        block_c = min(32, triton.next_power_of_2(c)) if last else 1
-        block = min(1024 // block_c, max(16, triton.next_power_of_2(oh * ow)))
-        tile_x = block if f is None else min(8 if last else 64, triton.next_power_of_2(ow))
+        block_c = _impl.power_of_2(c, 32) if last else 1
+        block = max(16, _impl.power_of_2(oh * ow, 1024 // block_c))
+        tile_x = block if f is None else _impl.power_of_2(ow, 8 if last else 64)
         tile_y = block // tile_x
         tiles = triton.cdiv(ow, tile_x) * triton.cdiv(oh, tile_y)
         parts = triton.cdiv(oh * ow, block) if f is None else tiles

@@ -467,8 +467,8 @@ if _impl.triton is not None:
         y = _fake(x, f, up_x, up_y, down_x, down_y, x0, x1, y0, y1, flip_filter, gain)
         (n, c, h, w), (oh, ow) = x.shape, y.shape[2:]
         images, c = (n, c) if last else (n * c, 1)
-        block_x = min(128, triton.next_power_of_2(ow * c))
-        block_y = min(1024 // block_x, triton.next_power_of_2(oh))
+        block_x = _impl.power_of_2(ow * c, 128)
+        block_y = _impl.power_of_2(oh, 1024 // block_x)
         grid = (triton.cdiv(ow * c, block_x) * triton.cdiv(oh, block_y) * images,)
         # The largest index that a program computes, though it may not load there: twice the
         # upsampled image with its padding, and the rows of both images with a tile's behind them.

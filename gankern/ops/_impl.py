@@ -99,16 +99,18 @@ def around(t: torch.Tensor, dim: int) -> tuple[int, int, int]:
     return numel // (C * inner), C, inner
 
 
-def power_of_2(n: int, most: int) -> int:
-    """The least power of 2 that is no less than n, up to `most`, a power too: a block of a kernel.
+def typical(n: int | torch.SymInt) -> int:
+    """n, or what a symbolic n of torch.compile and torch.export was traced with: for what a kernel
+    does right whatever it is, and best where it suits n. Blocks made of a symbolic n would be guards
+    at best, and of bit operations on it expressions that SymPy simplifies for minutes."""
+    if isinstance(n, int):
+        return n
+    return int(n.node.hint) if n.node.has_hint() else 1024
 
-    Of a symbolic n, of torch.compile, this is an int and n's range a guard. The bit operations of
-    triton.next_power_of_2 would stay symbolic, and SymPy simplifies a few of them for minutes.
-    """
-    power = 1
-    while power < most and power < n:
-        power *= 2
-    return power
+
+def power_of_2(n: int | torch.SymInt, most: int) -> int:
+    """The least power of 2 that is no less than the typical n, up to `most`: a block of a kernel."""
+    return min(most, triton.next_power_of_2(max(typical(n), 1)))
 
 
 def register_fake(name: str, fake: Callable) -> None:

@@ -377,11 +377,11 @@ if _impl.triton is not None:
         groups, spans = (
             (triton.cdiv(channels, block), 1) if last else (C, triton.cdiv(inner, block))
         )
-        parts = max(64, 2048 // groups)
-        # Ints also where sizes are symbolic: a shape is to be made of them.
-        parts = int(max(1, min(triton.cdiv(triton.cdiv(outer, rows) * spans, 4), parts)))
-        row_parts = int(_even(triton.cdiv(outer, rows), parts))
-        parts = row_parts * int(_even(spans, parts // row_parts))
+        row_blocks, span_blocks = _impl.typical(triton.cdiv(outer, rows)), _impl.typical(spans)
+        parts = max(64, 2048 // _impl.typical(groups))
+        parts = max(1, min(triton.cdiv(row_blocks * span_blocks, 4), parts))
+        row_parts = _even(row_blocks, parts)
+        parts = row_parts * _even(span_blocks, parts // row_parts)
         sums = torch.empty((parts, channels) if needs_db else (0, C), device=ref.device)
         slope = {0: 1.0, 1: 0.0}.get(act, alpha)
         torch.library.wrap_triton(bias_act_bwd_kernel)[(groups, parts)](

@@ -99,17 +99,17 @@ def around(t: torch.Tensor, dim: int) -> tuple[int, int, int]:
     return numel // (C * inner), C, inner
 
 
-def typical(n: int | torch.SymInt) -> int:
-    """n, or what a symbolic n of torch.compile and torch.export was traced with: for what a kernel
-    does right whatever it is, and best where it suits n. Blocks made of a symbolic n would be guards
-    at best, and of bit operations on it expressions that SymPy simplifies for minutes."""
+def typical(n: Any) -> int:
+    """n, or what a symbolic n of torch.compile and torch.export was traced with: for what suits n
+    and is right for any. Blocks made of a symbolic n itself would be guards at best, and of bit
+    operations expressions that SymPy simplifies for minutes."""
     if isinstance(n, int):
         return n
     return int(n.node.hint) if n.node.has_hint() else 1024
 
 
-def power_of_2(n: int | torch.SymInt, most: int) -> int:
-    """The least power of 2 that is no less than the typical n, up to `most`: a block of a kernel."""
+def power_of_2(n: Any, most: int) -> int:
+    """The least power of 2 that is no less than the typical n, up to `most`: a kernel's block."""
     return min(most, triton.next_power_of_2(max(typical(n), 1)))
 
 

@@ -43,6 +43,7 @@ using NodePtr = decltype(torch::autograd::Edge::function);
 
 constexpr size_t kMostCalls = 1024;  // of an op; then all are forgotten
 constexpr int64_t kFew = 1 << 12;
+constexpr int kAbi = 2;  // of the kernels, which _remember.py compares
 
 [[noreturn]] void throw_raised() {
   python_error error;
@@ -557,9 +558,16 @@ PyObject* run(const std::shared_ptr<const Recipe>& recipe, PyObject* const* args
   {
     const torch::autograd::AutoGradMode no_grad(false);
     const auto& x = tensor(recipe->edges[0].input);
-    std::optional<py::gil_scoped_release> no_gil;  // which takes longer than a few elements
-    if (!x.is_cpu() || x.numel() > kFew) no_gil.emplace();
-    outputs = recipe->call.run(tensor);
+    if (x.is_cpu() && x.numel() <= kFew) {  // to release the GIL would take longer
+      outputs = recipe->call.run(tensor);
+    } else {
+      c10::SmallVector<at::Tensor, 4> held;  // whatever other threads make of the arguments
+      for (const auto& argument : recipe->call.arguments)
+        if (argument.place >= 0) held.push_back(tensor(argument.place));
+      size_t next = 0;  // they are asked for in order
+      const py::gil_scoped_release no_gil;
+      outputs = recipe->call.run([&](int) -> const at::Tensor& { return held[next++]; });
+    }
   }
   const at::Tensor& y = outputs[0];
   if (records) {
@@ -707,7 +715,8 @@ PyMODINIT_FUNC PyInit__eager() {
   PyObject* module = PyModule_Create(&module_def);
   if (!module) return nullptr;
   Py_INCREF(&type);
-  if (PyModule_AddObject(module, "Remembered", reinterpret_cast<PyObject*>(&type)) < 0)
+  if (PyModule_AddObject(module, "Remembered", reinterpret_cast<PyObject*>(&type)) < 0 ||
+      PyModule_AddIntConstant(module, "ABI", kAbi) < 0)
     return nullptr;
   return module;
 }

@@ -63,7 +63,7 @@ class Kept {
   static constexpr size_t kLeast = 1 << 15, kMost = 1 << 26;
   static constexpr int kBlocks = 16;
   // Small blocks lie in one, each behind those that are in use: a thread gives back first what it
-  // took last. A tiny image's filter takes fifteen.
+  // took last.
   static constexpr size_t kSmall = 1 << 12, kSmalls = 1 << 16;
 
   Block remove(int i) {

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gankern.ops import _impl
 
 Plan = tuple[Callable, tuple[Any, ...]]
+_ABI = 2  # of the kernels that the extension calls: csrc/eager/remember.cpp
 
 
 def why_not() -> str:
@@ -51,7 +52,10 @@ def _load() -> tuple[Any, str]:
         wanted = f"Python {python} with torch {about['torch']}"  # whose insides it knows
         return None, f"not loaded: it is for {wanted}; build gankern again"
     try:
-        return importlib.import_module("gankern._eager"), ""
+        module = importlib.import_module("gankern._eager")
+        if module.ABI != _ABI:
+            return None, "not loaded: it is of another version of gankern; build gankern again"
+        return module, ""
     except (ImportError, AttributeError) as error:
         return None, f"not loaded ({error}): build gankern again"
 

@@ -52,8 +52,7 @@ def bias_act(
     """Bias, activation, gain and clamp: y = clamp(act(x + b) * gain, -clamp, clamp).
 
     Args:
-        x: any shape; float32, float16, bfloat16 or float64; any strides. Dense ones are kept, by
-            Triton those of contiguous and channels-last memory alone.
+        x: any shape; float32, float16, bfloat16 or float64; any strides. Dense ones are kept.
         b: [x.shape[dim]] of x's dtype or float32, or None for no bias.
         dim: the dimension of x that b belongs to.
         act: linear, relu, lrelu, tanh, sigmoid, elu, selu, softplus or swish.

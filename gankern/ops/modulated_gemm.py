@@ -266,7 +266,8 @@ class _ModulatedGemm(torch.autograd.Function):
         scaled = x * styles[:, :, None, None]
         u = convolution(scaled, weight, form)
         args = (0, 0, 0, 0, False, 1.0, *ctx.numbers, "triton")
-        du, dd, db, ds = epilogue_bwd(dy, u, None, d, noise, strength, b, args, needs_ds=needs[5])
+        needs_ds = needs[5] and weight_gradients()
+        du, dd, db, ds = epilogue_bwd(dy, u, None, d, noise, strength, b, args, needs_ds=needs_ds)
         dx = dweight = dstyles = None
         if needs[0] or needs[2]:
             dscaled = convolution(du, weight, form.adjoint(scaled, du, weight))
@@ -274,7 +275,7 @@ class _ModulatedGemm(torch.autograd.Function):
             dstyles = (dscaled * x).sum([2, 3]) if needs[2] else None
         if needs[1] and weight_gradients():
             dweight = weight_gradient(du, scaled, weight, form)
-        if needs[5]:
+        if needs_ds:
             ds = (ds if strength.numel() == ds.numel() else ds.sum().reshape(1)).to(strength.dtype)
-        return (dx, dweight, dstyles, dd if needs[3] else None, None, ds if needs[5] else None,
+        return (dx, dweight, dstyles, dd if needs[3] else None, None, ds if needs_ds else None,
                 db.to(b.dtype) if needs[6] else None, None)  # fmt: skip

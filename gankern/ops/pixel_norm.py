@@ -20,8 +20,7 @@ def pixel_norm(x: Tensor, dim: int = 1, eps: float = 1e-8, *, impl: str | None =
     """Scale every vector along `dim` to a mean square of one: y = x * rsqrt(mean(x², dim) + eps).
 
     Args:
-        x: any shape; float32, float16, bfloat16 or float64; any strides. Dense ones are kept, by
-            Triton those of contiguous and channels-last memory alone.
+        x: any shape; float32, float16, bfloat16 or float64; any strides. Dense ones are kept.
         dim: the dimension that holds a vector; negative ones count from the end.
         eps: added to the mean square; above 0 it keeps a zero vector finite.
         impl: None (the best that can run), "cuda", "triton", "cpu" or "reference".

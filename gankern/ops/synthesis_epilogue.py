@@ -428,7 +428,7 @@ if _impl.triton is not None:
             pads = [taps_x - 1 - x0, taps_x - 1 - x1, taps_y - 1 - y0, taps_y - 1 - y1]
             du = _impl.op("triton", "upfirdn2d")(
                 du, f, 1, 1, 1, 1, *pads, not flip_filter, filter_gain
-            )
+            ).contiguous(memory_format=form)  # which an output of one pixel does not tell
         return du, sums[0], sums[1].sum(0), sums[2].sum(0)
 
 

@@ -183,7 +183,7 @@ Tensor dense(const Tensor&&) = delete;
 inline bool poisoned = GK_BACKEND_ID == 3;
 inline Tensor empty_strided([[maybe_unused]] const Tensor& t, Sizes sizes, const int64_t* strides,
                             ScalarType dtype) {
-  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  const int32_t code = shim_code(dtype);
   AtenTensorHandle out = nullptr;
 #if GK_BACKEND_ID == 2
   const int32_t device = aoti_torch_device_type_cuda(), index = t.get_device_index();
@@ -263,6 +263,7 @@ class Launch {
 inline Tensor fresh(Tensor t) {
 #if GK_BACKEND_ID == 1 && defined(__linux__)
   constexpr uintptr_t kPage = 1 << 21;
+  if (t.numel() < static_cast<int64_t>(kPage / sizeof(double))) return t;
   const auto at = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
   const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
   const uintptr_t begin = (at + kPage - 1) / kPage * kPage, end = (at + bytes) / kPage * kPage;

@@ -28,6 +28,12 @@ struct DtypeCodes {
           bf16 = aoti_torch_dtype_bfloat16(), f64 = aoti_torch_dtype_float64();
 };
 inline const DtypeCodes dtype_codes;
+inline int32_t shim_code(ScalarType dtype) {
+  return dtype == ScalarType::Float      ? dtype_codes.f32
+         : dtype == ScalarType::Half     ? dtype_codes.f16
+         : dtype == ScalarType::BFloat16 ? dtype_codes.bf16
+                                         : dtype_codes.f64;
+}
 
 class Tensor {
  public:
@@ -153,7 +159,11 @@ template <typename T>
 struct Word {
   static_assert(std::is_same_v<T, int64_t> || std::is_same_v<T, double> || std::is_same_v<T, bool>);
   static T take(StableIValue word) { return torch::stable::detail::to<T>(word); }
-  static T borrow(StableIValue word) { return take(word); }
+  static T borrow(StableIValue word) {
+    T value;
+    memcpy(&value, &word, sizeof value);
+    return value;
+  }
 };
 template <>
 struct Word<Tensor> {

@@ -71,6 +71,16 @@ def flat(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
+# Orders of an image's dimensions, or of a video's, in dense memory.
+ORDERS = ((0, 1, 2, 3), (0, 2, 3, 1), (3, 1, 0, 2), (1, 0, 3, 2), (0, 2, 3, 4, 1), (4, 0, 1, 3, 2))
+
+
+def in_order(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """x in dense memory, its dimensions from the outermost to the innermost as `order` says."""
+    places = [order.index(d) for d in range(len(order))]
+    return x.permute(order).contiguous().permute(places)
+
+
 LAYOUTS = ("contiguous", "channels_last", "strided")
 
 

@@ -164,6 +164,22 @@ def test_opcheck(impl, device, layout):
         harness.opcheck(_impl.op(impl, name), (*tensors, *args, *more))
 
 
+@pytest.mark.parametrize("order", harness.ORDERS, ids=str)
+def test_keeps_the_order_of_dimensions(impl, device, order):
+    x, b = inputs((2, 3, 4, 5, 3)[: len(order)], device)
+    x = harness.in_order(x, order)
+    y = bias_act(x, b, act="lrelu", impl=impl)
+    expected = bias_act(x.contiguous(), b, act="lrelu", impl="reference")
+    torch.testing.assert_close(y, expected)
+    assert impl == "reference" or y.stride() == x.stride()
+    grads = [
+        torch.autograd.grad(bias_act(leaf, b, act="lrelu", impl=i).square().sum(), leaf)[0]
+        for i in (impl, "reference")
+        for leaf in [x.clone().requires_grad_()]
+    ]
+    torch.testing.assert_close(*grads)
+
+
 def test_identity_is_exact(impl, device):
     x, _ = inputs(SHAPES["large"], device, torch.float16)
     assert torch.equal(bias_act(x, impl=impl), x)

@@ -104,6 +104,20 @@ def test_opcheck(impl, device):
             harness.opcheck(_impl.op(impl, name), args)
 
 
+@pytest.mark.parametrize("order", harness.ORDERS, ids=str)
+def test_keeps_the_order_of_dimensions(impl, device, order):
+    x = harness.in_order(inputs((2, 3, 4, 5, 3)[: len(order)], device)[0], order)
+    y = pixel_norm(x, impl=impl)
+    torch.testing.assert_close(y, pixel_norm(x.contiguous(), impl="reference"))
+    assert impl == "reference" or y.stride() == x.stride()
+    grads = [
+        torch.autograd.grad(pixel_norm(leaf, impl=i).pow(3).sum(), leaf)[0]
+        for i in (impl, "reference")
+        for leaf in [x.clone().requires_grad_()]
+    ]
+    torch.testing.assert_close(*grads)
+
+
 def test_mean_square_is_one(impl, device):
     for shape in ("latent", "planes", "wide"):
         (x,) = inputs(SHAPES[shape], device)

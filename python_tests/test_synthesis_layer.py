@@ -283,6 +283,18 @@ def test_opcheck(impl, device, name):
         harness.opcheck(second, inputs)
 
 
+def test_gradient_of_one_pixel(impl, device):
+    """Which is in every order of dimensions, while x is in one."""
+    if impl == "reference":
+        pytest.skip("the reference is not a registered op")
+    x, d, z, s, b = (t.to(device) for t in make_inputs((2, 3, 4, 4), F4, 0, torch.float32))
+    x = lay_out(x, "channels_last")
+    args = (F4.to(device), d, z[:, 0], s, b, 0, 0, 0, 0, False, 1.0, 2, 0.2, 1.4, -1.0)
+    y = _impl.op(impl, "synthesis_epilogue")(x, *args)
+    assert y.shape == (2, 3, 1, 1)
+    harness.opcheck(_impl.op(impl, "synthesis_epilogue_bwd"), (y, x, *args))
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(

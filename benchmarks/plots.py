@@ -62,9 +62,9 @@ def read(paths: Iterable[Path], commit: str = "") -> list[Row]:
 
 
 def heading(title: str, rows: list[Row]) -> str:
-    """The title, with the commits that were measured."""
+    """The title, and below it the commits that were measured."""
     commits = dict.fromkeys(row["commit"][:7] for row in rows if row.get("commit"))
-    return f"{title}, {' '.join(commits)}" if commits else title
+    return f"{title}\n{' '.join(commits)}" if commits else title
 
 
 def how(row: Row) -> str:

@@ -303,7 +303,7 @@ def test_plots_keep_apart_what_was_measured_otherwise(tmp_path) -> None:
     drawn = plots.steps(kept)
     titles = ["M, batch 8", "M, batch 8, CUDA graphs", "M, batch 8, CPU time", "M, batch 16"]
     assert set(drawn) == set(titles)
-    assert drawn[titles[0]].axes[0].get_title(loc="left") == "M, batch 8, abcdef0"
+    assert drawn[titles[0]].axes[0].get_title(loc="left") == "M, batch 8\nabcdef0"
     assert len(plots.read([file], "abcd")) == len(step_rows())
 
 

@@ -1,19 +1,21 @@
 """What a call costs before any work: each op on one element, beside two eager elementwise ops.
 
     python benchmarks/overhead.py                 microseconds a call, allocations
-    python benchmarks/overhead.py --op bias_act --rounds 50
+    python benchmarks/overhead.py --op bias_act --rounds 50 --processes 1
     python benchmarks/overhead.py --check         exit 1 if an op costs more than the two eager ops
     python benchmarks/overhead.py --json overhead.jsonl
 
 Columns: forward of tensors that take no gradient, of such that do, forward and backward. Rounds go
 through all ops and the eager pair, x * scale + b of one shape, once each, in a new order each time,
-since a step finds memory and caches as the one before has left them; printed are medians, of the
-time and of the rounds' ratios to the pair's. The pair has as many dimensions as the op's result,
-since torch.autograd.grad compares those of y and dy one by one in Python. As in Python's timeit,
-garbage is not collected meanwhile: it would be at one op's cost. On a CPU the time is that of the
-process, which a busy machine disturbs less; on a GPU it is the host's, and nothing waits for the
-device. Allocations are those of a forward on a CPU, by PyTorch's profiler, and of them the bytes
-beyond the outputs'.
+since a step finds memory and caches as the one before has left them; a process counts by its
+medians, of the time and of the rounds' ratios to the pair's. Where code and memory lie favours one
+or the other by some percent for as long as a process lives, so several are run, one after another;
+printed are their medians, and the least and the largest ratio. The pair has as many dimensions as
+the op's result, since torch.autograd.grad compares those of y and dy one by one in Python. As in
+Python's timeit, garbage is not collected meanwhile: it would be at one op's cost. On a CPU the time
+is that of the process, which a busy machine disturbs less; on a GPU it is the host's, and nothing
+waits for the device. Allocations are those of a forward on a CPU, by PyTorch's profiler, and of
+them the bytes beyond the outputs'.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +175,33 @@ def results(names: list[str], impl: str, device: str, rounds: int) -> list[dict[
     return rows
 
 
+def of_processes(
+    names: list[str], impl: str, device: str, rounds: int, processes: int
+) -> list[dict[str, Any]]:
+    """`results` of fresh processes, one after another."""
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh, max_tasks_per_child=1) as pool:
+        runs = [pool.submit(results, names, impl, device, rounds) for _ in range(processes)]
+        return combined([run.result() for run in runs])
+
+
+def combined(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The medians of runs' rows, and for each way the ratio of every run."""
+    rows = []
+    for same in zip(*runs, strict=True):
+        row = dict(same[0])
+        for way in WAYS:
+            row[way] = statistics.median(r[way] for r in same)
+            row[f"{way} ratio"] = statistics.median(r[f"{way} ratio"] for r in same)
+            row[f"{way} ratios"] = [r[f"{way} ratio"] for r in same]
+        rows.append(row)
+    return rows
+
+
+def least_to_largest(ratios: list[float]) -> str:
+    return f"{min(ratios):.2f}-{max(ratios):.2f}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     on = "cuda" if torch.cuda.is_available() else "cpu"
@@ -178,18 +209,24 @@ def main() -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default=on)
     parser.add_argument("--impl", help="default: the best of the device")
     parser.add_argument("--op", nargs="+", choices=known, default=known)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=20, help="of each process")
+    parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--check", action="store_true", help="exit 1 if a ratio is over 1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the results to FILE")
     args = parser.parse_args()
+    if min(args.rounds, args.processes) < 1:
+        parser.error("--rounds and --processes must be at least 1")
     impl = args.impl or implementations(args.device)[-1]
     names = [n for n in args.op if not _impl.why_not(impl, args.device, n)]
     about = machine(args.device)
     print(" ".join(f"{k} {v}" for k, v in about.items()))
-    print(f"{'us a call, and over the pair':30}" + "".join(f"{way:>24}" for way in WAYS))
+    print(f"{'us a call, and over the pair':30}" + "".join(f"{way:>28}" for way in WAYS))
     slower = []
-    for row in results(names, impl, args.device, args.rounds):
-        columns = "".join(f"{row[w]:15.2f} {row[w + ' ratio']:7.2f}x" for w in WAYS)
+    for row in of_processes(names, impl, args.device, args.rounds, args.processes):
+        columns = "".join(
+            f"{row[w]:10.2f} {row[w + ' ratio']:5.2f}x {least_to_largest(row[w + ' ratios'])}"
+            for w in WAYS
+        )
         extra = ""
         if "allocations" in row:
             extra = f"  {row['allocations']} allocations, {row['beyond']} bytes beyond the outputs"

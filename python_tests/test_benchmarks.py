@@ -255,6 +255,26 @@ def test_overhead_rows() -> None:
     assert (row["allocations"], row["beyond"]) == (1, 0)
 
 
+def test_overhead_combines_processes() -> None:
+    ways = overhead.WAYS
+    runs = [
+        [dict.fromkeys(ways, us) | dict.fromkeys([f"{w} ratio" for w in ways], ratio)]
+        for us, ratio in ((1.0, 0.9), (3.0, 1.1), (2.0, 0.5))
+    ]
+    (row,) = overhead.combined(runs)
+    assert (row["recorded"], row["recorded ratio"]) == (2.0, 0.9)
+    assert row["recorded ratios"] == [0.9, 1.1, 0.5]
+    assert overhead.least_to_largest(row["recorded ratios"]) == "0.50-1.10"
+
+
+@needs_cpu
+def test_overhead_in_fresh_processes() -> None:
+    pair, row = overhead.of_processes(["pixel_norm"], "cpu", "cpu", rounds=1, processes=2)
+    assert pair["forward ratios"] == [1, 1]
+    assert row["op"] == "pixel_norm"
+    assert len(row["forward+backward ratios"]) == 2
+
+
 def test_ops_named_in_overhead_are_all_registered_ones() -> None:
     composed = {"conv2d_layer", "conv2d_resample", "modulated_conv2d", "synthesis_layer"}
     composed |= {"modulated_gemm"}  # synthesis_layer, unless impl names its kernel

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -20,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gankern import ops
 from gankern.ops import _remember, no_weight_gradients
+from gankern.ops.convolution import Form
 
 F4 = ops.setup_filter([1, 3, 3, 1])
 SHAPES = {"x": (2, 6, 5, 7), "plane": (2, 6), "channel": (6,), "f": (4, 4), "noise": (2, 1, 5, 7)}
@@ -59,6 +62,9 @@ OPS = {
 }  # fmt: skip
 
 
+CONVOLUTIONS = "convolution", "modulated_conv2d", "synthesis_layer"
+
+
 def module(name):
     return sys.modules[f"gankern.ops.{OPS[name][0]}"]
 
@@ -68,7 +74,8 @@ def fresh(monkeypatch):
     """Every op with an empty memory; a call without it: fresh(False)."""
     if _remember.why_not():
         pytest.skip(_remember.why_not())
-    kept = {m: m._checked if hasattr(m, "_checked") else m._call for m in map(module, OPS)}
+    modules = [*map(module, OPS), *(sys.modules[f"gankern.ops.{name}"] for name in CONVOLUTIONS)]
+    kept = {m: m._checked if hasattr(m, "_checked") else m._call for m in modules}
     learn = {m: m._quick for m in kept}
     layers = sys.modules["gankern.ops.synthesis_epilogue"]
     valid = layers._quick_valid
@@ -162,6 +169,111 @@ def test_gradients_that_are_asked_for(fresh, device, name):
                 same([y, *grads], found[chosen])
             if not on and turn == 0:
                 break
+
+
+# x and weights of convolutions, and their forms: those of our kernels, and PyTorch's alone.
+FORMS = {
+    "3x3": ((2, 16, 16, 16), (24, 16, 3, 3), Form(1, (1, 1), False, (0, 0), 1)),
+    "3x3 down": ((2, 16, 33, 33), (16, 16, 3, 3), Form(2, (0, 0), False, (0, 0), 1)),
+    "3x3 up": ((2, 16, 16, 16), (16, 16, 3, 3), Form(2, (0, 0), True, (0, 0), 1)),
+    "4x4": ((2, 16, 8, 8), (32, 16, 4, 4), Form(2, (1, 1), False, (0, 0), 1)),
+    "4x4 up": ((2, 16, 4, 4), (16, 32, 4, 4), Form(2, (1, 1), True, (0, 0), 1)),
+    "image": ((2, 3, 8, 8), (16, 3, 4, 4), Form(2, (1, 1), False, (0, 0), 1)),
+    "1x1": ((2, 4, 5, 6), (3, 4, 1, 1), Form(1, (0, 0), False, (0, 0), 1)),
+    "one output": ((2, 4, 5, 6), (1, 4, 3, 3), Form(1, (1, 1), False, (0, 0), 1)),
+    "groups": ((2, 6, 8, 7), (4, 3, 3, 3), Form(2, (1, 0), False, (0, 0), 2)),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("name", FORMS)
+def test_convolutions(fresh, monkeypatch, device, name, own, layout):
+    """Every choice of gradients, the second order, and no_weight_gradients."""
+    module = sys.modules["gankern.ops.convolution"]
+    x_shape, w_shape, form = FORMS[name]
+    if own and not module.has_own_kernels(torch.ones(1, device=device), None):
+        pytest.skip("no kernels of our own here")
+    form = form._replace(own=own)
+    x = lay_out(randn(*x_shape).to(device, torch.float32), layout)
+    w = randn(*w_shape, seed=1).to(device, torch.float32)
+    in_python = []
+    backward = module._Convolution.backward
+    monkeypatch.setattr(
+        module._Convolution, "backward", lambda *a: in_python.append(a) or backward(*a)
+    )
+
+    def calls():
+        found = []
+        for choice in itertools.product((False, True), repeat=4):
+            needs_x, needs_w, derived, gated = choice
+            leaves = [x.detach().requires_grad_(needs_x), w.detach().requires_grad_(needs_w)]
+            y = module.convolution(*leaves, form._replace(derived=derived))
+            found.append(y)
+            wanted = [t for t in leaves if t.requires_grad]
+            if wanted:
+                dy = torch.empty_like(y).copy_(randn(*y.shape, seed=2))
+                in_python.clear()
+                with no_weight_gradients() if gated else contextlib.nullcontext():
+                    first = torch.autograd.grad(y, wanted, dy, retain_graph=True, allow_unused=True)
+                kept[choice] = not in_python
+                graph = torch.autograd.grad(y, wanted, dy.requires_grad_(), create_graph=True)
+                penalty = sum(g.square().sum() for g in graph)
+                second = torch.autograd.grad(penalty, [*wanted, dy], allow_unused=True)
+                found += [*first, *graph, *second]
+        return found
+
+    kept = {}
+    fresh(False)
+    expected = calls()
+    fresh()
+    for _ in range(4):
+        same(calls(), expected)
+    # Where there is nothing to copy, weights or images into the layout of our kernels.
+    if name != "one output" and (not own or layout == "channels_last"):
+        assert module._quick.hits > 0
+        assert kept[True, True, False, False], kept
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", ["conv2d_layer", "synthesis_layer"])
+def test_layers(fresh, name, layout, device):
+    """With one kernel for convolution and activation, and for styles and convolution."""
+    x = lay_out(randn(2, 16, 16, 16).to(device, torch.float32), layout)
+    w, s, b = (
+        randn(*shape).to(device, torch.float32) for shape in ((24, 16, 3, 3), (2, 16), (24,))
+    )
+
+    def calls():
+        found = []
+        for needs in itertools.product((False, True), repeat=4):
+            leaves = [
+                t.detach().requires_grad_(n) for t, n in zip((x, w, s, b), needs, strict=True)
+            ]
+            if name == "conv2d_layer":
+                del leaves[2]
+                y = ops.conv2d_layer(leaves[0], leaves[1], leaves[2], padding=1, act="lrelu")
+            else:
+                y = ops.synthesis_layer(*leaves)
+            found.append(y)
+            wanted = [t for t in leaves if t.requires_grad]
+            if wanted:
+                dy = torch.empty_like(y).copy_(randn(*y.shape, seed=2))
+                first = torch.autograd.grad(y, wanted, dy, retain_graph=True)
+                graph = torch.autograd.grad(y, wanted, dy.requires_grad_(), create_graph=True)
+                penalty = sum(g.square().sum() for g in graph)
+                second = torch.autograd.grad(penalty, [*wanted, dy], allow_unused=True)
+                found += [*first, *graph, *second]
+        return found
+
+    fresh(False)
+    expected = calls()
+    fresh()
+    for _ in range(4):
+        same(calls(), expected)
+    where = "synthesis_layer" if name == "conv2d_layer" else "modulated_conv2d"
+    if device == "cpu" and ops._impl.default_impl("convolution", "cpu") == "cpu":
+        assert sys.modules[f"gankern.ops.{where}"]._quick.hits > 0
 
 
 def test_each_argument_counts(fresh, device):

@@ -43,7 +43,7 @@ using NodePtr = decltype(torch::autograd::Edge::function);
 
 constexpr size_t kMostCalls = 1024;  // of an op; then all are forgotten
 constexpr int64_t kFew = 1 << 12;
-constexpr int kAbi = 2;  // of the kernels, which _remember.py compares
+constexpr int kAbi = 3;  // of the kernels and recipes, which _remember.py compares
 
 [[noreturn]] void throw_raised() {
   python_error error;
@@ -238,10 +238,11 @@ struct Call {
   }
 };
 
-// The first gradient of an op, of its node's tensors and then dy.
+// The first gradient of an op: calls, of its node's tensors, then dy, then what the calls before
+// returned.
 struct Gradient {
-  Call call;
-  std::vector<int> outputs;  // of the operator, for each place of the Python gradient; -1: none
+  std::vector<Call> calls;
+  std::vector<int> found;  // among all these, for each place of the Python gradient; -1: none
 };
 
 // What an op's call is, and how to differentiate it.
@@ -326,7 +327,7 @@ struct Backward final : Node {
   variable_list apply(variable_list&& grads) override {
     at::Tensor dy = grads[0];
     if (!dy.defined() && recipe->materialize) dy = input_metadata(0).zeros_like();
-    const variable_list tensors = unpack(dy);
+    variable_list tensors = unpack(dy);
     Key key;
     key.put('W', state);
     for (size_t i = 0; i < recipe->edges.size(); i++)
@@ -335,7 +336,7 @@ struct Backward final : Node {
     if (dy.defined() && !torch::autograd::GradMode::is_enabled() && plain_state() &&
         describe(key, dy, false)) {
       const auto known = look_up(key);
-      if (known.recipe) return run(*known.recipe, tensors);
+      if (known.recipe) return run(*known.recipe, std::move(tensors));
       learns = !known.asked;
     }
     return call_python(tensors, learns ? &key : nullptr);
@@ -353,13 +354,14 @@ struct Backward final : Node {
     return {true, nullptr};
   }
 
-  variable_list run(const Gradient& gradient, const variable_list& tensors) const {
-    Outputs outputs =
-        gradient.call.run([&](int place) -> const at::Tensor& { return tensors[place]; });
+  variable_list run(const Gradient& gradient, variable_list&& tensors) const {
+    for (const Call& call : gradient.calls)
+      for (auto& made : call.run([&](int place) -> const at::Tensor& { return tensors[place]; }))
+        tensors.push_back(std::move(made));
     variable_list out(recipe->edges.size());
     for (size_t i = 0; i < out.size(); i++) {
-      const int output = gradient.outputs.at(recipe->edges[i].place);
-      if (output >= 0) out[i] = outputs[output];
+      const int place = gradient.found.at(recipe->edges[i].place);
+      if (place >= 0) out[i] = std::move(tensors[place]);
     }
     return out;
   }
@@ -479,9 +481,9 @@ bool describe(Key& key, PyObject* a, bool grad_mode) {
     if (!text) return false;
     key.put('S', size);
     key.put('c', text, size);
-  } else if (PyTuple_CheckExact(a) || PyList_CheckExact(a)) {
+  } else if (PyTuple_Check(a) || PyList_CheckExact(a)) {  // a NamedTuple too
     const Py_ssize_t size = PySequence_Fast_GET_SIZE(a);
-    key.put(PyTuple_CheckExact(a) ? 'U' : 'L', size);
+    key.put(PyTuple_Check(a) ? 'U' : 'L', size);
     for (Py_ssize_t i = 0; i < size && key.whole(); i++)
       if (THPVariable_Check(PySequence_Fast_GET_ITEM(a, i)) ||
           !describe(key, PySequence_Fast_GET_ITEM(a, i), grad_mode))
@@ -494,9 +496,16 @@ bool describe(Key& key, PyObject* a, bool grad_mode) {
 
 c10::IValue constant(PyObject* value, const c10::Argument& argument) {
   if (value == Py_None) return c10::IValue();
+  if (PyList_Check(value)) {
+    const auto elements = py::reinterpret_borrow<py::list>(value);
+    if (elements.size() && PyBool_Check(elements[0].ptr()))
+      return c10::IValue(py::cast<std::vector<bool>>(value));
+    return c10::IValue(py::cast<std::vector<int64_t>>(value));
+  }
   if (PyBool_Check(value)) return c10::IValue(value == Py_True);
   if (argument.type()->kind() == c10::TypeKind::FloatType) return py::cast<double>(value);
-  TORCH_CHECK_TYPE(PyLong_Check(value), argument.name(), " must be None, a bool, int or float");
+  TORCH_CHECK_TYPE(PyLong_Check(value), argument.name(),
+                   " must be None, a bool, int or float, or a list of ints or bools");
   return py::cast<int64_t>(value);
 }
 
@@ -543,8 +552,13 @@ std::shared_ptr<const Recipe> read_recipe(PyObject* object) {
 
 std::shared_ptr<const Gradient> read_gradient(PyObject* object) {
   const auto told = py::reinterpret_borrow<py::tuple>(object);
-  return std::make_shared<Gradient>(
-      Gradient{read_call(told[0], told[1]), told[2].cast<std::vector<int>>()});
+  auto gradient = std::make_shared<Gradient>();
+  for (const py::handle item : told[0].cast<py::list>()) {
+    const auto [op, arguments] = item.cast<std::pair<py::object, py::object>>();
+    gradient->calls.push_back(read_call(op, arguments));
+  }
+  gradient->found = told[1].cast<std::vector<int>>();
+  return gradient;
 }
 
 PyObject* run(const std::shared_ptr<const Recipe>& recipe, PyObject* const* args, bool grad_mode) {

@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gankern.ops import _impl
 
 Plan = tuple[Callable, tuple[Any, ...]]
-_ABI = 2  # of the kernels that the extension calls: csrc/eager/remember.cpp
+_ABI = 3  # of the kernels and recipes that the extension takes: csrc/eager/remember.cpp
 
 
 def why_not() -> str:
@@ -88,32 +89,52 @@ def remember(
     return call, _eager.Remembered(call, functools.partial(_learn, plan, run, function))
 
 
-class _NotOneCallError(Exception):
+def remember_function(function: Any) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Likewise `function.apply` itself."""
+    apply = function.apply
+    return remember(lambda *args: (apply, args), apply, function)
+
+
+# Operators of PyTorch's that a remembered call may be, beside ours: they have no Python of theirs.
+_OTHERS = {
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.convolution_backward.default,
+    torch.ops.aten.sum.default,
+    torch.ops.aten.view.default,
+}
+
+
+class _OtherOperatorError(Exception):
     pass
 
 
 class _Capture(TorchDispatchMode):
-    """The one call of an operator of ours that is made under it, in place of which it has the
-    shapes of what that would return."""
+    """The calls of operators that are made under it, which run on tensors without values."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.call: tuple[Any, tuple[Any, ...], Any] | None = None
+        self.fakes = FakeTensorMode()
+        self.calls: list[
+            tuple[Any, tuple[Any, ...], tuple[Any, ...]]
+        ] = []  # op, arguments, outputs
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
         namespace, name = func._schema.name.split("::")
         ours = namespace in _impl.NAMESPACES.values() and name in _impl._fakes
-        if self.call is not None or kwargs or not ours:
-            raise _NotOneCallError
-        found = _impl._fakes[name](*(_on_meta(a) if isinstance(a, Tensor) else a for a in args))
-        self.call = func, args, found
+        if kwargs or not (ours or func in _OTHERS):
+            raise _OtherOperatorError
+        with self.fakes:
+            found = (_impl._fakes[name] if ours else func)(*map(self._fake, args))
+        self.calls.append((func, args, found if isinstance(found, tuple) else (found,)))
         return found
 
-
-def _on_meta(t: Tensor) -> Tensor:
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    def _fake(self, a: Any) -> Any:
+        real = isinstance(a, Tensor) and not isinstance(a, FakeTensor)
+        return self.fakes.from_tensor(a) if real else a
 
 
 class _Context:
@@ -139,18 +160,15 @@ class _Kept:
         self.needs_input_grad = needs
 
 
-def _call_of(function: Callable[..., Any], *args: Any) -> tuple[Any, Any, tuple[Any, ...]] | None:
-    """What function(*args) returns, the one operator it calls and that one's arguments, and the
-    operator's outputs, all by their shapes alone; None if it is not one."""
+def _calls_of(function: Callable[..., Any], *args: Any) -> tuple[Any, list[Any]] | None:
+    """What function(*args) returns, and the operators it calls with arguments and outputs, all by
+    their shapes alone; None if it does anything else."""
     try:
         with torch.no_grad(), _Capture() as capture:
             result = function(*args)
-    except Exception:  # not one, or an error that the call itself shall tell
+    except Exception:  # another operator, or an error that the call itself shall tell
         return None
-    if capture.call is None:
-        return None
-    op, op_args, outputs = capture.call
-    return result, (op, op_args), outputs if isinstance(outputs, tuple) else (outputs,)
+    return (result, capture.calls) if capture.calls else None
 
 
 def _places(tensors: Any) -> dict[int, int]:
@@ -159,10 +177,9 @@ def _places(tensors: Any) -> dict[int, int]:
     return places if len(places) == sum(isinstance(t, Tensor) for t in tensors) else {}
 
 
-def _recipe(call: Any, places: dict[int, int]) -> tuple[Any, Any] | None:
+def _recipe(op: Any, args: tuple[Any, ...], places: dict[int, int]) -> tuple[Any, Any] | None:
     """(The operator's name and where its kernel is, (place of a tensor or -1, else the value) for
     each argument)."""
-    op, args = call
     if any(isinstance(a, Tensor) and id(a) not in places for a in args):
         return None  # made of others
     stack = tuple((places[id(a)], None) if isinstance(a, Tensor) else (-1, a) for a in args)
@@ -179,11 +196,13 @@ def _learn(
     places, context = _places(args), _Context()
     if planned is not run or not places:
         return None
-    found = _call_of(function.forward, context, *its_args)
-    recipe = found and _recipe(found[1], places)
-    if not found or not recipe:
+    found = _calls_of(function.forward, context, *its_args)
+    if not found or len(found[1]) != 1:
         return None
-    y, _, outputs = found
+    y, [(op, op_args, outputs)] = found
+    recipe = _recipe(op, op_args, places)
+    if not recipe:
+        return None
     made = {id(t): i for i, t in enumerate(outputs)}
     edges = [(t, i) for i, t in enumerate(its_args) if isinstance(t, Tensor)]
     known = [t for t in context.saved if t is not None] + [t for t, _ in edges]
@@ -210,14 +229,22 @@ def _backward(function: Any, left: dict[str, Any], saved: Any, needs: Any, dy: A
 def _learn_gradient(
     function: Any, left: dict[str, Any], saved: Any, needs: Any, dy: Any
 ) -> tuple[Any, ...] | None:
-    """The recipe of a backward that is one operator, of the tensors saved and then dy."""
-    places = _places((*saved, dy))
-    found = _call_of(_backward, function, left, saved, needs, dy)
-    recipe = found and _recipe(found[1], places)
-    if not found or not recipe:
+    """The recipe of a backward that is some operators, one after another: of each its own, of the
+    tensors saved, then dy, then what those before it returned; and the place of each gradient."""
+    known = [*saved, dy]
+    places = _places(known)
+    found = _calls_of(_backward, function, left, saved, needs, dy)
+    if not found:
         return None
-    grads, _, outputs = found
-    made = {id(t): i for i, t in enumerate(outputs)}
-    if any(g is not None and id(g) not in made for g in grads):
-        return None
-    return *recipe, [made.get(id(g), -1) for g in grads]
+    grads, calls = found
+    recipes = []
+    for op, args, outputs in calls:
+        recipe = _recipe(op, args, places)
+        if not recipe:
+            return None
+        recipes.append(recipe)
+        places |= {id(t): len(known) + i for i, t in enumerate(outputs) if t is not None}
+        known += outputs
+    if any(g is not None and places.get(id(g), 0) <= len(saved) for g in grads):
+        return None  # made of others, or dy itself
+    return recipes, [-1 if g is None else places[id(g)] for g in grads]

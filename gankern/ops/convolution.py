@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from gankern.ops import _impl
-from gankern.ops._remember import set_state
+from gankern.ops._remember import Plan, remember, set_state
 
 OP = "convolution"
 
@@ -80,10 +81,19 @@ def has_own_kernels(x: Tensor, impl: str | None) -> bool:
 
 def convolution(x: Tensor, w: Tensor, form: Form) -> Tensor:
     """The convolution of x with w as `form` says, differentiable to any order in both."""
+    call = _checked if is_compiling() else _quick
+    return call(x, w, form)
+
+
+def _plan(x: Tensor, w: Tensor, form: Form) -> Plan:
     if w.shape[0] == 1:  # its strides may tell torch two memory formats, which its backward refuses
         w = w.contiguous()
     if _impl.transformed():
-        return torch.convolution(x, w, None, *form.arguments())
+        return torch.convolution, (x, w, None, *form.arguments())
+    return _run, (x, w, form)
+
+
+def _run(x: Tensor, w: Tensor, form: Form) -> Tensor:
     if _records(x, w):
         return _Convolution.apply(x, w, form)
     return _forward(x, w, form)
@@ -220,6 +230,9 @@ class _Convolution(torch.autograd.Function):
             return None, None, None
         x, w = ctx.saved_tensors
         return *gradients(dy, x, w, ctx.form, ctx.needs_input_grad[:2]), None
+
+
+_checked, _quick = remember(_plan, _run, _Convolution)
 
 
 def gradients(

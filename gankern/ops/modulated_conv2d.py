@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from gankern.ops import _impl
+from gankern.ops._remember import remember_function
 from gankern.ops.conv2d_resample import (
     Convolve,
     check_conv,
@@ -145,7 +147,8 @@ def scaled_convolution(styles: Tensor, impl: str | None) -> Convolve:
         if not own or not _ours(w, x, None, form):
             return convolution(scale(x, styles, impl), w, form)
         if _impl.records(x, styles, w):
-            return _ScaledConvolution.apply(x, styles, w, form)
+            apply = _checked if is_compiling() else _quick
+            return apply(x, styles, w, form)
         return _forward(x, w, form, styles)
 
     return convolve
@@ -202,6 +205,9 @@ class _ScaledConvolution(torch.autograd.Function):
             linear = (0, 0, 0, 0, False, 1.0, "linear", 0.0, 1.0, -1.0, "cpu")
             dx, d_styles, _, _ = epilogue_bwd(dz, x, None, styles, None, None, None, linear)
         return dx if needs[0] else None, d_styles if needs[1] else None, dw, None
+
+
+_checked, _quick = remember_function(_ScaledConvolution)
 
 
 def _in_one_pass(dy: Tensor, x: Tensor, w: Tensor, adjoint: Form) -> bool:

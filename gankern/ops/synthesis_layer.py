@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from gankern.ops import _impl
+from gankern.ops._remember import remember_function
 from gankern.ops.bias_act import ACTS, needs_input
 from gankern.ops.bias_act import _bwd as bias_act_bwd
 from gankern.ops.conv2d_resample import (
@@ -210,7 +212,8 @@ def _one_kernel(x, w, form, styles, tail, impl) -> bool:
 def _convolution_epilogue(x, w, form, styles, d, noise, strength, b, act, alpha, gain, clamp):
     args = (act, alpha, gain, clamp)
     if _impl.records(x, w, b):
-        return _ConvolutionBiasAct.apply(x, w, b, form, args)
+        apply = _checked if is_compiling() else _quick
+        return apply(x, w, b, form, args)
     return _call(x, w, styles, form, d, *flat_noise(noise, strength), b, *args)
 
 
@@ -238,6 +241,9 @@ class _ConvolutionBiasAct(torch.autograd.Function):
         needs = ctx.needs_input_grad
         dz, db = bias_act_bwd(dy, y, b, needs[2], 1, *ctx.args, False, "cpu")
         return *gradients(dz, x, w, ctx.form, needs[:2]), db if needs[2] else None, None, None
+
+
+_checked, _quick = remember_function(_ConvolutionBiasAct)
 
 
 def _fake(x, w, factors, stride, pad_y, pad_x, *args):

@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 GPU = runs/gpu
+GPU_LIMIT = 3600
 GPU_RUN = --preset stylegan2-256 --data digits:256 --no-mirror --augment none --batch 32 --cuda-graphs --device cuda
 CSRC = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 
@@ -32,30 +33,33 @@ test: dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 # On a machine with a GPU: the tests there, benchmarks, ten minutes of training. What each finds is in
-# $(GPU). A line that fails is told at the end, and with it the target fails; the others run.
+# $(GPU). A line that fails, or takes GPU_LIMIT seconds, is told at the end, and with it the target fails;
+# the others run.
 gpu:
 	$(MAKE) -k -j1 gpu-tests gpu-bench gpu-train
 
 begin = @mkdir -p $(GPU) && rm -f $(GPU)/$@.failed
 try = $(1) || echo '$(subst ','\'',$(1))' >> $(GPU)/$@.failed
 end = @[ ! -e $(GPU)/$@.failed ] || { echo '$@: failed:'; cat $(GPU)/$@.failed; exit 1; }
-bench = $(call try,$(BIN)/python benchmarks/$(1))
+bench = $(call try,timeout $(GPU_LIMIT) $(BIN)/python benchmarks/$(1))
 
-# The library of these sources, by a compiler from PyPI where there is none. Fails where the CUDA library
-# was not built now, or does not load, with the reason and the cure.
+# The library of these sources, by a compiler from PyPI where none is of torch's CUDA. Fails where the CUDA
+# library or the extension was not built now, or does not load, with the reason and the cure.
 gpu-build: dev
 	$(BIN)/python -c 'import torch; torch.cuda.init()'
-	[ -x "$$CUDA_HOME/bin/nvcc" ] || command -v nvcc || $(BIN)/python -m pip install -q \
+	$(BIN)/python -c 'import os, sys; from gankern import _toolchain as t; \
+	  sys.exit(not isinstance(t.find_nvcc(t.find_torch(), os.environ, sys.path), t.Nvcc))' || \
+	  $(BIN)/python -m pip install -q \
 	  "cuda-toolkit[nvcc,cccl]==$$($(BIN)/python -c 'import torch; print(torch.version.cuda)').*"
 	$(BIN)/python setup.py build_ext --inplace
-	$(BIN)/python -c 'import json, sys; from gankern.ops import _impl; \
+	$(BIN)/python -c 'import json, sys; from gankern.ops import _impl, _remember; \
 	  cuda = json.load(open("gankern/_build.json"))["cuda"]; \
-	  sys.exit(cuda.get("kept") or cuda.get("reason") or _impl.LIBRARIES["cuda"] or 0)'
+	  sys.exit(cuda.get("kept") or cuda.get("reason") or _impl.LIBRARIES["cuda"] or _remember.why_not() or 0)'
 
 gpu-tests: gpu-build
 	$(begin)
 	$(call try,$(BIN)/gankern doctor > $(GPU)/doctor.txt)
-	$(call try,$(BIN)/python -m pytest --device cuda --junitxml=$(GPU)/tests.xml $(ARGS))
+	$(call try,OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n 4 --dist loadgroup --device cuda --junitxml=$(GPU)/tests.xml $(ARGS))
 	$(end)
 
 gpu-bench: gpu-build

@@ -16,6 +16,8 @@ reference / implementation, GB/s of the fewest bytes that the op must move, and 
 copy's GB/s in the same rounds.
 On a GPU each column is a CUDA graph of eight calls; what a call costs the CPU is overhead.py's to
 tell. Tensors that fit the GPU's cache stay there between calls: --batch makes larger ones.
+What does not run, or differs from the reference, is told on stderr, and the exit status is 1; the
+other rows are timed.
 With --keep-memory freed memory stays with the process, as in `gankern train`: no column then pays
 for fresh pages, which the reference touches most of.
 """
@@ -23,6 +25,7 @@ for fresh pages, which the reference touches most of.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -53,12 +56,6 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 F4 = ops.setup_filter([1, 3, 3, 1])
 LAYOUTS = ("nchw", "channels-last")
 GRAPH_CALLS = 8  # the gap between two replays is shared by so many
-
-
-@functools.cache
-def f4(device: torch.device) -> Tensor:
-    """The filter there: a copy at every call would wait for the GPU."""
-    return F4.to(device)
 
 
 @dataclass
@@ -113,15 +110,13 @@ def square_sums(inputs: list[Tensor], d: Tensor) -> tuple[int, int]:
     return q, q + nbytes(styles) + nbytes(d)
 
 
-def epilogue(x, d, b, strength, noise, impl):
-    f, pads = (f4(x.device), 1) if x.shape[-1] % 2 else (None, 0)
-    factor = 1 if f is None else 4
+def epilogue(x, d, b, strength, noise, f=None, *, impl):
+    pads, factor = (0, 1) if f is None else (1, 4)
     return ops.synthesis_epilogue(x, f, d, noise, strength, b, pads, filter_gain=factor, impl=impl)
 
 
-def layer(x, weight, styles, b, strength, noise, impl):
+def layer(x, weight, styles, b, strength, noise, f=None, *, impl):
     up = noise.shape[-1] // x.shape[-1]
-    f = f4(x.device) if up > 1 else None
     return ops.synthesis_layer(x, weight, styles, b, noise, strength, up, 1, f, impl=impl)
 
 
@@ -145,12 +140,13 @@ def gemm(x, weight, styles, b, strength, noise, impl):
 
 
 def epilogue_inputs(m, res, c, pixels):
-    return [m(c, pixels, pixels), m(c).float(), m.vector(c), m.vector(1), m(1, res, res)]
+    x, d, b = m(c, pixels, pixels), m(c).float(), m.vector(c)
+    return [x, d, b, m.vector(1), m(1, res, res), *m.filter(pixels != res)]
 
 
 def layer_inputs(m, res, c, pixels, channels):
-    weight, styles = m.tensor(c, channels, 3, 3), m(channels)
-    return [m(channels, pixels, pixels), weight, styles, m.vector(c), m.vector(1), m(1, res, res)]
+    x, weight, styles = m(channels, pixels, pixels), m.tensor(c, channels, 3, 3), m(channels)
+    return [x, weight, styles, m.vector(c), m.vector(1), m(1, res, res), *m.filter(pixels != res)]
 
 
 # res: the image's side, c: its channels in the generator, twice as many at half the side.
@@ -168,26 +164,25 @@ ROWS = [
     Row("demod_coefs", "", lambda m, res, c: [m.tensor(2 * c, 2 * c, 3, 3), m(2 * c)],
         lambda weight, styles, impl: ops.demod_coefs(weight, styles, impl=impl), "x",
         kept=square_sums),
-    Row("upfirdn2d", "up 2", lambda m, res, c: [m(c, res // 2, res // 2), F4.to(m.device)],
+    Row("upfirdn2d", "up 2", lambda m, res, c: [m(c, res // 2, res // 2), *m.filter()],
         filtered(2, 1, [2, 1, 2, 1]), "", frozen=1),
-    Row("upfirdn2d", "down 2", lambda m, res, c: [m(c, res, res), F4.to(m.device)],
+    Row("upfirdn2d", "down 2", lambda m, res, c: [m(c, res, res), *m.filter()],
         filtered(1, 2, [1, 1, 1, 1]), "", frozen=1),
-    Row("upfirdn2d", "blur", lambda m, res, c: [m(c, res + 1, res + 1), F4.to(m.device)],
+    Row("upfirdn2d", "blur", lambda m, res, c: [m(c, res + 1, res + 1), *m.filter()],
         filtered(1, 1, [1, 1, 1, 1]), "", frozen=1),
     Row("synthesis_epilogue", "", lambda m, res, c: epilogue_inputs(m, res, c, res),
         epilogue, "x", frozen=1),
     Row("synthesis_epilogue", "up 2", lambda m, res, c: epilogue_inputs(m, res, c, res + 1),
-        epilogue, "x", frozen=1),
+        epilogue, "x", frozen=2),
     Row("synthesis_layer", "", lambda m, res, c: layer_inputs(m, res, c, res, c),
         layer, "x", frozen=1, convolves=True),
     Row("synthesis_layer", "up 2", lambda m, res, c: layer_inputs(m, res, c, res // 2, 2 * c),
-        layer, "x", frozen=1, convolves=True),
+        layer, "x", frozen=2, convolves=True),
     Row("modulated_conv2d", "to RGB",
         lambda m, res, c: [m(c, res, res), m.tensor(3, c, 1, 1), m(c)],
         to_rgb, "x", convolves=True),
     Row("conv2d_layer", "down 2",
-        lambda m, res, c: [m(c, res, res), m.tensor(2 * c, c, 3, 3), m.vector(2 * c),
-                           F4.to(m.device)],
+        lambda m, res, c: [m(c, res, res), m.tensor(2 * c, c, 3, 3), m.vector(2 * c), *m.filter()],
         halving_layer, "x", frozen=1, convolves=True),
     # triton: one launch; the others: torch's convolution and their epilogue.
     Row("modulated_gemm", "", lambda m, res, c: layer_inputs(m, res, c, res, c),
@@ -253,6 +248,10 @@ class Make:
     def vector(self, n: int) -> Tensor:
         """A parameter: float32 beside a 16-bit x."""
         return self.tensor(n).float()
+
+    def filter(self, wanted: bool = True) -> list[Tensor]:
+        """An input like others: to fetch it within the call would wait for a GPU."""
+        return [F4.to(self.device)] if wanted else []
 
 
 def implementations(device: str) -> list[str]:
@@ -367,6 +366,10 @@ def cudnn_products(exact: bool) -> Any:
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32)
 
 
+class WrongResultError(Exception):
+    pass
+
+
 def check(row: Row, inputs: list[Tensor], impl: str) -> None:
     """The output is the reference's, to a few roundings; gradients are so in the mean, for those
     of an activation differ wholly where its argument rounds to another sign."""
@@ -376,7 +379,7 @@ def check(row: Row, inputs: list[Tensor], impl: str) -> None:
         eps = torch.finfo(expected.dtype).eps
         bound = 64 * eps * expected.abs().max().item()
         if not error <= bound or actual.shape != expected.shape:
-            raise SystemExit(f"ops: {row.name} {impl}: error {error:.3g} over {bound:.3g}")
+            raise WrongResultError(f"{impl}: error {error:.3g} over {bound:.3g}")
         dy = direction(expected)
         del actual, expected
         for double in (False, True):
@@ -390,8 +393,9 @@ def check(row: Row, inputs: list[Tensor], impl: str) -> None:
                     bound = 4 * eps**0.5 * e.double().norm().item()
                 if not error <= bound:
                     order = "second " if double else ""
-                    raise SystemExit(f"ops: {row.name} {impl}: {order}gradient {k}: error "
-                                     f"{error:.3g} over {bound:.3g}")  # fmt: skip
+                    raise WrongResultError(
+                        f"{impl}: {order}gradient {k}: error {error:.3g} over {bound:.3g}"
+                    )
 
 
 def quantile(values: list[float], q: float) -> float:
@@ -406,12 +410,16 @@ def results(
     rounds: int,
     compiled: bool,
     ways: Sequence[str] = WAYS,
+    failed: list[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
+    """A row's results; what does not run, or is wrong, is left out and told in `failed`."""
     inputs = row.make(make, *shape)
     y = row.call(*inputs, impl="reference").detach()
-    names = ["reference", *(i for i in impls if not usable(row, i, make.device))]
-    for impl in names[1:]:
-        check(row, inputs, impl)
+    names = ["reference"]
+    for impl in (i for i in impls if not usable(row, i, make.device)):
+        with or_told(failed):
+            check(row, inputs, impl)
+            names.append(impl)
     target, about = torch.empty_like(y), {"op": row.op, "case": row.case}
     about |= {"x": list(inputs[0].shape), "dtype": str(make.dtype)[6:]}
     about |= {"channels_last": make.channels_last}
@@ -426,8 +434,12 @@ def results(
         moved = None if double else row.forward_bytes(inputs, y)
         if moved is not None and dy is not None:
             moved += row.backward_bytes(inputs, y)
-        if make.device == "cuda":
-            steps = {name: captured(f) for name, f in steps.items()}
+        ready: dict[str, Callable[[], Any]] = {}
+        for name, f in steps.items():
+            with or_told(failed if name in (*impls, "compile") else None, f"{what} of {name}: "):
+                f()  # compiles
+                ready[name] = captured(f) if make.device == "cuda" else f
+        steps = ready
         times = measure(steps, rounds, make.device)
         if make.device == "cuda":
             times = {name: [t / GRAPH_CALLS for t in values] for name, values in times.items()}
@@ -436,6 +448,20 @@ def results(
         for impl, values in times.items():
             found = figures(values, times["reference"], moved, copy_rate)
             yield about | {"what": what, "impl": impl} | found
+
+
+@contextlib.contextmanager
+def or_told(failed: list[str] | None, where: str = "") -> Iterator[None]:
+    """An error within is told in `failed`; raised, where that is None."""
+    try:
+        yield
+    except Exception as error:
+        if failed is None:
+            raise
+        first = next(iter(str(error).strip().splitlines()), "")
+        failed.append(f"{where}{type(error).__name__}: {first}")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def figures(
@@ -506,6 +532,7 @@ def main() -> int:
     choices = itertools.product(args.dtype, args.layout)
     impls = args.impl or implementations(args.device)
     rounds = 2 if args.quick else args.rounds
+    failed: list[str] = []
     for (dtype, layout), shapes in itertools.product(
         choices, ["quick"] if args.quick else args.shapes
     ):
@@ -514,13 +541,19 @@ def main() -> int:
         make = Make(args.batch or batch, DTYPES[dtype], args.device, last)
         for row in (row for row in rows_of(shapes) if row.op in args.op):
             # Triton's products of float32 are exact, and are compared with such ones.
-            with cudnn_products(exact=row.op == "modulated_gemm"):
-                for result in results(row, make, shape, impls, rounds, args.compile, args.way):
+            here: list[str] = []
+            with or_told(here), cudnn_products(exact=row.op == "modulated_gemm"):
+                for result in results(
+                    row, make, shape, impls, rounds, args.compile, args.way, here
+                ):
                     show(result)
                     if args.json:
                         with args.json.open("a") as file:
                             file.write(json.dumps(about | result) + "\n")
-    return 0
+            for what in here:
+                failed.append(f"{row.name} of {shapes}, {dtype}, {layout}: {what}")
+                print(f"ops: {failed[-1]}", file=sys.stderr, flush=True)
+    return int(bool(failed))
 
 
 # --- The same rows for pytest-benchmark.

@@ -179,10 +179,11 @@ def of_processes(
     names: list[str], impl: str, device: str, rounds: int, processes: int
 ) -> list[dict[str, Any]]:
     """`results` of fresh processes, one after another."""
-    fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=fresh, max_tasks_per_child=1) as pool:
-        runs = [pool.submit(results, names, impl, device, rounds) for _ in range(processes)]
-        return combined([run.result() for run in runs])
+    fresh, runs = multiprocessing.get_context("spawn"), []
+    for _ in range(processes):
+        with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+            runs.append(pool.submit(results, names, impl, device, rounds).result())
+    return combined(runs)
 
 
 def combined(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

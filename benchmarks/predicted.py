@@ -48,6 +48,7 @@ from ops import DTYPES, SHAPES, Make, Row  # noqa: E402
 class Gpu(NamedTuple):
     """Public figures of the vendor's data sheets."""
 
+    device: str  # how the driver's name of it ends
     arch: str
     bandwidth: float  # bytes a second
     processors: int  # multiprocessors, each issuing 4 warps' instructions a cycle
@@ -57,10 +58,10 @@ class Gpu(NamedTuple):
 # NVIDIA: A100 80GB SXM data sheet and GA100 white paper; H100 SXM data sheet (67 TFLOP/s of float32
 # are 132 x 256 a cycle at 1.98 GHz) and GH100 white paper; H200 SXM data sheet; AD102 white paper.
 GPUS = {
-    "A100": Gpu("sm_80", 2039e9, 108, 1.41e9),
-    "H100": Gpu("sm_90", 3350e9, 132, 1.98e9),
-    "H200": Gpu("sm_90", 4800e9, 132, 1.98e9),
-    "RTX 4090": Gpu("sm_89", 1008e9, 128, 2.52e9),
+    "A100": Gpu("A100-SXM4-80GB", "sm_80", 2039e9, 108, 1.41e9),
+    "H100": Gpu("H100 80GB HBM3", "sm_90", 3350e9, 132, 1.98e9),
+    "H200": Gpu("NVIDIA H200", "sm_90", 4800e9, 132, 1.98e9),
+    "RTX 4090": Gpu("GeForce RTX 4090", "sm_89", 1008e9, 128, 2.52e9),
 }
 LAUNCH = 2e-6  # seconds from a kernel to the next in a stream: an assumption, on no data sheet
 
@@ -185,8 +186,12 @@ def here() -> str:
     """The GPU of this machine, one of GPUS, or "" for another."""
     if not torch.cuda.is_available():
         raise SystemExit("predicted: --measured needs a GPU, and this machine has none")
-    device = torch.cuda.get_device_name()
-    return next((name for name in GPUS if name in device), "")
+    return gpu_of(torch.cuda.get_device_name())
+
+
+def gpu_of(device: str) -> str:
+    """By the driver's name of a GPU: others of the family have another bandwidth or clock."""
+    return next((name for name, gpu in GPUS.items() if device.endswith(gpu.device)), "")
 
 
 def table(results: list[dict[str, Any]], names: list[str]) -> list[list[str]]:

@@ -18,11 +18,13 @@ convolutions may undercut it. Peak memory is what the step allocates, above what
 With --keep-memory freed memory stays with the process, as in `gankern train`: no column then pays
 for fresh pages, which the reference touches most of. On a GPU the CPU may not keep up with its
 launches: --cuda-graphs replays every column's step as one graph, as `gankern train --cuda-graphs`
-does, and leaves out torch.compile.
+does, and leaves out torch.compile. What does not run is told on stderr, and the exit status is 1;
+the other columns and steps are timed.
 
 --scaling runs iterations of G's and D's steps of a small StyleGAN2 of one width, changing one size
-at a time; ranks are processes of one thread that average their gradients as training does. With
---cpu-time a rank's seconds are those that it computed, as if it had a core of its own.
+at a time; ranks are processes of one thread that average their gradients as training does, where
+there are GPUs on one each or not at all. With --cpu-time a rank's seconds are those that it
+computed, as if it had a core of its own.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from ops import captured, figures, machine, measure, seconds
+from ops import captured, figures, machine, measure, or_told, seconds
 
 from gankern.memory import keep_memory
 from gankern.models import dcgan, pggan, stylegan, stylegan2, vanilla, wgan
@@ -289,36 +291,50 @@ def rows(
     graphs: bool,
     device: str,
     clock: Callable[[], float],
+    failed: list[str],
 ) -> Iterator[dict[str, Any]]:
+    """A model's results; what does not run is left out and told in `failed`."""
     ours, loss = model_of(name, batch, device), loss_of(name)
     for step in (s for s in MODELS[name][1] if s in steps):
-        columns: dict[str, Callable[[], Any]] = {}
-        columns["ours"] = lambda step=step: ours.run(step)
-        columns["reference"] = lambda step=step: _with("reference", ours, step)
-        if compiled and step not in ("R1", "GP", "PL"):
-            torch._dynamo.reset()  # after a few graphs of one function it would run the function
-            nets = [torch.compile(copy.deepcopy(net), dynamic=False) for net in (ours.G, ours.D)]
-            other = Model(*nets, ours.z, ours.real, loss)
-            columns["compile"] = lambda step=step, other=other: _with("reference", other, step)
-        with Recorder() as recorder:  # ours run some convolutions in kernels of their own
-            _with("reference", ours, step)
-        columns["floor"] = floor(recorder.calls, torch.device(device))
-        memory = {c: peak_memory(f) for c, f in columns.items() if c in ("ours", "reference")}
-        if graphs:
-            columns = {c: captured(f, 1) for c, f in columns.items()}
-        times = measure(columns, rounds, device, clock)
-        for column, values in times.items():
-            found = figures(values, times["ours"], 0, 1.0)
-            yield {
-                "model": name, "step": step, "batch": batch, "impl": column, "ms": found["ms"],
-                "ms_10": found["ms_10"], "ms_90": found["ms_90"], "graphs": graphs,
-                "cpu_time": clock is time.process_time,
-                "ratio": statistics.median(
-                    v / o for v, o in zip(values, times["ours"], strict=True)
-                ),
-                "img_s": 1e3 * batch / found["ms"], "sec_kimg": found["ms"] / batch,
-                "memory": memory.get(column),
-            }  # fmt: skip
+        here: list[str] = []
+        with or_told(here):
+            columns: dict[str, Callable[[], Any]] = {}
+            columns["ours"] = lambda step=step: ours.run(step)
+            columns["reference"] = lambda step=step: _with("reference", ours, step)
+            if compiled and step not in ("R1", "GP", "PL"):
+                torch._dynamo.reset()  # after a few graphs of a function it would run that
+                nets = [
+                    torch.compile(copy.deepcopy(net), dynamic=False) for net in (ours.G, ours.D)
+                ]
+                other = Model(*nets, ours.z, ours.real, loss)
+                columns["compile"] = lambda step=step, other=other: _with("reference", other, step)
+            with Recorder() as recorder:  # ours run some convolutions in kernels of their own
+                _with("reference", ours, step)
+            columns["floor"] = floor(recorder.calls, torch.device(device))
+            memory: dict[str, int] = {}
+            ready: dict[str, Callable[[], Any]] = {}
+            for column, f in columns.items():
+                with or_told(here if column != "ours" else None, f"{column}: "):
+                    f()  # compiles
+                    if column in ("ours", "reference"):
+                        memory[column] = peak_memory(f)
+                    ready[column] = captured(f, 1) if graphs else f
+            times = measure(ready, rounds, device, clock)
+            for column, values in times.items():
+                found = figures(values, times["ours"], 0, 1.0)
+                yield {
+                    "model": name, "step": step, "batch": batch, "impl": column, "ms": found["ms"],
+                    "ms_10": found["ms_10"], "ms_90": found["ms_90"], "graphs": graphs,
+                    "cpu_time": clock is time.process_time,
+                    "ratio": statistics.median(
+                        v / o for v, o in zip(values, times["ours"], strict=True)
+                    ),
+                    "img_s": 1e3 * batch / found["ms"], "sec_kimg": found["ms"] / batch,
+                    "memory": memory.get(column),
+                }  # fmt: skip
+        for what in here:
+            failed.append(f"{name} {step}: {what}")
+            print(f"steps: {failed[-1]}", file=sys.stderr, flush=True)
 
 
 def _with(impl: str, model: Model, step: str) -> None:
@@ -407,8 +423,10 @@ def scaling(scales: dict[str, tuple[int, ...]], rounds: int, device: str, cpu_ti
             sizes = BASE | {scale: value}
             if sizes["ranks"] == 1:
                 taken, averaging = iteration_seconds(sizes, rounds, device, cpu_time)
+            elif device == "cuda" and sizes["ranks"] > torch.cuda.device_count():
+                continue  # each has a GPU
             else:
-                taken, averaging = seconds_of_ranks(sizes, rounds, cpu_time)
+                taken, averaging = seconds_of_ranks(sizes, rounds, device, cpu_time)
             images = sizes["batch"] * sizes["ranks"]
             yield sizes | {
                 "scale": scale, "value": value, "impl": "ours", "cpu_time": cpu_time,
@@ -445,20 +463,26 @@ def iteration_seconds(
     return taken, averaging / rounds
 
 
-def seconds_of_ranks(sizes: dict[str, int], rounds: int, cpu_time: bool) -> tuple[float, float]:
+def seconds_of_ranks(
+    sizes: dict[str, int], rounds: int, device: str, cpu_time: bool
+) -> tuple[float, float]:
     """The same of the slowest of several processes of this machine."""
     with tempfile.TemporaryDirectory() as folder:
-        args = (sizes, rounds, cpu_time, folder)
+        args = (sizes, rounds, device, cpu_time, folder)
         torch.multiprocessing.spawn(_rank, args, nprocs=sizes["ranks"])
         taken, averaging = map(float, (Path(folder) / "seconds").read_text().split())
         return taken, averaging
 
 
-def _rank(rank: int, sizes: dict[str, int], rounds: int, cpu_time: bool, folder: str) -> None:
+def _rank(
+    rank: int, sizes: dict[str, int], rounds: int, device: str, cpu_time: bool, folder: str
+) -> None:
     torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=sizes["ranks"])
-    taken = torch.tensor(iteration_seconds(sizes, rounds, "cpu", cpu_time))
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    store, backend = f"file://{folder}/store", "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=sizes["ranks"])
+    taken = torch.tensor(iteration_seconds(sizes, rounds, device, cpu_time), device=device)
     dist.all_reduce(taken, dist.ReduceOp.MAX)
     if rank == 0:
         (Path(folder) / "seconds").write_text(" ".join(map(str, taken.tolist())))
@@ -495,6 +519,7 @@ def main() -> int:
             if args.json:
                 append(args.json, about | row)
         return 0
+    failed: list[str] = []
     for name in args.model:
         if args.breakdown:
             for row in breakdown(name, args.step, args.batch, args.rounds, on):
@@ -505,8 +530,9 @@ def main() -> int:
             continue
         clock = time.process_time if args.cpu_time else time.perf_counter
         for row in rows(
-            name, args.step, args.batch, args.rounds, args.compile, args.cuda_graphs, on, clock
-        ):
+            name, args.step, args.batch, args.rounds, args.compile, args.cuda_graphs, on, clock,
+            failed,
+        ):  # fmt: skip
             memory = f"{row['memory'] / 2**20:8.1f} MiB" if row["memory"] else ""
             print(f"{name:14} {row['step']:9} {row['impl']:10} {row['ms']:9.2f} ms "
                   f"[{row['ms_10']:8.2f} {row['ms_90']:8.2f}]  / ours {row['ratio']:5.2f} "
@@ -514,7 +540,7 @@ def main() -> int:
                   flush=True)  # fmt: skip
             if args.json:
                 append(args.json, about | row)
-    return 0
+    return int(bool(failed))
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """benchmarks/ops.py and steps.py: what they check before they time, and what they count."""
 
+import json
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -54,11 +56,10 @@ def test_check_sees_each_way_go_wrong(way) -> None:
                   lambda x, impl: Off.apply(x, impl), "x")  # fmt: skip
     wanted = {"forward": "cpu: error", "forward+backward": "cpu: gradient 0",
               "double-backward": "cpu: second gradient"}[way]  # fmt: skip
-    with pytest.raises(SystemExit, match=wanted):
+    with pytest.raises(ops.WrongResultError, match=wanted):
         ops.check(row, inputs_of(row), "cpu")
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("row", ROWS, ids=IDS)
 def test_reference_compiles_whole(monkeypatch, row) -> None:
     compile = torch.compile
@@ -74,6 +75,71 @@ def test_results_have_every_way_and_bytes_where_they_are_known() -> None:
     ways = Counter(result["what"] for result in found)
     assert ways == dict.fromkeys(ops.WAYS, 2)
     assert all((r["gb_s"] is None) == (r["what"] == ops.WAYS[2]) for r in found)
+
+
+def test_a_row_that_fails_is_told_and_the_others_are_timed(monkeypatch, capsys, tmp_path) -> None:
+    """A wrong result, a column that does not run, a row that the reference cannot run."""
+
+    def call(x, b, impl):
+        y = x * b[:, None, None]
+        if impl == "cpu":
+            raise RuntimeError("out of memory\nand more")
+        return y
+
+    def wrong(x, impl):
+        return x + (impl == "cpu")
+
+    def never(x, impl):
+        raise ValueError("never")
+
+    rows = [
+        ops.Row("pixel_norm", name, make, f, "x")
+        for name, make, f in (
+            ("raises", lambda m, res, c: [m(c, res, res), m.vector(c)], call),
+            ("differs", lambda m, res, c: [m(c, res, res)], wrong),
+            ("never", lambda m, res, c: [m(c, res, res)], never),
+            ("right", lambda m, res, c: [m(c, res, res)], lambda x, impl: x * x),
+        )
+    ]
+    monkeypatch.setattr(ops, "rows_of", lambda shapes: rows)
+    file = tmp_path / "ops.jsonl"
+    argv = ["ops.py", "--quick", "--device=cpu", "--way", "forward", f"--json={file}"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert ops.main() == 1
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(r["case"], r["impl"]) for r in found] == [
+        ("raises", "reference"), ("differs", "reference"), ("right", "reference"), ("right", "cpu"),
+    ]  # fmt: skip
+    where = "of quick, f32, nchw"
+    assert capsys.readouterr().err.splitlines() == [
+        f"ops: pixel_norm raises {where}: RuntimeError: out of memory",
+        f"ops: pixel_norm differs {where}: WrongResultError: cpu: error 1 over 2.92e-05",
+        f"ops: pixel_norm never {where}: ValueError: never",
+    ]
+
+
+def test_a_step_that_fails_is_told_and_the_others_are_timed(monkeypatch, capsys) -> None:
+    """A column that does not run, and a step."""
+
+    class Fails(torch.nn.Module):
+        def forward(self, *inputs):
+            raise RuntimeError("no compiler\nat all")
+
+    def step_D(model):
+        raise RuntimeError("too large")
+
+    monkeypatch.setattr(torch, "compile", lambda net, **how: Fails())
+    monkeypatch.setattr(steps.Model, "step_D", step_D)
+    failed: list[str] = []
+    clock = time.perf_counter
+    found = list(steps.rows("gan-28", ["G", "D"], 2, 1, True, False, "cpu", clock, failed))
+    assert [(r["step"], r["impl"]) for r in found] == [
+        ("G", "ours"), ("G", "reference"), ("G", "floor"),
+    ]  # fmt: skip
+    assert failed == [
+        "gan-28 G: compile: RuntimeError: no compiler", "gan-28 D: RuntimeError: too large",
+    ]  # fmt: skip
+    assert capsys.readouterr().err.splitlines() == [f"steps: {line}" for line in failed]
 
 
 def test_floor_is_the_dense_convolutions_alone() -> None:

@@ -286,9 +286,23 @@ def test_ops_named_in_overhead_are_all_registered_ones() -> None:
 # --- Predicted.
 
 
+def test_gpu_by_the_name_of_the_driver() -> None:
+    names = {
+        "NVIDIA A100-SXM4-80GB": "A100",
+        "NVIDIA A100-SXM4-40GB": "",
+        "NVIDIA H100 80GB HBM3": "H100",
+        "NVIDIA H100 PCIe": "",
+        "NVIDIA H200": "H200",
+        "NVIDIA GH200 480GB": "",
+        "NVIDIA GeForce RTX 4090": "RTX 4090",
+        "NVIDIA GeForce RTX 4090 D": "",
+    }
+    assert {name: predicted.gpu_of(name) for name in names} == names
+
+
 def test_prediction_is_bytes_over_bandwidth() -> None:
     row = next(r for r in predicted.rows_of("64") if r.op == "bias_act")
-    gpu = predicted.Gpu("sm_90", bandwidth=1e12, processors=100, clock=1e9)
+    gpu = predicted.Gpu("a GPU", "sm_90", bandwidth=1e12, processors=100, clock=1e9)
     work = predicted.Work(row, "forward", {"forward": 1e9}, {"forward": 1}, (1,))
     assert predicted.least_seconds(work, gpu, {}) == (1e-3 + predicted.LAUNCH, "bytes")
     # 8 instructions a byte: 2.5e8 of a warp, at 4e11 a second.

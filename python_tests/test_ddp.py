@@ -1,4 +1,7 @@
-"""Processes under torchrun compute what one does with the same batch; lost ones are told."""
+"""Processes under torchrun compute what one does with the same batch; lost ones are told.
+
+All run on the CPU: nccl refuses two processes on one GPU.
+"""
 
 import os
 import signal
@@ -164,7 +167,8 @@ def assert_same_gradients(one, other, model):
 
 @pytest.mark.parametrize("model", STEPS)
 def test_processes_compute_the_step_of_one(model, request, tmp_path):
-    one = train(make_config(**STEPS[model] | {"batch_gpu": 0}, out=str(tmp_path)))
+    options = STEPS[model] | {"batch_gpu": 0, "device": "cpu"}
+    one = train(make_config(**options, out=str(tmp_path)))
     two = the_run(request.getfixturevalue("four" if model == "dcgan" else "two") / model)
     assert_same_gradients(one, two, model)
     for key, value in newest(one, "G").items():
@@ -217,7 +221,7 @@ def fail_by_command(out):
     with open(out / f"said by {rank_and_world()[0]}", "w") as file:
         os.dup2(file.fileno(), 2)
         with pytest.raises(SystemExit) as exit:
-            main(["train", "--batch=33", f"--out={out / 'runs'}"])
+            main(["train", "--device=cpu", "--batch=33", f"--out={out / 'runs'}"])
     assert exit.value.code
 
 
@@ -230,7 +234,7 @@ def test_one_process_tells_the_error(tmp_path):
 
 def test_two_nodes_at_two_addresses(tmp_path):
     port = processes.free_port()
-    options = STEPS["vanilla"] | {"out": tmp_path / "two"}
+    options = STEPS["vanilla"] | {"device": "cpu", "out": tmp_path / "two"}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     nodes = []
     for node in range(2):
@@ -246,7 +250,7 @@ def test_two_nodes_at_two_addresses(tmp_path):
         assert node.returncode == 0, err
     run = the_run(tmp_path / "two")
     assert read_stats(run)[0]["step"] == 1
-    one = train(make_config(**STEPS["vanilla"], out=str(tmp_path / "one")))
+    one = train(make_config(**options | {"out": str(tmp_path / "one")}))
     assert_same_gradients(one, run, "vanilla")
 
 
@@ -256,6 +260,7 @@ def test_a_process_that_dies_stops_the_run_which_then_resumes(tmp_path):
         "kimg": 5000,
         "tick_kimg": 0.032,
         "checkpoint_ticks": 2,
+        "device": "cpu",
     }
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     # torchrun looks seldom enough that the process that is left can speak before it is ended.
@@ -265,6 +270,7 @@ def test_a_process_that_dies_stops_the_run_which_then_resumes(tmp_path):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("0*/checkpoints/0*")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.2)
     listing = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True

@@ -189,6 +189,8 @@ def test_styles_of_vectors(vectors, tmp_path):
         "--arithmetic",
         "3-1",
         "--no-images",
+        "--device",
+        "cpu",
     )
     code, text = gankern("generate", run, *args, "--out", tmp_path / "out")
     assert code == 0, text

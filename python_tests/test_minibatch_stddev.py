@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gankern.ops import _impl, minibatch_stddev
+from gankern.ops.minibatch_stddev import _bwd_reference
 
 # name: (shape, group_size, num_channels)
 CASES = {
@@ -136,6 +137,23 @@ def test_uneven_groups(impl, device):
     for members in ([0, 3, 6], [1, 4], [2, 5]):
         alone = minibatch_stddev(x[members], None, impl="reference")
         torch.testing.assert_close(y[members], alone)
+
+
+@pytest.mark.parametrize(("n", "groups"), [(7, 3), (5, 2), (11, 4), (9, 5)])
+def test_gradient_of_uneven_groups(device, n, groups):
+    """In PyTorch's operations, which higher orders differentiate: as of each group alone."""
+    x = inputs((n, 4, 2, 3), device, torch.float64)[0].requires_grad_()
+    dy = harness.randn(n, 6, 2, 3, seed=1).to(device).requires_grad_()
+    g = harness.randn(n, 4, 2, 3, seed=2).to(device)
+    dx = _bwd_reference(dy, x, groups, 2)
+    wanted = torch.zeros_like(x)
+    for m in range(groups):
+        y = minibatch_stddev(x[m::groups], None, 2, impl="reference")
+        wanted = wanted + torch.autograd.grad(y, x, dy[m::groups], create_graph=True)[0]
+    torch.testing.assert_close(dx, wanted)
+    seconds = (torch.autograd.grad(t, (dy, x), g) for t in (dx, wanted))
+    for a, e in zip(*seconds, strict=True):
+        torch.testing.assert_close(a, e)
 
 
 @pytest.mark.parametrize("case", range(4))

@@ -33,6 +33,9 @@ CAPABILITIES = {
     120: ("fp16", "fp32"),
 }
 
+# Shared memory that a block may have: CUDA programming guide, "Technical Specifications".
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+
 FWD = {"ACT": 2, "HAS_B": True, "CLAMPED": True, "LONG": True, "BLOCK": 1024}
 BWD = {"ACT": 2, "HAS_B": False, "CLAMPED": True, "SUMS": True, "SECOND": False, "FROM_X": False}
 CHANNEL = {"LAST": False, "ROWS": 1, "BLOCK": 1024}
@@ -203,8 +206,9 @@ def compile_types(kernel: Any, constants: dict[str, Any], capability: int) -> No
 
 
 def figures(compiled: Any) -> dict[str, Any]:
-    """Registers and stack of the machine's code; of the PTX, which is read in a hundredth of the
-    time, global accesses by their bytes and divisions of integers by what is not constant."""
+    """Registers and stack of the machine's code, and a block's bytes of shared memory; of the PTX,
+    which is read in a hundredth of the time, global accesses by their bytes and divisions of
+    integers by what is not constant."""
     import sass
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -214,6 +218,7 @@ def figures(compiled: Any) -> dict[str, Any]:
     (used,) = sass.resources(text).values()
     ptx = compiled.asm["ptx"]
     found: dict[str, Any] = {"registers": used["REG"], "stack": used["STACK"]}
+    found["shared"] = compiled.metadata.shared
     for name, opcode in (("loads", "ld"), ("stores", "st")):
         access = rf"\b{opcode}\.global(?:\.[a-z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.b(\d+)"
         found[name] = Counter(int(n or 1) * int(bits) // 8 for n, bits in re.findall(access, ptx))
@@ -240,6 +245,8 @@ def test_kernels_compile(capability: int) -> None:
     assert not missing, f"KERNELS has a row for each Triton kernel and no other: {missing}"
     spilling = [row for row in rows if row["stack"]]
     assert not spilling, f"local memory: {spilling}"
+    large = [row for row in rows if row["shared"] > SHARED[capability]]
+    assert not large, f"more shared memory than a block may have: {large}"
     narrow = [row for row in rows if "16" not in row["stores"]]
     narrow = [row for row in narrow if not row["constants"].get("NARROW")]
     assert not narrow, f"no 16-byte store: {narrow}"

@@ -124,7 +124,7 @@ def _bwd_reference(dy: Tensor, x: Tensor, groups: int, num_channels: int) -> Ten
     n, c = x.shape[:2]
     if x.numel() == 0:
         return dy[:, :c] + x * 0
-    parts = []
+    parts, largest = [], -(-n // groups)
     for m in range(groups):
         size = len(range(m, n, groups))
         v = x[m::groups].to(torch.promote_types(x.dtype, torch.float32))
@@ -133,10 +133,10 @@ def _bwd_reference(dy: Tensor, x: Tensor, groups: int, num_channels: int) -> Ten
         v = v - v[0].detach()  # exact where samples are near each other, unlike x - mean
         v = v - v.mean(0)
         std = (v.square().mean(0) + EPS).sqrt()
-        parts.append(v / std * (slope / (size * v.shape[2]))[:, None])
-    order = [i for m in range(groups) for i in range(m, n, groups)]
-    place = torch.tensor(order, device=x.device).argsort()
-    return dy[:, :c] + torch.cat(parts)[place].reshape(x.shape).to(x.dtype)
+        dv = v / std * (slope / (size * v.shape[2]))[:, None]
+        parts.append(torch.nn.functional.pad(dv, (0, 0, 0, 0, 0, largest - size)))
+    dx = torch.stack(parts, 1).flatten(0, 1)[:n]  # sample n is of group n mod M
+    return dy[:, :c] + dx.reshape(x.shape).to(x.dtype)
 
 
 # --- Triton. A program takes BLOCK positions of every sample of a group; the statistic, of few

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gankern.ops import _impl
@@ -109,11 +108,11 @@ class _OtherOperatorError(Exception):
 
 
 class _Capture(TorchDispatchMode):
-    """The calls of operators that are made under it, which run on tensors without values."""
+    """The calls of operators that are made under it, in place of which it has the shapes of what
+    they would return."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.fakes = FakeTensorMode()
         self.calls: list[
             tuple[Any, tuple[Any, ...], tuple[Any, ...]]
         ] = []  # op, arguments, outputs
@@ -121,20 +120,20 @@ class _Capture(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is torch.ops.prim.device.default:
-            return args[0].fake_device
         namespace, name = func._schema.name.split("::")
         ours = namespace in _impl.NAMESPACES.values() and name in _impl._fakes
         if kwargs or not (ours or func in _OTHERS):
             raise _OtherOperatorError
-        with self.fakes:
-            found = (_impl._fakes[name] if ours else func)(*map(self._fake, args))
+        shapes = (_on_meta(a) if isinstance(a, Tensor) else a for a in args)
+        found = (_impl._fakes[name] if ours else func)(*shapes)
         self.calls.append((func, args, found if isinstance(found, tuple) else (found,)))
         return found
 
-    def _fake(self, a: Any) -> Any:
-        real = isinstance(a, Tensor) and not isinstance(a, FakeTensor)
-        return self.fakes.from_tensor(a) if real else a
+
+def _on_meta(t: Tensor) -> Tensor:
+    return (
+        t if t.is_meta else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    )
 
 
 class _Context:
@@ -183,7 +182,7 @@ def _recipe(op: Any, args: tuple[Any, ...], places: dict[int, int]) -> tuple[Any
     if any(isinstance(a, Tensor) and id(a) not in places for a in args):
         return None  # made of others
     stack = tuple((places[id(a)], None) if isinstance(a, Tensor) else (-1, a) for a in args)
-    devices = {a.device.type for a in args if isinstance(a, Tensor)}
+    devices = {a.device.type for a in args if isinstance(a, Tensor) and not a.is_meta}
     kernel = _impl.implementation(op._schema.name, devices.pop()) if len(devices) == 1 else 0
     return (op._schema.name, op._schema.overload_name, kernel), stack
 

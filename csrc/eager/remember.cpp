@@ -361,7 +361,7 @@ struct Backward final : Node {
     variable_list out(recipe->edges.size());
     for (size_t i = 0; i < out.size(); i++) {
       const int place = gradient.found.at(recipe->edges[i].place);
-      if (place >= 0) out[i] = std::move(tensors[place]);
+      if (place >= 0) out[i] = tensors[place];
     }
     return out;
   }

@@ -221,7 +221,7 @@ def main() -> int:
     names = [n for n in args.op if not _impl.why_not(impl, args.device, n)]
     about = machine(args.device)
     print(" ".join(f"{k} {v}" for k, v in about.items()))
-    print(f"{'us a call, and over the pair':30}" + "".join(f"{way:>28}" for way in WAYS))
+    print(f"{'us a call, and over the pair':30}" + "".join(f"{way:>27}" for way in WAYS))
     slower = []
     for row in of_processes(names, impl, args.device, args.rounds, args.processes):
         columns = "".join(

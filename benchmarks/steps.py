@@ -132,8 +132,10 @@ class Model:
 
     def step_G(self) -> None:
         self.D.requires_grad_(False)
-        self.loss.g(self.D(self.G(self.z, *self.c), *self.c)).backward()
-        self.D.requires_grad_(True)
+        try:
+            self.loss.g(self.D(self.G(self.z, *self.c), *self.c)).backward()
+        finally:
+            self.D.requires_grad_(True)
 
     def step_D(self) -> None:
         fake = self.generate()
@@ -157,9 +159,11 @@ class Model:
         if step == "generate":
             self.generate()
             return
-        getattr(self, "step_" + step)()
-        for net in (self.G, self.D):
-            net.zero_grad(set_to_none=True)
+        try:
+            getattr(self, "step_" + step)()
+        finally:
+            for net in (self.G, self.D):
+                net.zero_grad(set_to_none=True)
 
 
 def loss_of(name: str) -> str:
@@ -294,9 +298,15 @@ def rows(
     failed: list[str],
 ) -> Iterator[dict[str, Any]]:
     """A model's results; what does not run is left out and told in `failed`."""
-    ours, loss = model_of(name, batch, device), loss_of(name)
+    here: list[str] = []
+    loss = loss_of(name)
+    with or_told(here):
+        ours = model_of(name, batch, device)
+    if here:
+        tell(failed, name, here)
+        return
     for step in (s for s in MODELS[name][1] if s in steps):
-        here: list[str] = []
+        here = []
         with or_told(here):
             columns: dict[str, Callable[[], Any]] = {}
             columns["ours"] = lambda step=step: ours.run(step)
@@ -332,9 +342,13 @@ def rows(
                     "img_s": 1e3 * batch / found["ms"], "sec_kimg": found["ms"] / batch,
                     "memory": memory.get(column),
                 }  # fmt: skip
-        for what in here:
-            failed.append(f"{name} {step}: {what}")
-            print(f"steps: {failed[-1]}", file=sys.stderr, flush=True)
+        tell(failed, f"{name} {step}", here)
+
+
+def tell(failed: list[str], where: str, here: list[str]) -> None:
+    for what in here:
+        failed.append(f"{where}: {what}")
+        print(f"steps: {failed[-1]}", file=sys.stderr, flush=True)
 
 
 def _with(impl: str, model: Model, step: str) -> None:

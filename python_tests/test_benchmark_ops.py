@@ -140,6 +140,24 @@ def test_a_step_that_fails_is_told_and_the_others_are_timed(monkeypatch, capsys)
         "gan-28 G: compile: RuntimeError: no compiler", "gan-28 D: RuntimeError: too large",
     ]  # fmt: skip
     assert capsys.readouterr().err.splitlines() == [f"steps: {line}" for line in failed]
+    monkeypatch.setitem(steps.MODELS, "gan-28", (lambda: step_D(None), ("G", "D")))
+    failed.clear()
+    assert not list(steps.rows("gan-28", ["G"], 2, 1, False, False, "cpu", clock, failed))
+    assert failed == ["gan-28: RuntimeError: too large"]
+
+
+def test_a_step_that_fails_leaves_the_model_as_it_was() -> None:
+    model = steps.model_of("gan-28", 2, "cpu")
+
+    def g(logits):
+        logits.sum().backward()
+        raise RuntimeError("too large")
+
+    model.loss = model.loss._replace(g=g)
+    with pytest.raises(RuntimeError, match="too large"):
+        model.run("G")
+    parameters = [*model.G.parameters(), *model.D.parameters()]
+    assert all(p.requires_grad and p.grad is None for p in parameters)
 
 
 def test_floor_is_the_dense_convolutions_alone() -> None:

@@ -446,6 +446,60 @@ def test_compiled_autograd(fresh, device):
     assert graphs
 
 
+@pytest.mark.parametrize(
+    "name", ["conv2d_resample", "conv2d_layer", "synthesis_layer", "upsample2d"]
+)
+def test_compiled_autograd_where_a_gradient_asks_for_shapes(fresh, device, name):
+    """It traces with a dy that has none; here dy's are channels-last, and expanded."""
+    x = lay_out(randn(2, 16, 16, 16).to(device, torch.float32), "channels_last")
+    w, s = (randn(*shape).to(device, torch.float32) for shape in ((24, 16, 3, 3), (2, 16)))
+    leaves = [t.requires_grad_() for t in (x, w, s)]
+    call = {
+        "conv2d_resample": lambda x, w, s: ops.conv2d_resample(x, w, padding=1),
+        "conv2d_layer": lambda x, w, s: ops.conv2d_layer(x, w, padding=1, act="lrelu"),
+        "synthesis_layer": ops.synthesis_layer,
+        "upsample2d": lambda x, w, s: ops.upsample2d(x, F4.to(device)),
+    }[name]
+    for _ in range(4):
+        y = call(*leaves)
+        dy = torch.empty_like(y).copy_(randn(*y.shape, seed=2))
+        torch.autograd.grad((y * dy).sum() + y.sum(), leaves, allow_unused=True)
+
+    from torch._dynamo import compiled_autograd
+
+    for loss in (lambda y: (y * dy).sum() + y.sum(), torch.sum):
+        expected = torch.autograd.grad(loss(call(*leaves)), leaves, allow_unused=True)
+        for t in leaves:
+            t.grad = None
+        y = call(*leaves)
+        with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            loss(y).backward()
+        for t, e in zip(leaves, expected, strict=True):
+            assert (t.grad is None) == (e is None)
+            if e is not None:
+                torch.testing.assert_close(t.grad, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("name", FORMS)
+def test_hooks_that_save_in_another_layout(fresh, device, name, own):
+    """As torch.autograd.graph.save_on_cpu does with pinned memory."""
+    module = sys.modules["gankern.ops.convolution"]
+    if own and not module.has_own_kernels(torch.ones(1, device=device), None):
+        pytest.skip("no kernels of our own here")
+    x_shape, w_shape, form = FORMS[name]
+    x = lay_out(randn(*x_shape).to(device, torch.float32), "channels_last").requires_grad_()
+    w = randn(*w_shape, seed=1).to(device, torch.float32).requires_grad_()
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t)
+    found = []
+    for i in range(6):
+        with hooks if i % 3 == 2 else contextlib.nullcontext():
+            y = module.convolution(x, w, form._replace(own=own))
+        found.append(torch.autograd.grad(y, (x, w), torch.ones_like(y)))
+        for a, e in zip(found[-1], found[0], strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-3)
+
+
 def test_graph_is_that_of_a_function(fresh, device):
     """Its node's name, saved-tensor hooks, checkpoints, a second backward, a change in place."""
     x = tensors("pixel_norm", device)[0].requires_grad_()

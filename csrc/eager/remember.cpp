@@ -7,6 +7,7 @@
 // Kernels of csrc/torch are called as the dispatcher would call them, without it, unless something
 // listens to it: a profiler. What is registered for their operators later is not asked.
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/record_function.h>
 #include <c10/core/DispatchKeySet.h>
@@ -43,7 +44,7 @@ using NodePtr = decltype(torch::autograd::Edge::function);
 
 constexpr size_t kMostCalls = 1024;  // of an op; then all are forgotten
 constexpr int64_t kFew = 1 << 12;
-constexpr int kAbi = 3;  // of the kernels and recipes, which _remember.py compares
+constexpr int kAbi = 4;  // of the kernels and recipes, which _remember.py compares
 
 [[noreturn]] void throw_raised() {
   python_error error;
@@ -265,6 +266,7 @@ struct Recipe {
   std::string name;                // of the node
   std::unique_ptr<Held> backward;  // (saved, needs, dy) -> gradients, `places` of them
   std::unique_ptr<Held> learn;     // (saved, needs, dy) -> what a Gradient is made of, or None
+  std::unique_ptr<Held> traced;    // as backward, for a dy that has no shape
   int places = 0;
   bool materialize = true;
 
@@ -319,7 +321,9 @@ struct Backward final : Node {
   variable_list apply_with_saved(const variable_list& grads,
                                  torch::dynamo::autograd::SwapSavedVariables& swap) override {
     swap.before(saved);
-    auto found = apply(variable_list(grads));
+    at::Tensor dy = grads[0];
+    if (!dy.defined() && recipe->materialize) dy = input_metadata(0).zeros_like();
+    auto found = call_python(unpack(dy), nullptr, dy.defined() ? recipe->traced : recipe->backward);
     swap.after(saved);
     return found;
   }
@@ -333,13 +337,13 @@ struct Backward final : Node {
     for (size_t i = 0; i < recipe->edges.size(); i++)
       key.put(task_should_compute_output(i) ? '1' : '0');
     bool learns = false;
-    if (dy.defined() && !torch::autograd::GradMode::is_enabled() && plain_state() &&
+    if (dy.defined() && !hooked && !torch::autograd::GradMode::is_enabled() && plain_state() &&
         describe(key, dy, false)) {
       const auto known = look_up(key);
       if (known.recipe) return run(*known.recipe, std::move(tensors));
       learns = !known.asked;
     }
-    return call_python(tensors, learns ? &key : nullptr);
+    return call_python(tensors, learns ? &key : nullptr, recipe->backward);
   }
 
   // The second time that a gradient is looked for, `asked` is false and the caller shall learn it.
@@ -366,7 +370,8 @@ struct Backward final : Node {
     return out;
   }
 
-  variable_list call_python(const variable_list& tensors, const Key* key) {
+  variable_list call_python(const variable_list& tensors, const Key* key,
+                            const std::unique_ptr<Held>& backward) {
     const py::gil_scoped_acquire gil;
     const NoDynamo eager;
     const auto wrap = [](const at::Tensor& t) {
@@ -398,7 +403,7 @@ struct Backward final : Node {
         recipe->gradients.add(*key) = {true, gradient};
       }
     }
-    THPObjectPtr found(call(recipe->backward));
+    THPObjectPtr found(call(backward));
     TORCH_CHECK(PyTuple_Check(found.get()) && PyTuple_GET_SIZE(found.get()) == recipe->places,
                 name(), ": the gradient must be a tuple of ", recipe->places);
     variable_list out(recipe->edges.size());
@@ -411,6 +416,7 @@ struct Backward final : Node {
 
   std::shared_ptr<const Recipe> recipe;
   std::vector<SavedVariable> saved;
+  bool hooked = false;  // what is saved may come back with other strides
 };
 
 template <typename Ptr>  // the node lives by a std::shared_ptr in older PyTorch
@@ -547,6 +553,7 @@ std::shared_ptr<const Recipe> read_recipe(PyObject* object) {
   recipe->materialize = told[6].cast<bool>();
   recipe->backward = std::make_unique<Held>(told[7].cast<py::object>().ptr());
   recipe->learn = std::make_unique<Held>(told[8].cast<py::object>().ptr());
+  recipe->traced = std::make_unique<Held>(told[9].cast<py::object>().ptr());
   return recipe;
 }
 
@@ -571,8 +578,10 @@ PyObject* run(const std::shared_ptr<const Recipe>& recipe, PyObject* const* args
   Outputs outputs;
   {
     const torch::autograd::AutoGradMode no_grad(false);
-    const auto& x = tensor(recipe->edges[0].input);
-    if (x.is_cpu() && x.numel() <= kFew) {  // to release the GIL would take longer
+    bool few = tensor(recipe->edges[0].input).is_cpu();
+    for (const auto& argument : recipe->call.arguments)
+      few = few && (argument.place < 0 || tensor(argument.place).numel() <= kFew);
+    if (few) {  // to release the GIL would take longer
       outputs = recipe->call.run(tensor);
     } else {
       c10::SmallVector<at::Tensor, 4> held;  // whatever other threads make of the arguments
@@ -592,6 +601,7 @@ PyObject* run(const std::shared_ptr<const Recipe>& recipe, PyObject* const* args
     Backward* node = nullptr;
     const auto made = make_node<NodePtr>(recipe, std::move(edges), &node);
     torch::autograd::set_history(y, made);
+    node->hooked = at::SavedTensorDefaultHooks::get_hooks().has_value();
     node->saved.reserve(recipe->saved.size());
     for (const auto& value : recipe->saved)
       if (value.from == Recipe::Saved::kInput)

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gankern.ops import _impl
 
 Plan = tuple[Callable, tuple[Any, ...]]
-_ABI = 3  # of the kernels and recipes that the extension takes: csrc/eager/remember.cpp
+_ABI = 4  # of the kernels and recipes that the extension takes: csrc/eager/remember.cpp
 
 
 def why_not() -> str:
@@ -218,11 +218,34 @@ def _learn(
         context.materialize,
         functools.partial(_backward, function, left),
         functools.partial(_learn_gradient, function, left),
+        functools.partial(_traced_backward, function, left, list(y.shape), list(y.stride())),
     )
 
 
 def _backward(function: Any, left: dict[str, Any], saved: Any, needs: Any, dy: Any) -> Any:
     return function.backward(_Kept(left, saved, needs), dy)
+
+
+@torch.library.custom_op("gankern_eager::laid_out", mutates_args=())
+def _laid_out(t: Tensor, shape: list[int], strides: list[int]) -> Tensor:
+    """A copy with these strides."""
+    return t.new_empty_strided(shape, strides).copy_(t)
+
+
+@_laid_out.register_fake
+def _(t: Tensor, shape: list[int], strides: list[int]) -> Tensor:
+    return t.new_empty_strided(shape, strides)
+
+
+_laid_out.register_autograd(lambda ctx, dy: (dy, None, None))
+
+
+def _traced_backward(
+    function: Any, left: dict[str, Any], shape: list[int], strides: list[int],
+    saved: Any, needs: Any, dy: Any,
+) -> Any:  # fmt: skip
+    """Compiled autograd traces a gradient with a dy of no shape, of which this one may ask."""
+    return _backward(function, left, saved, needs, _laid_out(dy, shape, strides))
 
 
 def _learn_gradient(

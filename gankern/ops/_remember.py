@@ -113,9 +113,7 @@ class _Capture(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[
-            tuple[Any, tuple[Any, ...], tuple[Any, ...]]
-        ] = []  # op, arguments, outputs
+        self.calls: list[tuple[Any, Any, Any]] = []  # the operator, its arguments, its outputs
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -131,9 +129,9 @@ class _Capture(TorchDispatchMode):
 
 
 def _on_meta(t: Tensor) -> Tensor:
-    return (
-        t if t.is_meta else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-    )
+    if t.is_meta:
+        return t
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
 class _Context:

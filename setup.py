@@ -44,8 +44,11 @@ ISA_FLAGS = {
     "-mprefer-vector-width=512",
 }
 
-# The convolutions of a GPU are cuDNN's.
-CPU_ALONE = {"convolution", "convolution_last", "convolution_few", "convolution_image"}
+# The convolutions of a GPU are cuDNN's, and so is batch normalisation.
+CPU_ALONE = {
+    *("convolution", "convolution_last", "convolution_few", "convolution_image"),
+    "batch_norm_act",
+}
 
 COMMON_FLAGS = f"-std=c++17 -O3 -DGANKERN_NS=gankern -I{ROOT / 'csrc'}"
 # gcc 12 takes the payload of an empty std::optional<Tensor> for one that is used.

@@ -77,7 +77,7 @@ class Generator(nn.Module):
         widths = widths_down(width, doublings)[::-1]
         sides = [min(self.grid) << k for k in range(doublings)]
         self.project = nn.Linear(z_dim + c_dim, widths[0] * math.prod(self.grid), bias=False)
-        self.norms = nn.ModuleList(BatchNorm(w) for w in widths)
+        self.norms = nn.ModuleList(BatchNorm(w, act="relu", gain=1) for w in widths)
         self.convs = nn.ModuleList(
             up_convolution(i, o, upsample) for i, o in pairwise([*widths, channels])
         )
@@ -92,7 +92,7 @@ class Generator(nn.Module):
             z = torch.cat([z, c], 1)
         x = self.project(z).unflatten(1, (-1, *self.grid))  # [N, C, h, w]
         for norm, conv in zip(self.norms, self.convs, strict=True):
-            x = bias_act(norm(x), act="relu", gain=1)
+            x = norm(x)
             side = str(min(x.shape[2:]))
             if side in self.attention:
                 x = self.attention[side](x)
@@ -176,18 +176,22 @@ class DownLayer(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, norm: str, dropout: float) -> None:
         super().__init__()
         self.conv = DownConvolution(channels_in, channels_out)
+        lrelu = {"act": "lrelu", "alpha": 0.2, "gain": 1}
         self.norm: nn.Module | None = None
-        if norm != "none":
-            batch = norm == "batch"
-            self.norm = BatchNorm(channels_out) if batch else nn.GroupNorm(1, channels_out)
+        if norm == "batch":
+            self.norm = BatchNorm(channels_out, **lrelu)
+        elif norm != "none":
+            self.norm = nn.GroupNorm(1, channels_out)
         self.bias = None if self.norm is not None else nn.Parameter(torch.zeros(channels_out))
+        self.activated = norm == "batch"
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)  # [N, C, H/2, W/2]
         if self.norm is not None:
             x = self.norm(x)
-        x = bias_act(x, self.bias, act="lrelu", alpha=0.2, gain=1)
+        if not self.activated:
+            x = bias_act(x, self.bias, act="lrelu", alpha=0.2, gain=1)
         return F.dropout(x, self.dropout, self.training)
 
 

@@ -1,4 +1,4 @@
-"""Batch normalisation whose statistics span all processes."""
+"""Batch normalisation whose statistics span all processes, and the activation behind it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gankern.ops import bias_act
+from gankern.ops.batch_norm_act import batch_norm_act
+from gankern.ops.bias_act import activation
+
 
 class BatchNorm(nn.Module):
-    """y = (x - mean) * rsqrt(var + eps) * weight + bias, over all axes but the channels'.
+    """y = gain * act((x - mean) * rsqrt(var + eps) * weight + bias), over all axes but the channels'.
 
     In training the statistics are those of the batch of all processes together, so that two
     processes compute what one would with both their batches (Ioffe and Szegedy 2015,
@@ -22,25 +26,44 @@ class BatchNorm(nn.Module):
         num_features: channels C of x, [N, C] or [N, C, H, W].
         eps: added to the variance, default 1e-5.
         momentum: share of a new batch in the running averages, default 0.1.
+        act, alpha, gain: the activation, as `bias_act`; none by default.
     """
 
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        act: str = "linear",
+        alpha: float | None = None,
+        gain: float | None = None,
+    ) -> None:
         super().__init__()
+        _, factor, _ = activation("BatchNorm", act, alpha, gain, None)
         self.eps, self.momentum = eps, momentum
+        self.act, self.alpha, self.gain = act, alpha, gain
+        self.activates = act != "linear" or factor != 1
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
-            averages = self.running_mean, self.running_var
-            return F.batch_norm(
-                x, *averages, self.weight, self.bias, self.training, self.momentum, self.eps
-            )
+        averages, act = (self.running_mean, self.running_var), (self.act, self.alpha, self.gain)
+        if self.training and not (dist.is_initialized() and dist.get_world_size() > 1):
+            numbers = self.eps, self.momentum
+            return batch_norm_act(x, self.weight, self.bias, *averages, *numbers, *act)
+        y = self._over_ranks(x) if self.training else self._by_averages(x)
+        return bias_act(y, None, 1, *act) if self.activates else y
+
+    def _by_averages(self, x: Tensor) -> Tensor:
+        averages = self.running_mean, self.running_var
+        return F.batch_norm(x, *averages, self.weight, self.bias, eps=self.eps)
+
+    def _over_ranks(self, x: Tensor) -> Tensor:
         axes = [0, *range(2, x.ndim)]
         shape = [1, -1] + [1] * (x.ndim - 2)
         n = dist.get_world_size() * x.numel() / x.shape[1]

@@ -1,0 +1,145 @@
+"""Batch normalisation in training and the activation behind it, in one pass less each way.
+
+The kernels are the CPU's: what one pair of passes computes takes PyTorch's `batch_norm` and an
+activation twice as many. On a GPU, under a compiler and in a transform these two run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from gankern.ops import _impl
+from gankern.ops._remember import Plan, remember
+from gankern.ops.bias_act import ACTS, activation, bias_act
+
+OP = "batch_norm_act"
+LAST_ACT = ACTS["lrelu"].code  # those up to it are one function, of slope alpha below 0
+
+
+def batch_norm_act(
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
+    eps: float = 1e-5, momentum: float = 0.1, act: str = "linear", alpha: float | None = None,
+    gain: float | None = None,
+) -> Tensor:  # fmt: skip
+    """y = gain * act((x - mean) * rsqrt(var + eps) * weight + bias), mean and var of this batch.
+
+    The running averages take `momentum` of the new mean and of the unbiased variance, in place.
+
+    Args:
+        x: [N, C, *] with more than one value a channel; any strides, dense ones are kept.
+        weight, bias, running_mean, running_var: [C].
+        act, alpha, gain: as `bias_act`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    Gradients: in x, weight and bias, of any order. The first is a kernel; where it is recorded
+    itself, it and those above are composed of PyTorch's operations. Saves x, weight, bias and [C]
+    statistics.
+    Source: Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1.
+    """
+    args = (x, weight, bias, running_mean, running_var, eps, momentum, act, alpha, gain)
+    return (_call if is_compiling() else _quick)(*args)
+
+
+def _plan(x, weight, bias, running_mean, running_var, eps, momentum, act, alpha, gain) -> Plan:
+    alpha_of, gain_of, _ = activation(OP, act, alpha, gain, None)
+    parameters = weight, bias, running_mean, running_var
+    if _has_kernel(x, parameters) and ACTS[act].code <= LAST_ACT:
+        numbers = float(eps), float(momentum), ACTS[act].code, alpha_of, gain_of
+        return _fwd, (x, *parameters, numbers)
+    numbers = float(eps), float(momentum), act, alpha, gain
+    return batch_norm_then_act, (x, *parameters, *numbers)
+
+
+def _has_kernel(x: Tensor, parameters: tuple[Tensor, ...]) -> bool:
+    if x.device.type != "cpu" or x.dim() < 2 or x.dtype not in _impl.FLOATS or is_compiling():
+        return False
+    if _impl.transformed() or _impl.default_impl(OP, "cpu") != "cpu":
+        return False
+    dtype, channels = torch.promote_types(x.dtype, torch.float32), x.shape[1:2]
+    if any(
+        t.shape != channels or t.dtype != dtype or t.device != x.device or not t.is_contiguous()
+        for t in parameters
+    ):
+        return False
+    return x.numel() > x.shape[1]
+
+
+def batch_norm_then_act(
+    x, weight, bias, running_mean, running_var, eps, momentum, act, alpha, gain
+) -> Tensor:
+    """The same by PyTorch's batch normalisation and `bias_act`."""
+    x = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
+    return bias_act(x, act=act, alpha=alpha, gain=gain)
+
+
+def _bwd_reference(dy, x, weight, bias, eps, act, alpha, gain) -> tuple[Tensor, Tensor, Tensor]:
+    """What batch_norm_act_bwd computes, differentiably."""
+    axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+    w, b = weight.view(shape), bias.view(shape)
+    d = x.to(w.dtype)
+    d = d - d.mean(axes, keepdim=True)
+    rstd = (d.square().mean(axes, keepdim=True) + eps).rsqrt()
+    h = d * rstd
+    below = {"linear": 1.0, "relu": 0.0}.get(act, alpha)
+    g = dy.to(w.dtype) * torch.where(h * w + b > 0, gain, gain * below)
+    gh = g * h
+    dx = w * rstd * (g - g.mean(axes, keepdim=True) - h * gh.mean(axes, keepdim=True))
+    return dx.to(x.dtype), gh.sum(axes), g.sum(axes)
+
+
+# --- Shape functions of the registered ops.
+
+
+def _fake_fwd(x, weight, bias, running_mean, running_var, eps, momentum, act, alpha, gain):
+    return torch.empty_like(x), weight.new_empty((2, x.shape[1]))
+
+
+def _fake_bwd(dy, x, weight, bias, statistics, act, alpha, gain):
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+
+
+_impl.register_fake(OP, _fake_fwd)
+_impl.register_fake(OP + "_bwd", _fake_bwd)
+
+
+# --- Autograd.
+
+
+def _fwd(x, weight, bias, running_mean, running_var, numbers) -> Tensor:
+    if _impl.records(x, weight, bias):
+        return _BatchNormAct.apply(x, weight, bias, running_mean, running_var, numbers)
+    return _impl.op("cpu", OP)(x, weight, bias, running_mean, running_var, *numbers)[0]
+
+
+class _BatchNormAct(torch.autograd.Function):
+    """y from x, weight and bias; keeps mean and rstd of each channel for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, running_mean, running_var, numbers):
+        averages = running_mean, running_var
+        y, statistics = _impl.op("cpu", OP)(x, weight, bias, *averages, *numbers)
+        ctx.save_for_backward(x, weight, bias, statistics)
+        ctx.numbers = numbers
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy):
+        x, weight, bias, statistics = ctx.saved_tensors
+        eps, _, code, alpha, gain = ctx.numbers
+        if torch.is_grad_enabled():
+            act = list(ACTS)[code]
+            grads = _bwd_reference(dy, x, weight, bias, eps, act, alpha, gain)
+        else:
+            bwd = _impl.op("cpu", OP + "_bwd")
+            grads = bwd(dy, x, weight, bias, statistics, code, alpha, gain)
+        return (*grads, None, None, None)
+
+
+_call, _quick = remember(_plan, _fwd, _BatchNormAct)

@@ -1,5 +1,5 @@
-// batch_norm_act on the CPU: y = gain * act((x - mean) * rstd * w + b) with the mean and variance of
-// each channel, and its gradient. act is linear, relu or lrelu.
+// batch_norm_act on the CPU: y = gain * act((x - mean) * rstd * w + b) with the mean and variance
+// of each channel, and its gradient. act is linear, relu or lrelu.
 //
 // x is dense, seen as (outer, C, inner) in memory order. In planes (inner > 1) a channel is one
 // thread's, from its sums to its results. Rows (inner == 1) run along C: they are summed in shares,
@@ -10,14 +10,17 @@ namespace gankern::cpu::GANKERN_ISA {
 namespace {
 
 constexpr int64_t kShare = 16384;  // elements of a share: they stay in the L2 cache
-constexpr int64_t kFewestRows = 32;
-constexpr int64_t kBetween = 4096;  // elements of a channel's planes that are summed in vectors
-constexpr int64_t kGrain = 8192;  // elements that a thread takes at least
+constexpr int64_t kFewestRows = 32, kMostRows = 256;  // of a share: longer sums round more
+constexpr int64_t kBlock = 128 * kLanes;              // as long are those of a plane
+constexpr int64_t kGrain = 8192;                      // elements that a thread takes at least
 
 template <typename T>
 struct Sizes {
   int64_t outer, C, inner;
-  int64_t share() const { return kShare / C > kFewestRows ? kShare / C : kFewestRows; }
+  int64_t share() const {
+    const int64_t rows = kShare / C;
+    return rows < kFewestRows ? kFewestRows : rows < kMostRows ? rows : kMostRows;
+  }
   int64_t shares() const { return (outer + share() - 1) / share(); }
   Scalar<T> count() const { return static_cast<Scalar<T>>(outer * inner); }
   // f(share, its first row, the row behind its last) on torch's threads.
@@ -30,7 +33,8 @@ struct Sizes {
       }
     });
   }
-  // f(first channel, number of channels) for vectors of channels; f(..., true type) for a whole one.
+  // f(first channel, number of channels) for vectors of channels; f(..., true type) for a whole
+  // one.
   template <typename F>
   GK_INLINE void by_vector(const F& f) const {
     int64_t c = 0;
@@ -47,18 +51,21 @@ struct Sizes {
       f(c, int64_t(kLanes), std::integral_constant<int, 1>{}, std::true_type{});
     if (c < C) f(c, C - c, std::integral_constant<int, 1>{}, std::false_type{});
   }
-  // f(first element, number of elements) for the vectors of channel c's planes; between() now and
-  // then and at the end: what is summed in vectors until then rounds less.
+  // f(first element, number of elements) for the vectors of channel c's planes; flush() after each
+  // block.
   template <typename F, typename G>
-  GK_INLINE void by_plane(int64_t c, const F& f, const G& between) const {
-    for (int64_t o = 0, since = 0; o < outer; o++) {
-      const int64_t base = (o * C + c) * inner;
-      int64_t i = 0;
-      for (; i + kLanes <= inner; i += kLanes) f(base + i, int64_t(kLanes), std::true_type{});
-      if (i < inner) f(base + i, inner - i, std::false_type{});
-      since += inner;
-      if (since >= kBetween || o + 1 == outer) between(), since = 0;
-    }
+  GK_INLINE void by_plane(int64_t c, const F& f, const G& flush) const {
+    for (int64_t o = 0, since = 0; o < outer; o++)
+      for (int64_t first = 0; first < inner; first += kBlock) {
+        const int64_t base = (o * C + c) * inner + first;
+        const int64_t n = inner - first < kBlock ? inner - first : kBlock;
+        int64_t i = 0;
+        for (; i + kLanes <= n; i += kLanes) f(base + i, int64_t(kLanes), std::true_type{});
+        if (i < n) f(base + i, n - i, std::false_type{});
+        since += n;
+        if (since >= kBlock) flush(), since = 0;
+      }
+    flush();
   }
 };
 
@@ -76,6 +83,17 @@ GK_INLINE void store_n(T* p, Vec<T> v, int64_t n) {
   else
     store_part(p, v, n);
 }
+// A sum of a channel's: block by block.
+template <typename V>
+struct Sum {
+  V part{}, whole{};
+  GK_INLINE void flush() { whole += part, part = V{}; }
+  double value() const {
+    double sum = 0;
+    for (int j = 0; j < kLanes; j++) sum += static_cast<double>(whole[j]);
+    return sum;
+  }
+};
 // v, zero in the lanes from n on.
 template <bool kWhole, typename V>
 GK_INLINE V first_n(V v, int64_t n) {
@@ -116,30 +134,25 @@ struct Forward {
     });
   }
   void run_channel(int64_t c) const {
-    V part{}, part2{};
-    double sum = 0, sum2 = 0;
+    const double n_of_all = static_cast<double>(size.count());
+    Sum<V> values, around, squares;
     size.by_plane(
         c,
         [&](int64_t i, int64_t n, auto whole) {
-          part += load_n<decltype(whole)::value>(x + i, n);
+          values.part += load_n<decltype(whole)::value>(x + i, n);
         },
-        [&] { sum += static_cast<double>(sum_lanes(part)), part = V{}; });
-    const double center = sum / static_cast<double>(size.count());
-    const V m = splat<V>(center);
-    sum = 0;
+        [&] { values.flush(); });
+    const V m = splat<V>(values.value() / n_of_all);
     size.by_plane(
         c,
         [&](int64_t i, int64_t n, auto whole) {
           constexpr bool kWhole = decltype(whole)::value;
           const V d = first_n<kWhole>(load_n<kWhole>(x + i, n) - m, n);
-          part += d, part2 += d * d;
+          around.part += d, squares.part += d * d;
         },
-        [&] {
-          sum += static_cast<double>(sum_lanes(part)), sum2 += static_cast<double>(sum_lanes(part2));
-          part = part2 = V{};
-        });
-    const double off = sum / static_cast<double>(size.count());  // m is rounded
-    finish(c, static_cast<double>(m[0]) + off, sum2 - sum * off);
+        [&] { around.flush(), squares.flush(); });
+    const double off = around.value() / n_of_all;  // m is rounded
+    finish(c, static_cast<double>(m[0]) + off, squares.value() - around.value() * off);
     const V scale = splat<V>(w[c] * rstd[c]), shift = splat<V>(b[c]), mid = splat<V>(mean[c]);
     size.by_plane(
         c,
@@ -242,22 +255,17 @@ struct Backward {
   }
   void run_channel(int64_t c) const {
     const V center = splat<V>(mean[c]), scale = splat<V>(w[c] * rstd[c]), shift = splat<V>(b[c]);
-    V part{}, part2{};
-    double sum = 0, products = 0;
+    Sum<V> gradients, products;
     size.by_plane(
         c,
         [&](int64_t i, int64_t n, auto whole) {
           V d;
           const V g = slope<decltype(whole)::value>(i, n, center, scale, shift, d);
-          part += g, part2 += g * d;  // lanes from n on have a gradient of 0
+          gradients.part += g, products.part += g * d;  // lanes from n on have a gradient of 0
         },
-        [&] {
-          sum += static_cast<double>(sum_lanes(part));
-          products += static_cast<double>(sum_lanes(part2));
-          part = part2 = V{};
-        });
+        [&] { gradients.flush(), products.flush(); });
     S less, share;
-    finish(c, sum, products, less, share);
+    finish(c, gradients.value(), products.value(), less, share);
     const V l = splat<V>(less), s = splat<V>(share);
     size.by_plane(
         c,

@@ -58,13 +58,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Tensor& w, const Te
   Tensor statistics = empty_beside(x, {2, x.size(1)}, parameter_type(x));
   void* mean = statistics.mutable_data_ptr();
   const Around a = around(x, 1);
-  kernels::batch_norm_act(
-      code, x.const_data_ptr(), checked("weight", w, x).const_data_ptr(),
-      checked("bias", b, x).const_data_ptr(),
-      checked("running_mean", running_mean, x).mutable_data_ptr(),
-      checked("running_var", running_var, x).mutable_data_ptr(), y.mutable_data_ptr(), mean,
-      second_row(statistics, mean), a.outer, a.C, a.inner, eps, momentum, check_act(act), alpha,
-      gain);
+  kernels::batch_norm_act(code, x.const_data_ptr(), checked("weight", w, x).const_data_ptr(),
+                          checked("bias", b, x).const_data_ptr(),
+                          checked("running_mean", running_mean, x).mutable_data_ptr(),
+                          checked("running_var", running_var, x).mutable_data_ptr(),
+                          y.mutable_data_ptr(), mean, second_row(statistics, mean), a.outer, a.C,
+                          a.inner, eps, momentum, check_act(act), alpha, gain);
   return {std::move(y), std::move(statistics)};
 }
 

@@ -176,10 +176,9 @@ class DownLayer(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, norm: str, dropout: float) -> None:
         super().__init__()
         self.conv = DownConvolution(channels_in, channels_out)
-        lrelu = {"act": "lrelu", "alpha": 0.2, "gain": 1}
         self.norm: nn.Module | None = None
         if norm == "batch":
-            self.norm = BatchNorm(channels_out, **lrelu)
+            self.norm = BatchNorm(channels_out, act="lrelu", alpha=0.2, gain=1)
         elif norm != "none":
             self.norm = nn.GroupNorm(1, channels_out)
         self.bias = None if self.norm is not None else nn.Parameter(torch.zeros(channels_out))

@@ -9,15 +9,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gankern.ops import bias_act
-from gankern.ops.batch_norm_act import batch_norm_act
+from gankern.ops.batch_norm_act import activated, batch_norm_act
 from gankern.ops.bias_act import activation
 
 
 class BatchNorm(nn.Module):
-    """y = gain * act((x - mean) * rsqrt(var + eps) * weight + bias), over all axes but the channels'.
+    """y = gain * act((x - mean) * rsqrt(var + eps) * weight + bias), by channel.
 
-    In training the statistics are those of the batch of all processes together, so that two
+    In training mean and variance are those of the batch of all processes together, so that two
     processes compute what one would with both their batches (Ioffe and Szegedy 2015,
     arXiv:1502.03167). On CPU too, where torch.nn.SyncBatchNorm does not run. In evaluation the
     running averages are used. Any order of gradient, in x, weight and bias.
@@ -42,26 +41,26 @@ class BatchNorm(nn.Module):
         gain: float | None = None,
     ) -> None:
         super().__init__()
-        _, factor, _ = activation("BatchNorm", act, alpha, gain, None)
+        activation("BatchNorm", act, alpha, gain, None)
         self.eps, self.momentum = eps, momentum
         self.act, self.alpha, self.gain = act, alpha, gain
-        self.activates = act != "linear" or factor != 1
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        averages, act = (self.running_mean, self.running_var), (self.act, self.alpha, self.gain)
+        averages = self.running_mean, self.running_var
         if self.training and not (dist.is_initialized() and dist.get_world_size() > 1):
             numbers = self.eps, self.momentum
-            return batch_norm_act(x, self.weight, self.bias, *averages, *numbers, *act)
-        y = self._over_ranks(x) if self.training else self._by_averages(x)
-        return bias_act(y, None, 1, *act) if self.activates else y
-
-    def _by_averages(self, x: Tensor) -> Tensor:
-        averages = self.running_mean, self.running_var
-        return F.batch_norm(x, *averages, self.weight, self.bias, eps=self.eps)
+            return batch_norm_act(
+                x, self.weight, self.bias, *averages, *numbers, self.act, self.alpha, self.gain
+            )
+        if self.training:
+            y = self._over_ranks(x)
+        else:
+            y = F.batch_norm(x, *averages, self.weight, self.bias, eps=self.eps)
+        return activated(y, self.act, self.alpha, self.gain)
 
     def _over_ranks(self, x: Tensor) -> Tensor:
         axes = [0, *range(2, x.ndim)]

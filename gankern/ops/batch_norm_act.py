@@ -76,6 +76,13 @@ def batch_norm_then_act(
 ) -> Tensor:
     """The same by PyTorch's batch normalisation and `bias_act`."""
     x = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
+    return activated(x, act, alpha, gain)
+
+
+def activated(x: Tensor, act: str, alpha: float | None, gain: float | None) -> Tensor:
+    """gain * act(x), x itself where that is nothing."""
+    if act == "linear" and gain in (None, 1):
+        return x
     return bias_act(x, act=act, alpha=alpha, gain=gain)
 
 

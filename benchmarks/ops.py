@@ -50,6 +50,7 @@ from gankern import ops  # noqa: E402
 from gankern.memory import keep_memory  # noqa: E402
 from gankern.models import dcgan  # noqa: E402
 from gankern.ops import _impl  # noqa: E402
+from gankern.ops.batch_norm_act import batch_norm_act  # noqa: E402
 
 WAYS = ("forward", "forward+backward", "double-backward")
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -135,6 +136,10 @@ def strided(transposed: bool) -> Callable[..., Tensor]:
     return call
 
 
+def normalised(x, weight, bias, mean, var, impl):
+    return batch_norm_act(x, weight, bias, mean, var, act="relu", gain=1, impl=impl)
+
+
 def gemm(x, weight, styles, b, strength, noise, impl):
     return ops.modulated_gemm(x, weight, styles, b, noise, strength, impl=impl)
 
@@ -196,6 +201,9 @@ DCGAN_ROWS = [
         lambda x, b, impl: ops.bias_act(x, b, act="lrelu", gain=1, impl=impl), "y"),
     Row("bias_act", "tanh", lambda m, res, c: [m(3, res, res), m.vector(3)],
         lambda x, b, impl: ops.bias_act(x, b, act="tanh", impl=impl), "y"),
+    Row("batch_norm_act", "relu",
+        lambda m, res, c: [m(c, res // 2, res // 2), *(m.vector(c) for _ in range(4))],
+        normalised, "x", frozen=2),
     Row("convolution", "halving RGB", lambda m, res, c: [m(3, res, res), m.tensor(c, 3, 4, 4)],
         strided(False), "x", convolves=True),
     Row("convolution", "halving",
@@ -208,6 +216,8 @@ DCGAN_ROWS = [
         lambda m, res, c: [m(c, res // 2, res // 2), m.tensor(c, 3, 4, 4)],
         strided(True), "x", convolves=True),
 ]  # fmt: skip
+
+CPU_ALONE = ("convolution", "batch_norm_act")  # what are PyTorch's on a GPU
 
 # Batch, side, channels: StyleGAN2 with 16384 / side channels at the last resolution, or, at 1024,
 # 32768; DCGAN with 64 at half the side.
@@ -260,7 +270,7 @@ def implementations(device: str) -> list[str]:
 
 def usable(row: Row, impl: str, device: str) -> str:
     """Why `impl` cannot run the row here, or ""."""
-    if row.op == "convolution":
+    if row.op in CPU_ALONE:
         return "" if impl == device == "cpu" else "it is PyTorch's"
     part = row.op
     if row.convolves and (row.op, impl) != ("modulated_gemm", "triton"):

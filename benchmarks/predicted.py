@@ -90,8 +90,8 @@ class Work(NamedTuple):
 
 
 def rows_of(shapes: str) -> list[Row]:
-    """The rows of benchmarks/ops.py without a convolution."""
-    return [row for row in ops.rows_of(shapes) if not row.convolves]
+    """The rows of benchmarks/ops.py that are kernels of ours on a GPU, without a convolution."""
+    return [r for r in ops.rows_of(shapes) if not r.convolves and r.op not in ops.CPU_ALONE]
 
 
 def works(shapes: str, dtype: str, last: bool) -> Iterator[Work]:

@@ -14,7 +14,7 @@ from harness import DTYPES, LAYOUTS, compare, lay_out, outputs_and_grads, randn,
 
 from gankern.nn import BatchNorm
 from gankern.ops import _impl, _remember
-from gankern.ops.batch_norm_act import _has_kernel, batch_norm_act, batch_norm_then_act
+from gankern.ops.batch_norm_act import batch_norm_act, batch_norm_then_act
 
 pytestmark = pytest.mark.skipif(
     bool(_impl.LIBRARIES["cpu"]), reason=f"no CPU library: {_impl.LIBRARIES['cpu']}"
@@ -47,9 +47,8 @@ def averages(x, weight):
 
 
 def ours(x, weight, bias, act="lrelu", eps=1e-5):
-    means = averages(x, weight)
-    assert _has_kernel(x, (weight, bias, *means))
-    return batch_norm_act(x, weight, bias, *means, eps, 0.1, act.split()[0], *ACTS[act])
+    args = *averages(x, weight), eps, 0.1, act.split()[0], *ACTS[act]
+    return batch_norm_act(x, weight, bias, *args, impl="cpu")
 
 
 def theirs(x, weight, bias, act="lrelu", eps=1e-5):
@@ -289,6 +288,18 @@ def test_errors():
         batch_norm_act(x, weight, bias, *averages(x, weight))
     with pytest.raises(ValueError, match="BatchNorm: act must be one of linear, relu"):
         BatchNorm(3, act="gelu")
+    for args, error, text in (
+        ((inputs((1, 3))[0], "relu", "cpu"), RuntimeError, "more than one value a channel"),
+        ((torch.ones(4, 3).double(), "relu", "cpu"), RuntimeError, "must be torch.float64 beside"),
+        ((torch.ones(4, 3), "tanh", "cpu"), RuntimeError, "has no tanh"),
+        ((torch.ones(4, 5), "relu", "cpu"), RuntimeError, "shape (5,), got (3,)"),
+        ((torch.ones(4, 3), "relu", "cuda"), ValueError, "None, cpu or reference, got 'cuda'"),
+        ((torch.ones(4, 3), "relu", 1), TypeError, "None, cpu or reference, got 1"),
+    ):
+        x, act, impl = args
+        with pytest.raises(error) as caught:
+            batch_norm_act(x, weight, bias, *averages(x, weight), act=act, impl=impl)
+        assert text in str(caught.value)
     op, args = torch.ops.gankern.batch_norm_act, (1e-5, 0.1, 2, 0.2, 1.0)
     x, weight, bias = inputs(SHAPES["odd"])
     means = averages(x, weight)
@@ -314,4 +325,6 @@ def test_like_batch_norm_then_act():
         args = 1e-4, 0.2, act.split()[0], alpha, gain
         y = batch_norm_act(x, weight, bias, *one, *args)
         torch.testing.assert_close(y, batch_norm_then_act(x, weight, bias, *other, *args))
+        y = batch_norm_act(x, weight, bias, *averages(x, weight), *args, impl="reference")
+        torch.testing.assert_close(y, batch_norm_act(x, weight, bias, *averages(x, weight), *args))
         torch.testing.assert_close(one, other)

@@ -24,7 +24,7 @@ LAST_ACT = ACTS["lrelu"].code  # those up to it are one function, of slope alpha
 def batch_norm_act(
     x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
     eps: float = 1e-5, momentum: float = 0.1, act: str = "linear", alpha: float | None = None,
-    gain: float | None = None,
+    gain: float | None = None, *, impl: str | None = None,
 ) -> Tensor:  # fmt: skip
     """y = gain * act((x - mean) * rsqrt(var + eps) * weight + bias), mean and var of this batch.
 
@@ -34,56 +34,85 @@ def batch_norm_act(
         x: [N, C, *] with more than one value a channel; any strides, dense ones are kept.
         weight, bias, running_mean, running_var: [C].
         act, alpha, gain: as `bias_act`.
+        impl: None (the best that can run), "cpu" or "reference".
 
     Raises:
-        TypeError, ValueError: an argument is not as above.
+        TypeError, ValueError: an argument is not as above. RuntimeError: impl cannot run here.
 
     Gradients: in x, weight and bias, of any order. The first is a kernel; where it is recorded
     itself, it and those above are composed of PyTorch's operations. Saves x, weight, bias and [C]
     statistics.
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1.
     """
-    args = (x, weight, bias, running_mean, running_var, eps, momentum, act, alpha, gain)
+    args = (x, weight, bias, running_mean, running_var, eps, momentum, act, alpha, gain, impl)
     return (_call if is_compiling() else _quick)(*args)
 
 
-def _plan(x, weight, bias, running_mean, running_var, eps, momentum, act, alpha, gain) -> Plan:
+def _plan(
+    x, weight, bias, running_mean, running_var, eps, momentum, act, alpha, gain, impl
+) -> Plan:
     alpha_of, gain_of, _ = activation(OP, act, alpha, gain, None)
     parameters = weight, bias, running_mean, running_var
-    if _has_kernel(x, parameters) and ACTS[act].code <= LAST_ACT:
+    reason = _why_no_kernel(x, parameters, act, impl)
+    if not reason:
         numbers = float(eps), float(momentum), ACTS[act].code, alpha_of, gain_of
         return _fwd, (x, *parameters, numbers)
-    numbers = float(eps), float(momentum), act, alpha, gain
-    return batch_norm_then_act, (x, *parameters, *numbers)
+    if impl not in (None, "reference"):
+        raise RuntimeError(f"{OP}: impl={impl!r} cannot run: {reason}")
+    return batch_norm_then_act, (
+        x,
+        *parameters,
+        float(eps),
+        float(momentum),
+        act,
+        alpha,
+        gain,
+        impl,
+    )
 
 
-def _has_kernel(x: Tensor, parameters: tuple[Tensor, ...]) -> bool:
-    if x.device.type != "cpu" or x.dim() < 2 or x.dtype not in _impl.FLOATS or is_compiling():
-        return False
-    if _impl.transformed() or _impl.default_impl(OP, "cpu") != "cpu":
-        return False
+def _why_no_kernel(x: Tensor, parameters: tuple[Tensor, ...], act: str, impl: str | None) -> str:
+    """Why the kernel is not to run; empty if it is."""
+    if impl not in (None, "cpu", "reference"):
+        error = ValueError if isinstance(impl, str) else TypeError
+        raise error(f"{OP}: impl must be None, cpu or reference, got {_impl.shown(impl)}")
+    if impl == "reference" or is_compiling():
+        return "PyTorch's operations are to"
+    reason = _impl.why_not("cpu", x.device.type, OP)
+    if reason:
+        return reason
+    if impl is None and _impl.default_impl(OP, "cpu") != "cpu":
+        return "the reference is the default"
+    if _impl.transformed():
+        return "kernels have no transforms of torch.func and no forward mode: use impl=None"
+    if ACTS[act].code > LAST_ACT:
+        return f"it has no {act}: use impl=None"
+    if x.dim() < 2 or x.numel() <= x.shape[1]:
+        return f"x must be (N, C, *) with more than one value a channel, got {tuple(x.shape)}"
     dtype, channels = torch.promote_types(x.dtype, torch.float32), x.shape[1:2]
-    if any(
-        t.shape != channels or t.dtype != dtype or t.device != x.device or not t.is_contiguous()
-        for t in parameters
-    ):
-        return False
-    return x.numel() > x.shape[1]
+    for t in parameters:
+        if x.dtype not in _impl.FLOATS or t.dtype != dtype or t.device != x.device:
+            return f"parameters must be {dtype} beside an x of {x.dtype}, got {t.dtype}"
+        if t.shape != channels or not t.is_contiguous():
+            return f"parameters must be contiguous of shape ({x.shape[1]},), got {tuple(t.shape)}"
+    return ""
 
 
 def batch_norm_then_act(
-    x, weight, bias, running_mean, running_var, eps, momentum, act, alpha, gain
+    x, weight, bias, running_mean, running_var, eps, momentum, act, alpha, gain, impl=None
 ) -> Tensor:
     """The same by PyTorch's batch normalisation and `bias_act`."""
     x = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
-    return activated(x, act, alpha, gain)
+    return activated(x, act, alpha, gain, impl)
 
 
-def activated(x: Tensor, act: str, alpha: float | None, gain: float | None) -> Tensor:
+def activated(
+    x: Tensor, act: str, alpha: float | None, gain: float | None, impl: str | None = None
+) -> Tensor:
     """gain * act(x), x itself where that is nothing."""
     if act == "linear" and gain in (None, 1):
         return x
-    return bias_act(x, act=act, alpha=alpha, gain=gain)
+    return bias_act(x, act=act, alpha=alpha, gain=gain, impl=impl)
 
 
 def _bwd_reference(dy, x, weight, bias, eps, act, alpha, gain) -> tuple[Tensor, Tensor, Tensor]:

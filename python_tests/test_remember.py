@@ -20,7 +20,8 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from gankern import ops
+from gankern import nn, ops
+from gankern.nn import layers
 from gankern.ops import _remember, no_weight_gradients
 from gankern.ops.convolution import Form
 
@@ -62,6 +63,7 @@ OPS = {
 }  # fmt: skip
 
 
+learned = layers._quick_product
 CONVOLUTIONS = "convolution", "modulated_conv2d", "synthesis_layer"
 
 
@@ -233,6 +235,61 @@ def test_convolutions(fresh, monkeypatch, device, name, own, layout):
     if name != "one output" and (not own or layout == "channels_last"):
         assert module._quick.hits > 0
         assert kept[True, True, False, False], kept
+
+
+LINEAR = {  # kwargs of the layer, gain
+    "plain": ({}, 1.0),
+    "gain": ({"bias_init": 1.0}, 0.5),
+    "no bias": ({"bias": False}, 1.0),
+    "activation": ({"act": "lrelu", "lr_multiplier": 0.1}, 1.0),
+}
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_layers(fresh, monkeypatch, device, name, dtype):
+    """Every choice of gradients, the second order, and no_weight_gradients."""
+    options, gain = LINEAR[name]
+    layer = nn.EqualizedLinear(7, 5, **options).to(device, DTYPES[dtype])
+    x = randn(3, 7).to(device, DTYPES[dtype])
+    product, in_python = layers._ScaledProduct, []
+    backward = product.backward
+    monkeypatch.setattr(
+        product, "backward", staticmethod(lambda *a: in_python.append(a) or backward(*a))
+    )
+
+    def calls():
+        found = []
+        for choice in itertools.product((False, True), repeat=3):
+            needs_x, needs_weights, gated = choice
+            leaves = [x.detach().requires_grad_(needs_x), *layer.parameters()]
+            layer.requires_grad_(needs_weights)
+            y = layer(leaves[0], gain)
+            found.append(y)
+            wanted = [t for t in leaves if t.requires_grad]
+            if wanted:
+                dy = randn(*y.shape, seed=2).to(y)
+                in_python.clear()
+                with no_weight_gradients() if gated else contextlib.nullcontext():
+                    first = torch.autograd.grad(y, wanted, dy, retain_graph=True, allow_unused=True)
+                kept[choice] = not in_python
+                graph = torch.autograd.grad(y, wanted, dy.requires_grad_(), create_graph=True)
+                penalty = sum(g.square().sum() for g in graph)
+                second = torch.autograd.grad(penalty, [*wanted, dy], allow_unused=True)
+                found += [*first, *graph, *second]
+        return found
+
+    kept = {}
+    fresh(False)
+    monkeypatch.setattr(layers, "_quick_product", layers._product)
+    expected = calls()
+    fresh()
+    quick = learned.again()
+    monkeypatch.setattr(layers, "_quick_product", quick)
+    for _ in range(4):
+        same(calls(), expected)
+    assert quick.hits > 0
+    assert all(kept[needs_x, needs_weights, False] for needs_x, needs_weights, _ in kept), kept
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

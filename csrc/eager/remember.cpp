@@ -44,7 +44,7 @@ using NodePtr = decltype(torch::autograd::Edge::function);
 
 constexpr size_t kMostCalls = 1024;  // of an op; then all are forgotten
 constexpr int64_t kFew = 1 << 12;
-constexpr int kAbi = 4;  // of the kernels and recipes, which _remember.py compares
+constexpr int kAbi = 5;  // of the kernels and recipes, which _remember.py compares
 
 [[noreturn]] void throw_raised() {
   python_error error;
@@ -509,7 +509,8 @@ c10::IValue constant(PyObject* value, const c10::Argument& argument) {
     return c10::IValue(py::cast<std::vector<int64_t>>(value));
   }
   if (PyBool_Check(value)) return c10::IValue(value == Py_True);
-  if (argument.type()->kind() == c10::TypeKind::FloatType) return py::cast<double>(value);
+  if (argument.type()->kind() == c10::TypeKind::FloatType || PyFloat_Check(value))
+    return py::cast<double>(value);
   TORCH_CHECK_TYPE(PyLong_Check(value), argument.name(),
                    " must be None, a bool, int or float, or a list of ints or bools");
   return py::cast<int64_t>(value);

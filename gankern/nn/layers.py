@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from gankern.ops import _impl
+from gankern.ops._remember import Plan, remember
 from gankern.ops.adain import adain
 from gankern.ops.bias_act import ACTS, bias_act
 from gankern.ops.conv2d_resample import conv_dtype
@@ -75,15 +77,38 @@ class EqualizedLinear(nn.Module):
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, act={self.act!r}"
 
 
-def _scaled_product(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
-    if not _impl.transformed():
-        return _ScaledProduct.apply(a, b, c, alpha, beta, True)
+def _scaled_product(
+    a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, weights: bool = True
+) -> Tensor:
+    """alpha a @ b + beta c, differentiable to any order; no c: None, beta 0."""
+    if c is None and not is_compiling():
+        c = a.new_empty(())  # an argument of addmm, never read
+    call = _product if is_compiling() else _quick_product
+    return call(a, b, c, alpha, beta, weights)
+
+
+def _plan(a, b, c, alpha, beta, weights) -> Plan:
+    return (_by_torch if _impl.transformed() else _run), (a, b, c, alpha, beta, weights)
+
+
+def _by_torch(a, b, c, alpha, beta, weights) -> Tensor:
     y = torch.mm(a, b) * alpha
-    return y if c is None else y + c * beta
+    return y if beta == 0 else y + c * beta
+
+
+def _run(a, b, c, alpha, beta, weights) -> Tensor:
+    return _ScaledProduct.apply(a, b, c, alpha, beta, weights)
+
+
+def _addmm(c: Tensor | None, a: Tensor, b: Tensor, alpha: float, beta: float) -> Tensor:
+    """With beta 0 c lends its shape alone, if it is any."""
+    if c is None or (beta == 0 and is_compiling()):  # which may multiply c by 0
+        return torch.mm(a, b) * alpha
+    return torch.addmm(c, a, b, beta=beta, alpha=alpha)
 
 
 class _ScaledProduct(torch.autograd.Function):
-    """alpha a @ b + beta c, [M, K] @ [K, N] + [N] or None; its gradients are such products.
+    """alpha a @ b + beta c, [M, K] @ [K, N] + [N]; c may be None; its gradients are such products.
 
     The scale is the product's own, where autograd's would be a pass over weights and gradients.
     weights: b and c are some, whose gradients `no_weight_gradients` switches off.
@@ -93,11 +118,7 @@ class _ScaledProduct(torch.autograd.Function):
     def forward(ctx: Any, a, b, c, alpha, beta, weights):
         ctx.save_for_backward(a, b)
         ctx.args = (alpha, beta, weights)
-        if c is None and torch.compiler.is_compiling():  # may multiply the empty c by beta = 0
-            return torch.mm(a, b) * alpha
-        if c is None:
-            return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=alpha)
-        return torch.addmm(c, a, b, beta=beta, alpha=alpha)
+        return _addmm(c, a, b, alpha, beta)
 
     @staticmethod
     def backward(ctx: Any, dy):
@@ -105,15 +126,26 @@ class _ScaledProduct(torch.autograd.Function):
         alpha, beta, weights = ctx.args
         wanted = not weights or weight_gradients()
         needs = ctx.needs_input_grad
-        product = _ScaledProduct.apply
-        da = product(dy, b.t(), None, alpha, 0.0, weights) if needs[0] else None
+
+        def product(p, q, like, weights):
+            if torch.is_grad_enabled():
+                return _scaled_product(p, q, None, alpha, 0.0, weights)
+            return _addmm(like, p, q, alpha, 0.0)
+
+        da = product(dy, b.t(), a, weights) if needs[0] else None
         db = None
         if needs[1] and wanted:  # in the memory format of b
-            by_rows = b.is_contiguous()
-            db = product(*((a.t(), dy) if by_rows else (dy.t(), a)), None, alpha, 0.0, False)
-            db = db if by_rows else db.t()
+            if b.is_contiguous():
+                db = product(a.t(), dy, b, False)
+            else:
+                db = product(dy.t(), a, b.t(), False).t()
         dc = dy.sum(0) if needs[2] and wanted else None
-        return da, db, dc if dc is None or beta == 1 else dc * beta, None, None, None
+        if dc is not None and beta != 1:
+            dc = torch.ops.aten.mul.Scalar(dc, beta)
+        return da, db, dc, None, None, None
+
+
+_product, _quick_product = remember(_plan, _run, _ScaledProduct)
 
 
 class EqualizedConv2d(nn.Module):

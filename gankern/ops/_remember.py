@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gankern.ops import _impl
 
 Plan = tuple[Callable, tuple[Any, ...]]
-_ABI = 4  # of the kernels and recipes that the extension takes: csrc/eager/remember.cpp
+_ABI = 5  # of the kernels and recipes that the extension takes: csrc/eager/remember.cpp
 
 
 def why_not() -> str:
@@ -96,9 +96,13 @@ def remember_function(function: Any) -> tuple[Callable[..., Tensor], Callable[..
 
 # Operators of PyTorch's that a remembered call may be, beside ours: they have no Python of theirs.
 _OTHERS = {
+    torch.ops.aten.addmm.default,
     torch.ops.aten.convolution.default,
     torch.ops.aten.convolution_backward.default,
+    torch.ops.aten.mul.Scalar,
     torch.ops.aten.sum.default,
+    torch.ops.aten.sum.dim_IntList,
+    torch.ops.aten.t.default,
     torch.ops.aten.view.default,
 }
 
@@ -120,10 +124,14 @@ class _Capture(TorchDispatchMode):
     ) -> Any:
         namespace, name = func._schema.name.split("::")
         ours = namespace in _impl.NAMESPACES.values() and name in _impl._fakes
-        if kwargs or not (ours or func in _OTHERS):
+        if not (ours or func in _OTHERS):
             raise _OtherOperatorError
+        named = kwargs or {}
         shapes = (_on_meta(a) if isinstance(a, Tensor) else a for a in args)
-        found = (_impl._fakes[name] if ours else func)(*shapes)
+        found = (_impl._fakes[name] if ours else func)(*shapes, **named)
+        rest = func._schema.arguments[len(args) :]
+        last = max((i for i, a in enumerate(rest) if a.name in named), default=-1) + 1
+        args = *args, *(named.get(a.name, a.default_value) for a in rest[:last])
         self.calls.append((func, args, found if isinstance(found, tuple) else (found,)))
         return found
 

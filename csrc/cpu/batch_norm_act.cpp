@@ -186,21 +186,25 @@ struct Forward {
         }
       });
     });
+    Buffer<double> joined(2 * C);
+    double *centers = &joined[0], *squares = centers + C;
+    for (int64_t c = 0; c < 2 * C; c++) centers[c] = 0;
+    const auto rows = [&](int64_t k) {
+      return static_cast<double>(k + 1 < shares ? size.share()
+                                                : size.outer - (shares - 1) * size.share());
+    };
+    for (int64_t k = 0; k < shares; k++)
+      for (int64_t c = 0; c < C; c++)
+        centers[c] += rows(k) * static_cast<double>(sums[2 * k * C + c]);
+    for (int64_t c = 0; c < C; c++) centers[c] /= static_cast<double>(size.outer);
+    for (int64_t k = 0; k < shares; k++)
+      for (int64_t c = 0; c < C; c++) {
+        const double d = static_cast<double>(sums[2 * k * C + c]) - centers[c];
+        squares[c] += static_cast<double>(sums[(2 * k + 1) * C + c]) + rows(k) * d * d;
+      }
     Buffer<S> scale(C);
     for (int64_t c = 0; c < C; c++) {
-      const auto rows = [&](int64_t k) {
-        return static_cast<double>(k + 1 < shares ? size.share()
-                                                  : size.outer - (shares - 1) * size.share());
-      };
-      double center = 0, squares = 0;
-      for (int64_t k = 0; k < shares; k++)
-        center += rows(k) * static_cast<double>(sums[2 * k * C + c]);
-      center /= static_cast<double>(size.outer);
-      for (int64_t k = 0; k < shares; k++) {
-        const double d = static_cast<double>(sums[2 * k * C + c]) - center;
-        squares += static_cast<double>(sums[(2 * k + 1) * C + c]) + rows(k) * d * d;
-      }
-      finish(c, center, squares);
+      finish(c, centers[c], squares[c]);
       scale[c] = w[c] * rstd[c];
     }
     size.by_share([&](int64_t, int64_t first, int64_t stop) {
@@ -304,14 +308,11 @@ struct Backward {
         }
       });
     });
-    for (int64_t c = 0; c < C; c++) {
-      double sum = 0, products = 0;
-      for (int64_t k = 0; k < shares; k++) {
-        sum += static_cast<double>(sums[2 * k * C + c]);
-        products += static_cast<double>(sums[(2 * k + 1) * C + c]);
-      }
-      finish(c, sum, products, less[c], share[c]);
-    }
+    Buffer<double> joined(2 * C);
+    for (int64_t c = 0; c < 2 * C; c++) joined[c] = 0;
+    for (int64_t k = 0; k < shares; k++)
+      for (int64_t c = 0; c < 2 * C; c++) joined[c] += static_cast<double>(sums[2 * k * C + c]);
+    for (int64_t c = 0; c < C; c++) finish(c, joined[c], joined[C + c], less[c], share[c]);
     size.by_share([&](int64_t, int64_t first, int64_t stop) {
       for (int64_t r = first; r < stop; r++)
         size.by_vector([&](int64_t c, int64_t n, auto whole) {

@@ -300,6 +300,10 @@ def test_errors():
         with pytest.raises(error) as caught:
             batch_norm_act(x, weight, bias, *averages(x, weight), act=act, impl=impl)
         assert text in str(caught.value)
+    with pytest.raises(TypeError, match="batch_norm_act: x must be a tensor, got list"):
+        batch_norm_act([1.0], weight, bias, *averages(x, weight))
+    with pytest.raises(TypeError, match="running_var must be a tensor, got NoneType"):
+        batch_norm_act(x, weight, bias, weight, None)
     op, args = torch.ops.gankern.batch_norm_act, (1e-5, 0.1, 2, 0.2, 1.0)
     x, weight, bias = inputs(SHAPES["odd"])
     means = averages(x, weight)

@@ -54,6 +54,19 @@ def test_equalized_linear():
     assert layer(torch.randn(2, 0, 5)).shape == (2, 0, 7)
 
 
+@pytest.mark.parametrize("act", ["linear", "lrelu"])
+def test_equalized_linear_without_bias(act):
+    """Nothing is added, neither in eager mode nor compiled nor in a transform."""
+    layer, x = gn.EqualizedLinear(5, 7, bias=False, act=act), torch.randn(3, 5)
+    exact = x @ layer.weight.t() / math.sqrt(5)
+    if act == "lrelu":
+        exact = nn.functional.leaky_relu(exact, 0.2) * math.sqrt(2)
+    for _ in range(4):
+        torch.testing.assert_close(layer(x), exact)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), exact)
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x), exact)
+
+
 def test_equalized_linear_is_differentiable_twice():
     layer = gn.EqualizedLinear(3, 4, lr_multiplier=0.5, bias_init=1).double()
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)

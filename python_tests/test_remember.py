@@ -187,6 +187,24 @@ FORMS = {
 }
 
 
+def orders(y, leaves, in_python=None, gated=False):
+    """y, its gradients in the leaves that take some, those with a graph, and those of a penalty on
+    them; whether the first ran no Python. gated: the first within no_weight_gradients."""
+    wanted = [t for t in leaves if t.requires_grad]
+    if not wanted:
+        return [y], True
+    in_python = [] if in_python is None else in_python
+    dy = torch.empty_like(y).copy_(randn(*y.shape, seed=2))
+    in_python.clear()
+    with no_weight_gradients() if gated else contextlib.nullcontext():
+        first = torch.autograd.grad(y, wanted, dy, retain_graph=True, allow_unused=True)
+    without = not in_python
+    graph = torch.autograd.grad(y, wanted, dy.requires_grad_(), create_graph=True)
+    penalty = sum(g.square().sum() for g in graph)
+    second = torch.autograd.grad(penalty, [*wanted, dy], allow_unused=True)
+    return [y, *first, *graph, *second], without
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("name", FORMS)
@@ -211,18 +229,8 @@ def test_convolutions(fresh, monkeypatch, device, name, own, layout):
             needs_x, needs_w, derived, gated = choice
             leaves = [x.detach().requires_grad_(needs_x), w.detach().requires_grad_(needs_w)]
             y = module.convolution(*leaves, form._replace(derived=derived))
-            found.append(y)
-            wanted = [t for t in leaves if t.requires_grad]
-            if wanted:
-                dy = torch.empty_like(y).copy_(randn(*y.shape, seed=2))
-                in_python.clear()
-                with no_weight_gradients() if gated else contextlib.nullcontext():
-                    first = torch.autograd.grad(y, wanted, dy, retain_graph=True, allow_unused=True)
-                kept[choice] = not in_python
-                graph = torch.autograd.grad(y, wanted, dy.requires_grad_(), create_graph=True)
-                penalty = sum(g.square().sum() for g in graph)
-                second = torch.autograd.grad(penalty, [*wanted, dy], allow_unused=True)
-                found += [*first, *graph, *second]
+            tensors, kept[choice] = orders(y, leaves, in_python, gated)
+            found += tensors
         return found
 
     kept = {}
@@ -265,18 +273,8 @@ def test_linear_layers(fresh, monkeypatch, device, name, dtype):
             leaves = [x.detach().requires_grad_(needs_x), *layer.parameters()]
             layer.requires_grad_(needs_weights)
             y = layer(leaves[0], gain)
-            found.append(y)
-            wanted = [t for t in leaves if t.requires_grad]
-            if wanted:
-                dy = randn(*y.shape, seed=2).to(y)
-                in_python.clear()
-                with no_weight_gradients() if gated else contextlib.nullcontext():
-                    first = torch.autograd.grad(y, wanted, dy, retain_graph=True, allow_unused=True)
-                kept[choice] = not in_python
-                graph = torch.autograd.grad(y, wanted, dy.requires_grad_(), create_graph=True)
-                penalty = sum(g.square().sum() for g in graph)
-                second = torch.autograd.grad(penalty, [*wanted, dy], allow_unused=True)
-                found += [*first, *graph, *second]
+            tensors, kept[choice] = orders(y, leaves, in_python, gated)
+            found += tensors
         return found
 
     kept = {}
@@ -312,15 +310,7 @@ def test_layers(fresh, name, layout, device):
                 y = ops.conv2d_layer(leaves[0], leaves[1], leaves[2], padding=1, act="lrelu")
             else:
                 y = ops.synthesis_layer(*leaves)
-            found.append(y)
-            wanted = [t for t in leaves if t.requires_grad]
-            if wanted:
-                dy = torch.empty_like(y).copy_(randn(*y.shape, seed=2))
-                first = torch.autograd.grad(y, wanted, dy, retain_graph=True)
-                graph = torch.autograd.grad(y, wanted, dy.requires_grad_(), create_graph=True)
-                penalty = sum(g.square().sum() for g in graph)
-                second = torch.autograd.grad(penalty, [*wanted, dy], allow_unused=True)
-                found += [*first, *graph, *second]
+            found += orders(y, leaves)[0]
         return found
 
     fresh(False)
@@ -624,6 +614,31 @@ def test_kernels_give_back_their_arguments(fresh, name, device):
             op(*(values.get(kind, inputs[0][0, 0].flatten()[0]) for kind in kinds))
     gc.collect()
     assert [users(t) for t in inputs] == before
+
+
+def test_an_argument_that_cannot_be_kept(device):
+    """A dtype, say: the gradient stays Python's."""
+    if _remember.why_not():
+        pytest.skip(_remember.why_not())
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a, b, c):
+            ctx.save_for_backward(a)
+            return torch.addmm(c, a, b, alpha=0.5)
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None, None, dy.sum(0, dtype=torch.float32)
+
+    _, quick = _remember.remember_function(Product)
+    a, b = torch.ones(2, 3, device=device), torch.ones(3, 4, device=device)
+    c = torch.ones(4, device=device, requires_grad=True)
+    for _ in range(4):
+        y = quick(a, b, c)
+        assert torch.equal(y, torch.full_like(y, 2.5))
+        assert torch.equal(torch.autograd.grad(y.sum(), c)[0], torch.full_like(c, 2))
+    assert quick.hits > 0
 
 
 def test_more_kinds_than_are_kept(fresh, device):

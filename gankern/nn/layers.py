@@ -80,9 +80,10 @@ class EqualizedLinear(nn.Module):
 def _scaled_product(
     a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, weights: bool = True
 ) -> Tensor:
-    """alpha a @ b + beta c, differentiable to any order; no c: None, beta 0."""
-    if c is None and not is_compiling():
-        c = a.new_empty(())  # an argument of addmm, never read
+    """alpha a @ b + beta c, differentiable to any order; c may be None."""
+    if c is None:
+        beta = 0.0
+        c = None if is_compiling() else a.new_empty(())  # an argument of addmm, never read
     call = _product if is_compiling() else _quick_product
     return call(a, b, c, alpha, beta, weights)
 

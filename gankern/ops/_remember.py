@@ -187,10 +187,19 @@ def _recipe(op: Any, args: tuple[Any, ...], places: dict[int, int]) -> tuple[Any
     each argument)."""
     if any(isinstance(a, Tensor) and id(a) not in places for a in args):
         return None  # made of others
+    if not all(isinstance(a, Tensor) or _is_constant(a) for a in args):
+        return None
     stack = tuple((places[id(a)], None) if isinstance(a, Tensor) else (-1, a) for a in args)
     devices = {a.device.type for a in args if isinstance(a, Tensor) and not a.is_meta}
     kernel = _impl.implementation(op._schema.name, devices.pop()) if len(devices) == 1 else 0
     return (op._schema.name, op._schema.overload_name, kernel), stack
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether csrc/eager takes it as an operator's argument."""
+    if isinstance(value, list):
+        return all(type(v) in (int, bool) for v in value)
+    return value is None or type(value) in (int, float, bool)
 
 
 def _learn(

@@ -51,8 +51,12 @@ def batch_norm_act(
 def _plan(
     x, weight, bias, running_mean, running_var, eps, momentum, act, alpha, gain, impl
 ) -> Plan:
-    alpha_of, gain_of, _ = activation(OP, act, alpha, gain, None)
+    _impl.check_float(OP, "x", x)
     parameters = weight, bias, running_mean, running_var
+    names = "weight", "bias", "running_mean", "running_var"
+    for name, t in zip(names, parameters, strict=True):
+        _impl.check_float(OP, name, t)
+    alpha_of, gain_of, _ = activation(OP, act, alpha, gain, None)
     reason = _why_no_kernel(x, parameters, act, impl)
     if not reason:
         numbers = float(eps), float(momentum), ACTS[act].code, alpha_of, gain_of
@@ -91,7 +95,7 @@ def _why_no_kernel(x: Tensor, parameters: tuple[Tensor, ...], act: str, impl: st
         return f"x must be (N, C, *) with more than one value a channel, got {tuple(x.shape)}"
     dtype, channels = torch.promote_types(x.dtype, torch.float32), x.shape[1:2]
     for t in parameters:
-        if x.dtype not in _impl.FLOATS or t.dtype != dtype or t.device != x.device:
+        if t.dtype != dtype or t.device != x.device:
             return f"parameters must be {dtype} beside an x of {x.dtype}, got {t.dtype}"
         if t.shape != channels or not t.is_contiguous():
             return f"parameters must be contiguous of shape ({x.shape[1]},), got {tuple(t.shape)}"
@@ -123,8 +127,10 @@ def _bwd_reference(dy, x, weight, bias, eps, act, alpha, gain) -> tuple[Tensor, 
     d = d - d.mean(axes, keepdim=True)
     rstd = (d.square().mean(axes, keepdim=True) + eps).rsqrt()
     h = d * rstd
-    below = {"linear": 1.0, "relu": 0.0}.get(act, alpha)
-    g = dy.to(w.dtype) * torch.where(h * w + b > 0, gain, gain * below)
+    g = dy.to(w.dtype) * gain
+    if act != "linear":  # the second derivative of lrelu is 0, not nothing: bias has a gradient
+        slope = 0.0 if act == "relu" else alpha
+        g = torch.ops.aten.leaky_relu_backward(g, h * w + b, slope, False)
     gh = g * h
     dx = w * rstd * (g - g.mean(axes, keepdim=True) - h * gh.mean(axes, keepdim=True))
     return dx.to(x.dtype), gh.sum(axes), g.sum(axes)

@@ -22,7 +22,7 @@ struct Sizes {
     return rows < kFewestRows ? kFewestRows : rows < kMostRows ? rows : kMostRows;
   }
   int64_t shares() const { return (outer + share() - 1) / share(); }
-  Scalar<T> count() const { return static_cast<Scalar<T>>(outer * inner); }
+  double count() const { return static_cast<double>(outer * inner); }
   // f(share, its first row, the row behind its last) on torch's threads.
   template <typename F>
   void by_share(const F& f) const {
@@ -116,7 +116,7 @@ struct Forward {
 
   // Of channel c, from the mean and the sum of squares around it.
   void finish(int64_t c, double center, double squares) const {
-    const double n = static_cast<double>(size.count()), var = squares / n;
+    const double n = size.count(), var = squares / n;
     mean[c] = static_cast<S>(center);
     rstd[c] = static_cast<S>(1 / std::sqrt(var + static_cast<double>(eps)));
     running_mean[c] += momentum * (mean[c] - running_mean[c]);
@@ -134,7 +134,7 @@ struct Forward {
     });
   }
   void run_channel(int64_t c) const {
-    const double n_of_all = static_cast<double>(size.count());
+    const double n_of_all = size.count();
     Sum<V> values, around, squares;
     size.by_plane(
         c,
@@ -239,7 +239,7 @@ struct Backward {
   // Of channel c, from the sums of the gradient and of its products with x around its mean: by what
   // the gradient is lowered, by what share of x.
   void finish(int64_t c, double sum, double products, S& less, S& share) const {
-    const double n = static_cast<double>(size.count()), r = static_cast<double>(rstd[c]);
+    const double n = size.count(), r = static_cast<double>(rstd[c]);
     db[c] = static_cast<S>(static_cast<double>(act.gain) * sum);
     dw[c] = static_cast<S>(static_cast<double>(act.gain) * r * products);
     less = static_cast<S>(sum / n);

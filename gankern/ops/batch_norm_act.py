@@ -63,16 +63,8 @@ def _plan(
         return _fwd, (x, *parameters, numbers)
     if impl not in (None, "reference"):
         raise RuntimeError(f"{OP}: impl={impl!r} cannot run: {reason}")
-    return batch_norm_then_act, (
-        x,
-        *parameters,
-        float(eps),
-        float(momentum),
-        act,
-        alpha,
-        gain,
-        impl,
-    )
+    rest = float(eps), float(momentum), act, alpha, gain, impl
+    return batch_norm_then_act, (x, *parameters, *rest)
 
 
 def _why_no_kernel(x: Tensor, parameters: tuple[Tensor, ...], act: str, impl: str | None) -> str:
